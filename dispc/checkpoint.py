@@ -1,0 +1,158 @@
+"""A Hugging Face model directory as lazy tensors: names, shapes and dtypes at once, values one tensor at a time.
+
+Nothing in the directory is ever executed: safetensors, or `torch.load(weights_only=True)` for `.bin` files.
+"""
+
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dispc.errors import CheckpointError
+from dispc.families import DecoderConfig, Family, find_family
+
+SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+@dataclass(frozen=True)
+class CheckpointTensor:
+    """A tensor that is still on disk. `read` loads it and keeps no reference."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    read: Callable[[], torch.Tensor]
+
+
+class Checkpoint:
+    """A model directory: config.json plus weights.
+
+    Raises:
+        CheckpointError: when a file is missing, corrupt, or named outside the directory.
+        UnsupportedModelError: when dispc cannot compile this kind of model.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: no such model directory")
+        self.directory = directory
+        self.raw_config = _read_json(directory / "config.json")
+        self.family: Family = find_family(self.raw_config)
+
+    @cached_property
+    def pretrained_config(self) -> Any:
+        """The transformers config object, which fills in the family's defaults."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(str(self.directory), trust_remote_code=False)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"{self.directory / 'config.json'}: transformers cannot read it: {first_line}") from error
+
+    @cached_property
+    def config(self) -> DecoderConfig:
+        try:
+            return DecoderConfig.from_pretrained(self.pretrained_config, self.family)
+        except AttributeError as error:
+            raise CheckpointError(f"{self.directory / 'config.json'}: {error}") from error
+
+    @cached_property
+    def tensors(self) -> Mapping[str, CheckpointTensor]:
+        """Every tensor of the checkpoint by name; headers are read, values are not."""
+        for index, single, list_tensors in (
+            ("model.safetensors.index.json", "model.safetensors", _list_safetensors),
+            ("pytorch_model.bin.index.json", "pytorch_model.bin", _list_torch_file),
+        ):
+            if (self.directory / index).is_file():
+                return self._sharded(self.directory / index, list_tensors)
+            if (self.directory / single).is_file():
+                return list_tensors(self.directory / single)
+        raise CheckpointError(f"{self.directory}: no model.safetensors or pytorch_model.bin (nor an index of shards)")
+
+    def _sharded(
+        self, index: Path, list_tensors: Callable[[Path], dict[str, CheckpointTensor]]
+    ) -> dict[str, CheckpointTensor]:
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise CheckpointError(f"{index}: no weight_map of tensor names to file names")
+        tensors: dict[str, CheckpointTensor] = {}
+        for shard in sorted(set(weight_map.values())):
+            path = self.directory / shard
+            if Path(shard).name != shard:  # a link inside the directory is fine (the hub's cache), a path is not
+                raise CheckpointError(f"{index}: shard {shard!r} lies outside the model directory")
+            if not path.is_file():
+                raise CheckpointError(f"{path}: shard named by {index.name} is missing")
+            tensors |= list_tensors(path)
+        if missing := sorted(set(weight_map) - set(tensors)):
+            raise CheckpointError(f"{index}: names tensor {missing[0]}, which no shard holds")
+        return tensors
+
+    def find(self, name: str) -> CheckpointTensor:
+        """The tensor of parameter `name`, looking through tied embeddings and the bare base model's names.
+
+        Raises:
+            CheckpointError: when the checkpoint has no such tensor.
+        """
+        stored = f"{self.family.embedding}.weight" if self.config.tied and name == "lm_head.weight" else name
+        for candidate in (stored, stored.removeprefix("model.")):
+            if candidate in self.tensors:
+                return self.tensors[candidate]
+        raise CheckpointError(f"{self.directory}: tensor {name} is missing from the checkpoint")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; a model directory needs it") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: a JSON object is expected")
+    return content
+
+
+def _list_safetensors(path: Path) -> dict[str, CheckpointTensor]:
+    def reader(name: str) -> Callable[[], torch.Tensor]:
+        def read() -> torch.Tensor:
+            # Opened per tensor: the mapping goes away with the tensor, so memory stays at one tensor.
+            with safe_open(path, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
+
+        return read
+
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                view = file.get_slice(name)
+                dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
+                if dtype is not None:
+                    tensors[name] = CheckpointTensor(name, tuple(view.get_shape()), dtype, path, reader(name))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: truncated or corrupt safetensors file ({error})") from error
+    return tensors
+
+
+def _list_torch_file(path: Path) -> dict[str, CheckpointTensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path}: not a torch file that can be loaded safely ({first_line})") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a state dict")
+    return {
+        name: CheckpointTensor(name, tuple(tensor.shape), tensor.dtype, path, lambda tensor=tensor: tensor)
+        for name, tensor in state.items()
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+    }

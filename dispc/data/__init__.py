@@ -1,0 +1,1 @@
+"""Mask files that ship with dispc."""

@@ -1,0 +1,25 @@
+"""The errors dispc raises on purpose. Each message is one line: what is wrong, where, and what to do."""
+
+
+class DispcError(Exception):
+    """A problem that the user can act on; the command line prints it without a traceback and exits with 2."""
+
+
+class UnsupportedModelError(DispcError):
+    """The model is of a kind that dispc cannot compile."""
+
+
+class CheckpointError(DispcError):
+    """The checkpoint is missing, incomplete, corrupt, or unsafe to read."""
+
+
+class MasksError(DispcError):
+    """The mask file is malformed, or belongs to another model."""
+
+
+class CompileError(DispcError):
+    """The graph is not what a pass expects, or the options contradict each other."""
+
+
+class ArtifactError(DispcError):
+    """The artifact cannot be written, loaded or run."""

@@ -1,0 +1,78 @@
+"""The few ways in which dispc builds and reads ONNX graphs. Knows onnx_ir and nothing else of dispc."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+MICROSOFT = "com.microsoft"
+
+
+def scope(module: str) -> str:
+    """Node-name prefix of a module: `model.layers.3.mlp` becomes `/model/layers.3/mlp`."""
+    return "/" + re.sub(r"\.(?!\d)", "/", module) if module else ""
+
+
+def make_node(
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    name: str,
+    *,
+    attributes: Mapping[str, object] | None = None,
+    domain: str = "",
+    outputs: int | Sequence[ir.Value] = 1,
+    dtype: ir.DataType | None = None,
+) -> ir.Node:
+    """A node whose outputs are named after it. `outputs` is their number, or existing values to take over."""
+    if isinstance(outputs, int):
+        suffixes = [""] if outputs == 1 else [f"_{i}" for i in range(outputs)]
+        outputs = [ir.Value(name=f"{name}_output{suffix}") for suffix in suffixes]
+    if dtype is not None:
+        for value in outputs:
+            value.dtype = dtype
+    return ir.Node(
+        domain,
+        op_type,
+        inputs,
+        ir.convenience.convert_attributes(attributes or {}),
+        outputs=outputs,
+        name=name,
+    )
+
+
+def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol | npt.NDArray[np.generic]) -> ir.Value:
+    """The initializer called `name`, made from `tensor` unless the graph already has it."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    if isinstance(tensor, np.ndarray):
+        tensor = ir.tensor(tensor, name=name)
+    tensor.name = name
+    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def drop_unused_initializers(graph: ir.Graph) -> None:
+    """Remove initializers that nothing reads (graph outputs excepted)."""
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
+
+
+def remove_dead(graph: ir.Graph, roots: Iterable[ir.Node]) -> None:
+    """Remove each of `roots`, and what fed only them, as long as nothing reads their outputs."""
+    pending = list(roots)
+    while pending:
+        node = pending.pop()
+        if node.graph is None or any(out.uses() or out.is_graph_output() for out in node.outputs):
+            continue
+        producers = [value.producer() for value in node.inputs if value is not None]
+        graph.remove(node, safe=True)
+        pending.extend(producer for producer in producers if producer is not None)
+
+
+def consumers(value: ir.Value) -> list[ir.Node]:
+    """The nodes that read `value`, each once."""
+    return list(dict.fromkeys(use.node for use in value.uses()))

@@ -1,0 +1,1 @@
+"""Torch to IR, and IR to files."""

@@ -1,0 +1,383 @@
+"""FX to ONNX: translate the exported program of the semantic trace, operator by operator.
+
+Reshapes and transposes that undo each other are recognised on the way, so queries, keys and values stay [B,S,H*D]; a
+flattening of batch and sequence (OPT) is followed through position-wise operators and never emitted.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch.fx import Node
+
+from dispc.checkpoint import Checkpoint
+from dispc.errors import CompileError
+from dispc.export.weights import DTYPES, LazyWeight
+from dispc.graph import add_initializer, make_node, scope
+
+OPSET = 23
+HEAD = "lm_head.weight"
+LAST = torch.iinfo(torch.int64).max
+RESHAPES = ("aten.view.default", "aten.reshape.default")
+
+
+def translate(
+    program: torch.export.ExportedProgram,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    rotary_caches: tuple[torch.Tensor, torch.Tensor] | None,
+) -> ir.Model:
+    """The ONNX model of an exported program. Parameters become lazy weights; linear weights are stored [in, out]."""
+    return Translator(program, checkpoint, dtype, rotary_caches).run()
+
+
+class Translator:
+    """One translation.
+
+    `values` maps FX nodes to IR values, `origins` a node that changes nothing to the node it repeats, and `flat` holds
+    the nodes that the model computes with batch and sequence as one axis.
+    """
+
+    def __init__(
+        self,
+        program: torch.export.ExportedProgram,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        rotary_caches: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        self.program = program
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.rotary_caches = rotary_caches
+        self.values: dict[Node, Any] = {}
+        self.origins: dict[Node, Node] = {}
+        self.flat: set[Node] = set()
+        self.names: dict[str, int] = {}
+        config = checkpoint.config
+        batch, sequence = "batch_size", "sequence_length"
+        past, total = "past_sequence_length", "total_sequence_length"
+        integers, floats = ir.TensorType(ir.DataType.INT64), ir.TensorType(DTYPES[dtype])
+
+        def tensor(name: str, type: ir.TensorType, *shape: str | int) -> ir.Value:
+            return ir.Value(name=name, type=type, shape=ir.Shape(shape))
+
+        self.input_ids = tensor("input_ids", integers, batch, sequence)
+        self.attention_mask = tensor("attention_mask", integers, batch, total)
+        self.position_ids = tensor("position_ids", integers, batch, sequence)
+        kinds = len(dict.fromkeys(config.layer_kinds))
+        names = [f"{i}.{part}" for i in range(kinds) for part in ("key", "value")]
+        cache = (config.num_key_value_heads, config.head_dim)
+        self.past = [tensor(f"past_key_values.{n}", floats, batch, cache[0], past, cache[1]) for n in names]
+        self.outputs = [tensor("logits", floats, batch, sequence, config.vocab_size)] + [
+            tensor(f"present.{n}", floats, batch, cache[0], total, cache[1]) for n in names
+        ]
+        self.graph = ir.Graph(
+            [self.input_ids, self.attention_mask, self.position_ids, *self.past],
+            [],
+            nodes=[],
+            opset_imports={"": OPSET},
+            name="dispc",
+        )
+
+    def run(self) -> ir.Model:
+        signature = self.program.graph_signature
+        users = iter([self.input_ids, self.position_ids, *self.past])
+        user_inputs = set(signature.user_inputs)
+        needed = _needed(self.program.graph)
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder" and node.name in user_inputs:
+                self.values[node] = next(users)
+            elif node not in needed or "val" not in node.meta or not _is_tensor(node.meta["val"]):
+                continue
+            elif node.op == "placeholder":
+                self.values[node] = signature.inputs_to_parameters.get(node.name) or node.name
+            else:
+                self.values[node] = self._translate(node)
+        results = next(node for node in self.program.graph.nodes if node.op == "output").args[0]
+        for result, output in zip(results, self.outputs, strict=True):
+            value = self.values[result]
+            value.name, value.shape, value.type = output.name, output.shape, output.type
+            self.graph.outputs.append(value)
+        model = ir.Model(self.graph, ir_version=10, producer_name="dispc")
+        RemoveUnusedNodesPass()(model)
+        return model
+
+    def _translate(self, node: Node) -> Any:
+        name = str(node.target)
+        if name == "<built-in function getitem>":
+            return self.values[node.args[0]][node.args[1]]
+        handler = HANDLERS.get(name)
+        module = self._module(node)
+        if handler is None:
+            raise CompileError(f"{module}: operator {name} of the model's code is not known to the trace")
+        if not name.startswith(POSITION_WISE) and any(source in self.flat for source in node.all_input_nodes):
+            if "view" not in name and "reshape" not in name:
+                raise CompileError(f"{module}: operator {name} on a flattened batch is not known to the trace")
+        elif any(source in self.flat for source in node.all_input_nodes):
+            self.flat.add(node)
+        return handler(self, node)
+
+    # Building blocks for the handlers
+
+    def _module(self, node: Node) -> str:
+        stack = node.meta.get("nn_module_stack") or {}
+        path = list(stack.values())[-1][0] if stack else ""
+        return path.removeprefix("traced").removeprefix(".")
+
+    def _name(self, node: Node, op_type: str) -> str:
+        name = f"{scope(self._module(node))}/{op_type}"
+        self.names[name] = count = self.names.get(name, -1) + 1
+        return f"{name}_{count}" if count else name
+
+    def emit(
+        self, node: Node, op_type: str, inputs: list[ir.Value | None], outputs: int = 1, **attributes: Any
+    ) -> Any:
+        """Append a node named after the module that `node` was traced in; returns its output(s)."""
+        made = make_node(op_type, inputs, self._name(node, op_type), attributes=attributes, outputs=outputs)
+        self.graph.append(made)
+        return made.outputs[0] if outputs == 1 else made.outputs
+
+    def same(self, node: Node, origin: Node) -> Any:
+        """The value of `node` is the value of `origin`."""
+        self.origins[node] = origin
+        return self.values[origin]
+
+    def origin(self, node: Node) -> Node:
+        while node in self.origins:
+            node = self.origins[node]
+        return node
+
+    def constant(self, name: str, value: Any, dtype: Any = np.int64) -> ir.Value:
+        return add_initializer(self.graph, name, np.array(value, dtype=dtype))
+
+    def parameter(self, node: Node, transpose: bool = False) -> ir.Value:
+        """The initializer of a parameter, bound to the checkpoint."""
+        name = self.values[node].removeprefix("traced.")
+        embedding = f"{self.checkpoint.family.embedding}.weight"
+        if self.checkpoint.config.tied and name in (embedding, HEAD):
+            name = HEAD if transpose else embedding
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        shape = tuple(int(size) for size in node.meta["val"].shape)
+        weight = LazyWeight.from_checkpoint(self.checkpoint.find(name), shape).cast(self.dtype)
+        return add_initializer(self.graph, name, weight.transpose() if transpose else weight)
+
+    def operand(self, node: Node, argument: Any) -> ir.Value:
+        """An elementwise operand: a tensor, or a Python number as a scalar of the model's dtype."""
+        if isinstance(argument, Node):
+            value = self.values[argument]
+            return self.parameter(argument) if isinstance(value, str) else value
+        source = node.meta["val"].dtype
+        name = f"scalar.{argument}.{str(source).removeprefix('torch.')}"
+        scalar = torch.tensor(argument, dtype=source)
+        weight = LazyWeight(name, (), source, lambda: scalar)
+        if source.is_floating_point:
+            return add_initializer(self.graph, name, weight)
+        return self.constant(name, argument)
+
+    def mask(self, window: int) -> ir.Value:
+        """bool [B,1,S,T]: causal, within the window, and no padding. A token always sees itself, so that no row of
+        the softmax is empty (padding rows would be NaN and poison later blocks)."""
+        output = f"/mask{f'/window_{window}' if window else ''}/And_output"
+        for existing in self.graph:
+            if existing.outputs[0].name == output:
+                return existing.outputs[0]
+        prefix = output.removesuffix("/And_output")
+        first = self.graph[0]  # in front of everything: the blocks share it
+
+        def op(op_type: str, inputs: list[ir.Value | None], suffix: str = "", **attributes: Any) -> ir.Value:
+            made = make_node(op_type, inputs, f"{prefix}/{op_type}{suffix}", attributes=attributes)
+            self.graph.insert_before(first, made)
+            return made.outputs[0]
+
+        zero, one = self.constant("int.0", 0), self.constant("int.1", 1)
+        total = op("Squeeze", [op("Shape", [self.attention_mask], "_total", start=1, end=2)], "_total")
+        new = op("Squeeze", [op("Shape", [self.input_ids], "_new", start=1, end=2)], "_new")
+        keys = op("Range", [zero, total, one], "_keys")
+        queries = op("Range", [op("Sub", [total, new]), total, one], "_queries")
+        queries = op("Unsqueeze", [queries, self.constant("axes.1", [1])], "_queries")
+        allowed = op("LessOrEqual", [keys, queries])
+        if window:
+            oldest = op("Sub", [queries, self.constant(f"int.{window}", window)], "_oldest")
+            allowed = op("And", [allowed, op("Greater", [keys, oldest])], "_window")
+        valid = op("Cast", [self.attention_mask], to=ir.DataType.BOOL)
+        valid = op("Unsqueeze", [valid, self.constant("axes.1_2", [1, 2])], "_valid")
+        return op("And", [allowed, op("Or", [valid, op("Equal", [keys, queries])])])
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or (isinstance(value, (list, tuple)) and _is_tensor(value[0]))
+
+
+def _needed(graph: torch.fx.Graph) -> set[Node]:
+    """The nodes that the outputs depend on."""
+    pending = [node for node in graph.nodes if node.op == "output"]
+    needed: set[Node] = set()
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending.extend(node.all_input_nodes)
+    return needed
+
+
+# The handlers: one per ATen operator that decoder models use once attention, rotary and norms are operators of ours.
+
+
+def _alias(t: Translator, node: Node) -> Any:
+    return t.same(node, node.args[0])
+
+
+def _unary(op_type: str) -> Callable[[Translator, Node], Any]:
+    return lambda t, node: t.emit(node, op_type, [t.values[node.args[0]]])
+
+
+def _binary(op_type: str) -> Callable[[Translator, Node], Any]:
+    return lambda t, node: t.emit(node, op_type, [t.operand(node, argument) for argument in node.args[:2]])
+
+
+def _silu(t: Translator, node: Node) -> Any:
+    x = t.values[node.args[0]]
+    return t.emit(node, "Mul", [x, t.emit(node, "Sigmoid", [x])])
+
+
+def _gelu(t: Translator, node: Node) -> Any:
+    return t.emit(node, "Gelu", [t.values[node.args[0]]], approximate=node.kwargs.get("approximate", "none"))
+
+
+def _linear(t: Translator, node: Node) -> Any:
+    x, weight, *bias = node.args
+    y = t.emit(node, "MatMul", [t.values[x], t.parameter(weight, transpose=True)])
+    return t.emit(node, "Add", [y, t.parameter(bias[0])]) if bias and bias[0] is not None else y
+
+
+def _layer_norm(t: Translator, node: Node) -> Any:
+    x, _, weight, bias, epsilon = node.args[:5]
+    inputs = [t.values[x], t.parameter(weight), t.parameter(bias)]
+    return t.emit(node, "LayerNormalization", inputs, axis=-1, epsilon=epsilon)
+
+
+def _rms_norm(t: Translator, node: Node) -> Any:
+    x, weight, epsilon = node.args
+    return t.emit(node, "RMSNormalization", [t.values[x], t.parameter(weight)], axis=-1, epsilon=epsilon)
+
+
+def _embedding(t: Translator, node: Node) -> Any:
+    weight, indices = node.args[:2]
+    return t.emit(node, "Gather", [t.parameter(weight), t.values[indices]], axis=0)
+
+
+def _to(t: Translator, node: Node) -> Any:
+    source, target = node.args[0].meta["val"].dtype, node.meta["val"].dtype
+    return _alias(t, node) if source == target else t.emit(node, "Cast", [t.values[node.args[0]]], to=DTYPES[target])
+
+
+def _transpose(t: Translator, node: Node) -> Any:
+    x, first, second = node.args
+    x = t.origin(x)
+    if str(x.target) == "aten.transpose.int" and {*x.args[1:]} == {first, second}:
+        return t.same(node, x.args[0])
+    order = list(range(len(node.meta["val"].shape)))
+    order[first], order[second] = order[second], order[first]
+    return t.emit(node, "Transpose", [t.values[x]], perm=order)
+
+
+def _reshape(t: Translator, node: Node) -> Any:
+    origin = t.origin(node.args[0])
+    while str(origin.target) in RESHAPES:
+        origin = t.origin(origin.args[0])
+    source, target = [str(s) for s in origin.meta["val"].shape], [str(s) for s in node.meta["val"].shape]
+    if source == target:
+        return t.same(node, origin)
+    if len(source) == len(target) + 1 and source[2:] == target[1:]:
+        t.flat.add(node)
+        return t.values[origin]
+    if origin in t.flat and len(target) == 3:
+        return t.values[origin]
+    shape = [
+        0 if i < len(source) and size == source[i] else int(size) if size.isdigit() else -1
+        for i, size in enumerate(target)
+    ]
+    if shape.count(-1) > 1:
+        raise CompileError(f"{t._module(node)}: reshape {source} to {target} is not known to the trace")
+    return t.emit(node, "Reshape", [t.values[origin], t.constant(f"shape.{'_'.join(map(str, shape))}", shape)])
+
+
+def _slice(t: Translator, node: Node) -> Any:
+    x, axis, start, end = (*node.args, 0, 0, LAST)[:4] if len(node.args) < 4 else node.args[:4]
+    if start in (0, None) and end in (LAST, None):
+        return t.same(node, x)
+    return t.emit(node, "Slice", [t.values[x], *(t.constant(f"axes.{v}", [v]) for v in (start, end, axis))])
+
+
+def _concat(t: Translator, node: Node) -> Any:
+    parts, axis = (*node.args, 0)[:2]
+    first = parts[0]
+    slices = [part.args for part in parts if str(part.target) == "aten.slice.Tensor"]
+    if len(slices) == len(parts):
+        ends = [0, *(part[3] for part in slices)]
+        starts = [part[2] for part in slices]
+        same_source = all(part[0] is first.args[0] for part in slices)
+        if same_source and starts == ends[:-1] and ends[-1] == LAST:  # Phi cuts out the rotary part and glues it back
+            return t.same(node, first.args[0])
+    return t.emit(node, "Concat", [t.values[part] for part in parts], axis=axis)
+
+
+def _rotary(t: Translator, node: Node) -> Any:
+    x, heads = node.args
+    assert t.rotary_caches is not None
+    cos, sin = (
+        add_initializer(t.graph, f"{name}_cache", LazyWeight(name, tuple(cache.shape), cache.dtype, lambda c=cache: c))
+        for name, cache in zip(("cos", "sin"), t.rotary_caches, strict=True)
+    )
+    width = 2 * t.rotary_caches[0].shape[1]
+    partial = {"rotary_embedding_dim": width} if width != t.checkpoint.config.head_dim else {}
+    inputs = [t.values[x], cos, sin, t.position_ids]
+    return t.emit(node, "RotaryEmbedding", inputs, num_heads=heads, **partial)
+
+
+def _attention(t: Translator, node: Node) -> Any:
+    query, key, value, past_key, past_value, scale, window = node.args
+    inputs = [t.values[query], t.values[key], t.values[value], t.mask(window), t.values[past_key], t.values[past_value]]
+    config = t.checkpoint.config
+    return t.emit(
+        node,
+        "Attention",
+        inputs,
+        outputs=3,
+        q_num_heads=config.num_attention_heads,
+        kv_num_heads=config.num_key_value_heads,
+        scale=scale,
+    )
+
+
+POSITION_WISE = ("aten.linear", "aten.layer_norm", "aten.add", "aten.mul", "aten.relu", "aten.gelu", "aten.silu",
+                 "aten.dropout", "aten.to.", "dispc.rms_norm")  # fmt: skip
+"""Operators that treat every position alike: they read [B*S,d] and [B,S,d] the same way."""
+
+HANDLERS: dict[str, Callable[[Translator, Node], Any]] = {
+    "aten.linear.default": _linear,
+    "aten.embedding.default": _embedding,
+    "aten.layer_norm.default": _layer_norm,
+    "dispc.rms_norm.default": _rms_norm,
+    "dispc.rotary.default": _rotary,
+    "dispc.attention.default": _attention,
+    "aten.add.Tensor": _binary("Add"),
+    "aten.mul.Tensor": _binary("Mul"),
+    "aten.silu.default": _silu,
+    "aten.gelu.default": _gelu,
+    "aten.relu.default": _unary("Relu"),
+    "aten.transpose.int": _transpose,
+    "aten.view.default": _reshape,
+    "aten.reshape.default": _reshape,
+    "aten.slice.Tensor": _slice,
+    "aten.cat.default": _concat,
+    "aten.dropout.default": _alias,
+    "aten.contiguous.default": _alias,
+    "aten.to.dtype": _to,
+    "aten.to.device": _to,
+    "aten.to.dtype_layout": _to,
+}

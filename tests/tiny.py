@@ -1,0 +1,53 @@
+"""Tiny random models of every family, as checkpoint directories. Names of the variants say what is special."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LLAMA: dict[str, Any] = dict(
+    hidden_size=48, intermediate_size=88, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=16, vocab_size=131, max_position_embeddings=160, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    initializer_range=0.2,
+)  # fmt: skip
+PHI = {k: v for k, v in LLAMA.items() if k != "head_dim"} | dict(
+    hidden_size=64, num_key_value_heads=4, partial_rotary_factor=0.5, hidden_act="gelu_new"
+)
+OPT: dict[str, Any] = dict(
+    hidden_size=64, ffn_dim=88, num_hidden_layers=3, num_attention_heads=4, vocab_size=131, init_std=0.2,
+    max_position_embeddings=160, word_embed_proj_dim=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+LLAMA3_ROPE = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=64, rope_theta=10000.0,
+)  # fmt: skip
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", LLAMA),
+    "llama-tied-biased": ("llama", LLAMA | dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
+    "llama3-rope": ("llama", LLAMA | dict(rope_scaling=LLAMA3_ROPE)),
+    "mistral-window": ("mistral", LLAMA | dict(sliding_window=7)),
+    "qwen2": ("qwen2", LLAMA),
+    "qwen2-mixed-window": ("qwen2", LLAMA | dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)),
+    "qwen3": ("qwen3", LLAMA),
+    "phi": ("phi", PHI),
+    "opt": ("opt", OPT),
+}
+
+
+def make_model(variant: str, directory: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **save: Any) -> Path:
+    """Write a random model of `variant` into `directory`; biases and norms are random too, so that none is trivial."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, options = VARIANTS[variant]
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.normal_(1.0, 0.2)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.2)
+    model.generation_config.pad_token_id = 0
+    model.to(dtype).save_pretrained(directory, **save)
+    return directory

@@ -1,0 +1,1 @@
+"""Run an artifact and judge it."""

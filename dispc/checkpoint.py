@@ -30,6 +30,18 @@ class CheckpointTensor:
     file: Path
     read: Callable[[], torch.Tensor]
 
+    def expect(self, shape: tuple[int, ...]) -> "CheckpointTensor":
+        """This tensor, which must have the shape that the model gives it.
+
+        Raises:
+            CheckpointError: when it has not.
+        """
+        if self.shape != shape:
+            raise CheckpointError(
+                f"{self.file}: {self.name} has shape {list(self.shape)}, config.json asks for {list(shape)}"
+            )
+        return self
+
 
 class Checkpoint:
     """A model directory: config.json plus weights.

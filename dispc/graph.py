@@ -8,6 +8,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 MICROSOFT = "com.microsoft"
+WINDOW = "dispc.window"
+"""Metadata key of Attention nodes: the sliding window in tokens, 0 for none."""
 
 
 def scope(module: str) -> str:

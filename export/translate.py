@@ -15,8 +15,8 @@ from torch.fx import Node
 
 from dispc.checkpoint import Checkpoint
 from dispc.errors import CompileError
-from dispc.export.weights import DTYPES, LazyWeight
-from dispc.graph import add_initializer, make_node, scope
+from dispc.weights import DTYPES, LazyWeight
+from dispc.graph import WINDOW, add_initializer, make_node, scope
 
 OPSET = 23
 HEAD = "lm_head.weight"
@@ -162,7 +162,7 @@ class Translator:
         if name in self.graph.initializers:
             return self.graph.initializers[name]
         shape = tuple(int(size) for size in node.meta["val"].shape)
-        weight = LazyWeight.from_checkpoint(self.checkpoint.find(name), shape).cast(self.dtype)
+        weight = LazyWeight(self.checkpoint.find(name).expect(shape)).cast(self.dtype)
         return add_initializer(self.graph, name, weight.transpose() if transpose else weight)
 
     def operand(self, node: Node, argument: Any) -> ir.Value:
@@ -170,13 +170,9 @@ class Translator:
         if isinstance(argument, Node):
             value = self.values[argument]
             return self.parameter(argument) if isinstance(value, str) else value
-        source = node.meta["val"].dtype
-        name = f"scalar.{argument}.{str(source).removeprefix('torch.')}"
-        scalar = torch.tensor(argument, dtype=source)
-        weight = LazyWeight(name, (), source, lambda: scalar)
-        if source.is_floating_point:
-            return add_initializer(self.graph, name, weight)
-        return self.constant(name, argument)
+        dtype = node.meta["val"].dtype
+        name = f"scalar.{argument}.{str(dtype).removeprefix('torch.')}"
+        return add_initializer(self.graph, name, ir.tensor_adapters.TorchTensor(torch.tensor(argument, dtype=dtype)))
 
     def mask(self, window: int) -> ir.Value:
         """bool [B,1,S,T]: causal, within the window, and no padding. A token always sees itself, so that no row of
@@ -330,7 +326,7 @@ def _rotary(t: Translator, node: Node) -> Any:
     x, heads = node.args
     assert t.rotary_caches is not None
     cos, sin = (
-        add_initializer(t.graph, f"{name}_cache", LazyWeight(name, tuple(cache.shape), cache.dtype, lambda c=cache: c))
+        add_initializer(t.graph, f"{name}_cache", ir.tensor_adapters.TorchTensor(cache))
         for name, cache in zip(("cos", "sin"), t.rotary_caches, strict=True)
     )
     width = 2 * t.rotary_caches[0].shape[1]
@@ -343,15 +339,10 @@ def _attention(t: Translator, node: Node) -> Any:
     query, key, value, past_key, past_value, scale, window = node.args
     inputs = [t.values[query], t.values[key], t.values[value], t.mask(window), t.values[past_key], t.values[past_value]]
     config = t.checkpoint.config
-    return t.emit(
-        node,
-        "Attention",
-        inputs,
-        outputs=3,
-        q_num_heads=config.num_attention_heads,
-        kv_num_heads=config.num_key_value_heads,
-        scale=scale,
-    )
+    heads = {"q_num_heads": config.num_attention_heads, "kv_num_heads": config.num_key_value_heads}
+    outputs = t.emit(node, "Attention", inputs, outputs=3, scale=scale, **heads)
+    outputs[0].producer().metadata_props[WINDOW] = str(window)  # the operator has no attribute for it, the mask has it
+    return outputs
 
 
 POSITION_WISE = ("aten.linear", "aten.layer_norm", "aten.add", "aten.mul", "aten.relu", "aten.gelu", "aten.silu",

@@ -1,0 +1,27 @@
+"""What every rewriting pass of dispc has in common: it knows how often it must apply, and fails when it did not."""
+
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+from dispc.errors import CompileError
+
+
+class RewritePass(InPlacePass):
+    """A pass that counts its rewrites. Subclasses set `name`, and implement `expected` and `rewrite`."""
+
+    name: str
+
+    def expected(self, model: ir.Model) -> int:
+        """The number of rewrites that this model needs; a silent no-op is the main risk of a compiler."""
+        raise NotImplementedError
+
+    def rewrite(self, model: ir.Model) -> int:
+        """Change the model in place; return the number of rewrites made."""
+        raise NotImplementedError
+
+    def call(self, model: ir.Model) -> PassResult:
+        expected = self.expected(model)
+        self.count = self.rewrite(model)
+        if self.count != expected:
+            raise CompileError(f"pass {self.name} made {self.count} rewrites where {expected} were expected")
+        return PassResult(model, modified=self.count > 0)

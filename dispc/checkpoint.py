@@ -3,6 +3,7 @@
 Nothing in the directory is ever executed: safetensors, or `torch.load(weights_only=True)` for `.bin` files.
 """
 
+import hashlib
 import json
 import pickle
 from collections.abc import Callable, Mapping
@@ -75,6 +76,22 @@ class Checkpoint:
             return DecoderConfig.from_pretrained(self.pretrained_config, self.family)
         except AttributeError as error:
             raise CheckpointError(f"{self.directory / 'config.json'}: {error}") from error
+
+    @cached_property
+    def config_sha256(self) -> str:
+        return hashlib.sha256((self.directory / "config.json").read_bytes()).hexdigest()
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json, empty when there is none."""
+        path = self.directory / "generation_config.json"
+        return _read_json(path) if path.is_file() else {}
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        """Ids that end a generation; empty when neither config says."""
+        eos = self.generation_config.get("eos_token_id", self.raw_config.get("eos_token_id"))
+        return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
     @cached_property
     def tensors(self) -> Mapping[str, CheckpointTensor]:

@@ -44,6 +44,24 @@ class PruneBlocksPass(RewritePass):
         parts = [part for block in self.masks.blocks for part in (block.attention, block.mlp)]
         return sum(2 if part.alive else 1 for part in parts)
 
+    def ensures(self, model: ir.Model) -> None:
+        """The projection weights that are left hold exactly the parameters that the masks keep."""
+        suffixes = tuple(
+            f".{name}.weight"
+            for name in (
+                *self.config.family.attention_reads,
+                *self.config.family.mlp_reads,
+                self.config.family.attention_out,
+                self.config.family.down,
+            )
+        )
+        weights = [value for name, value in model.graph.initializers.items() if name.endswith(suffixes)]
+        kept = sum(value.const_value.size for value in weights if value.const_value is not None)
+        if kept != self.masks.kept_parameters(self.config):
+            raise CompileError(
+                f"pass {self.name} kept {kept} block parameters, the masks keep {self.masks.kept_parameters(self.config)}"
+            )
+
     def rewrite(self, model: ir.Model) -> int:
         graph = model.graph
         finder = BlockFinder(graph, self.config.family)

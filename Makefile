@@ -1,0 +1,61 @@
+# `make help` lists the targets. The first run of each takes minutes (`setup` installs everything), the next ones seconds.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help setup setup-transformers5 demo test test-transformers5 lint types check clean
+
+VENV := .venv
+VENV5 := .venv-transformers5
+PYTEST_ARGS ?= -n 2
+
+# The first of these that runs and is new enough: onnxruntime-gpu 1.31 has no wheels for Python 3.10.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+
+help: ## show this list
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
+
+setup: $(VENV)/.installed ## create and fill .venv (the second time: nothing to do)
+
+setup-transformers5: $(VENV5)/.installed ## the same for .venv-transformers5
+
+demo: setup ## compile, validate and time a real pruned SmolLM2-135M
+	$(VENV)/bin/dispc demo
+
+test: setup ## run all tests (PYTEST_ARGS="-n 0 -x tests/test_masks.py" for some)
+	$(VENV)/bin/pytest $(PYTEST_ARGS)
+
+test-transformers5: setup-transformers5 ## run the core tests with transformers 5
+	$(VENV5)/bin/pytest $(PYTEST_ARGS) -m "not extras"
+
+lint: setup ## ruff: rules and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# mypy does not follow the folder mapping of pyproject.toml, so it is shown the package as it will be installed.
+types: setup ## mypy --strict on the package
+	@rm -rf build/types && mkdir -p build/types/dispc
+	@ln -s $(CURDIR)/dispc/* $(CURDIR)/passes $(CURDIR)/export $(CURDIR)/validate build/types/dispc/
+	cd build/types && $(CURDIR)/$(VENV)/bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p dispc
+
+check: lint types test ## lint, types and test
+
+clean: ## remove everything that make made, both environments included
+	rm -rf $(VENV) $(VENV5) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: requirements.txt
+$(VENV5)/.installed: requirements-transformers5.txt
+
+%/.installed: pyproject.toml | %/bin/pip
+	$*/bin/python -m pip install --no-deps -r $(filter requirements%,$^)
+	$*/bin/python -m pip install --quiet "$$(grep '^torch==' $(filter requirements%,$^))"
+	$*/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+.PRECIOUS: %/bin/pip
+%/bin/pip:
+	@[ -n "$(PYTHON)" ] || { echo "make: no Python 3.11 or newer found; install one, or name it: make setup PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $*

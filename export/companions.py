@@ -1,0 +1,68 @@
+"""The files beside model.onnx: config, tokenizer, and what onnxruntime-genai and dispc itself need to know."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dispc.checkpoint import Checkpoint
+from dispc.manifest import write_json
+from dispc.targets import Plan
+
+COPIED = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+
+
+def write_companions(checkpoint: Checkpoint, plan: Plan, cache_layers: int, directory: Path) -> None:
+    """Copy the model's config and tokenizer files, and write genai_config.json."""
+    for name in COPIED:
+        if (checkpoint.directory / name).is_file():
+            shutil.copyfile(checkpoint.directory / name, directory / name)
+    write_json(directory / "genai_config.json", genai_config(checkpoint, plan, cache_layers))
+
+
+def genai_config(checkpoint: Checkpoint, plan: Plan, cache_layers: int) -> dict[str, Any]:
+    """The genai_config.json of onnxruntime-genai, which refuses keys that it does not know.
+
+    `num_hidden_layers` there counts the key/value caches: an attention that was pruned away has none.
+    """
+    config = checkpoint.config
+    generation = checkpoint.generation_config
+    eos = checkpoint.stop_tokens or [0]
+    # Not `or`: id 0 is a token like any other.
+    bos, pad = (generation.get(key, checkpoint.raw_config.get(key)) for key in ("bos_token_id", "pad_token_id"))
+    inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask", "position_ids": "position_ids"}
+    caches = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
+    presents = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+    provider_options = [{"cuda": {}}] if plan.target.provider == "CUDAExecutionProvider" else []
+    return {
+        "model": {
+            "type": "decoder",
+            "bos_token_id": eos[0] if bos is None else bos,
+            "eos_token_id": eos,
+            "pad_token_id": eos[0] if pad is None else pad,
+            "context_length": config.max_positions,
+            "vocab_size": config.vocab_size,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": provider_options},
+                "filename": "model.onnx",
+                "head_size": config.head_dim,
+                "hidden_size": config.hidden_size,
+                "num_attention_heads": config.num_attention_heads,
+                "num_hidden_layers": cache_layers,
+                "num_key_value_heads": config.num_key_value_heads,
+                "inputs": inputs | caches,
+                "outputs": {"logits": "logits"} | presents,
+            },
+        },
+        "search": {
+            "do_sample": bool(generation.get("do_sample", False)),
+            "max_length": config.max_positions,
+            "past_present_share_buffer": plan.group_query and plan.padding == "right",
+            "temperature": float(generation.get("temperature") or 1.0),
+            "top_k": int(generation.get("top_k") or 50),
+            "top_p": float(generation.get("top_p") or 1.0),
+        },
+    }

@@ -1,0 +1,123 @@
+"""IR to files: the model with external data, in a directory that appears all at once or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from dispc.errors import ArtifactError
+from dispc.manifest import MANIFEST
+
+INLINE_BYTES = 1024
+"""Smaller tensors stay inside model.onnx: ONNX Runtime reads shapes and axes from there."""
+IN_FLIGHT_BYTES = 384 * 2**20
+"""Evaluated weights that may wait for the disk at any time."""
+
+
+@contextmanager
+def staged_directory(out: Path, force: bool) -> Iterator[Path]:
+    """A temporary sibling of `out` that takes its place when the body succeeds, and vanishes when it does not.
+
+    Raises:
+        ArtifactError: when `out` exists and `force` is not set, or `out` is something other than an artifact.
+    """
+    out = out.absolute()
+    check_output(out, force)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise ArtifactError(f"{out}: cannot be written ({error.strerror})") from error
+    try:
+        yield stage
+        stage.chmod(0o777 & ~_umask())
+        _swap(stage, out)
+    except OSError as error:
+        raise ArtifactError(f"{error.filename or out}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def check_output(out: Path, force: bool) -> None:
+    """Refuse an output path that must not be replaced.
+
+    Raises:
+        ArtifactError: saying why.
+    """
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not force:
+        raise ArtifactError(f"{out}: exists already; use --force to replace it, or choose another -o")
+    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
+        raise ArtifactError(f"{out}: is not an artifact of dispc, so --force does not replace it; choose another -o")
+
+
+def _swap(stage: Path, out: Path) -> None:
+    """Put `stage` in the place of `out`; the older `out` comes back when that fails."""
+    if not out.exists():
+        stage.rename(out)
+        return
+    old = stage.with_suffix(".old")
+    out.rename(old)
+    try:
+        stage.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_model(
+    model: ir.Model, path: Path, progress: Callable[[str, int, int], None] = lambda name, done, total: None
+) -> None:
+    """Write `path` and its weights next to it (`path`.data), evaluating a few weights at a time.
+
+    Raises:
+        ArtifactError: when the disk has not enough room.
+        CheckpointError: when a weight cannot be read or is not finite.
+    """
+    needed = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise ArtifactError(
+            f"{path.parent}: the disk is too full: {needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free"
+        )
+    done = 0
+
+    def report(tensor: ir.TensorProtocol, info: object) -> None:
+        nonlocal done
+        done += tensor.nbytes
+        progress(tensor.name or "", done, needed)
+
+    ir.save(
+        model,
+        path,
+        external_data=f"{path.name}.data",
+        size_threshold_bytes=INLINE_BYTES,
+        callback=report,
+        max_workers=2,
+        max_in_flight_bytes=IN_FLIGHT_BYTES,
+    )
+
+
+def check_file(path: Path) -> None:
+    """Run onnx.checker with full (strict) shape inference over a written model.
+
+    Raises:
+        ArtifactError: with the checker's first line.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ArtifactError(f"{path}: onnx.checker refuses the model: {str(error).splitlines()[0]}") from error

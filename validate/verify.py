@@ -1,0 +1,64 @@
+"""--verify-each: run the model behind every pass and name the first pass that changed the result.
+
+Up to the unrolled graph the result must be the dense reference's, from the pruned graph on the masked reference's.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from dispc.checkpoint import Checkpoint
+from dispc.errors import CompileError
+from dispc.masks import Masks
+from dispc.reference import apply_masks, load_reference
+from dispc.validate.parity import LIMITS, logit_error
+from dispc.validate.session import Array, Runner, open_session
+
+SPLIT = 6
+DENSE_PASSES = ("unroll",)
+
+
+def make_verifier(checkpoint: Checkpoint, masks: Masks, *, seed: int = 0) -> Callable[[int, str, ir.Model], None]:
+    """A callback for `run_pipeline` that raises CompileError naming the pass whose graph computes something else.
+
+    Runs in float32 without ONNX Runtime's own optimisations: a prefill, and a second run behind its cache.
+    """
+    tokens = np.random.default_rng(seed).integers(0, checkpoint.config.vocab_size, 10)
+    model = load_reference(checkpoint.directory, checkpoint.family, None)
+    dense = _reference_logits(model, tokens)
+    apply_masks(model, checkpoint.family, masks)
+    masked = _reference_logits(model, tokens)
+
+    def verify(number: int, name: str, graph: ir.Model) -> None:
+        error = logit_error(_run(graph, tokens), dense if name in DENSE_PASSES else masked)
+        if not error <= LIMITS["float32"]:
+            raise CompileError(
+                f"pass {number:02d} {name} changed the result: logits are off by {error:.2e} of their range "
+                f"(allowed {LIMITS['float32']:.0e}); --dump-ir DIR shows the graphs"
+            )
+
+    return verify
+
+
+def _reference_logits(model: torch.nn.Module, tokens: Array) -> Array:
+    with torch.inference_mode():
+        logits: Array = model(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0].numpy()
+    return logits
+
+
+def _run(graph: ir.Model, tokens: Array) -> Array:
+    """Logits [S,V] of `tokens`, the first SPLIT in one run and the rest behind the cache of that run."""
+    with tempfile.TemporaryDirectory(prefix="dispc-verify-") as scratch:
+        path = Path(scratch) / "model.onnx"
+        ir.save(graph, path, external_data="model.onnx.data", max_workers=2)
+        runner = Runner(open_session(path, optimise=False))
+    caches, found = runner.empty_caches(1), []
+    for start, end in ((0, SPLIT), (SPLIT, len(tokens))):
+        positions = np.arange(start, end)[None]
+        logits, caches = runner.run(tokens[None, start:end], np.ones((1, end), dtype=np.int64), positions, caches)
+        found.append(logits[0])
+    return np.concatenate(found)

@@ -1,8 +1,7 @@
-"""What the benchmarks share: running a command with its time and peak memory, the machine, tables and JSON results."""
+"""What the benchmarks share: running a command with its time and peak memory, tables and JSON results."""
 
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -10,7 +9,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 GIB = 2**30
-REPOSITORY = Path(__file__).resolve().parent.parent
 WORK = Path(__file__).resolve().parent / "work"
-PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime-gpu", "safetensors", "numpy")
 console = Console()
 
 
@@ -50,7 +46,8 @@ def run(command: Sequence[str | Path]) -> Run:
     words = [str(word) for word in command]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     start = time.perf_counter()
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process:
+    pipe, out = subprocess.PIPE, subprocess.STDOUT
+    with subprocess.Popen(words, stdout=pipe, stderr=out, env=environment) as process:
         assert process.stdout is not None
         output = process.stdout.read().decode(errors="replace")
         _, status, usage = os.wait4(process.pid, 0)
@@ -75,7 +72,8 @@ def dispc(*arguments: str | Path) -> list[str | Path]:
 def make_masks(model: Path, ratio: float, path: Path) -> None:
     """Write random masks for `model`, in a process of its own (this one stays small, see `run`)."""
     code = (
-        "import sys; from pathlib import Path; from dispc.checkpoint import Checkpoint; from dispc.masks import Masks\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from dispc.checkpoint import Checkpoint\nfrom dispc.masks import Masks\n"
         "config = Checkpoint(Path(sys.argv[1])).config\n"
         "Masks.random(config, float(sys.argv[2]), 0).save(Path(sys.argv[3]), config)"
     )
@@ -98,46 +96,9 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def environment() -> dict[str, Any]:
-    """The machine, what else it is doing, and the versions that are measured."""
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": cpu[0].partition(":")[2].strip() if cpu else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
-        "load": load(),
-        "python": platform.python_version(),
-        "packages": {package: _version(package) for package in PACKAGES},
-        "dispc_revision": _git("rev-parse", "--short", "HEAD"),
-        "dispc_changed_files": len(_git("status", "--porcelain", "--", "dispc", "export", "passes").splitlines()),
-        "command": " ".join(sys.argv),
-    }
-
-
-def load() -> dict[str, Any]:
-    """Load averages, and the other processes that used more than half a core during the last 0.3 seconds."""
-
-    def ticks() -> dict[str, int]:
-        found = {}
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                name, _, fields = stat.read_text().partition("(")[2].rpartition(")")
-            except OSError:  # ended meanwhile
-                continue
-            user, system = fields.split()[11:13]
-            found[f"{stat.parent.name} {name}"] = int(user) + int(system)
-        return found
-
-    before = ticks()
-    time.sleep(0.3)
-    limit = 0.15 * os.sysconf("SC_CLK_TCK")
-    busy = [name for name, now in ticks().items() if now - before.get(name, now) > limit]
-    return {"average": [round(value, 2) for value in os.getloadavg()], "busy_processes": busy}
-
-
-def report(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], goals: Mapping[str, bool]) -> None:
+def report(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], goals: Mapping[str, bool]
+) -> None:
     """Print a table, and below it one line for each goal: reached or not."""
     table = Table(title=title)
     for number, column in enumerate(columns):
@@ -157,15 +118,3 @@ def write_result(path: Path | None, result: Mapping[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "missing"
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip()

@@ -1,13 +1,14 @@
-"""Does the time to trace and rewrite grow with depth? LLaMA-2-7B's shape with 8 to 80 blocks, no weights written.
+"""Does the time to trace and rewrite grow with depth? LLaMA-2-7B's shape with 8 to 80 blocks.
 
     .venv/bin/python benchmarks/depth.py --json benchmarks/results/depth.json
 
-Every measurement is a fresh process; the depths alternate within a round. Parts, in seconds:
+No weights are written. Every measurement is a fresh process; the depths alternate within a round. Parts, in
+seconds:
 
 - import: loading Python modules (torch, transformers, onnx_ir, dispc), apart from the rest
 - trace, rewrite: `trace()`, with the reading of the safetensors headers, and all passes for onnx-cuda
 - again: trace and rewrite once more in the same process. The first trace also imports what torch.export and
-  transformers load lazily; the second shows what is left without that, and so how the work itself grows.
+  transformers load lazily; the second shows how the work itself grows.
 """
 
 import json
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import WORK, console, environment, load, report, run, summary, write_result
+from common import WORK, console, report, run, summary, write_result
+from machine import environment, load
 from make_checkpoint import make_checkpoint
 
 GOAL = 1.20
@@ -58,11 +60,11 @@ def measure(directory: Path) -> dict[str, Any]:
 
 
 def main(
-    depths: Annotated[str, typer.Option(help="Numbers of blocks; the last is compared with the first.")] = "8,16,32,80",
+    depths: Annotated[str, typer.Option(help="Numbers of blocks, ascending.")] = "8,16,32,80",
     shape: Annotated[str, typer.Option(help="See make_checkpoint.py.")] = "llama-2-7b",
     rounds: Annotated[int, typer.Option(help="Fresh processes for each depth.")] = 7,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the result goes.")] = None,
-    work: Annotated[Path, typer.Option(help="Folder for checkpoints (sparse: no space taken).")] = WORK / "depth",
+    work: Annotated[Path, typer.Option(help="Folder for sparse checkpoints.")] = WORK / "depth",
     smoke: Annotated[bool, typer.Option(help="Tiny model, one round: does it run?")] = False,
     child: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -76,7 +78,8 @@ def main(
     directories = {number: work / f"{shape}-{number}" for number in numbers}
     for number, directory in directories.items():
         make_checkpoint(directory, shape, layers=number, sparse=True)
-    result: dict[str, Any] = {"benchmark": "depth", "shape": shape, "smoke": smoke, "environment": environment()}
+    result: dict[str, Any] = {"benchmark": "depth", "shape": shape, "smoke": smoke}
+    result["environment"] = environment()
     runs: dict[int, list[dict[str, Any]]] = {number: [] for number in numbers}
     run([sys.executable, __file__, "--child", directories[numbers[0]]])  # warms the page cache, not counted
     for _ in range(rounds):
@@ -99,7 +102,8 @@ def main(
         medians = [result[f"blocks_{number}"][part]["median"] for part in parts if part != "masks"]
         rows.append([str(number), str(found[0]["nodes"]), *(f"{seconds:.3f}" for seconds in medians)])
     shallow, deep = (result[f"blocks_{number}"] for number in (numbers[0], numbers[-1]))
-    ratios = {part: round(deep[part]["median"] / shallow[part]["median"], 3) for part in ("total", "total_again")}
+    compared = ("total", "total_again")
+    ratios = {part: round(deep[part]["median"] / shallow[part]["median"], 3) for part in compared}
     result["ratio"] = ratios
     columns = ("blocks", "nodes", *(part.replace("_", " ") for part in parts if part != "masks"))
     goal = f"{numbers[-1]} blocks take {ratios['total']:.2f} times as long as {numbers[0]} (goal {GOAL:.2f})"

@@ -1,9 +1,13 @@
 """What every rewriting pass of dispc has in common: it knows how often it must apply, and fails when it did not."""
 
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
 from dispc.errors import CompileError
+
+
+class ConditionError(CompileError, PreconditionError, PostconditionError):
+    """What `requires` and `ensures` raise: onnx_ir passes its own condition errors on and wraps all others."""
 
 
 class RewritePass(InPlacePass):

@@ -7,9 +7,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from dispc.errors import CompileError
 from dispc.graph import MICROSOFT, WINDOW, add_initializer, make_node
-from dispc.passes.base import RewritePass
+from dispc.passes.base import ConditionError, RewritePass
 
 Padding = Literal["left", "right"]
 
@@ -44,7 +43,7 @@ class LowerAttentionPass(RewritePass):
 
     def requires(self, model: ir.Model) -> None:
         if self.head_dim % 8:
-            raise CompileError(
+            raise ConditionError(
                 f"GroupQueryAttention needs a head size that is a multiple of 8, this model's is {self.head_dim}; "
                 "use --target onnx"
             )

@@ -6,7 +6,7 @@ from dispc.errors import CompileError
 from dispc.families import DecoderConfig
 from dispc.graph import add_initializer, drop_unused_initializers, make_node, remove_dead, scope
 from dispc.masks import Indices, Masks, NormScope, SubLayer
-from dispc.passes.base import RewritePass
+from dispc.passes.base import ConditionError, RewritePass
 from dispc.passes.blocks import BlockFinder, BlockParts, Projection, SubLayerParts
 from dispc.weights import LazyWeight
 
@@ -58,7 +58,7 @@ class PruneBlocksPass(RewritePass):
         weights = [value for name, value in model.graph.initializers.items() if name.endswith(suffixes)]
         kept = sum(value.const_value.size for value in weights if value.const_value is not None)
         if kept != self.masks.kept_parameters(self.config):
-            raise CompileError(
+            raise ConditionError(
                 f"pass {self.name} kept {kept} block parameters, the masks keep {self.masks.kept_parameters(self.config)}"
             )
 

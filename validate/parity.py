@@ -50,7 +50,7 @@ class Report:
         return all(check.passed for check in self.checks)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"passed": self.passed}
+        return asdict(self) | {"checks": [asdict(check) for check in self.checks], "passed": self.passed}
 
 
 def check_parity(artifact_directory: Path, reference_directory: Path, *, seed: int = 0) -> Report:

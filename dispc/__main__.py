@@ -1,0 +1,5 @@
+"""`python -m dispc` is the `dispc` command."""
+
+from dispc.cli import main
+
+main()

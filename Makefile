@@ -9,6 +9,7 @@ SHELL := bash
 VENV := .venv
 VENV5 := .venv-transformers5
 PYTEST_ARGS ?= -n 2
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The first of these that runs and is new enough: onnxruntime-gpu 1.31 has no wheels for Python 3.10.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -34,7 +35,7 @@ lint: setup ## ruff: rules and format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-# mypy does not follow the folder mapping of pyproject.toml, so it is shown the package as it will be installed.
+# mypy does not follow the folder mapping of pyproject.toml, so it is shown the package as a wheel would lay it out.
 types: setup ## mypy --strict on the package
 	@rm -rf build/types && mkdir -p build/types/dispc
 	@ln -s $(CURDIR)/dispc/* $(CURDIR)/passes $(CURDIR)/export $(CURDIR)/validate build/types/dispc/
@@ -50,12 +51,14 @@ $(VENV)/.installed: requirements.txt
 $(VENV5)/.installed: requirements-transformers5.txt
 
 %/.installed: pyproject.toml | %/bin/pip
-	$*/bin/python -m pip install --no-deps -r $(filter requirements%,$^)
+	@echo "filling $* from $(filter requirements%,$^) (2 GB, a minute or more)"
+	$*/bin/python -m pip install --quiet --no-deps -r $(filter requirements%,$^)
 	$*/bin/python -m pip install --quiet "$$(grep '^torch==' $(filter requirements%,$^))"
 	$*/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 .PRECIOUS: %/bin/pip
 %/bin/pip:
-	@[ -n "$(PYTHON)" ] || { echo "make: no Python 3.11 or newer found; install one, or name it: make setup PYTHON=..." >&2; exit 1; }
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "no Python 3.11 or newer: install one, or name yours with make setup PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $*

@@ -98,14 +98,14 @@ FAMILIES: dict[str, Family] = {
 
 def _rope_type(config: Mapping[str, Any]) -> str:
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    return str(rope.get("rope_type", rope.get("type", "default")))
+    return str(rope.get("rope_type", rope.get("type", "default"))) if isinstance(rope, Mapping) else "malformed"
 
 
 COMMON_REFUSALS: tuple[Refusal, ...] = (
     (lambda c: bool(c.get("quantization_config")), "checkpoints that are already quantised"),
     (
         lambda c: _rope_type(c) not in ("default", "linear", "llama3", "yarn"),
-        "rotary scaling that depends on the sequence length (rope_type dynamic or longrope)",
+        "kinds of rotary scaling but linear, llama3 and yarn (dynamic or longrope depend on the sequence length)",
     ),
 )
 

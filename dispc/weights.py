@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
+from safetensors import SafetensorError
 
 from dispc.checkpoint import CheckpointTensor
 from dispc.errors import CheckpointError
@@ -95,7 +96,7 @@ class LazyWeight(ir.LazyTensor):
             for step in self.steps:
                 value = step.apply(value)
             value = value.contiguous()
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{self.source.file}: tensor {self.source.name} cannot be read ({str(error).splitlines()[0]})"
             ) from error

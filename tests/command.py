@@ -1,0 +1,56 @@
+"""The `dispc` command run inside the test's process, and what a directory tree holds before and after it."""
+
+import hashlib
+import io
+import signal
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+from dispc import cli
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Exit code and both streams of one command."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(*arguments: object) -> Outcome:
+    """`dispc ARGUMENTS`. An exception that reaches the caller is what a user would see as a traceback."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with patch.object(sys, "argv", ["dispc", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
+            cli.main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def fingerprint(directory: Path) -> dict[str, str]:
+    """Every path below `directory` with the digest of its content, so that nothing can appear, vanish or change."""
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+def assert_refused(place: Path, *arguments: object, says: tuple[str, ...] = (), code: int = 2) -> None:
+    """The command fails with one `error:` line that holds `says`, and leaves everything below `place` as it was."""
+    before = fingerprint(place)
+    outcome = run(*arguments)
+    lines = outcome.err.splitlines()
+    assert outcome.code == code, outcome
+    assert len(lines) == 1 and lines[0].startswith("error: "), outcome.err
+    for phrase in says:
+        assert phrase in lines[0]
+    assert outcome.out == ""
+    assert fingerprint(place) == before

@@ -1,0 +1,18 @@
+"""Fixtures for all tests. Nothing here or in a test reaches the network."""
+
+import os
+from pathlib import Path
+
+import cuda_stub as stub_libraries
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def cuda_stub(request: pytest.FixtureRequest) -> Path:
+    """Directory of stand-ins for the CUDA libraries (cuda_stub.py), built once, kept in the pytest cache."""
+    try:
+        return stub_libraries.ensure(request.config.cache.mkdir("cuda-stub"))
+    except stub_libraries.StubUnavailableError as error:
+        pytest.skip(f"no CUDA stub: {error}")

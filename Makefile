@@ -59,6 +59,6 @@ $(VENV5)/.installed: requirements-transformers5.txt
 
 .PRECIOUS: %/bin/pip
 %/bin/pip:
-	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "no Python 3.11 or newer: install one, or name yours with make setup PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $*

@@ -28,7 +28,7 @@ class LowerAttentionPass(RewritePass):
 
     and `padding="left"`, where every row ends at the last position and the mask becomes a bias::
 
-        Shape[1] - 1 -> seqlens_k [B];   mask -> Where(., 0, lowest) -> attention_bias [B,1,S,T]
+        ReduceSum(1) - 1 -> seqlens_k [B];   mask -> Where(., 0, lowest) -> attention_bias [B,1,S,T]
 
     1. GroupQueryAttention is causal by itself. With right padding it also applies the sliding window by attribute;
        with left padding the mask already holds it.
@@ -100,12 +100,11 @@ class LowerAttentionPass(RewritePass):
             return node.outputs[0]
 
         total = op("Shape", [attention_mask], start=1, end=2)
-        if self.padding == "right":
-            axes = add_initializer(graph, "axes.1", np.array([1], dtype=np.int64))
-            last = op("Sub", [op("ReduceSum", [attention_mask, axes], keepdims=0), one])
-        else:
-            batch = op("Shape", [attention_mask], "_batch", start=0, end=1)
-            last = op("Expand", [op("Sub", [total, one]), batch])
+        counted = attention_mask
+        if self.padding == "left":  # every position counts; made of the mask itself, so that nothing is copied from the CPU
+            counted = op("Cast", [op("Equal", [attention_mask, attention_mask])], "_ones", to=ir.DataType.INT64)
+        axes = add_initializer(graph, "axes.1", np.array([1], dtype=np.int64))
+        last = op("Sub", [op("ReduceSum", [counted, axes], keepdims=0), one])
         int32 = ir.DataType.INT32
         return op("Cast", [last], "_last", to=int32), op("Cast", [total], "_total", to=int32)
 

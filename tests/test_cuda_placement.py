@@ -1,0 +1,76 @@
+"""Where an `onnx-cuda` artifact runs: every node on the CUDA provider, but for the shape arithmetic listed here."""
+
+from pathlib import Path
+from typing import Any
+
+import harness
+import onnx_ir as ir
+import pytest
+import tiny
+import torch
+from placement import CPU, CUDA, Placement, place
+
+from dispc.export.trace import trace
+from dispc.masks import Masks
+from dispc.passes.pipeline import build_pipeline, run_pipeline
+from dispc.targets import make_plan
+
+SHAPE_NODES = ("/lengths/Cast_total", "Squeeze_total", "Squeeze_new", "/Sub")
+"""total_sequence_length, which GroupQueryAttention wants on the CPU, and the bounds of the mask's ranges."""
+
+
+def placed(variant: str, stub: Path, tmp_path: Path, **options: Any) -> Placement:
+    checkpoint = harness.checkpoint(variant)
+    masks = Masks.random(checkpoint.config, 0.5, 1)
+    plan = make_plan("onnx-cuda", **options)
+    model = trace(checkpoint, getattr(torch, plan.dtype))
+    run_pipeline(model, build_pipeline(plan, checkpoint, masks))
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+    return place(tmp_path / "model.onnx", stub)
+
+
+def assert_on_cuda(placement: Placement) -> None:
+    elsewhere = [name for name, (_, provider) in placement.assigned.items() if provider != CUDA]
+    unexpected = [name for name in elsewhere if not name.endswith(SHAPE_NODES) or "layers." in name]
+    assert not unexpected
+    assert not [name for name, op_type in placement.optimised.items() if op_type.startswith("Memcpy")]
+
+
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_every_family_runs_on_cuda(variant: str, padding: str, cuda_stub: Path, tmp_path: Path) -> None:
+    assert_on_cuda(placed(variant, cuda_stub, tmp_path, padding=padding))
+
+
+@pytest.mark.parametrize("variant", ["llama", "phi", "opt"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "bfloat16"},
+        {"dtype": "float32"},
+        {"lowering": "canonical"},
+        {"dtype": "float32", "lowering": "canonical"},
+    ],
+)
+def test_every_dtype_and_lowering_runs_on_cuda(
+    variant: str, options: dict[str, Any], cuda_stub: Path, tmp_path: Path
+) -> None:
+    assert_on_cuda(placed(variant, cuda_stub, tmp_path, **options))
+
+
+def test_a_node_that_falls_back_is_noticed(cuda_stub: Path, tmp_path: Path) -> None:
+    placement = placed("llama", cuda_stub, tmp_path)
+    name = "/model/layers.1/mlp/down_proj/MatMul"
+    fallen = placement._replace(assigned=placement.assigned | {name: ("MatMul", CPU)})
+    with pytest.raises(AssertionError, match="down_proj"):
+        assert_on_cuda(fallen)
+
+
+def test_a_llama_block_has_the_operators_it_needs_and_no_more(cuda_stub: Path, tmp_path: Path) -> None:
+    placement = placed("llama", cuda_stub, tmp_path)
+    block = [op_type for name, op_type in placement.optimised.items() if "layers.1/" in name]
+    assert block.count("GroupQueryAttention") == 1
+    assert block.count("MatMul") == 7
+    assert block.count("Gather") == 4
+    assert "Transpose" not in block
+    assert "ScatterND" not in block

@@ -15,6 +15,7 @@ the time including the flush are given, and the goal is judged by the latter. Pe
 the compiling process.
 """
 
+import json
 import os
 import time
 from pathlib import Path
@@ -66,7 +67,7 @@ def main(
     shards = sorted(model.glob("*.safetensors"))
     stored = sum(shard.stat().st_size for shard in shards)
     write_bytes = WRITTEN_BYTES if shape == "llama-2-7b" and layers is None else stored // 2
-    make_masks(model, 0.5, masks)
+    make_masks(model, masks)
     command = dispc("compile", model, "--masks", masks, "--target", "onnx-cuda", "-o", out, "--no-validate")
     blocks = max(1, write_bytes // 2**24)
     filler = work / "dd.out"
@@ -91,6 +92,7 @@ def main(
         compiles.append(run(command))
         times["compile"].append(compiles[-1].seconds)
         times["compile and flush"].append(compiles[-1].seconds + flush(out))
+    parameters = json.loads((out / "dispc.json").read_text())["block_parameters"]
     written = sum(file.stat().st_size for file in out.iterdir())
     result["load_after"] = load()
     remove(out)
@@ -102,6 +104,7 @@ def main(
     result["page_cache"] = "dropped before every measurement" if cold else "NOT dropped (not permitted)"
     result["cpu_seconds"] = summary([one.user_seconds + one.system_seconds for one in compiles])
     result |= {"read_bytes": stored, "dd_written_bytes": blocks * 2**24, "artifact_bytes": written}
+    result["block_parameters_kept"] = round(parameters["kept"] / parameters["dense"], 4)
     peak = max(one.peak_bytes for one in compiles) / GIB
     ratio, unflushed = (result[name]["median"] / result["dd"]["median"] for name in reversed(names[3:]))
     result |= {"peak_gib": round(peak, 3), "ratio": round(ratio, 3)}

@@ -7,7 +7,8 @@ SMOLLM2_DIR is a Hugging Face directory of SmolLM2-135M; OTHER_VENV has transfor
 onnxruntime-genai, which the builder wants. Rows, measured in turn, round after round, each a fresh process
 whose output is deleted:
 
-- dispc, half pruned: `dispc compile --no-validate`, random masks of ratio 0.5, onnx-cpu, float32
+- dispc, half pruned: `dispc compile --no-validate`, onnx-cpu, float32, random masks that keep half
+  of the block parameters
 - dispc, dense: the same with `--dense`, so that as many bytes are written as the builder writes
 - builder: `python -m onnxruntime_genai.models.builder -p fp32 -e cpu`
 
@@ -43,7 +44,7 @@ def main(
     if smoke:
         rounds = 1
     masks, out = work / "masks.safetensors", work / "out"
-    make_masks(model, 0.5, masks)
+    make_masks(model, masks)
     compile_command = dispc("compile", model, "--target", "onnx-cpu", "-o", out, "--no-validate")
     commands: dict[str, list[str | Path]] = {
         "dispc, half pruned": [*compile_command, "--masks", masks],

@@ -66,15 +66,15 @@ class Checkpoint:
 
         try:
             return AutoConfig.from_pretrained(str(self.directory), trust_remote_code=False)
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{self.directory / 'config.json'}: transformers cannot read it: {first_line}") from error
+        except Exception as error:  # what transformers raises for nonsense shares no base class
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"{self.directory / 'config.json'}: transformers cannot read it: {reason}") from error
 
     @cached_property
     def config(self) -> DecoderConfig:
         try:
             return DecoderConfig.from_pretrained(self.pretrained_config, self.family)
-        except AttributeError as error:
+        except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
             raise CheckpointError(f"{self.directory / 'config.json'}: {error}") from error
 
     @cached_property
@@ -169,6 +169,8 @@ def _list_safetensors(path: Path) -> dict[str, CheckpointTensor]:
                     tensors[name] = CheckpointTensor(name, tuple(view.get_shape()), dtype, path, reader(name))
     except SafetensorError as error:
         raise CheckpointError(f"{path}: truncated or corrupt safetensors file ({error})") from error
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: cannot be mapped into memory ({str(error).splitlines()[0]})") from error
     return tensors
 
 
@@ -183,5 +185,5 @@ def _list_torch_file(path: Path) -> dict[str, CheckpointTensor]:
     return {
         name: CheckpointTensor(name, tuple(tensor.shape), tensor.dtype, path, lambda tensor=tensor: tensor)
         for name, tensor in state.items()
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+        if isinstance(tensor, torch.Tensor) and tensor.dtype in SAFETENSORS_DTYPES.values()
     }

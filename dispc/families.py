@@ -157,9 +157,26 @@ class DecoderConfig:
     tied: bool
     layer_kinds: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "vocab_size", "max_positions"):  # fmt: skip
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}, a positive integer is expected")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} attention heads cannot share {self.num_key_value_heads} key/value heads"
+            )
+        if len(self.layer_kinds) != self.num_hidden_layers:
+            raise ValueError(f"layer_types names {len(self.layer_kinds)} of {self.num_hidden_layers} blocks")
+
     @staticmethod
     def from_pretrained(config: Any, family: Family) -> "DecoderConfig":
-        """Read the sizes off a transformers `PretrainedConfig`, which knows each family's defaults."""
+        """Read the sizes off a transformers `PretrainedConfig`, which knows each family's defaults.
+
+        Raises:
+            AttributeError, TypeError, ValueError, ZeroDivisionError: when a size is missing or makes no sense.
+        """
         heads = config.num_attention_heads
         layers = config.num_hidden_layers
         return DecoderConfig(

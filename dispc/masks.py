@@ -191,8 +191,11 @@ class Masks:
             "dispc_version": __version__,
         }
         partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(save(tensors, metadata))
-        partial.replace(path)
+        try:
+            partial.write_bytes(save(tensors, metadata))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: Path) -> "Masks":
@@ -220,6 +223,11 @@ class Masks:
             norm_scope: Any = metadata["norm_scope"]
         except (KeyError, ValueError) as error:
             raise MasksError(f"{path}: metadata is missing or malformed: {error}") from error
+        if min(layers, hidden, intermediate) < 1:
+            raise MasksError(
+                f"{path}: num_hidden_layers, hidden_size and intermediate_size must be positive, "
+                f"not {layers}, {hidden}, {intermediate}"
+            )
         if norm_scope not in get_args(NormScope):
             raise MasksError(f"{path}: norm_scope {norm_scope!r}; expected one of {get_args(NormScope)}")
         blocks = []

@@ -26,7 +26,11 @@ def run(*arguments: object) -> Outcome:
     out, err, code = io.StringIO(), io.StringIO(), 0
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        with patch.object(sys, "argv", ["dispc", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
+        with (
+            patch.object(sys, "argv", ["dispc", *map(str, arguments)]),
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
             cli.main()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0
@@ -36,15 +40,17 @@ def run(*arguments: object) -> Outcome:
 
 
 def fingerprint(directory: Path) -> dict[str, str]:
-    """Every path below `directory` with the digest of its content, so that nothing can appear, vanish or change."""
+    """Every path below `directory` with its content's digest: nothing can appear, vanish or change unseen."""
     return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else ""
         for path in sorted(directory.rglob("*"))
     }
 
 
 def assert_refused(place: Path, *arguments: object, says: tuple[str, ...] = (), code: int = 2) -> None:
-    """The command fails with one `error:` line that holds `says`, and leaves everything below `place` as it was."""
+    """The command fails with one `error:` line that holds `says`, and leaves all of `place` as it was."""
     before = fingerprint(place)
     outcome = run(*arguments)
     lines = outcome.err.splitlines()

@@ -16,7 +16,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"model_type": "gpt2"}, "'gpt2' is not supported"),
     "no model_type": ({}, "'missing' is not supported"),
     "moe": ({"model_type": "mixtral", "num_local_experts": 8}, "mixture-of-experts"),
-    "remote code": ({"model_type": "new", "auto_map": {"AutoModel": "m.M"}}, "never runs code from a checkpoint"),
+    "remote code": (
+        {"model_type": "new", "auto_map": {"AutoModel": "m.M"}},
+        "never runs code from a checkpoint",
+    ),
     "opt-350m norms": ({"model_type": "opt", "do_layer_norm_before": False}, "OPT-350M"),
     "opt-350m projections": ({"model_type": "opt", "hidden_size": 8, "word_embed_proj_dim": 4}, "OPT-350M"),
     "opt without final norm": ({"model_type": "opt", "_remove_final_layer_norm": True}, "layer norms"),
@@ -52,7 +55,9 @@ def test_a_row_names_every_linear_layer_of_a_block_once(variant: str) -> None:
 def test_a_row_names_every_norm_of_a_block_and_the_embedding(variant: str) -> None:
     model, config = harness._dense_reference(variant), harness.checkpoint(variant).config
     family, block = config.family, model.get_submodule(config.family.block(0))
-    wide = {m for n, m in block.named_modules() if "norm" in n and tuple(m.weight.shape) == (config.hidden_size,)}
+    wide = {
+        m for n, m in block.named_modules() if "norm" in n and tuple(m.weight.shape) == (config.hidden_size,)
+    }
     assert {block.get_submodule(family.attention_norm), block.get_submodule(family.mlp_norm)} == wide
     assert model.get_submodule(family.embedding) is model.get_input_embeddings()
 
@@ -66,7 +71,9 @@ def test_sizes_and_block_parameters_are_those_of_the_model(variant: str) -> None
     assert config.intermediate_size == weights[-1].shape[1]
     assert (config.vocab_size, config.hidden_size) == tuple(model.get_input_embeddings().weight.shape)
     assert config.tied == (model.lm_head.weight is model.get_input_embeddings().weight)
-    assert len(config.layer_kinds) == config.num_hidden_layers == len(model.get_submodule(config.family.layers))
+    assert (
+        len(config.layer_kinds) == config.num_hidden_layers == len(model.get_submodule(config.family.layers))
+    )
 
 
 def test_layer_kinds_tell_blocks_with_and_without_a_window_apart() -> None:
@@ -95,7 +102,9 @@ def test_what_is_not_supported_is_refused_with_the_reason_and_the_list(case: str
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-@pytest.mark.parametrize("rope", [None, {"type": "linear"}, {"rope_type": "llama3"}, {"rope_type": "default"}])
+@pytest.mark.parametrize(
+    "rope", [None, {"type": "linear"}, {"rope_type": "llama3"}, {"rope_type": "default"}]
+)
 def test_every_family_is_accepted_with_fixed_rotary_scaling(model_type: str, rope: Any) -> None:
     config = {"model_type": model_type, "hidden_size": 64, "rope_scaling": rope, "quantization_config": None}
     assert find_family(config) is FAMILIES[model_type]
@@ -110,8 +119,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-KEYS = ("rope_scaling", "rope_parameters", "quantization_config", "auto_map", "hidden_size", "word_embed_proj_dim",
-        "do_layer_norm_before", "num_experts")  # fmt: skip
+KEYS = ("rope_scaling", "rope_parameters", "quantization_config", "auto_map", "hidden_size", "num_experts",
+        "word_embed_proj_dim", "do_layer_norm_before")  # fmt: skip
 
 
 @given(st.sampled_from([*FAMILIES, "other"]) | JSON, st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4))

@@ -15,7 +15,12 @@ from dispc.errors import CheckpointError
 from dispc.weights import LazyWeight
 
 Array = np.ndarray[Any, Any]
-NUMPY = {torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16, torch.float32: np.float32, torch.float64: np.float64}
+NUMPY = {
+    torch.float16: np.float16,
+    torch.bfloat16: ml_dtypes.bfloat16,
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+}
 
 
 class Source:
@@ -23,7 +28,9 @@ class Source:
 
     def __init__(self, values: Array, name: str = "some.weight") -> None:
         self.values, self.reads = torch.from_numpy(values), 0
-        self.tensor = CheckpointTensor(name, values.shape, self.values.dtype, Path("shard.safetensors"), self.read)
+        self.tensor = CheckpointTensor(
+            name, values.shape, self.values.dtype, Path("shard.safetensors"), self.read
+        )
 
     def read(self) -> torch.Tensor:
         self.reads += 1
@@ -42,7 +49,9 @@ def expressions(draw: st.DrawFn) -> tuple[Source, LazyWeight, Array]:
     for step in draw(st.lists(st.sampled_from(["select", "transpose", "pad", "cast"]), max_size=6)):
         if step == "select":
             axis = draw(st.integers(0, 1))
-            kept = draw(st.sets(st.integers(0, max(value.shape[axis] - 1, 0)))) if value.shape[axis] else set()
+            kept = (
+                draw(st.sets(st.integers(0, max(value.shape[axis] - 1, 0)))) if value.shape[axis] else set()
+            )
             indices = np.array(sorted(kept), dtype=np.int64)
             weight, value = weight.select(axis, indices), value.take(indices, axis)
         elif step == "transpose":
@@ -91,7 +100,9 @@ def test_steps_leave_the_expression_and_the_source_they_started_from_alone(
 
 
 @given(expressions(), st.integers(0, 99))
-def test_rebase_applies_the_same_steps_to_another_tensor(case: tuple[Source, LazyWeight, Array], seed: int) -> None:
+def test_rebase_applies_the_same_steps_to_another_tensor(
+    case: tuple[Source, LazyWeight, Array], seed: int
+) -> None:
     source, weight, expected = case
     other = Source(matrix(*source.tensor.shape, seed=seed), "other.weight")
     rebased = weight.rebase(other.tensor)
@@ -101,21 +112,30 @@ def test_rebase_applies_the_same_steps_to_another_tensor(case: tuple[Source, Laz
 
 
 def test_rebase_refuses_a_tensor_of_another_shape() -> None:
-    with pytest.raises(CheckpointError, match=r"other.weight has shape \[3, 2\], config.json asks for \[2, 3\]"):
+    with pytest.raises(
+        CheckpointError, match=r"other.weight has shape \[3, 2\], config.json asks for \[2, 3\]"
+    ):
         LazyWeight(Source(matrix(2, 3)).tensor).rebase(Source(matrix(3, 2), "other.weight").tensor)
 
 
-@given(st.integers(0, 5), st.integers(0, 5), st.sampled_from([np.nan, np.inf, -np.inf]), st.sampled_from(list(NUMPY)))
+@given(
+    st.integers(0, 5),
+    st.integers(0, 5),
+    st.sampled_from([np.nan, np.inf, -np.inf]),
+    st.sampled_from(list(NUMPY)),
+)
 def test_one_value_that_is_not_finite_is_refused_wherever_it_lies(
     row: int, column: int, bad: float, dtype: torch.dtype
 ) -> None:
     values = matrix(6, 6)
     values[row, column] = bad
-    with pytest.raises(CheckpointError, match="shard.safetensors: tensor some.weight holds NaN or infinity"):
+    with pytest.raises(CheckpointError, match=r"shard\.safetensors: tensor some\.weight holds NaN"):
         LazyWeight(Source(values).tensor).cast(dtype).transpose().evaluate()
 
 
-@pytest.mark.parametrize(("dtype", "fits"), [(torch.float16, False), (torch.bfloat16, True), (torch.float32, True)])
+@pytest.mark.parametrize(
+    ("dtype", "fits"), [(torch.float16, False), (torch.bfloat16, True), (torch.float32, True)]
+)
 def test_a_value_too_large_for_the_dtype_is_refused_with_the_remedy(dtype: torch.dtype, fits: bool) -> None:
     values = matrix(2, 2)
     values[1, 1] = 1e6
@@ -135,6 +155,6 @@ def test_a_tensor_that_cannot_be_read_is_named_with_its_file(error: Any) -> None
         raise SafetensorError("changed") if error == "safetensors" else error
 
     tensor = CheckpointTensor("some.weight", (2,), torch.float32, Path("shard.safetensors"), read)
-    with pytest.raises(CheckpointError, match="shard.safetensors: tensor some.weight cannot be read") as refusal:
+    with pytest.raises(CheckpointError, match=r"shard\.safetensors: tensor some\.weight cannot") as refusal:
         LazyWeight(tensor).evaluate()
     assert len(str(refusal.value).splitlines()) == 1

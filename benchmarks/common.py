@@ -109,9 +109,7 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def report(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], goals: Mapping[str, bool]
-) -> None:
+def report(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], goals: Mapping[str, bool]) -> None:
     """Print a table, and below it one line for each goal: reached or not."""
     table = Table(title=title)
     for number, column in enumerate(columns):

@@ -35,9 +35,7 @@ def main(
     """Compile time against onnxruntime-genai's builder."""
     work.mkdir(parents=True, exist_ok=True)
     if model is None and (builder_python or not smoke):
-        raise typer.BadParameter(
-            "--model is needed: the tiny model of --smoke has no tokenizer for the builder"
-        )
+        raise typer.BadParameter("--model is needed: the tiny model of --smoke has no tokenizer for the builder")
     if model is None:
         model = work / "tiny"
         make_checkpoint(model, "tiny")
@@ -94,9 +92,7 @@ def main(
         result["ratio"] = round(ours / theirs, 3)
         result["ratio_dense"] = round(result["dispc, dense"]["seconds"]["median"] / theirs, 3)
         if not smoke:
-            goals[f"dispc takes {result['ratio']:.2f} times as long as the builder (goal 1.00)"] = (
-                ours <= theirs
-            )
+            goals[f"dispc takes {result['ratio']:.2f} times as long as the builder (goal 1.00)"] = ours <= theirs
     result["goals"] = goals
     columns = ("", "median s", "min s", "max s", "CPU s", "peak MiB", "written MB")
     report(f"compile, whole process, {rounds} rounds", columns, rows, goals)

@@ -64,9 +64,7 @@ def make_checkpoint(
     return total
 
 
-def _write_shard(
-    file: BinaryIO, tensors: dict[str, tuple[int, ...]], source: Words, rng: np.random.Generator
-) -> int:
+def _write_shard(file: BinaryIO, tensors: dict[str, tuple[int, ...]], source: Words, rng: np.random.Generator) -> int:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dimensions in tensors.items():
@@ -106,9 +104,7 @@ def main(
         raise typer.BadParameter(f"{shape}; shapes are {', '.join(SHAPES)}")
     total = make_checkpoint(directory, shape, layers=layers, sparse=sparse, shard_bytes=shard_bytes)
     os.sync()
-    console.print(
-        f"{directory}: {total / 10**9:.1f} GB ({total / GIB:.2f} GiB){' as holes' if sparse else ''}"
-    )
+    console.print(f"{directory}: {total / 10**9:.1f} GB ({total / GIB:.2f} GiB){' as holes' if sparse else ''}")
 
 
 if __name__ == "__main__":

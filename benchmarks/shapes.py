@@ -53,9 +53,7 @@ class Shape:
             "mlp.down_proj": (hidden, self.intermediate),
         }
         parts: dict[str, tuple[int, ...]] = {"model.embed_tokens": (self.vocabulary, hidden)}
-        parts |= {
-            f"model.layers.{i}.{name}": shape for i in range(self.layers) for name, shape in block.items()
-        }
+        parts |= {f"model.layers.{i}.{name}": shape for i in range(self.layers) for name, shape in block.items()}
         parts["model.norm"] = (hidden,)
         if not self.tied:
             parts["lm_head"] = (self.vocabulary, hidden)

@@ -8,7 +8,7 @@ import json
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,12 @@ from safetensors import SafetensorError, safe_open
 from dispc.errors import CheckpointError
 from dispc.families import DecoderConfig, Family, find_family
 
-SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+SAFETENSORS_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,10 @@ def _list_safetensors(path: Path) -> dict[str, CheckpointTensor]:
     return tensors
 
 
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 def _list_torch_file(path: Path) -> dict[str, CheckpointTensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -183,7 +192,7 @@ def _list_torch_file(path: Path) -> dict[str, CheckpointTensor]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a state dict")
     return {
-        name: CheckpointTensor(name, tuple(tensor.shape), tensor.dtype, path, lambda tensor=tensor: tensor)
+        name: CheckpointTensor(name, tuple(tensor.shape), tensor.dtype, path, partial(_same, tensor))
         for name, tensor in state.items()
         if isinstance(tensor, torch.Tensor) and tensor.dtype in SAFETENSORS_DTYPES.values()
     }

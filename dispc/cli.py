@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from dispc import __version__
 from dispc.errors import DispcError
@@ -107,7 +106,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; a chat template is applied where the tokenizer has one.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 chooses the likeliest token (greedy).")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
     as_json: JsonFlag = False,
@@ -168,7 +169,9 @@ def demo(
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     if version:
         out.print(__version__)
         raise typer.Exit

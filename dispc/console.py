@@ -5,7 +5,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from dispc.masks import SETS
@@ -16,7 +23,13 @@ MIB = 2**20
 @contextmanager
 def compile_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A bar over the bytes of the artifact; the callback takes (what, bytes done, bytes in all)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=1)
 
@@ -28,7 +41,9 @@ def compile_progress(console: Console) -> Iterator[Callable[[str, int, int], Non
 
 def compile_tables(manifest: Mapping[str, Any]) -> list[Table]:
     """The passes, and what came out."""
-    passes = Table(title=f"{manifest['model_type']} for {manifest['target']}, {manifest['dtype']}", title_justify="left")
+    passes = Table(
+        title=f"{manifest['model_type']} for {manifest['target']}, {manifest['dtype']}", title_justify="left"
+    )
     for column in ("pass", "rewrites", "nodes before", "nodes after", "seconds"):
         passes.add_column(column, justify="left" if column == "pass" else "right")
     for record in manifest["passes"]:

@@ -132,9 +132,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
         raise UnsupportedModelError(f"{reason}; supported: {supported_models()}")
     for refuses, reason in (*family.refusals, *COMMON_REFUSALS):
         if refuses(config):
-            raise UnsupportedModelError(
-                f"{model_type}: {reason} are not supported; supported: {supported_models()}"
-            )
+            raise UnsupportedModelError(f"{model_type}: {reason} are not supported; supported: {supported_models()}")
     return family
 
 

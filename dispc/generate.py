@@ -89,4 +89,6 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{directory}: no tokenizer that transformers can load; the model directory had none") from error
+        raise ArtifactError(
+            f"{directory}: no tokenizer that transformers can load; the model directory had none"
+        ) from error

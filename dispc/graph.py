@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ def make_node(
     inputs: Sequence[ir.Value | None],
     name: str,
     *,
-    attributes: Mapping[str, object] | None = None,
+    attributes: Mapping[str, Any] | None = None,
     domain: str = "",
     outputs: int | Sequence[ir.Value] = 1,
     dtype: ir.DataType | None = None,
@@ -51,7 +52,9 @@ def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol | npt.
     if isinstance(tensor, np.ndarray):
         tensor = ir.tensor(tensor, name=name)
     tensor.name = name
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 

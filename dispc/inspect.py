@@ -49,7 +49,10 @@ def _artifact(path: Path) -> dict[str, Any]:
     graph = onnx.load(path / "model.onnx", load_external_data=False).graph
     operators = Counter(f"{node.domain}.{node.op_type}".removeprefix(".") for node in graph.node)
     validation = manifest.get("validation")
-    facts = {"model": manifest["model_type"], "target": f"{manifest['target']}, {manifest['dtype']}"} | summary(manifest)
+    facts = {
+        "model": manifest["model_type"],
+        "target": f"{manifest['target']}, {manifest['dtype']}",
+    } | summary(manifest)
     facts["validation"] = "not run" if validation is None else "passed" if validation["passed"] else "failed"
     facts["compiled by"] = f"dispc {manifest['dispc']}"
     return {

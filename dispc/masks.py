@@ -113,9 +113,7 @@ class Masks:
         return Masks.from_indices([{}] * config.num_hidden_layers, config, metadata={"method": "dense"})
 
     @staticmethod
-    def random(
-        config: DecoderConfig, ratio: float, seed: int, *, norm_scope: NormScope = "full"
-    ) -> "Masks":
+    def random(config: DecoderConfig, ratio: float, seed: int, *, norm_scope: NormScope = "full") -> "Masks":
         """Random sets of uneven widths that prune about `ratio` of the block parameters, for tests and benchmarks.
 
         Every set keeps a share drawn around sqrt(1 - ratio), so that the products of two widths in the parameter
@@ -134,7 +132,12 @@ class Masks:
             [{name: draw(name) for name in SETS} for _ in range(config.num_hidden_layers)],
             config,
             norm_scope=norm_scope,
-            metadata={"method": "random", "pruning_ratio": str(ratio), "ratio_of": "blocks", "seed": str(seed)},
+            metadata={
+                "method": "random",
+                "pruning_ratio": str(ratio),
+                "ratio_of": "blocks",
+                "seed": str(seed),
+            },
         )
 
     # Figures

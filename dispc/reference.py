@@ -74,7 +74,7 @@ def _read_norm(
     def selected(x: Tensor) -> Tensor:
         kept = read.to(x.device, torch.float32)
         count = kept.sum().clamp(min=1)
-        h = x.float() * kept
+        h: Tensor = x.float() * kept
         if isinstance(norm, nn.LayerNorm):
             h = (h - h.sum(-1, keepdim=True) / count) * kept
         epsilon = norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon
@@ -82,6 +82,7 @@ def _read_norm(
         h = h.to(x.dtype) * norm.weight
         if isinstance(norm, nn.LayerNorm):
             h = h + norm.bias
-        return h * read.to(x)
+        masked: Tensor = h * read.to(x)
+        return masked
 
     return selected

@@ -12,7 +12,7 @@ Lowering = Literal["inverse-gather", "canonical"]
 class Target:
     """One row of the table. The first dtype is the default.
 
-    `group_query` lists the dtypes for which ONNX Runtime has a GroupQueryAttention kernel on this provider (the opset 23
+    `group_query` lists the dtypes for which ONNX Runtime has a GroupQueryAttention kernel on this provider (opset 23's
     Attention serves the others), `scatter_add` those for which it can run ScatterND(add).
     """
 
@@ -67,9 +67,7 @@ class Plan:
         return self.dtype in self.target.group_query
 
 
-def make_plan(
-    target: str, dtype: str | None = None, padding: str | None = None, lowering: str | None = None
-) -> Plan:
+def make_plan(target: str, dtype: str | None = None, padding: str | None = None, lowering: str | None = None) -> Plan:
     """Fill in the defaults of a target and refuse what ONNX Runtime cannot run.
 
     Raises:

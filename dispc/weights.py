@@ -1,22 +1,21 @@
 """Lazy weight expressions: what a pruned weight is made of, evaluated only while the artifact is written.
 
-    checkpoint tensor [out, in] -> cast -> transpose -> select rows -> select columns -> pad
+    checkpoint tensor [out, in] -> rows -> columns -> cast -> pad -> transpose
 
 Each method returns a new expression; nothing is read before `evaluate`. The expressions are onnx_ir tensors, so that
 graphs carry them as initializers.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from safetensors import SafetensorError
 
 from dispc.checkpoint import CheckpointTensor
 from dispc.errors import CheckpointError
+from dispc.masks import Indices
 
 DTYPES: dict[torch.dtype, ir.DataType] = {
     torch.float32: ir.DataType.FLOAT,
@@ -26,64 +25,80 @@ DTYPES: dict[torch.dtype, ir.DataType] = {
 }
 
 
-@dataclass(frozen=True)
-class Step:
-    """One operation of an expression, with the shape and dtype it results in."""
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """What is done to a stored tensor, in this order: rows, columns, dtype, padding of the rows, transposition."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    apply: Callable[[torch.Tensor], torch.Tensor]
+    rows: Indices | None = None
+    columns: Indices | None = None
+    dtype: torch.dtype | None = None
+    padding: int = 0
+    transposed: bool = False
 
 
 class LazyWeight(ir.LazyTensor):
-    """A checkpoint tensor and the steps that make a weight of it; computed each time it is asked for, never kept."""
+    """A checkpoint tensor and the recipe that makes a weight of it; computed each time it is asked for, never kept.
 
-    def __init__(self, source: CheckpointTensor, steps: tuple[Step, ...] = ()) -> None:
-        last = steps[-1] if steps else source
+    Whatever order the methods are called in, what is pruned away goes first and the transposition comes last: slices of
+    stored rows are cheap, and every later step then touches only what is kept.
+    """
+
+    def __init__(self, source: CheckpointTensor, recipe: Recipe | None = None) -> None:
         self.source = source
-        self.steps = steps
-        self.torch_dtype = last.dtype
-        self.sizes = last.shape
+        self.recipe = recipe or Recipe()
+        self.torch_dtype = self.recipe.dtype or source.dtype
+        kept = zip((self.recipe.rows, self.recipe.columns), source.shape, strict=False)
+        stored = [size if indices is None else len(indices) for indices, size in kept]
+        stored[:1] = [size + self.recipe.padding for size in stored[:1]]
+        self.sizes = tuple(reversed(stored) if self.recipe.transposed else stored)
         super().__init__(
             lambda: ir.tensor_adapters.TorchTensor(self.evaluate()),
-            DTYPES[last.dtype],
-            ir.Shape(last.shape),
+            DTYPES[self.torch_dtype],
+            ir.Shape(self.sizes),
             name=source.name,
         )
 
     def rebase(self, source: CheckpointTensor) -> "LazyWeight":
-        """The same steps on another tensor of the same shape.
+        """The same recipe on another tensor of the same shape.
 
         Raises:
             CheckpointError: when the shape differs.
         """
-        return LazyWeight(source.expect(self.source.shape), self.steps)
+        return LazyWeight(source.expect(self.source.shape), self.recipe)
 
-    def _then(
-        self, shape: tuple[int, ...], apply: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype | None = None
-    ) -> "LazyWeight":
-        return LazyWeight(self.source, (*self.steps, Step(shape, dtype or self.torch_dtype, apply)))
-
-    def select(self, axis: int, indices: npt.NDArray[np.int64]) -> "LazyWeight":
+    def select(self, axis: int, indices: Indices) -> "LazyWeight":
         """Keep `indices` along `axis`."""
         if len(indices) == self.sizes[axis]:
             return self
-        shape = list(self.sizes)
-        shape[axis] = len(indices)
-        return self._then(tuple(shape), lambda t: t.index_select(axis, torch.from_numpy(indices)))
+        stored = "rows" if axis == int(self.recipe.transposed) else "columns"
+        earlier: Indices | None = getattr(self.recipe, stored)
+        return self._with(**{stored: indices if earlier is None else earlier[indices]})
 
     def transpose(self) -> "LazyWeight":
         """[rows, columns] -> [columns, rows]."""
-        return self._then(self.sizes[::-1], lambda t: t.t())
+        return self._with(transposed=not self.recipe.transposed)
 
     def pad_last(self, width: int) -> "LazyWeight":
-        """Append zeros to the last axis until it is `width` wide."""
-        missing = width - self.sizes[-1]
-        return self._then((*self.sizes[:-1], width), lambda t: torch.nn.functional.pad(t, (0, missing)))
+        """Append zeros to the last axis until it is `width` wide. The last axis must be the stored rows."""
+        assert self.recipe.transposed or len(self.sizes) == 1, "only outputs of a projection are padded"
+        return self._with(padding=width - self.sizes[-1] + self.recipe.padding)
 
     def cast(self, dtype: torch.dtype) -> "LazyWeight":
         """Convert to `dtype`, rounding to nearest."""
-        return self if dtype == self.torch_dtype else self._then(self.sizes, lambda t: t.to(dtype), dtype)
+        return self._with(dtype=dtype)
+
+    def _with(self, **changes: Any) -> "LazyWeight":
+        return LazyWeight(self.source, replace(self.recipe, **changes))
+
+    def _compute(self) -> torch.Tensor:
+        recipe, value = self.recipe, self.source.read()
+        for axis, indices in enumerate((recipe.rows, recipe.columns)):
+            if indices is not None:
+                value = value.index_select(axis, torch.from_numpy(indices))
+        value = value.to(self.torch_dtype)
+        if recipe.padding:
+            value = torch.nn.functional.pad(value, (0,) * (2 * value.ndim - 1) + (recipe.padding,))
+        return (value.t() if recipe.transposed else value).contiguous()
 
     def evaluate(self) -> torch.Tensor:
         """The value, contiguous.
@@ -92,10 +107,7 @@ class LazyWeight(ir.LazyTensor):
             CheckpointError: when it cannot be read, or holds NaN or infinity.
         """
         try:
-            value = self.source.read()
-            for step in self.steps:
-                value = step.apply(value)
-            value = value.contiguous()
+            value = self._compute()
         except (RuntimeError, OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{self.source.file}: tensor {self.source.name} cannot be read ({str(error).splitlines()[0]})"

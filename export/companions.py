@@ -36,7 +36,7 @@ def genai_config(checkpoint: Checkpoint, plan: Plan, cache_layers: int) -> dict[
     inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask", "position_ids": "position_ids"}
     caches = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
     presents = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
-    provider_options = [{"cuda": {}}] if plan.target.provider == "CUDAExecutionProvider" else []
+    provider_options: list[dict[str, Any]] = [{"cuda": {}}] if plan.target.provider == "CUDAExecutionProvider" else []
     return {
         "model": {
             "type": "decoder",

@@ -23,15 +23,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dispc.checkpoint import Checkpoint
 from dispc.export.translate import translate
 
-
 # The operators of the trace. They have shapes and no kernels: nothing is computed under fake tensors.
-_library = torch.library.Library("dispc", "DEF")
-_library.define("attention(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, float scale, int window) -> (Tensor, Tensor, Tensor)")
-_library.define("rotary(Tensor x, int heads) -> Tensor")
-_library.define("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor")
+_library = torch.library.Library("dispc", "DEF")  # type: ignore[no-untyped-call]
+for _schema in (
+    "attention(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, float scale, int window)"
+    " -> (Tensor, Tensor, Tensor)",
+    "rotary(Tensor x, int heads) -> Tensor",
+    "rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor",
+):
+    _library.define(_schema)  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("dispc::attention")
+@torch.library.register_fake("dispc::attention")  # type: ignore[untyped-decorator]
 def _attention_shape(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, scale: float, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,12 +43,12 @@ def _attention_shape(
     return torch.empty_like(q), q.new_empty(present), q.new_empty(present)
 
 
-@torch.library.register_fake("dispc::rotary")
+@torch.library.register_fake("dispc::rotary")  # type: ignore[untyped-decorator]
 def _rotary_shape(x: Tensor, heads: int) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("dispc::rms_norm")
+@torch.library.register_fake("dispc::rms_norm")  # type: ignore[untyped-decorator]
 def _rms_norm_shape(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return torch.empty_like(x)
 
@@ -59,7 +62,14 @@ class Recorder:
     rotary: bool = False
 
     def attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **options: Any
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        scaling: float,
+        **options: Any,
     ) -> tuple[Tensor, None]:
         """The attention function given to transformers: query, key and value are [B,H,S,D]."""
 
@@ -173,6 +183,8 @@ def export_program(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.export.E
         dynamic = torch.export.Dim.DYNAMIC
         tokens, caches = {0: dynamic, 1: dynamic}, {0: dynamic, 2: dynamic}
         return torch.export.export(
-            Wrapper(model, recorder), (ids, ids.clone(), *past), strict=False,
+            Wrapper(model, recorder),
+            (ids, ids.clone(), *past),
+            strict=False,
             dynamic_shapes=(tokens, tokens, (caches,) * len(past)),
         )

@@ -11,13 +11,14 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from torch.fx import Node
 
 from dispc.checkpoint import Checkpoint
 from dispc.errors import CompileError
-from dispc.weights import DTYPES, LazyWeight
 from dispc.graph import WINDOW, add_initializer, make_node, scope
+from dispc.weights import DTYPES, LazyWeight
 
+Node = Any
+"""A torch.fx node. Its arguments may be anything, which its type would have every line assert away."""
 OPSET = 23
 HEAD = "lm_head.weight"
 LAST = torch.iinfo(torch.int64).max
@@ -132,9 +133,7 @@ class Translator:
         self.names[name] = count = self.names.get(name, -1) + 1
         return f"{name}_{count}" if count else name
 
-    def emit(
-        self, node: Node, op_type: str, inputs: list[ir.Value | None], outputs: int = 1, **attributes: Any
-    ) -> Any:
+    def emit(self, node: Node, op_type: str, inputs: list[ir.Value | None], outputs: int = 1, **attributes: Any) -> Any:
         """Append a node named after the module that `node` was traced in; returns its output(s)."""
         made = make_node(op_type, inputs, self._name(node, op_type), attributes=attributes, outputs=outputs)
         self.graph.append(made)
@@ -167,7 +166,7 @@ class Translator:
 
     def operand(self, node: Node, argument: Any) -> ir.Value:
         """An elementwise operand: a tensor, or a Python number as a scalar of the model's dtype."""
-        if isinstance(argument, Node):
+        if isinstance(argument, torch.fx.Node):
             value = self.values[argument]
             return self.parameter(argument) if isinstance(value, str) else value
         dtype = node.meta["val"].dtype
@@ -337,7 +336,14 @@ def _rotary(t: Translator, node: Node) -> Any:
 
 def _attention(t: Translator, node: Node) -> Any:
     query, key, value, past_key, past_value, scale, window = node.args
-    inputs = [t.values[query], t.values[key], t.values[value], t.mask(window), t.values[past_key], t.values[past_value]]
+    inputs = [
+        t.values[query],
+        t.values[key],
+        t.values[value],
+        t.mask(window),
+        t.values[past_key],
+        t.values[past_value],
+    ]
     config = t.checkpoint.config
     heads = {"q_num_heads": config.num_attention_heads, "kv_num_heads": config.num_key_value_heads}
     outputs = t.emit(node, "Attention", inputs, outputs=3, scale=scale, **heads)

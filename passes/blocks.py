@@ -126,7 +126,9 @@ def _explain_adds(
     for add in adds:
         parts = [terms.get(value) if value is not None else None for value in add.inputs]
         if None in parts:
-            raise CompileError(f"{add.name}: adds something that is neither the residual stream nor a sub-layer's output")
+            raise CompileError(
+                f"{add.name}: adds something that is neither the residual stream nor a sub-layer's output"
+            )
         terms[add.outputs[0]] = sum((part for part in parts if part is not None), Counter())
     everything = Counter(["stream", "attention", "mlp"])
     outputs = [value for value, found in terms.items() if found == everything]

@@ -76,7 +76,12 @@ class LowerAttentionPass(RewritePass):
                 attributes["local_window_size"] = window
             name = (kernel.name or "").removesuffix("Attention") + "GroupQueryAttention"
             made = make_node(
-                "GroupQueryAttention", inputs, name, domain=MICROSOFT, attributes=attributes, outputs=len(kernel.outputs)
+                "GroupQueryAttention",
+                inputs,
+                name,
+                domain=MICROSOFT,
+                attributes=attributes,
+                outputs=len(kernel.outputs),
             )
             graph.insert_before(kernel, made)
             for index, (old, new) in enumerate(zip(kernel.outputs, made.outputs, strict=True)):
@@ -101,7 +106,9 @@ class LowerAttentionPass(RewritePass):
 
         total = op("Shape", [attention_mask], start=1, end=2)
         counted = attention_mask
-        if self.padding == "left":  # every position counts; made of the mask itself, so that nothing is copied from the CPU
+        if (
+            self.padding == "left"
+        ):  # every position counts; made of the mask itself, so that nothing is copied from the CPU
             counted = op("Cast", [op("Equal", [attention_mask, attention_mask])], "_ones", to=ir.DataType.INT64)
         axes = add_initializer(graph, "axes.1", np.array([1], dtype=np.int64))
         last = op("Sub", [op("ReduceSum", [counted, axes], keepdims=0), one])
@@ -114,7 +121,7 @@ class LowerAttentionPass(RewritePass):
         past = anchor.inputs[4]
         assert query is not None and past is not None and past.dtype is not None
         dtype = past.dtype.numpy()
-        lowest = np.array(ml_dtypes.finfo(dtype).min, dtype=dtype)
+        lowest = np.array(ml_dtypes.finfo(dtype).min, dtype=dtype)  # type: ignore[no-untyped-call]
         allowed = add_initializer(graph, "bias.allowed", np.array(0, dtype=dtype))
         forbidden = add_initializer(graph, "bias.forbidden", lowest)
         name = (mask.name or "").removesuffix("/And_output") + "/Where"

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dispc.errors import CompileError
-from dispc.graph import add_initializer, drop_unused_initializers, make_node, remove_dead
+from dispc.graph import add_initializer, consumers, drop_unused_initializers, make_node, remove_dead
 from dispc.masks import Indices
 from dispc.passes.base import RewritePass
 from dispc.weights import LazyWeight
@@ -63,7 +63,7 @@ class LowerScatterPass(RewritePass):
         inverse = add_initializer(graph, f"{indices.name}.inverse", inverse_index(write, self.width))
         gather = make_node("Gather", [update, inverse], f"{name}/Gather", attributes={"axis": -1})
         add = make_node("Add", [stream, gather.outputs[0]], f"{name}/Add")
-        turned_back = scatter.outputs[0].uses()[0].node
+        turned_back = consumers(scatter.outputs[0])[0]
         graph.insert_before(turned_back, [gather, add])
         ir.convenience.replace_all_uses_with(turned_back.outputs[0], add.outputs[0])
         remove_dead(graph, [turned_back])

@@ -1,5 +1,7 @@
 """Make every sub-layer read, work in and add into its own sets: the canonical form of a pruned model."""
 
+from itertools import pairwise
+
 import onnx_ir as ir
 
 from dispc.errors import CompileError
@@ -59,14 +61,15 @@ class PruneBlocksPass(RewritePass):
         kept = sum(value.const_value.size for value in weights if value.const_value is not None)
         if kept != self.masks.kept_parameters(self.config):
             raise ConditionError(
-                f"pass {self.name} kept {kept} block parameters, the masks keep {self.masks.kept_parameters(self.config)}"
+                f"pass {self.name} kept {kept} block parameters, "
+                f"the masks keep {self.masks.kept_parameters(self.config)}"
             )
 
     def rewrite(self, model: ir.Model) -> int:
         graph = model.graph
         finder = BlockFinder(graph, self.config.family)
         blocks = [finder.find(index) for index in range(self.config.num_hidden_layers)]
-        for previous, block in zip(blocks, blocks[1:], strict=False):
+        for previous, block in pairwise(blocks):
             if block.residual is not previous.output:
                 raise CompileError(f"{block.attention.norm.name}: does not read what the block before it writes")
         stream, count = blocks[0].residual, 0

@@ -79,7 +79,10 @@ class Template:
         self.residual = norms[0].inputs[0]
         inside = set(self.nodes)
         leaving = [
-            value for node in self.nodes for value in node.outputs if any(use.node not in inside for use in value.uses())
+            value
+            for node in self.nodes
+            for value in node.outputs
+            if any(use.node not in inside for use in value.uses())
         ]
         if len(leaving) != 1:
             raise CompileError(f"{self.module}: one value must leave the block, found {[v.name for v in leaving]}")
@@ -109,7 +112,7 @@ class BlockCopy:
             outputs.append(copy)
             if value.is_graph_output():
                 self.presents.append(copy)
-        made = ir.Node(
+        return ir.Node(
             node.domain,
             node.op_type,
             [self._input(value) for value in node.inputs],
@@ -118,7 +121,6 @@ class BlockCopy:
             name=self._name(node.name),
             metadata_props=dict(node.metadata_props),
         )
-        return made
 
     def _input(self, value: ir.Value | None) -> ir.Value | None:
         if value is None or value in self.values:

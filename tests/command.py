@@ -42,9 +42,7 @@ def run(*arguments: object) -> Outcome:
 def fingerprint(directory: Path) -> dict[str, str]:
     """Every path below `directory` with its content's digest: nothing can appear, vanish or change unseen."""
     return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        if path.is_file()
-        else ""
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in sorted(directory.rglob("*"))
     }
 

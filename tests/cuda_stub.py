@@ -111,9 +111,7 @@ def _include() -> Path:
     for place in (*wheels, *sorted(Path("/usr/local").glob("cuda-13*/include"))):
         if all((place / header).exists() for header in ("driver_types.h", "crt/host_defines.h")):
             return place
-    raise StubUnavailableError(
-        "no CUDA 13 headers: install the wheels nvidia-cuda-runtime and nvidia-cuda-crt (13.x)"
-    )
+    raise StubUnavailableError("no CUDA 13 headers: install the wheels nvidia-cuda-runtime and nvidia-cuda-crt (13.x)")
 
 
 def _build(provider: Path, include: Path, out: Path) -> None:
@@ -141,9 +139,7 @@ def _definitions(functions: set[str], *, create: bool) -> str:
     """C functions that report success; with `create`, those named so hand out a handle."""
     handle = "long {}(void **p) {{ if (p) *p = malloc(64); return 0; }}\n"
     plain = "long {}(void) {{ return 0; }}\n"
-    return "".join(
-        (handle if create and "Create" in name else plain).format(name) for name in sorted(functions)
-    )
+    return "".join((handle if create and "Create" in name else plain).format(name) for name in sorted(functions))
 
 
 def _compile(soname: str, source: str, include: Path, out: Path, *, versioned: bool) -> None:

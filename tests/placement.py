@@ -39,9 +39,7 @@ def place(model: Path, stub: Path) -> Placement:
     if done.returncode != 0:
         raise RuntimeError(f"no CUDA session for {model} (exit {done.returncode}):\n{done.stderr}")
     found: dict[str, Any] = json.loads(done.stdout)
-    return Placement(
-        {name: (op, provider) for name, (op, provider) in found["assigned"].items()}, found["optimised"]
-    )
+    return Placement({name: (op, provider) for name, (op, provider) in found["assigned"].items()}, found["optimised"])
 
 
 def main(model: str) -> None:

@@ -24,9 +24,7 @@ FORMATS = ("safetensors", "sharded safetensors", "torch", "sharded torch")
 def store(state: dict[str, torch.Tensor], directory: Path, kind: str) -> Checkpoint:
     """A llama directory whose weights are `state`, written in one of FORMATS."""
     directory.mkdir()
-    (directory / "config.json").write_text(
-        (harness.checkpoint("llama").directory / "config.json").read_text()
-    )
+    (directory / "config.json").write_text((harness.checkpoint("llama").directory / "config.json").read_text())
     save, stem, suffix = (
         (torch.save, "pytorch_model", "bin") if "torch" in kind else (save_file, "model", "safetensors")
     )
@@ -48,9 +46,7 @@ def state() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_format_holds_the_same_tensors(
-    kind: str, state: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
+def test_every_format_holds_the_same_tensors(kind: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     checkpoint = store(state, tmp_path / "model", kind)
     assert set(checkpoint.tensors) == set(state)
     for name, value in state.items():
@@ -62,18 +58,14 @@ def test_every_format_holds_the_same_tensors(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("kind", ["safetensors", "torch"])
-def test_stored_dtypes_are_kept(
-    kind: str, dtype: torch.dtype, state: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
+def test_stored_dtypes_are_kept(kind: str, dtype: torch.dtype, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     checkpoint = store({name: value.to(dtype) for name, value in state.items()}, tmp_path / "model", kind)
     assert {tensor.dtype for tensor in checkpoint.tensors.values()} == {dtype}
     assert checkpoint.find("lm_head.weight").read().dtype == dtype
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch"])
-def test_tensors_that_are_no_weights_do_not_count(
-    kind: str, state: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
+def test_tensors_that_are_no_weights_do_not_count(kind: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     extra = {"positions": torch.arange(3), "packed": torch.zeros(3, dtype=torch.float8_e4m3fn)}
     assert set(store(state | extra, tmp_path / "model", kind).tensors) == set(state)
 
@@ -83,9 +75,7 @@ def test_listing_reads_headers_and_no_values(tmp_path: Path) -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
     elements = 2**28  # 1 GiB in a file without blocks on the disk
-    header = json.dumps(
-        {"w": {"dtype": "F32", "shape": [elements], "data_offsets": [0, 4 * elements]}}
-    ).encode()
+    header = json.dumps({"w": {"dtype": "F32", "shape": [elements], "data_offsets": [0, 4 * elements]}}).encode()
     checkpoint = store({}, tmp_path / "model", "safetensors")
     with open(tmp_path / "model" / "model.safetensors", "wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
@@ -95,9 +85,7 @@ def test_listing_reads_headers_and_no_values(tmp_path: Path) -> None:
     assert resident() - before < 2**28
 
 
-def test_the_bare_base_model_is_found_under_the_full_names(
-    state: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
+def test_the_bare_base_model_is_found_under_the_full_names(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     bare = {name.removeprefix("model."): value for name, value in state.items()}
     checkpoint = store(bare, tmp_path / "model", "safetensors")
     for name, value in state.items():
@@ -117,9 +105,7 @@ def test_a_tied_head_is_the_embedding() -> None:
     assert checkpoint.find("lm_head.weight") is checkpoint.find("model.embed_tokens.weight")
 
 
-def test_a_shard_may_be_a_link_as_in_the_cache_of_the_hub(
-    state: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
+def test_a_shard_may_be_a_link_as_in_the_cache_of_the_hub(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     checkpoint = store(state, tmp_path / "model", "sharded safetensors")
     blob = tmp_path / "blob"
     (tmp_path / "model" / "model-1.safetensors").rename(blob)
@@ -127,9 +113,7 @@ def test_a_shard_may_be_a_link_as_in_the_cache_of_the_hub(
     assert set(checkpoint.tensors) == set(state)
 
 
-@pytest.mark.parametrize(
-    "shard", ["../outside.safetensors", "/tmp/outside.safetensors", "sub/../../outside", "..", ""]
-)
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "/tmp/outside.safetensors", "sub/../../outside", "..", ""])
 def test_an_index_cannot_name_a_file_outside_the_directory(
     shard: str, state: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
@@ -160,16 +144,12 @@ def test_a_malicious_pickle_is_refused_and_not_executed(protect: bool, tmp_path:
         torch.load(path, weights_only=False)
         assert (tmp_path / "executed").exists()
         return
-    with pytest.raises(
-        CheckpointError, match=r"pytorch_model\.bin: not a torch file that can be loaded safely"
-    ):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: not a torch file that can be loaded safely"):
         _ = Checkpoint(tmp_path / "model").tensors
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"junk" * 100, pickle.dumps({"a": 1}), pickle.dumps(Payload(Path("x")))]
-)
+@pytest.mark.parametrize("content", [b"", b"junk" * 100, pickle.dumps({"a": 1}), pickle.dumps(Payload(Path("x")))])
 def test_a_bin_that_torch_did_not_write_is_refused(content: bytes, tmp_path: Path) -> None:
     store({}, tmp_path / "model", "torch")
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(content)

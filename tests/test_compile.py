@@ -17,7 +17,9 @@ from dispc.compiler import CompileOptions, ParityFailure, compile_model
 from dispc.masks import SETS, Masks, set_width
 from dispc.validate.parity import LIMITS, logit_error
 
-FULL_MATRIX = [(v, s, t) for v in tiny.VARIANTS for s in ("full", "selected") for t in ("onnx-cpu", "onnx-cuda", "onnx")]
+FULL_MATRIX = [
+    (v, s, t) for v in tiny.VARIANTS for s in ("full", "selected") for t in ("onnx-cpu", "onnx-cuda", "onnx")
+]
 
 
 def compile_variant(variant: str, masks: Masks, tmp_path: Path, target: str, **options: Any) -> dict[str, Any]:
@@ -42,7 +44,12 @@ def test_an_artifact_computes_what_the_masked_reference_computes(
     manifest = compile_variant(variant, Masks.random(config, 0.5, 3, norm_scope=norm_scope), tmp_path, target)
     validation = manifest["validation"]
     assert validation["passed"]
-    assert {check["name"] for check in validation["checks"]} == {"prefill", "decode", "padded batch", "greedy tokens"}
+    assert {check["name"] for check in validation["checks"]} == {
+        "prefill",
+        "decode",
+        "padded batch",
+        "greedy tokens",
+    }
     assert "64 steps" in validation["checks"][-1]["detail"]
 
 
@@ -66,7 +73,9 @@ def test_every_padding_and_dtype_passes_and_is_declared(
     manifest = compile_variant(variant, masks, tmp_path, target, dtype=dtype, padding=padding)
     assert manifest["validation"]["passed"]
     assert (manifest["padding"], manifest["dtype"]) == (padding, dtype)
-    metadata = {p.key: p.value for p in onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).metadata_props}
+    metadata = {
+        p.key: p.value for p in onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).metadata_props
+    }
     assert metadata["dispc.padding"] == padding
 
 
@@ -132,7 +141,9 @@ def test_dense_compile_gives_the_dense_model(tmp_path: Path) -> None:
     manifest = compile_model(options)
     assert manifest["validation"]["passed"]
     assert manifest["block_parameters"]["kept"] == manifest["block_parameters"]["dense"]
-    assert "Gather" not in harness.operators(harness.rewritten("llama", Masks.dense(harness.checkpoint("llama").config)), "layers.")
+    assert "Gather" not in harness.operators(
+        harness.rewritten("llama", Masks.dense(harness.checkpoint("llama").config)), "layers."
+    )
 
 
 def test_a_removed_attention_takes_its_cache_with_it(tmp_path: Path) -> None:
@@ -141,7 +152,10 @@ def test_a_removed_attention_takes_its_cache_with_it(tmp_path: Path) -> None:
     manifest = compile_variant("opt", masks, tmp_path, "onnx-cpu")
     assert manifest["validation"]["passed"]
     graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
-    assert [v.name for v in graph.input if v.name.endswith("key")] == ["past_key_values.0.key", "past_key_values.1.key"]
+    assert [v.name for v in graph.input if v.name.endswith("key")] == [
+        "past_key_values.0.key",
+        "past_key_values.1.key",
+    ]
     assert [v.name for v in graph.output if v.name.endswith("key")] == ["present.0.key", "present.1.key"]
     genai = json.loads((tmp_path / "out" / "genai_config.json").read_text())
     assert genai["model"]["decoder"]["num_hidden_layers"] == manifest["cache_layers"] == 2

@@ -55,9 +55,7 @@ def test_a_row_names_every_linear_layer_of_a_block_once(variant: str) -> None:
 def test_a_row_names_every_norm_of_a_block_and_the_embedding(variant: str) -> None:
     model, config = harness._dense_reference(variant), harness.checkpoint(variant).config
     family, block = config.family, model.get_submodule(config.family.block(0))
-    wide = {
-        m for n, m in block.named_modules() if "norm" in n and tuple(m.weight.shape) == (config.hidden_size,)
-    }
+    wide = {m for n, m in block.named_modules() if "norm" in n and tuple(m.weight.shape) == (config.hidden_size,)}
     assert {block.get_submodule(family.attention_norm), block.get_submodule(family.mlp_norm)} == wide
     assert model.get_submodule(family.embedding) is model.get_input_embeddings()
 
@@ -71,9 +69,7 @@ def test_sizes_and_block_parameters_are_those_of_the_model(variant: str) -> None
     assert config.intermediate_size == weights[-1].shape[1]
     assert (config.vocab_size, config.hidden_size) == tuple(model.get_input_embeddings().weight.shape)
     assert config.tied == (model.lm_head.weight is model.get_input_embeddings().weight)
-    assert (
-        len(config.layer_kinds) == config.num_hidden_layers == len(model.get_submodule(config.family.layers))
-    )
+    assert len(config.layer_kinds) == config.num_hidden_layers == len(model.get_submodule(config.family.layers))
 
 
 def test_layer_kinds_tell_blocks_with_and_without_a_window_apart() -> None:
@@ -102,9 +98,7 @@ def test_what_is_not_supported_is_refused_with_the_reason_and_the_list(case: str
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-@pytest.mark.parametrize(
-    "rope", [None, {"type": "linear"}, {"rope_type": "llama3"}, {"rope_type": "default"}]
-)
+@pytest.mark.parametrize("rope", [None, {"type": "linear"}, {"rope_type": "llama3"}, {"rope_type": "default"}])
 def test_every_family_is_accepted_with_fixed_rotary_scaling(model_type: str, rope: Any) -> None:
     config = {"model_type": model_type, "hidden_size": 64, "rope_scaling": rope, "quantization_config": None}
     assert find_family(config) is FAMILIES[model_type]

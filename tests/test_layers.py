@@ -45,11 +45,7 @@ def imports(source: str, modules: set[str]) -> Iterator[str]:
 
 def violations(module: str, source: str, modules: set[str]) -> list[str]:
     allowed = ALLOWED[layer(module)]
-    return [
-        f"{module} -> {name}"
-        for name in imports(source, modules)
-        if " " in name or layer(name) not in allowed
-    ]
+    return [f"{module} -> {name}" for name in imports(source, modules) if " " in name or layer(name) not in allowed]
 
 
 def modules_of_dispc() -> dict[str, Path]:

@@ -108,14 +108,10 @@ def test_dense_masks_keep_everything() -> None:
 
 @given(masks(), st.data())
 @settings(deadline=None)
-def test_the_digest_changes_with_any_index_and_with_the_scope_only(
-    before: Masks, data: st.DataObject
-) -> None:
+def test_the_digest_changes_with_any_index_and_with_the_scope_only(before: Masks, data: st.DataObject) -> None:
     sets = [block.sets() for block in before.blocks]
     scope: Any = before.norm_scope
-    assert (
-        Masks.from_indices(sets, CONFIG, norm_scope=scope, metadata={"note": "x"}).sha256() == before.sha256()
-    )
+    assert Masks.from_indices(sets, CONFIG, norm_scope=scope, metadata={"note": "x"}).sha256() == before.sha256()
     other: Any = SCOPES[1 - SCOPES.index(scope)]
     assert Masks.from_indices(sets, CONFIG, norm_scope=other).sha256() != before.sha256()
     chosen = data.draw(st.sampled_from(sets))
@@ -126,9 +122,7 @@ def test_the_digest_changes_with_any_index_and_with_the_scope_only(
 
 
 @given(st.floats(0.0, 0.95), st.integers(0, 1000))
-def test_random_masks_prune_about_the_ratio_leave_no_set_empty_and_follow_the_seed(
-    ratio: float, seed: int
-) -> None:
+def test_random_masks_prune_about_the_ratio_leave_no_set_empty_and_follow_the_seed(ratio: float, seed: int) -> None:
     made = Masks.random(CONFIG, ratio, seed)
     kept = made.kept_parameters(CONFIG) / (CONFIG.block_parameters * CONFIG.num_hidden_layers)
     assert abs(kept - (1 - ratio)) < 0.3

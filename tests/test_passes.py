@@ -135,7 +135,7 @@ def test_blocks_that_are_not_chained_are_refused() -> None:
     embedded = node(model, "/model/embed_tokens/Gather").outputs[0]
     for name in ("input_layernorm/RMSNormalization", "Add"):
         node(model, f"/model/layers.2/{name}").replace_input_with(0, embedded)
-    with pytest.raises(CompileError, match="layers.2"):
+    with pytest.raises(CompileError, match=r"layers\.2"):
         PruneBlocksPass(config, Masks.dense(config))(model)
 
 
@@ -210,7 +210,7 @@ def test_the_lowered_graph_has_one_gather_and_no_transpose_per_write() -> None:
 
 
 def test_head_sizes_that_the_kernel_does_not_take_are_refused_with_a_remedy() -> None:
-    with pytest.raises(CompileError, match="multiple of 8.*--target onnx"):
+    with pytest.raises(CompileError, match=r"multiple of 8.*--target onnx"):
         LowerAttentionPass("right", 12)(harness.traced("llama"))
 
 

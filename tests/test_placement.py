@@ -45,9 +45,7 @@ def test_matmul_is_on_cuda_and_shape_arithmetic_on_the_cpu(tmp_path: Path, cuda_
     assert sorted(found.optimised.values()) == ["Gather", "MatMul", "QuickGelu", "Shape"]
 
 
-def test_an_operator_without_cuda_kernel_is_placed_on_the_cpu_between_copies(
-    tmp_path: Path, cuda_stub: Path
-) -> None:
+def test_an_operator_without_cuda_kernel_is_placed_on_the_cpu_between_copies(tmp_path: Path, cuda_stub: Path) -> None:
     nodes = [
         helper.make_node("MatMul", ["x", "weight"], ["y"], name="matmul"),
         helper.make_node("Unique", ["y"], ["unique"], name="unique"),

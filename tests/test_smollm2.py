@@ -36,7 +36,9 @@ def masks() -> Path:
 
 
 @pytest.fixture(scope="session", params=["right", "left"])
-def artifact(request: pytest.FixtureRequest, model: Path, masks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifact(
+    request: pytest.FixtureRequest, model: Path, masks: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     out = tmp_path_factory.mktemp("smollm2-pruned") / request.param
     manifest = compile_model(
         CompileOptions(model=model, masks=masks, output=out, target="onnx-cpu", padding=request.param)
@@ -60,7 +62,12 @@ def dispc_tokens(artifact: Path, prompt: str, count: int) -> list[int]:
 def test_float16_and_bfloat16_artifacts_of_real_weights_pass(model: Path, masks: Path, tmp_path: Path) -> None:
     for dtype in ("float16", "bfloat16"):
         options = CompileOptions(
-            model=model, masks=masks, output=tmp_path / dtype, target="onnx-cuda", dtype=dtype, padding="right"
+            model=model,
+            masks=masks,
+            output=tmp_path / dtype,
+            target="onnx-cuda",
+            dtype=dtype,
+            padding="right",
         )
         assert compile_model(options)["validation"]["passed"]
 
@@ -92,11 +99,18 @@ def test_optimum_generates_the_same_tokens(artifact: Path) -> None:
     assert found == dispc_tokens(artifact, PROMPTS[0], len(found))
 
 
-def test_left_padded_batches_generate_through_optimum_what_each_prompt_generates_alone(model: Path, masks: Path, tmp_path: Path) -> None:
+def test_left_padded_batches_generate_through_optimum_what_each_prompt_generates_alone(
+    model: Path, masks: Path, tmp_path: Path
+) -> None:
     optimum = pytest.importorskip("optimum.onnxruntime")
     compile_model(
         CompileOptions(
-            model=model, masks=masks, output=tmp_path / "out", target="onnx-cpu", padding="left", validate=False
+            model=model,
+            masks=masks,
+            output=tmp_path / "out",
+            target="onnx-cpu",
+            padding="left",
+            validate=False,
         )
     )
     tokenizer = load_tokenizer(tmp_path / "out")

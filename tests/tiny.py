@@ -24,18 +24,26 @@ LLAMA3_ROPE = dict(
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", LLAMA),
-    "llama-tied-biased": ("llama", LLAMA | dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
+    "llama-tied-biased": (
+        "llama",
+        LLAMA | dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    ),
     "llama3-rope": ("llama", LLAMA | dict(rope_scaling=LLAMA3_ROPE)),
     "mistral-window": ("mistral", LLAMA | dict(sliding_window=7)),
     "qwen2": ("qwen2", LLAMA),
-    "qwen2-mixed-window": ("qwen2", LLAMA | dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)),
+    "qwen2-mixed-window": (
+        "qwen2",
+        LLAMA | dict(use_sliding_window=True, sliding_window=7, max_window_layers=1),
+    ),
     "qwen3": ("qwen3", LLAMA),
     "phi": ("phi", PHI),
     "opt": ("opt", OPT),
 }
 
 
-def make_model(variant: str, directory: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **save: Any) -> Path:
+def make_model(
+    variant: str, directory: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **save: Any
+) -> Path:
     """Write a random model of `variant` into `directory`; biases and norms are random too, so that none is trivial."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

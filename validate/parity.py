@@ -66,9 +66,7 @@ def check_parity(artifact_directory: Path, reference_directory: Path, *, seed: i
     if masks.sha256() != artifact.manifest["masks_sha256"]:
         raise MasksError(f"{artifact_directory}: masks.safetensors is not the file that the artifact was compiled with")
     if checkpoint.config_sha256 != artifact.manifest["config_sha256"]:
-        raise ArtifactError(
-            f"{artifact_directory}: was not compiled from {reference_directory} (config.json differs)"
-        )
+        raise ArtifactError(f"{artifact_directory}: was not compiled from {reference_directory} (config.json differs)")
     require_memory_for_reference(checkpoint)
     judge = Judge(
         artifact,
@@ -161,7 +159,9 @@ class Judge:
 
     def _reference(self, tokens: Tokens) -> Array:
         """float32 logits [S,V] of one sequence alone, without a cache."""
-        logits: Array = self.reference(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0].float().numpy()
+        logits: Array = (
+            self.reference(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0].float().numpy()
+        )
         return logits
 
     def _logits(self, name: str, found: Array, expected: Array, detail: str) -> Check:

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class Artifact:
     """A loaded artifact.
 
     bfloat16 graphs, and float16 graphs with ScatterND(add), have no CPU kernels: on the CPU they are run with every
-    weight widened to float32 (`widened` says so), which keeps the rounding of the weights and not that of the arithmetic.
+    weight widened to float32 (`widened` says so); that keeps the rounding of the weights, not that of the arithmetic.
 
     Raises:
         ArtifactError: when the directory is no artifact, or ONNX Runtime cannot load it.
@@ -100,7 +101,9 @@ class Runner:
             if name.startswith("past_key_values.")
         }
 
-    def run(self, ids: Tokens, mask: Tokens, positions: Tokens, caches: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    def run(
+        self, ids: Tokens, mask: Tokens, positions: Tokens, caches: dict[str, Array]
+    ) -> tuple[Array, dict[str, Array]]:
         """float32 logits [B,S,V], and the caches for the next call.
 
         Raises:
@@ -141,10 +144,7 @@ def widen(model: ir.Model) -> ir.Model:
         if value.const_value is not None and value.const_value.dtype in halves:
             narrow = value.const_value
             value.const_value = ir.LazyTensor(
-                lambda narrow=narrow: ir.tensor(narrow.numpy().astype(np.float32)),
-                dtype=wide,
-                shape=ir.Shape(narrow.shape),
-                name=narrow.name,
+                partial(_as_float32, narrow), dtype=wide, shape=ir.Shape(narrow.shape.numpy()), name=narrow.name
             )
         if value.dtype in halves:
             value.dtype = wide
@@ -153,6 +153,10 @@ def widen(model: ir.Model) -> ir.Model:
         if target is not None and target.as_int() in halves:
             node.attributes["to"] = ir.AttrInt64("to", wide)
     return model
+
+
+def _as_float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.tensor(tensor.numpy().astype(np.float32))
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

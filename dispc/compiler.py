@@ -21,6 +21,7 @@ from dispc.manifest import MANIFEST, write_json
 from dispc.masks import Masks
 from dispc.passes.pipeline import PassRecord, build_pipeline, pipeline_line, run_pipeline
 from dispc.targets import Plan, make_plan
+from dispc.weights import surface_weight_errors
 
 Progress = Callable[[str, int, int], None]
 """progress(what, bytes done, bytes in all)"""
@@ -162,7 +163,8 @@ def describe(
 def dump_graph(model: ir.Model, path: Path) -> None:
     """Write the graph without weight values: they stay in the checkpoint, the file only shows their shapes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    proto = ir.to_proto(_without_values(model))
+    with surface_weight_errors():
+        proto = ir.to_proto(_without_values(model))
     path.write_bytes(proto.SerializeToString())
     path.with_suffix(".txt").write_text(str(model) + "\n", encoding="utf-8")
 

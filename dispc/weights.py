@@ -6,6 +6,8 @@ Each method returns a new expression; nothing is read before `evaluate`. The exp
 graphs carry them as initializers.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from dispc.checkpoint import CheckpointTensor
-from dispc.errors import CheckpointError
+from dispc.errors import CheckpointError, DispcError
 from dispc.masks import Indices
 
 DTYPES: dict[torch.dtype, ir.DataType] = {
@@ -122,3 +124,17 @@ class LazyWeight(ir.LazyTensor):
 
     def __repr__(self) -> str:
         return f"LazyWeight({self.source.name}, {self.dtype}, {self.sizes})"
+
+
+@contextmanager
+def surface_weight_errors() -> Iterator[None]:
+    """Let the errors of `evaluate` through as they are: onnx_ir wraps those of tensors that it serialises inline."""
+    try:
+        yield
+    except ir.serde.SerdeError as error:
+        cause: BaseException | None = error
+        while isinstance(cause, ir.serde.SerdeError):
+            cause = cause.__cause__
+        if isinstance(cause, DispcError):
+            raise cause from None
+        raise

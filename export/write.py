@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from dispc.errors import ArtifactError
 from dispc.manifest import MANIFEST
+from dispc.weights import surface_weight_errors
 
 INLINE_BYTES = 1024
 """Smaller tensors stay inside model.onnx: ONNX Runtime reads shapes and axes from there."""
@@ -38,7 +39,8 @@ def staged_directory(out: Path, force: bool) -> Iterator[Path]:
         stage.chmod(0o777 & ~_umask())
         _swap(stage, out)
     except OSError as error:
-        raise ArtifactError(f"{error.filename or out}: cannot be written ({error.strerror or error})") from error
+        reason = error.strerror or f"{error}; is the disk full?"  # numpy says how many values it wrote, and not why
+        raise ArtifactError(f"{error.filename or out}: cannot be written ({reason})") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -63,13 +65,14 @@ def _swap(stage: Path, out: Path) -> None:
         stage.rename(out)
         return
     old = stage.with_suffix(".old")
-    out.rename(old)
     try:
+        out.rename(old)
         stage.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(out)
 
 
 def _umask() -> int:
@@ -100,15 +103,16 @@ def save_model(
         done += tensor.nbytes
         progress(tensor.name or "", done, needed)
 
-    ir.save(
-        model,
-        path,
-        external_data=f"{path.name}.data",
-        size_threshold_bytes=INLINE_BYTES,
-        callback=report,
-        max_workers=2,
-        max_in_flight_bytes=IN_FLIGHT_BYTES,
-    )
+    with surface_weight_errors():
+        ir.save(
+            model,
+            path,
+            external_data=f"{path.name}.data",
+            size_threshold_bytes=INLINE_BYTES,
+            callback=report,
+            max_workers=2,
+            max_in_flight_bytes=IN_FLIGHT_BYTES,
+        )
 
 
 def check_file(path: Path) -> None:

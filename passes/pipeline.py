@@ -1,5 +1,6 @@
 """Which passes run for a plan, in order; and how a list of passes is run, timed and watched."""
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,19 @@ def run_pipeline(
     after: Callable[[int, str, ir.Model], None] = lambda number, name, model: None,
 ) -> list[PassRecord]:
     """Run `passes` in order; `after(number, name, model)` sees the graph behind each of them."""
+    # A collection walks everything that torch has imported, and costs as much as a pass; passes make little garbage.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return _run(model, passes, after)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _run(
+    model: ir.Model, passes: Sequence[RewritePass], after: Callable[[int, str, ir.Model], None]
+) -> list[PassRecord]:
     records = []
     for number, rewrite in enumerate(passes, start=1):
         nodes_before, start = model.graph.num_nodes(), time.perf_counter()

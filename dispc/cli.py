@@ -22,8 +22,8 @@ app = typer.Typer(
     help="Compile DISP-LLM pruned decoder models to ONNX artifacts: right, small and fast.",
     epilog="Put --debug anywhere on the line to see the traceback of an error.",
 )
-out = Console()
-err = Console(stderr=True)
+out = Console(emoji=False)
+err = Console(stderr=True, emoji=False)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an older artifact at the output path.")]
@@ -52,7 +52,7 @@ def compile(
     from dispc.compiler import CompileOptions, ParityFailure, compile_model
     from dispc.console import compile_progress, compile_tables, parity_table
 
-    directory = output or model.with_name(f"{model.resolve().name}-{target}")
+    directory = output or model.resolve().parent / f"{model.resolve().name}-{target}"
     options = CompileOptions(
         model=model, output=directory, target=target, masks=masks, dense=dense, dtype=dtype, padding=padding,
         lowering=lowering, force=force, dump_ir=dump_ir, verify_each=verify_each, validate=not no_validate,
@@ -61,7 +61,10 @@ def compile(
         with compile_progress(err) as progress:
             manifest = compile_model(options, progress)
     except ParityFailure as failure:
-        out.print(parity_table(failure.validation))
+        if as_json:
+            print_json({"validation": failure.validation})
+        else:
+            out.print(parity_table(failure.validation))
         print_error(str(failure))
         raise typer.Exit(1) from failure
     if as_json:
@@ -124,8 +127,8 @@ def generate(
         print_json({"prompt": prompt, "text": "".join(pieces)})
         return
     for piece in pieces:
-        out.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
-    out.print()
+        typer.echo(piece, nl=False)  # not through rich, which replaces tabs and names of emoji
+    typer.echo()
 
 
 @app.command()
@@ -183,7 +186,8 @@ def print_json(content: dict[str, Any]) -> None:
 
 
 def print_error(message: str) -> None:
-    err.print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
+    line = " ".join(part.strip() for part in message.splitlines())
+    err.print(f"[red]error:[/red] {escape(line)}", highlight=False, soft_wrap=True)
 
 
 def _terminate(signum: int, frame: object) -> None:

@@ -126,8 +126,9 @@ def load_masks(checkpoint: Checkpoint, options: CompileOptions) -> Masks:
         if options.masks:
             raise CompileError("--dense and --masks exclude each other")
         return Masks.dense(checkpoint.config)
-    masks = Masks.load(options.masks or options.model / "masks.safetensors")
-    masks.check(checkpoint.config)
+    path = options.masks or options.model / "masks.safetensors"
+    masks = Masks.load(path)
+    masks.check(checkpoint.config, path)
     return masks
 
 

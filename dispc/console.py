@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -22,7 +23,7 @@ MIB = 2**20
 
 @contextmanager
 def compile_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar over the bytes of the artifact; the callback takes (what, bytes done, bytes in all)."""
+    """A bar over the bytes of the artifact, on terminals; the callback takes (what, bytes done, bytes in all)."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -30,7 +31,7 @@ def compile_progress(console: Console) -> Iterator[Callable[[str, int, int], Non
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=1)
 
         def update(what: str, done: int, total: int) -> None:
@@ -71,7 +72,7 @@ def summary(manifest: Mapping[str, Any]) -> dict[str, str]:
 def facts_table(facts: Mapping[str, str]) -> Table:
     table = Table(show_header=False)
     for name, fact in facts.items():
-        table.add_row(name, fact)
+        table.add_row(escape(name), escape(fact))
     return table
 
 
@@ -121,6 +122,6 @@ def demo_table(result: Mapping[str, Any]) -> Table:
         (result["prompt"], lambda m: m["text"].strip()),
     )
     for title, cell in rows:
-        table.add_row(title, *(cell(model) for model in result["models"].values()))
+        table.add_row(escape(title), *(escape(cell(model)) for model in result["models"].values()))
     table.caption = f"pruned is {result['speedup']:.2f}x as fast as dense (median of alternating runs, 2 threads)"
     return table

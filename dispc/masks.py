@@ -163,8 +163,8 @@ class Masks:
 
     # Files
 
-    def check(self, config: DecoderConfig) -> None:
-        """Raise MasksError naming the first difference between these masks and the model's config."""
+    def check(self, config: DecoderConfig, file: Path | None = None) -> None:
+        """Raise MasksError naming the first difference between these masks (of `file`) and the model's config."""
         model_type = self.metadata.get("model_type", config.family.model_type)
         for what, ours, theirs in (
             ("model_type", model_type, config.family.model_type),
@@ -173,7 +173,8 @@ class Masks:
             ("intermediate_size", self.intermediate_size, config.intermediate_size),
         ):
             if ours != theirs:
-                raise MasksError(f"the masks belong to another model: {what} is {ours}, the model has {theirs}")
+                where = f"{file}: " if file else ""
+                raise MasksError(f"{where}the masks belong to another model: {what} is {ours}, the model has {theirs}")
 
     def save(self, path: Path, config: DecoderConfig) -> None:
         """Write the mask file, replacing an older one only when it is complete."""
@@ -195,7 +196,7 @@ class Masks:
         }
         partial = path.with_name(path.name + ".partial")
         try:
-            partial.write_bytes(save(tensors, metadata))
+            partial.write_bytes(_sort_header(save(tensors, metadata)))
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -248,6 +249,14 @@ class Masks:
         if tensors:
             raise MasksError(f"{path}: unexpected tensor {sorted(tensors)[0]}")
         return Masks(tuple(blocks), hidden, intermediate, norm_scope, metadata)
+
+
+def _sort_header(content: bytes) -> bytes:
+    """The same safetensors file with a sorted header: safetensors writes metadata in random order."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 def set_width(name: str, hidden_size: int, intermediate_size: int) -> int:

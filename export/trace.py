@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dispc.checkpoint import Checkpoint
+from dispc.errors import CompileError
 from dispc.export.translate import translate
 
 # The operators of the trace. They have shapes and no kernels: nothing is computed under fake tensors.
@@ -120,7 +121,12 @@ def semantic_model(config: Any, dtype: torch.dtype) -> Iterator[tuple[nn.Module,
     recorder = Recorder()
     AttentionInterface.register("dispc", recorder.attend)
     AttentionMaskInterface.register("dispc", lambda *args, **kwargs: None)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="dispc", dtype=dtype).eval()
+    try:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="dispc", dtype=dtype).eval()
+    except Exception as error:  # what transformers raises for nonsense shares no base class
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+        where = f"{config.name_or_path}/config.json"
+        raise CompileError(f"{where}: transformers cannot build the model ({reason})") from error
     namespace = vars(sys.modules[type(model).__module__])
     rotate = namespace.get("apply_rotary_pos_emb")
     recorder.rotary = rotate is not None

@@ -1,5 +1,6 @@
 """IR to files: the model with external data, in a directory that appears all at once or not at all."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ from dispc.weights import surface_weight_errors
 
 INLINE_BYTES = 1024
 """Smaller tensors stay inside model.onnx: ONNX Runtime reads shapes and axes from there."""
+WORKERS = 4
+"""Threads that read, slice and write weights; some of them always wait for the disk."""
 IN_FLIGHT_BYTES = 384 * 2**20
 """Evaluated weights that may wait for the disk at any time."""
 
@@ -39,8 +42,9 @@ def staged_directory(out: Path, force: bool) -> Iterator[Path]:
         stage.chmod(0o777 & ~_umask())
         _swap(stage, out)
     except OSError as error:
+        where = str(error.filename or out).replace(str(stage), str(out))
         reason = error.strerror or f"{error}; is the disk full?"  # numpy says how many values it wrote, and not why
-        raise ArtifactError(f"{error.filename or out}: cannot be written ({reason})") from error
+        raise ArtifactError(f"{where}: cannot be written ({reason})") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -51,6 +55,11 @@ def check_output(out: Path, force: bool) -> None:
     Raises:
         ArtifactError: saying why.
     """
+    parent = next(path for path in out.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise ArtifactError(f"{out}: cannot be written ({parent} is not a directory)")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ArtifactError(f"{out}: cannot be written (no permission to write in {parent})")
     if not (out.exists() or out.is_symlink()):
         return
     if not force:
@@ -87,15 +96,14 @@ def save_model(
     """Write `path` and its weights next to it (`path`.data), evaluating a few weights at a time.
 
     Raises:
-        ArtifactError: when the disk has not enough room.
+        OSError: when the disk has not enough room.
         CheckpointError: when a weight cannot be read or is not finite.
     """
     needed = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     free = shutil.disk_usage(path.parent).free
     if needed > free:
-        raise ArtifactError(
-            f"{path.parent}: the disk is too full: {needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free"
-        )
+        reason = f"the disk is too full: {needed / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free"
+        raise OSError(errno.ENOSPC, reason)
     done = 0
 
     def report(tensor: ir.TensorProtocol, info: object) -> None:
@@ -110,7 +118,7 @@ def save_model(
             external_data=f"{path.name}.data",
             size_threshold_bytes=INLINE_BYTES,
             callback=report,
-            max_workers=2,
+            max_workers=WORKERS,
             max_in_flight_bytes=IN_FLIGHT_BYTES,
         )
 

@@ -196,7 +196,7 @@ def test_an_empty_directory_may_be_replaced_by_force(tmp_path: Path) -> None:
 def test_a_parent_that_is_a_file_or_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_file(tmp_path / "file")
     with (
-        pytest.raises(ArtifactError, match="file/out: cannot be written"),
+        pytest.raises(ArtifactError, match="file/out: cannot be written .*file is not a directory"),
         staged_directory(tmp_path / "file/out", False),
     ):
         pytest.fail("the body must not run")
@@ -267,7 +267,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(100, 90, 10))
-    with pytest.raises(ArtifactError, match=r"the disk is too full: .* MiB needed, 0 MiB free"):
+    with pytest.raises(OSError, match=r"the disk is too full: 0\.0 MiB needed, 0\.0 MiB free"):
         save_model(model_of({"w": np.ones((1, 5000), np.float32)}), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -277,7 +277,7 @@ def test_a_file_system_that_fails_while_writing_is_reported_and_leaves_nothing(r
     """The system refuses files larger than `room`, as a full disk would: too small for the graph, or the weights."""
     before = fingerprint(tmp_path)
     with (
-        pytest.raises(ArtifactError, match=r"cannot be written .*(File too large|is the disk full)"),
+        pytest.raises(ArtifactError, match=r"/out\S*: cannot be written .*(File too large|is the disk full)"),
         staged_directory(tmp_path / "out", force=False) as stage,
     ):
         model = model_of({"w": np.ones((1, 5000), np.float32)})

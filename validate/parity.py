@@ -62,7 +62,7 @@ def check_parity(artifact_directory: Path, reference_directory: Path, *, seed: i
     checkpoint = Checkpoint(reference_directory)
     artifact = Artifact(artifact_directory)
     masks = Masks.load(artifact_directory / "masks.safetensors")
-    masks.check(checkpoint.config)
+    masks.check(checkpoint.config, artifact_directory / "masks.safetensors")
     if masks.sha256() != artifact.manifest["masks_sha256"]:
         raise MasksError(f"{artifact_directory}: masks.safetensors is not the file that the artifact was compiled with")
     if checkpoint.config_sha256 != artifact.manifest["config_sha256"]:

@@ -196,7 +196,7 @@ def test_an_empty_directory_may_be_replaced_by_force(tmp_path: Path) -> None:
 def test_a_parent_that_is_a_file_or_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_file(tmp_path / "file")
     with (
-        pytest.raises(ArtifactError, match="file/out: cannot be written .*file is not a directory"),
+        pytest.raises(ArtifactError, match=r"file/out: cannot be written .*file is not a directory"),
         staged_directory(tmp_path / "file/out", False),
     ):
         pytest.fail("the body must not run")

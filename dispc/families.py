@@ -105,7 +105,7 @@ COMMON_REFUSALS: tuple[Refusal, ...] = (
     (lambda c: bool(c.get("quantization_config")), "checkpoints that are already quantised"),
     (
         lambda c: _rope_type(c) not in ("default", "linear", "llama3", "yarn"),
-        "kinds of rotary scaling but linear, llama3 and yarn (dynamic or longrope depend on the sequence length)",
+        "rotary scalings other than linear, llama3 and yarn (dynamic or longrope depend on the sequence length)",
     ),
 )
 

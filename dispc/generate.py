@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,39 +57,48 @@ def generate_text(
     """Yield the answer to `prompt` in pieces, as soon as each can be spelled.
 
     Raises:
-        ArtifactError: when the artifact has no tokenizer, or the prompt does not fit.
+        ArtifactError: when the artifact has no tokenizer, its chat template fails, or the prompt does not fit.
     """
-    tokenizer = load_tokenizer(directory)
     artifact = Artifact(directory)
+    tokenizer = load_tokenizer(directory)
     if chat and tokenizer.chat_template:
         turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program
+            reason = f"{type(error).__name__} {error}".splitlines()[0]
+            raise ArtifactError(f"{directory}: the chat template fails ({reason}); --raw does without it") from error
         ids = tokenizer.encode(text, add_special_tokens=False)
     else:
         ids = tokenizer.encode(prompt)
+    # Cleaning up spaces would change text that has been yielded already.
+    spell = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     tokens: list[int] = []
     spelled = ""
     for token in generate_tokens(artifact, ids, max_new_tokens, sampler, artifact.stop_tokens):
         tokens.append(token)
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        text = spell(tokens)
         if not text.endswith("\ufffd"):  # half of a character: wait for the rest
             yield text[len(spelled) :]
             spelled = text
     if tokens:
-        yield tokenizer.decode(tokens, skip_special_tokens=True)[len(spelled) :]
+        yield spell(tokens)[len(spelled) :]
 
 
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer that lies in an artifact.
 
     Raises:
-        ArtifactError: when there is none.
+        ArtifactError: when there is none, or it is broken.
     """
     from transformers import AutoTokenizer
 
+    if not any(
+        (directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    ):
+        raise ArtifactError(f"{directory}: no tokenizer; the model directory had none")
     try:
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"{directory}: no tokenizer that transformers can load; the model directory had none"
-        ) from error
+    except Exception as error:  # what transformers and tokenizers raise for broken files shares no base class
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+        raise ArtifactError(f"{directory}: no tokenizer that transformers can load ({reason})") from error

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from google.protobuf.message import DecodeError
 
 from dispc.checkpoint import Checkpoint
 from dispc.console import summary
-from dispc.errors import DispcError
+from dispc.errors import ArtifactError, DispcError
 from dispc.manifest import MANIFEST, read_manifest
 from dispc.masks import SETS, Masks, set_width
 
@@ -46,7 +47,12 @@ def _widths(masks: Masks) -> tuple[list[dict[str, int]], dict[str, int]]:
 def _artifact(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     widths, full = _widths(Masks.load(path / "masks.safetensors"))
-    graph = onnx.load(path / "model.onnx", load_external_data=False).graph
+    try:
+        graph = onnx.load(path / "model.onnx", load_external_data=False).graph
+    except DecodeError as error:
+        raise ArtifactError(f"{path / 'model.onnx'}: not an ONNX model ({error})") from error
+    if not graph.node:
+        raise ArtifactError(f"{path / 'model.onnx'}: not an ONNX model (it has no nodes)")
     operators = Counter(f"{node.domain}.{node.op_type}".removeprefix(".") for node in graph.node)
     validation = manifest.get("validation")
     facts = {

@@ -3,10 +3,10 @@
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import mkdtemp
 
 import onnx
 import onnx_ir as ir
@@ -34,7 +34,7 @@ def staged_directory(out: Path, force: bool) -> Iterator[Path]:
     check_output(out, force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        stage = Path(mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     except OSError as error:
         raise ArtifactError(f"{out}: cannot be written ({error.strerror})") from error
     try:

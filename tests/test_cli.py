@@ -316,7 +316,7 @@ def test_an_output_that_cannot_be_written_is_named(desk: Desk, monkeypatch: pyte
     def denied(*args: Any, **options: Any) -> str:  # as root no directory is read-only
         raise PermissionError(errno.EACCES, "Permission denied", str(desk.place))
 
-    monkeypatch.setattr("tempfile.mkdtemp", denied)
+    monkeypatch.setattr("dispc.export.write.mkdtemp", denied)
     desk.refuses("--no-validate", says=("cannot be written", "Permission denied"))
 
 

@@ -76,6 +76,17 @@ def test_a_file_gives_back_the_sets_the_scope_and_the_metadata(before: Masks) ->
             np.testing.assert_array_equal(other.sets()[name], indices)
 
 
+@given(masks())
+@settings(deadline=None)
+def test_the_same_masks_make_the_same_bytes(made: Masks) -> None:
+    paths = [harness.scratch() / f"same-{i}.safetensors" for i in range(2)]
+    for path in paths:
+        made.save(path, CONFIG)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    Masks.load(paths[0]).save(paths[1], CONFIG)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
 @given(blocks)
 def test_sets_are_sorted_unique_and_those_that_were_given(given_blocks: list[dict[str, list[int]]]) -> None:
     made = Masks.from_indices(given_blocks, CONFIG)

@@ -204,7 +204,7 @@ def test_a_parent_that_is_a_file_or_cannot_be_written_is_named(tmp_path: Path, m
     def denied(*args: Any, **options: Any) -> str:  # as root no directory is read-only
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
 
-    monkeypatch.setattr("tempfile.mkdtemp", denied)
+    monkeypatch.setattr("dispc.export.write.mkdtemp", denied)
     with pytest.raises(ArtifactError, match="Permission denied"), staged_directory(tmp_path / "out", False):
         pytest.fail("the body must not run")
     assert sorted(fingerprint(tmp_path)) == ["file"]

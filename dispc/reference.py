@@ -18,7 +18,9 @@ from dispc.masks import Indices, Masks, NormScope
 def load_reference(directory: Path, family: Family, masks: Masks | None, dtype: torch.dtype = torch.float32) -> Any:
     """The model of `directory` in `dtype`, masked (dense with None), ready to call like any transformers model."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # transformers 5 would draw one into the command's own output
     model = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, trust_remote_code=False).eval()
     if masks is not None:
         apply_masks(model, family, masks)

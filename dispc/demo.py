@@ -109,6 +109,7 @@ def gguf_tokenizer(source: Path) -> Any:
         unk_token="<|endoftext|>",
         chat_template=loaded.chat_template,
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

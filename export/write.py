@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from dispc.errors import ArtifactError
 from dispc.manifest import MANIFEST
+from dispc.signals import hold_signals
 from dispc.weights import surface_weight_errors
 
 INLINE_BYTES = 1024
@@ -40,13 +41,15 @@ def staged_directory(out: Path, force: bool) -> Iterator[Path]:
     try:
         yield stage
         stage.chmod(0o777 & ~_umask())
-        _swap(stage, out)
+        with hold_signals():
+            _swap(stage, out)
     except OSError as error:
         where = str(error.filename or out).replace(str(stage), str(out))
         reason = error.strerror or f"{error}; is the disk full?"  # numpy says how many values it wrote, and not why
         raise ArtifactError(f"{where}: cannot be written ({reason})") from error
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        with hold_signals():
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def check_output(out: Path, force: bool) -> None:
@@ -108,10 +111,12 @@ def save_model(
 
     def report(tensor: ir.TensorProtocol, info: object) -> None:
         nonlocal done
+        if interrupted():
+            raise RuntimeError("interrupted")  # ends the other threads; the interrupt itself follows
         done += tensor.nbytes
         progress(tensor.name or "", done, needed)
 
-    with surface_weight_errors():
+    with hold_signals() as interrupted, surface_weight_errors():
         ir.save(
             model,
             path,

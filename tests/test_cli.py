@@ -415,10 +415,13 @@ def test_a_signal_in_the_middle_of_writing_leaves_the_older_artifact_and_nothing
         [sys.executable, "-c", SLOW.format(marker=str(marker)), *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    wait_for(marker, process)
-    assert any(path.name.endswith(".partial") for path in desk.place.iterdir())
-    process.send_signal(number)
-    out, err = process.communicate(timeout=300)
+    try:
+        wait_for(marker, process)
+        assert any(path.name.endswith(".partial") for path in desk.place.iterdir())
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert (process.returncode, out) == (code, "")
     assert len(err.splitlines()) == lines, err
     assert all(line.startswith("error: interrupted") for line in err.splitlines())

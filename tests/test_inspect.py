@@ -1,53 +1,147 @@
-"""`dispc inspect` tells the same facts that masks, artifact and checkpoint hold."""
+"""`dispc inspect`: its figures are those of the files, its tables hold what its JSON holds."""
 
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import command
 import harness
 import onnx
 import pytest
+import tiny
+from command import assert_refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-from dispc.compiler import CompileOptions, compile_model
-from dispc.errors import DispcError
+from dispc.checkpoint import Checkpoint
 from dispc.inspect import inspect_path
 from dispc.masks import SETS, Masks
 
 
-def test_masks_show_the_width_of_every_set(tmp_path: Path) -> None:
-    config = harness.checkpoint("llama").config
-    masks = Masks.random(config, 0.5, 8)
-    masks.save(tmp_path / "masks.safetensors", config)
-    facts = inspect_path(tmp_path / "masks.safetensors")
-    assert facts["kind"] == "masks"
-    assert facts["widths"] == [{name: len(block.sets()[name]) for name in SETS} for block in masks.blocks]
-    assert facts["facts"]["sha256"] == masks.sha256()
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with masks in `model`, its artifact in `artifact`."""
+    place = tmp_path_factory.mktemp("inspect")
+    model = tiny.make_model("qwen2", place / "model")
+    config = Checkpoint(model).config
+    Masks.random(config, 0.5, 1, norm_scope="selected").save(model / "masks.safetensors", config)
+    outcome = command.run("compile", model, "-t", "onnx-cpu", "-o", place / "artifact", "--no-validate")
+    assert outcome.code == 0, outcome
+    return place
 
 
-def test_an_artifact_shows_its_operators_and_widths(tmp_path: Path) -> None:
-    checkpoint = harness.checkpoint("llama")
-    masks = Masks.random(checkpoint.config, 0.5, 8)
-    masks.save(tmp_path / "masks.safetensors", checkpoint.config)
-    options = CompileOptions(
-        model=checkpoint.directory,
-        output=tmp_path / "out",
-        target="onnx-cpu",
-        masks=tmp_path / "masks.safetensors",
-        validate=False,
-    )
-    compile_model(options)
-    facts = inspect_path(tmp_path / "out")
-    nodes = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.node
-    assert sum(facts["operators"].values()) == len(nodes)
-    assert facts["operators"]["com.microsoft.GroupQueryAttention"] == 3
-    assert facts["facts"]["validation"] == "not run"
-    assert facts["manifest"]["block_parameters"]["kept"] == masks.kept_parameters(checkpoint.config)
+@pytest.mark.parametrize("path", ["model", "model/masks.safetensors", "artifact"])
+def test_the_table_says_what_the_json_says(path: str, place: Path) -> None:
+    table, report = command.run("inspect", place / path), command.run("inspect", place / path, "--json")
+    assert (table.code, report.code, table.err, report.err) == (0, 0, "", "")
+    facts = json.loads(report.out)
+    assert facts == inspect_path(place / path)
+    for name, fact in facts["facts"].items():
+        assert name in table.out
+        assert str(fact)[:40] in table.out
+    for row in facts.get("widths", []):
+        assert all(str(width) in table.out for width in row.values())
+    for operator in facts.get("operators", {}):
+        assert operator in table.out
 
 
-def test_a_model_shows_its_parameters() -> None:
-    facts = inspect_path(harness.checkpoint("llama").directory)["facts"]
+@pytest.mark.parametrize("path", ["model/masks.safetensors", "artifact"])
+def test_widths_are_those_of_the_masks(path: str, place: Path) -> None:
+    masks, found = Masks.load(place / "model" / "masks.safetensors"), inspect_path(place / path)
+    assert found["widths"] == [{name: len(block.sets()[name]) for name in SETS} for block in masks.blocks]
+    assert found["full_widths"] == {name: 88 if name == "mlp.mid" else 48 for name in SETS}
+    digest = found["facts"]["sha256"] if found["kind"] == "masks" else found["manifest"]["masks_sha256"]
+    assert digest == masks.sha256()
+
+
+def test_the_facts_of_an_artifact_are_those_of_its_files(place: Path) -> None:
+    found = inspect_path(place / "artifact")
+    graph = onnx.load(place / "artifact" / "model.onnx", load_external_data=False).graph
+    assert sum(found["operators"].values()) == found["manifest"]["nodes"] == len(graph.node)
+    assert found["operators"]["MatMul"] == Counter(node.op_type for node in graph.node)["MatMul"]
+    assert found["operators"]["com.microsoft.GroupQueryAttention"] == 3
+    assert found["facts"]["validation"] == "not run"
+    config = Checkpoint(place / "model").config
+    kept = Masks.load(place / "model" / "masks.safetensors").kept_parameters(config)
+    assert f"{kept:,} of {config.block_parameters * 3:,}" in found["facts"]["block parameters"]
+
+
+def test_the_facts_of_a_model_are_those_of_its_weights(place: Path) -> None:
+    facts = inspect_path(place / "model")["facts"]
+    state = load_file(place / "model" / "model.safetensors")
     assert facts["blocks"] == 3
-    assert facts["block parameters"] == f"{3 * harness.checkpoint('llama').config.block_parameters:,}"
+    assert facts["block parameters"] == f"{Checkpoint(place / 'model').config.block_parameters * 3:,}"
+    assert facts["parameters"] == f"{sum(tensor.numel() for tensor in state.values()):,}"
+    assert facts["bytes"] == f"{sum(tensor.nbytes for tensor in state.values()):,}"
+    assert facts["dtypes"] == f"float32 ({len(state)} tensors)"
 
 
-def test_anything_else_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(DispcError, match="no mask file, artifact or model directory"):
-        inspect_path(tmp_path)
+def test_a_validated_artifact_says_so(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "artifact", tmp_path / "artifact")
+    manifest = json.loads((tmp_path / "artifact" / "dispc.json").read_text())
+    for passed, word in ((True, "passed"), (False, "failed")):
+        (tmp_path / "artifact" / "dispc.json").write_text(json.dumps(manifest | {"validation": {"passed": passed}}))
+        assert inspect_path(tmp_path / "artifact")["facts"]["validation"] == word
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=20) | st.just("[/b] :smile:"))
+@settings(deadline=None, max_examples=30)
+def test_any_metadata_can_be_shown(text: str) -> None:
+    config, path = harness.checkpoint("llama").config, harness.scratch() / "shown.safetensors"
+    Masks.from_indices([{}] * 3, config, metadata={"data": text, text or "note": "x"}).save(path, config)
+    table, report = command.run("inspect", path), command.run("inspect", path, "--json")
+    assert (table.code, report.code) == (0, 0)
+    with safe_open(path, framework="numpy") as file:
+        assert file.metadata().items() <= json.loads(report.out)["facts"].items()
+    if text == "[/b] :smile:":
+        assert text in table.out
+
+
+def nothing(path: Path) -> None:
+    pass
+
+
+def empty_directory(path: Path) -> None:
+    path.mkdir()
+
+
+def text_file(path: Path) -> None:
+    path.write_text("not a mask file")
+
+
+def weights(path: Path) -> None:
+    shutil.copy(harness.checkpoint("llama").directory / "model.safetensors", path)
+
+
+@pytest.mark.parametrize("make", [nothing, empty_directory, text_file, weights])
+def test_what_is_none_of_the_three_is_refused(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "it")
+    assert_refused(tmp_path, "inspect", tmp_path / "it", says=(str(tmp_path / "it"),))
+    assert_refused(tmp_path, "inspect", tmp_path / "it", "--json", says=(str(tmp_path / "it"),))
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "masks.safetensors", "dispc.json"])
+@pytest.mark.parametrize("content", [None, b"", b"\xff nonsense"])
+def test_a_spoilt_artifact_is_refused_with_the_file(
+    name: str, content: bytes | None, place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "artifact", tmp_path / "artifact")
+    says = str(tmp_path / "artifact" / name)
+    if content is not None:
+        (tmp_path / "artifact" / name).write_bytes(content)
+    else:
+        (tmp_path / "artifact" / name).unlink()
+        if name == "dispc.json":  # what is left looks like a model without weights
+            says = "no model.safetensors"
+    assert_refused(tmp_path, "inspect", tmp_path / "artifact", says=(says,))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_spoilt_model_is_refused_with_the_file(name: str, place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    (tmp_path / "model" / name).write_bytes(b"nonsense")
+    assert_refused(tmp_path, "inspect", tmp_path / "model", says=(str(tmp_path / "model" / name),))

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"dispc": "dispc", "passes": "dispc.passes", "export": "dispc.export", "validate": "dispc.validate"}
-FOUNDATIONS = {"checkpoint", "errors", "families", "graph", "manifest", "masks", "targets", "weights"}
+FOUNDATIONS = {"checkpoint", "errors", "families", "graph", "manifest", "masks", "signals", "targets", "weights"}
 
 ALLOWED = {
     "foundations": {"foundations"},

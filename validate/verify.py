@@ -15,6 +15,7 @@ from dispc.checkpoint import Checkpoint
 from dispc.errors import CompileError
 from dispc.masks import Masks
 from dispc.reference import apply_masks, load_reference
+from dispc.signals import hold_signals
 from dispc.validate.parity import LIMITS, logit_error
 from dispc.validate.session import Array, Runner, open_session
 from dispc.weights import surface_weight_errors
@@ -55,7 +56,7 @@ def _run(graph: ir.Model, tokens: Array) -> Array:
     """Logits [S,V] of `tokens`, the first SPLIT in one run and the rest behind the cache of that run."""
     with tempfile.TemporaryDirectory(prefix="dispc-verify-") as scratch:
         path = Path(scratch) / "model.onnx"
-        with surface_weight_errors():
+        with hold_signals(), surface_weight_errors():
             ir.save(graph, path, external_data="model.onnx.data", max_workers=2)
         runner = Runner(open_session(path, optimise=False))
     caches, found = runner.empty_caches(1), []

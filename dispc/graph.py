@@ -68,14 +68,17 @@ def drop_unused_initializers(graph: ir.Graph) -> None:
 
 def remove_dead(graph: ir.Graph, roots: Iterable[ir.Node]) -> None:
     """Remove each of `roots`, and what fed only them, as long as nothing reads their outputs."""
+    dead: dict[ir.Node, None] = {}
     pending = list(roots)
     while pending:
         node = pending.pop()
-        if node.graph is None or any(out.uses() or out.is_graph_output() for out in node.outputs):
+        if node.graph is None or node in dead:
             continue
-        producers = [value.producer() for value in node.inputs if value is not None]
-        graph.remove(node, safe=True)
-        pending.extend(producer for producer in producers if producer is not None)
+        if any(out.is_graph_output() or any(use.node not in dead for use in out.uses()) for out in node.outputs):
+            continue
+        dead[node] = None
+        pending.extend(p for v in node.inputs if v is not None and (p := v.producer()) is not None)
+    graph.remove(dead, safe=True)
 
 
 def consumers(value: ir.Value) -> list[ir.Node]:

@@ -116,14 +116,14 @@ class Masks:
     def random(config: DecoderConfig, ratio: float, seed: int, *, norm_scope: NormScope = "full") -> "Masks":
         """Random sets of uneven widths that prune about `ratio` of the block parameters, for tests and benchmarks.
 
-        Every set keeps a share drawn around sqrt(1 - ratio), so that the products of two widths in the parameter
-        count keep 1 - ratio on average; no set is empty.
+        The sets of the MLP, whose parameters are products of two widths, keep a share drawn around sqrt(1 - ratio),
+        those of the attention around 1 - ratio; no set is empty.
         """
         rng = np.random.default_rng(seed)
-        keep = (1.0 - ratio) ** 0.5
-        spread = 0.5 * min(keep, 1.0 - keep)
 
         def draw(name: str) -> Indices:
+            keep = (1.0 - ratio) ** (0.5 if name.startswith("mlp") else 1.0)
+            spread = 0.5 * min(keep, 1.0 - keep)
             width = set_width(name, config.hidden_size, config.intermediate_size)
             count = int(np.clip(round(width * rng.uniform(keep - spread, keep + spread)), 1, width))
             return np.sort(rng.choice(width, count, replace=False)).astype(np.int64)

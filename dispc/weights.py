@@ -27,6 +27,12 @@ DTYPES: dict[torch.dtype, ir.DataType] = {
 }
 
 
+PIECE_BYTES = 3 * 2**19
+"""Stored rows are worked on in pieces of this size, which stay in the processor's cache from one step to the next."""
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers of the same size: numpy has no bfloat16, and taking indices only moves bits."""
+
+
 @dataclass(frozen=True, eq=False)
 class Recipe:
     """What is done to a stored tensor, in this order: rows, columns, dtype, padding of the rows, transposition."""
@@ -92,38 +98,69 @@ class LazyWeight(ir.LazyTensor):
     def _with(self, **changes: Any) -> "LazyWeight":
         return LazyWeight(self.source, replace(self.recipe, **changes))
 
-    def _compute(self) -> torch.Tensor:
-        recipe, value = self.recipe, self.source.read()
-        for axis, indices in enumerate((recipe.rows, recipe.columns)):
-            if indices is not None:
-                value = value.index_select(axis, torch.from_numpy(indices))
-        value = value.to(self.torch_dtype)
-        if recipe.padding:
-            value = torch.nn.functional.pad(value, (0,) * (2 * value.ndim - 1) + (recipe.padding,))
-        return (value.t() if recipe.transposed else value).contiguous()
+    def _compute(self, stored: torch.Tensor) -> torch.Tensor:
+        recipe = self.recipe
+        value = torch.empty(self.sizes, dtype=self.torch_dtype)
+        target = value.t() if recipe.transposed else value
+        count = stored.shape[0] if recipe.rows is None else len(recipe.rows)
+        target[count:] = 0
+        step = max(1, PIECE_BYTES * stored.shape[0] // max(1, stored.nbytes))
+        for start in range(0, count, step):
+            piece = stored[start : start + step]
+            if recipe.rows is not None:
+                piece = _take(stored, recipe.rows[start : start + step], 0)
+            if recipe.columns is not None:
+                piece = _take(piece, recipe.columns, 1)
+            target[start : start + len(piece)] = piece.to(self.torch_dtype)
+        return value
 
     def evaluate(self) -> torch.Tensor:
         """The value, contiguous.
 
         Raises:
-            CheckpointError: when it cannot be read, or holds NaN or infinity.
+            CheckpointError: when it cannot be read, is stored with NaN or infinity, or overflows the dtype asked for.
         """
         try:
-            value = self._compute()
+            stored = self.source.read()
+            # Also what is pruned away: the reference multiplies it by zero, which does not make NaN a number.
+            if not _finite(stored):
+                raise CheckpointError(f"{self.source.file}: tensor {self.source.name} holds NaN or infinity")
+            value = self._compute(stored)
         except (RuntimeError, OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{self.source.file}: tensor {self.source.name} cannot be read ({str(error).splitlines()[0]})"
             ) from error
-        # One pass that allocates nothing: NaN and infinity both survive a minimum or maximum.
-        if value.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(value)):
+        if not _finite(value):
+            dtype = str(self.torch_dtype).removeprefix("torch.")
             raise CheckpointError(
-                f"{self.source.file}: tensor {self.source.name} holds NaN or infinity as "
-                f"{str(self.torch_dtype).removeprefix('torch.')}; if its stored values are finite, use a wider --dtype"
+                f"{self.source.file}: tensor {self.source.name} overflows {dtype}; use a wider --dtype"
             )
         return value
 
     def __repr__(self) -> str:
         return f"LazyWeight({self.source.name}, {self.dtype}, {self.sizes})"
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """No NaN and no infinity: both survive a minimum or maximum, which is one pass and allocates nothing."""
+    return not tensor.numel() or all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor))
+
+
+def _take(tensor: torch.Tensor, indices: Indices, axis: int) -> torch.Tensor:
+    """index_select by numpy, which is several times as fast as torch's on the last axis."""
+    bits = tensor.view(BITS[tensor.element_size()]).numpy()
+    return torch.from_numpy(bits.take(indices, axis)).view(tensor.dtype)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Let torch work in the calling thread only, for work that is parallel already, or that must not vary."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dispc.checkpoint import Checkpoint
 from dispc.errors import CompileError
 from dispc.export.translate import translate
+from dispc.weights import one_torch_thread
 
 # The operators of the trace. They have shapes and no kernels: nothing is computed under fake tensors.
 _library = torch.library.Library("dispc", "DEF")  # type: ignore[no-untyped-call]
@@ -159,7 +160,8 @@ def rotary_caches(config: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor] | No
     if rotary_class is None:
         return None
     positions = torch.arange(config.max_position_embeddings)[None]
-    cos, sin = rotary_class(config)(torch.zeros(1, dtype=torch.float32), positions)
+    with one_torch_thread():  # with several, a first call was once seen to give cosines that are off by 1e-4
+        cos, sin = rotary_class(config)(torch.zeros(1, dtype=torch.float32), positions)
     half = cos.shape[-1] // 2
     return cos[0, :, :half].to(dtype).contiguous(), sin[0, :, :half].to(dtype).contiguous()
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from dispc.errors import ArtifactError
 from dispc.manifest import MANIFEST
 from dispc.signals import hold_signals
-from dispc.weights import surface_weight_errors
+from dispc.weights import one_torch_thread, surface_weight_errors
 
 INLINE_BYTES = 1024
 """Smaller tensors stay inside model.onnx: ONNX Runtime reads shapes and axes from there."""
@@ -116,7 +116,7 @@ def save_model(
         done += tensor.nbytes
         progress(tensor.name or "", done, needed)
 
-    with hold_signals() as interrupted, surface_weight_errors():
+    with hold_signals() as interrupted, one_torch_thread(), surface_weight_errors():
         ir.save(
             model,
             path,

@@ -1,5 +1,6 @@
 """The `dispc` command run inside the test's process, and what a directory tree holds before and after it."""
 
+import gc
 import hashlib
 import io
 import signal
@@ -36,6 +37,7 @@ def run(*arguments: object) -> Outcome:
         code = stop.code if isinstance(stop.code, int) else 0
     finally:
         signal.signal(signal.SIGTERM, handler)
+        gc.enable()  # the command turns it off, as its process does not live long
     return Outcome(code, out.getvalue(), err.getvalue())
 
 

@@ -146,3 +146,12 @@ def test_a_tensor_that_cannot_be_read_is_named_with_its_file(error: Any) -> None
     with pytest.raises(CheckpointError, match=r"shard\.safetensors: tensor some\.weight cannot") as refusal:
         LazyWeight(tensor).evaluate()
     assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_value_that_is_not_finite_is_refused_even_where_it_is_pruned_away(value: float) -> None:
+    values = matrix(4, 5)
+    values[2, 3] = value
+    weight = LazyWeight(Source(values).tensor).select(0, np.array([0, 1])).select(1, np.array([0, 4]))
+    with pytest.raises(CheckpointError, match=r"some\.weight holds NaN or infinity"):
+        weight.evaluate()

@@ -1,5 +1,7 @@
 """What every rewriting pass of dispc has in common: it knows how often it must apply, and fails when it did not."""
 
+from abc import abstractmethod
+
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
@@ -15,13 +17,13 @@ class RewritePass(InPlacePass):
 
     name: str
 
+    @abstractmethod
     def expected(self, model: ir.Model) -> int:
         """The number of rewrites that this model needs; a silent no-op is the main risk of a compiler."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rewrite(self, model: ir.Model) -> int:
         """Change the model in place; return the number of rewrites made."""
-        raise NotImplementedError
 
     def call(self, model: ir.Model) -> PassResult:
         expected = self.expected(model)

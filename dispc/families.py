@@ -202,14 +202,13 @@ class DecoderConfig:
     @property
     def block_parameters(self) -> int:
         """T of one dense block: its projection weights (biases and norms do not count), as in the paper."""
-        return self.attention_parameters(self.hidden_size, self.hidden_size) + self.mlp_parameters(
-            self.hidden_size, self.intermediate_size, self.hidden_size
-        )
+        attention = self.attention_parameters(self.hidden_size, self.hidden_size)
+        return int(attention + self.mlp_parameters(self.hidden_size, self.intermediate_size, self.hidden_size))
 
-    def attention_parameters(self, read: int, write: int) -> int:
-        """|S1| (dq + 2 dkv) + |S2| dq."""
+    def attention_parameters(self, read: Any, write: Any) -> Any:
+        """|S1| (dq + 2 dkv) + |S2| dq, of two integers or of two tensors of widths."""
         return read * (self.query_size + 2 * self.key_value_size) + write * self.query_size
 
-    def mlp_parameters(self, read: int, mid: int, write: int) -> int:
-        """(2 |S3| + |S5|) |S4| for a gated MLP, (|S3| + |S5|) |S4| otherwise."""
+    def mlp_parameters(self, read: Any, mid: Any, write: Any) -> Any:
+        """(2 |S3| + |S5|) |S4| for a gated MLP, (|S3| + |S5|) |S4| otherwise; of integers or tensors of widths."""
         return (len(self.family.mlp_reads) * read + write) * mid

@@ -5,6 +5,7 @@ attention, caches and activations are those of transformers.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dispc.families import Family
-from dispc.masks import Indices, Masks, NormScope
+from dispc.masks import Indices, Masks, NormScope, set_width
 
 
 def load_reference(directory: Path, family: Family, masks: Masks | None, dtype: torch.dtype = torch.float32) -> Any:
@@ -30,34 +31,49 @@ def load_reference(directory: Path, family: Family, masks: Masks | None, dtype: 
 def apply_masks(model: nn.Module, family: Family, masks: Masks) -> None:
     """Make `model` compute the masked function, in place.
 
-    Per sub-layer, with x the residual stream and 0/1 vectors read, mid, write::
+    A sub-layer with an empty set adds nothing: its write vector is zero, biases included.
+    """
+    vectors = []
+    for block in masks.blocks:
+        sets = {name: _vector(indices, set_width(name, masks.hidden_size, masks.intermediate_size))
+                for name, indices in block.sets().items()}  # fmt: skip
+        sets["attention.write"] *= block.attention.alive
+        sets["mlp.write"] *= block.mlp.alive
+        vectors.append(sets)
+    apply_gates(model, family, masks.norm_scope, len(vectors), lambda index, name: vectors[index][name])
+
+
+def apply_gates(
+    model: nn.Module, family: Family, norm_scope: NormScope, blocks: int, gate: Callable[[int, str], Tensor]
+) -> None:
+    """Make `model` compute the gated function, in place; `gate(block, set)` is asked at each forward pass.
+
+    Per sub-layer, with x the residual stream and gate vectors read, mid, write (0/1, or on the way there when learnt)::
 
         norm_scope full      h = norm(x) * read
         norm_scope selected  h = norm over the read positions of x only
         x + write * out(mid * inner(h))
-
-    A sub-layer with an empty set adds nothing: its write vector is zero, biases included.
     """
-    for index, sets in enumerate(masks.blocks):
+    for index in range(blocks):
         block = model.get_submodule(family.block(index))
         norms = {name: block.get_submodule(name) for name in (family.attention_norm, family.mlp_norm)}
         normalise = {name: norm.forward for name, norm in norms.items()}
         for norm in norms.values():
             norm.forward = lambda x: x  # every reader normalises for itself, since read sets differ
         for norm_name, reads, out, part in (
-            (family.attention_norm, family.attention_reads, family.attention_out, sets.attention),
-            (family.mlp_norm, family.mlp_reads, family.down, sets.mlp),
+            (family.attention_norm, family.attention_reads, family.attention_out, "attention"),
+            (family.mlp_norm, family.mlp_reads, family.down, "mlp"),
         ):
-            read, write = _vector(part.read, masks.hidden_size), _vector(part.write, masks.hidden_size)
-            read_norm = _read_norm(norms[norm_name], normalise[norm_name], read, masks.norm_scope)
+            read = partial(gate, index, f"{part}.read")
+            read_norm = _ReadNorm(norms[norm_name], normalise[norm_name], read, norm_scope, len(reads))
             for name in reads:
                 block.get_submodule(name).register_forward_pre_hook(lambda m, x, f=read_norm: (f(x[0]),))
             writer = block.get_submodule(out)
-            if part.mid is not None:
-                mid = _vector(part.mid, masks.intermediate_size)
-                writer.register_forward_pre_hook(lambda m, x, mid=mid: (x[0] * mid.to(x[0]),))
-            kept = write * part.alive
-            writer.register_forward_hook(lambda m, x, y, kept=kept: y * kept.to(y))
+            if part == "mlp":
+                mid = partial(gate, index, "mlp.mid")
+                writer.register_forward_pre_hook(lambda m, x, mid=mid: (x[0] * mid().to(x[0]),))
+            write = partial(gate, index, f"{part}.write")
+            writer.register_forward_hook(lambda m, x, y, write=write: y * write().to(y))
 
 
 def _vector(indices: Indices, width: int) -> Tensor:
@@ -66,25 +82,43 @@ def _vector(indices: Indices, width: int) -> Tensor:
     return vector
 
 
-def _read_norm(
-    norm: Any, forward: Callable[[Tensor], Tensor], read: Tensor, norm_scope: NormScope
-) -> Callable[[Tensor], Tensor]:
-    """What a sub-layer's projections see of the residual stream x [..., d]."""
-    if norm_scope == "full":
-        return lambda x: forward(x) * read.to(x)
+class _ReadNorm:
+    """What a sub-layer's projections see of the residual stream x [..., d].
 
-    def selected(x: Tensor) -> Tensor:
-        kept = read.to(x.device, torch.float32)
+    Its `readers` projections ask in turn with the same x: the answer is worked out for the first, and kept no longer
+    than until the last has it (activation checkpointing runs all of them again).
+    """
+
+    def __init__(
+        self, norm: Any, forward: Callable[[Tensor], Tensor], read: Callable[[], Tensor], scope: NormScope, readers: int
+    ) -> None:
+        self.norm, self.forward, self.read, self.readers = norm, forward, read, readers
+        self.compute = self.full if scope == "full" else self.selected
+        self.waiting: list[Tensor] = []
+        self.x: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.x is not x:
+            self.x, self.waiting = x, [self.compute(x)] * self.readers
+        h = self.waiting.pop()
+        if not self.waiting:
+            self.x = None
+        return h
+
+    def full(self, x: Tensor) -> Tensor:
+        return self.forward(x) * self.read().to(x)
+
+    def selected(self, x: Tensor) -> Tensor:
+        read = self.read().to(x)
+        kept = read.float()
         count = kept.sum().clamp(min=1)
         h: Tensor = x.float() * kept
-        if isinstance(norm, nn.LayerNorm):
+        if isinstance(self.norm, nn.LayerNorm):
             h = (h - h.sum(-1, keepdim=True) / count) * kept
-        epsilon = norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon
+        epsilon = self.norm.eps if isinstance(self.norm, nn.LayerNorm) else self.norm.variance_epsilon
         h = h * torch.rsqrt(h.square().sum(-1, keepdim=True) / count + epsilon)
-        h = h.to(x.dtype) * norm.weight
-        if isinstance(norm, nn.LayerNorm):
-            h = h + norm.bias
-        masked: Tensor = h * read.to(x)
+        h = h.to(x.dtype) * self.norm.weight
+        if isinstance(self.norm, nn.LayerNorm):
+            h = h + self.norm.bias
+        masked: Tensor = h * read
         return masked
-
-    return selected

@@ -1,0 +1,143 @@
+"""The parameter budget: what is counted, the regulariser that leads to it, and the final sets that meet it exactly."""
+
+import itertools
+import math
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dispc.checkpoint import Checkpoint
+from dispc.errors import MasksError
+from dispc.families import DecoderConfig
+from dispc.masks import SETS, Masks, NormScope, set_width
+
+RatioOf = Literal["blocks", "model"]
+
+
+def block_budget(checkpoint: Checkpoint, ratio: float, ratio_of: RatioOf) -> int:
+    """Block parameters that may stay when `ratio` of the block (or of all) parameters goes.
+
+    Raises:
+        MasksError: when the ratio lies outside (0, 1), or is of the whole model and more than all blocks hold.
+    """
+    if not 0.0 < ratio < 1.0:
+        raise MasksError(f"the pruning ratio is {ratio:g}; it must lie between 0 and 1, both excluded")
+    blocks = checkpoint.config.block_parameters * checkpoint.config.num_hidden_layers
+    if ratio_of == "blocks":
+        return round((1.0 - ratio) * blocks)
+    total = model_parameters(checkpoint)
+    budget = blocks - round(ratio * total)
+    if budget <= 0:
+        raise MasksError(
+            f"{ratio:g} of the model's {total:,} parameters cannot be pruned: its blocks hold {blocks:,}; "
+            f"choose less than {blocks / total:.2f}, or --ratio-of blocks"
+        )
+    return budget
+
+
+def model_parameters(checkpoint: Checkpoint) -> int:
+    """Parameters of the whole model; a tied embedding counts once."""
+    tensors = checkpoint.tensors.items()
+    return sum(math.prod(t.shape) for name, t in tensors if not (checkpoint.config.tied and name == "lm_head.weight"))
+
+
+def kept_parameters(gates: Tensor, config: DecoderConfig) -> Tensor:
+    """T(s) of the paper, differentiable: block parameters that the 0/1 gates of all sets [sum of widths] keep."""
+    counts = torch.stack([piece.sum() for piece in gates.split(set_widths(config))]).view(-1, len(SETS))
+    read, write, mlp_read, mid, mlp_write = counts.unbind(1)
+    kept: Tensor = config.attention_parameters(read, write) + config.mlp_parameters(mlp_read, mid, mlp_write)
+    return kept.sum()
+
+
+def regulariser(kept: Tensor, budget: float) -> Tensor:
+    """R(T(s), p T) = log(max / min): zero at the budget, as steep below as above it."""
+    return torch.log(kept.clamp(min=1.0) / budget).abs()
+
+
+def set_widths(config: DecoderConfig) -> list[int]:
+    """Full widths of all sets, block after block in the order of `SETS`."""
+    return [set_width(name, config.hidden_size, config.intermediate_size) for name in SETS] * config.num_hidden_layers
+
+
+def final_sets(
+    latents: npt.NDArray[np.floating],
+    config: DecoderConfig,
+    budget: int,
+    *,
+    align: int = 1,
+    norm_scope: NormScope = "full",
+    groups: tuple[int, ...] | None = None,
+) -> Masks:
+    """The sets with the highest latents that fit the budget; the same latents always give the same sets.
+
+    Every set is cut into runs of `align` positions in falling order of latent (the last may be shorter). The runs of all
+    sets are taken best mean first; one that would exceed `budget` is left out and ends its set. Seen from the signs of
+    the latents that is trimming or growing by latent value; every width is a multiple of `align`, or full.
+
+    Args:
+        latents: of all sets, block after block, [sum of set widths].
+        groups: for every set the vector it shares with others (`Layout.vectors`): those grow together.
+
+    Raises:
+        MasksError: when nothing fits the budget.
+    """
+    widths = set_widths(config)
+    groups = groups or tuple(range(len(widths)))
+    starts = np.concatenate([[0], np.cumsum(widths)])
+    orders = [np.argsort(-latents[a:b], kind="stable") for a, b in itertools.pairwise(starts)]
+    runs = []
+    for group, number in {group: number for number, group in enumerate(groups)}.items():
+        ranked = latents[starts[number] : starts[number + 1]][orders[number]]
+        for at in range(0, len(ranked), align):
+            piece = ranked[at : at + align]
+            runs.append((-float(piece.mean()), group, len(piece)))
+    runs.sort()
+
+    kept = _fill(runs, groups, budget, config)
+    if _parameters(kept, config) == 0:
+        raise MasksError(f"no set of positions fits a budget of {budget:,} block parameters")
+    chosen = [order[:width] for order, width in zip(orders, kept, strict=True)]
+    blocks = [dict(zip(SETS, chosen[at : at + len(SETS)], strict=True)) for at in range(0, len(chosen), len(SETS))]
+    return Masks.from_indices(blocks, config, norm_scope=norm_scope)
+
+
+def _fill(runs: list[tuple[float, int, int]], groups: tuple[int, ...], budget: int, config: DecoderConfig) -> list[int]:
+    """Widths of all sets once the (value, group, length) runs are taken in order as far as they fit."""
+
+    def widths(taken: npt.NDArray[np.float64]) -> list[int]:
+        return [int(taken[group]) for group in groups]
+
+    owner, length = np.array([run[1] for run in runs]), np.array([run[2] for run in runs])
+    size = max(groups) + 1
+
+    def prefix(count: int) -> npt.NDArray[np.float64]:
+        return np.bincount(owner[:count], weights=length[:count], minlength=size)
+
+    low, high = 0, len(runs)  # parameters grow with the runs taken: bisect for the longest prefix that fits
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = _parameters(widths(prefix(middle)), config) <= budget
+        low, high = (middle, high) if fits else (low, middle - 1)
+    taken, full = prefix(low), set[int]()
+    for _, group, count in runs[low:]:
+        if group in full:
+            continue
+        taken[group] += count
+        if _parameters(widths(taken), config) > budget:
+            taken[group] -= count
+            full.add(group)
+    return widths(taken)
+
+
+def _parameters(widths: list[int], config: DecoderConfig) -> int:
+    total = 0
+    for at in range(0, len(widths), len(SETS)):
+        read, write, mlp_read, mid, mlp_write = widths[at : at + len(SETS)]
+        if read and write:
+            total += config.attention_parameters(read, write)
+        if mlp_read and mid and mlp_write:
+            total += config.mlp_parameters(mlp_read, mid, mlp_write)
+    return total

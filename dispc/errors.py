@@ -23,3 +23,11 @@ class CompileError(DispcError):
 
 class ArtifactError(DispcError):
     """The artifact cannot be written, loaded or run."""
+
+
+class DataError(DispcError):
+    """A text cannot be read, is empty, or is too short."""
+
+
+class LearnError(DispcError):
+    """Mask learning cannot start, go on, or be resumed."""

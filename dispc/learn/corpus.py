@@ -1,0 +1,166 @@
+"""Text to tokens: read through `datasets`, tokenised once into a cache, cut into windows."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dispc.errors import DataError
+from dispc.extras import need
+
+Tokens = npt.NDArray[np.int32]
+LOADERS = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+"""Suffix of a file to the loader of `datasets` that reads it; anything else is read as text."""
+SEPARATOR = "\n\n"
+
+
+def read_text(source: str) -> str:
+    """The documents of `source`, joined by two newlines as the WikiText-2 protocol has it.
+
+    `source` is a text file (every line is a document, as in the hub's copy of WikiText), a JSON lines or parquet file
+    with a column `text`, or the name of a Hugging Face dataset, as NAME, NAME:SPLIT or NAME/CONFIG:SPLIT.
+
+    Raises:
+        DataError: when the source cannot be read or holds no text.
+    """
+    need("datasets", "learn")
+    path = Path(source)
+    rows = _file_rows(path) if path.exists() or path.suffix in LOADERS else _hub_rows(source)
+    text = SEPARATOR.join(rows)
+    if not text.strip():
+        raise DataError(f"{source}: holds no text")
+    return text
+
+
+def _file_rows(path: Path) -> list[str]:
+    import datasets
+
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    loader = LOADERS.get(path.suffix, "text")
+    if loader == "text":  # `datasets` would drop the line ends, which the hub's WikiText rows have
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 text ({error})") from error
+        return [line if line.strip() else "" for line in lines]
+    try:
+        rows = datasets.load_dataset(loader, data_files=str(path), split="train", streaming=True)
+        return _column(rows, str(path))
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+        raise DataError(f"{path}: not readable as {loader} ({_first_line(error)})") from error
+
+
+def _hub_rows(source: str) -> list[str]:
+    import datasets
+
+    name, _, split = source.partition(":")
+    owner_and_name = name.split("/")
+    config = owner_and_name.pop() if len(owner_and_name) == 3 else None
+    try:
+        rows = datasets.load_dataset("/".join(owner_and_name), config, split=split or "train")
+    except Exception as error:  # no file, no network, no such dataset: `datasets` raises many kinds
+        raise DataError(f"{source}: no such file, and no dataset of that name to be had ({_first_line(error)})") from error
+    return _column(rows, source)
+
+
+def _column(rows: Any, source: str) -> list[str]:
+    texts = []
+    for row in rows:
+        if not isinstance(row.get("text"), str):
+            raise DataError(f"{source}: row {len(texts)} has no column 'text' with a string in it")
+        texts.append(row["text"])
+    return texts
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def load_tokens(source: str, model: Path, cache: Path | None = None) -> Tokens:
+    """The tokens of `source` in the words of the model's tokenizer, from the cache when they are there.
+
+    The cache is keyed by the text's source (content of a file, name of a dataset) and the tokenizer's files.
+
+    Raises:
+        DataError: when there is no text, or the model has no tokenizer.
+    """
+    cache = cache or cache_folder() / "tokens"
+    key = hashlib.sha256(_tokenizer_digest(model) + _source_digest(source)).hexdigest()[:32]
+    path = cache / f"{key}.npy"
+    if path.is_file():
+        tokens: Tokens = np.load(path, allow_pickle=False)
+        return tokens
+    tokens = tokenise(read_text(source), model)
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{key}.{os.getpid()}.partial.npy")
+    try:
+        np.save(partial, tokens, allow_pickle=False)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return tokens
+
+
+def tokenise(text: str, model: Path) -> Tokens:
+    """The whole text as one run of tokens, with what the tokenizer puts in front of a text, if anything."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{model}: has no tokenizer that transformers can load ({_first_line(error)})") from error
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn that the text is longer than the model's context
+    try:
+        return np.array(tokenizer(text)["input_ids"], dtype=np.int32)
+    finally:
+        logging.set_verbosity(level)
+
+
+def windows(tokens: Tokens, length: int, source: str) -> Tokens:
+    """Non-overlapping windows [n, length]; what remains at the end is left out.
+
+    Raises:
+        DataError: when there is not a single one.
+    """
+    count = len(tokens) // length
+    if count == 0:
+        raise DataError(f"{source}: {len(tokens)} tokens are too few for one window of {length}; give more text")
+    return tokens[: count * length].reshape(count, length)
+
+
+def batch(rows: Tokens, step: int, size: int, seed: int) -> Tokens:
+    """The windows [size, length] of a step: a new order each epoch, and a function of seed and step alone."""
+    chosen = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, offset = divmod(position, len(rows))
+        chosen.append(np.random.default_rng((seed, epoch)).permutation(len(rows))[offset])
+    return rows[chosen]
+
+
+def cache_folder() -> Path:
+    """Where dispc keeps what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dispc"
+
+
+def _source_digest(source: str) -> bytes:
+    path = Path(source)
+    if not path.is_file():
+        return json.dumps(source).encode()
+    with path.open("rb") as file:
+        return path.suffix.encode() + hashlib.file_digest(file, "sha256").digest()
+
+
+def _tokenizer_digest(model: Path) -> bytes:
+    digest = hashlib.sha256()
+    for path in sorted(model.glob("*")):
+        if path.is_file() and ("token" in path.name or path.name in ("vocab.json", "merges.txt", "vocab.txt")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.digest()

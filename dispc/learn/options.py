@@ -1,0 +1,85 @@
+"""What a learning run is asked for. The defaults are the paper's."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from dispc.errors import LearnError
+from dispc.learn.budget import RatioOf
+from dispc.learn.estimator import EstimatorName
+from dispc.masks import NormScope
+
+Precision = Literal["float32", "bfloat16"]
+CHANGEABLE = ("steps", "output", "device", "checkpoint_every", "tensorboard", "activation_checkpointing", "compile")
+"""Options that may differ when a run is resumed: they do not change what a step computes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnOptions:
+    """Options of `dispc learn` with its gradient method; `output` is the mask file, the run's folder stands beside it."""
+
+    model: Path
+    data: str
+    output: Path
+    pruning_ratio: float = 0.5
+    ratio_of: RatioOf = "blocks"
+    steps: int = 10_000
+    sequence_length: int = 2048
+    batch_size: int = 1
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    regulariser_weight: float = 6.0
+    estimator: EstimatorName = "reinmax"
+    hypernetwork: bool = True
+    gru: bool = True
+    constrained: bool = False
+    norm_scope: NormScope = "full"
+    align: int = 1
+    seed: int = 0
+    device: str | None = None
+    precision: Precision | None = None
+    activation_checkpointing: bool = False
+    compile: bool = False
+    checkpoint_every: int = 200
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "align"):
+            if getattr(self, name) < 1:
+                raise LearnError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.sequence_length < 2:
+            raise LearnError(f"sequence_length is {self.sequence_length}; it must be at least 2")
+        for name, kind in (("ratio_of", RatioOf), ("estimator", EstimatorName), ("norm_scope", NormScope)):
+            if getattr(self, name) not in get_args(kind):
+                raise LearnError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(kind))}")
+        if self.precision not in (None, *get_args(Precision)):
+            raise LearnError(f"precision is {self.precision!r}; choose one of {', '.join(get_args(Precision))}")
+        if not self.hypernetwork and not self.gru:
+            raise LearnError("--no-gru changes the hypernetwork, which --no-hypernetwork leaves out; give one of them")
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder: checkpoint, options, metrics and plots; `masks.learn` beside `masks.safetensors`."""
+        return self.output.with_suffix(".learn")
+
+    @property
+    def method(self) -> str:
+        """What the mask file calls this run's method."""
+        parts = ["disp-llm", self.estimator]
+        parts += [] if self.hypernetwork else ["no-hypernetwork"]
+        parts += [] if self.gru else ["no-gru"]
+        parts += ["constrained"] if self.constrained else []
+        return " ".join(parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for the run's options.json."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+    def check_same(self, recorded: dict[str, Any]) -> None:
+        """Raise LearnError naming the first option in which a recorded run differs from this one."""
+        for name, value in self.as_dict().items():
+            if name not in CHANGEABLE and recorded.get(name, value) != value:
+                raise LearnError(
+                    f"{self.folder}: that run has {name}={recorded[name]}, this one {value}; "
+                    "resume with the same options, or start anew with --force"
+                )

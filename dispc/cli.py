@@ -1,18 +1,17 @@
 """The command line: parse, call, print. Exit codes: 0 done, 1 a check failed, 2 could not run, 130 interrupted."""
 
 import gc
-import json
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from dispc import __version__
+from dispc import __version__, cli_learn
+from dispc.console import JsonFlag, err, out, print_error, print_json
 from dispc.errors import DispcError
 
 app = typer.Typer(
@@ -23,10 +22,6 @@ app = typer.Typer(
     help="Compile DISP-LLM pruned decoder models to ONNX artifacts: right, small and fast.",
     epilog="Put --debug anywhere on the line to see the traceback of an error.",
 )
-out = Console(emoji=False)
-err = Console(stderr=True, emoji=False)
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an older artifact at the output path.")]
 
 
@@ -135,16 +130,21 @@ def generate(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A mask file, an artifact, or a model directory.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw the widths per block into this file (png, svg, pdf).")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Show widths per block, parameters kept, bytes and operators.
 
-    Example: [bold]dispc inspect masks.safetensors[/bold]
+    Example: [bold]dispc inspect masks.safetensors --plot widths.png[/bold]
     """
     from dispc.console import inspect_tables
-    from dispc.inspect import inspect_path
+    from dispc.inspect import inspect_path, masks_of
 
     facts = inspect_path(path)
+    if plot:
+        from dispc.learn.plots import plot_widths
+
+        plot_widths(masks_of(path), plot)
     if as_json:
         print_json(facts)
         return
@@ -172,6 +172,14 @@ def demo(
         out.print(demo_table(result))
 
 
+for command, name in (
+    (cli_learn.learn, "learn"),
+    (cli_learn.evaluate, "eval"),
+    (cli_learn.import_masks, "import-masks"),
+):
+    app.command(name)(command)
+
+
 @app.callback(invoke_without_command=True)
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
@@ -179,16 +187,6 @@ def root(
     if version:
         out.print(__version__)
         raise typer.Exit
-
-
-def print_json(content: dict[str, Any]) -> None:
-    """Plain JSON on standard output, whatever the terminal."""
-    sys.stdout.write(json.dumps(content, indent=2) + "\n")
-
-
-def print_error(message: str) -> None:
-    line = " ".join(part.strip() for part in message.splitlines())
-    err.print(f"[red]error:[/red] {escape(line)}", highlight=False, soft_wrap=True)
 
 
 def _terminate(signum: int, frame: object) -> None:

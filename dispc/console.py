@@ -1,14 +1,18 @@
 """What the command line shows: progress bars and tables, made from the same dictionaries that --json prints."""
 
+import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
@@ -19,6 +23,19 @@ from rich.table import Table
 from dispc.masks import SETS
 
 MIB = 2**20
+out = Console(emoji=False)
+err = Console(stderr=True, emoji=False)
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """Plain JSON on standard output, whatever the terminal."""
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+
+
+def print_error(message: str) -> None:
+    line = " ".join(part.strip() for part in message.splitlines())
+    err.print(f"[red]error:[/red] {escape(line)}", highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -38,6 +55,49 @@ def compile_progress(console: Console) -> Iterator[Callable[[str, int, int], Non
             progress.update(task, description=what[-48:], completed=done, total=total)
 
         yield update
+
+
+@contextmanager
+def count_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over things counted, on terminals; the callback takes (done, in all)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def learn_progress(console: Console) -> Iterator[Callable[[Mapping[str, float], int], None]]:
+    """Loss, share pruned, speed and time left; where there is no terminal, a line every hundredth of the way."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("loading", total=None)
+
+        def update(record: Mapping[str, float], steps: int) -> None:
+            text = (
+                f"loss {record['loss']:.3f}  pruned {100 * record['pruned']:.1f} %  "
+                f"{record['tokens_per_second']:,.0f} tokens/s"
+            )
+            step = int(record["step"])
+            progress.update(task, description=text, completed=step, total=steps)
+            if not console.is_terminal and step % max(1, steps // 100) == 0:
+                console.print(f"step {step} of {steps}: {text}", highlight=False)
+
+        yield update
+
+
+def eval_table(report: Mapping[str, Any]) -> Table:
+    """What `dispc eval` measured: perplexity with its protocol, then a row per task."""
+    table = Table(title=f"{report['model']}", title_justify="left")
+    for column in ("measured on", "figure", "", "how"):
+        table.add_column(column, justify="right" if column == "figure" else "left")
+    for text in report.get("perplexity", ()):
+        how = f"{text['windows']} windows of {text['sequence_length']}, {text['tokens_scored']:,} tokens scored"
+        table.add_row(escape(text["data"]), f"{text['perplexity']:.3f}", "perplexity", how)
+    for name, task in report.get("tasks", {}).items():
+        spread = f"± {100 * task['stderr']:.1f}, {task['items']} items"
+        table.add_row(escape(name), f"{100 * task['value']:.1f} %", task["metric"], spread)
+    return table
 
 
 def compile_tables(manifest: Mapping[str, Any]) -> list[Table]:

@@ -30,6 +30,17 @@ def inspect_path(path: Path) -> dict[str, Any]:
     raise DispcError(f"{path}: is no mask file, artifact or model directory")
 
 
+def masks_of(path: Path) -> Masks:
+    """The masks in a mask file or an artifact.
+
+    Raises:
+        DispcError: when `path` is neither.
+    """
+    if (path / MANIFEST).is_file():
+        return Masks.load(path / "masks.safetensors")
+    return Masks.load(path)
+
+
 def _masks(path: Path) -> dict[str, Any]:
     masks = Masks.load(path)
     widths, full = _widths(masks)

@@ -46,7 +46,7 @@ def model_parameters(checkpoint: Checkpoint) -> int:
 
 def kept_parameters(gates: Tensor, config: DecoderConfig) -> Tensor:
     """T(s) of the paper, differentiable: block parameters that the 0/1 gates of all sets [sum of widths] keep."""
-    counts = torch.stack([piece.sum() for piece in gates.split(set_widths(config))]).view(-1, len(SETS))
+    counts = torch.stack([piece.sum() for piece in torch.split(gates, set_widths(config))]).view(-1, len(SETS))
     read, write, mlp_read, mid, mlp_write = counts.unbind(1)
     kept: Tensor = config.attention_parameters(read, write) + config.mlp_parameters(mlp_read, mid, mlp_write)
     return kept.sum()
@@ -73,8 +73,8 @@ def final_sets(
 ) -> Masks:
     """The sets with the highest latents that fit the budget; the same latents always give the same sets.
 
-    Every set is cut into runs of `align` positions in falling order of latent (the last may be shorter). The runs of all
-    sets are taken best mean first; one that would exceed `budget` is left out and ends its set. Seen from the signs of
+    Every set is cut into runs of `align` positions in falling order of latent (the last may be shorter). All runs are
+    taken best mean first; one that would exceed `budget` is left out and ends its set. Seen from the signs of
     the latents that is trimming or growing by latent value; every width is a multiple of `align`, or full.
 
     Args:
@@ -114,7 +114,7 @@ def _fill(runs: list[tuple[float, int, int]], groups: tuple[int, ...], budget: i
     size = max(groups) + 1
 
     def prefix(count: int) -> npt.NDArray[np.float64]:
-        return np.bincount(owner[:count], weights=length[:count], minlength=size)
+        return np.bincount(owner[:count], weights=length[:count], minlength=size).astype(np.float64)
 
     low, high = 0, len(runs)  # parameters grow with the runs taken: bisect for the longest prefix that fits
     while low < high:

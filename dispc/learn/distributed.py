@@ -31,7 +31,7 @@ class Processes:
 
     @staticmethod
     def join(device: str | None) -> "Processes":
-        """Join the run that torchrun started, or be alone; `device` is cpu, cuda, or None for cuda where there is one."""
+        """Join the run that torchrun started, or be alone; `device` is cpu, cuda, or None for cuda if there is one."""
         if device == "cuda" and not torch.cuda.is_available():
             raise LearnError("--device cuda: torch sees no CUDA device; choose --device cpu, or install a CUDA build")
         kind = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -21,12 +21,12 @@ def reinmax(latents: Tensor, noise: Tensor, tau: float = 1.0) -> tuple[Tensor, T
     """Binary ReinMax (the paper's Algorithm 2, after Liu et al., "Bridging Discrete and Back-Propagation", 2023).
 
     Forward: B ~ Bernoulli(sigmoid(x + c)). Backward, with pi0 = sigmoid(x + c) and
-    pi1 = (B + sigmoid((x + c) / tau)) / 2, the derivative is 2 pi1 (1 - pi1) - pi0 (1 - pi0) / 2, which at tau = 1 makes
+    pi1 = (B + sigmoid((x + c) / tau)) / 2, the derivative is 2 pi1 (1 - pi1) - pi0 (1 - pi0) / 2. At tau = 1 that makes
     the expected gradient exact for every function that is quadratic in the gate (Heun's method).
 
-    Followed line by line but for one: the paper re-attaches the gradient by sigmoid(stopgrad(ln pi1 - (x + c)) + (x + c)).
-    That is the line of the categorical form, where softmax normalises ln pi1; the sigmoid of two classes needs the log
-    odds, ln(pi1 / (1 - pi1)). With ln pi1 the value would be pi1 / (1 + pi1), and the gradient wrong.
+    Followed line by line but for one, where the paper has sigmoid(stopgrad(ln pi1 - (x + c)) + (x + c)): so it stands
+    in the categorical form, where softmax normalises ln pi1. The sigmoid of two classes needs the log odds,
+    ln(pi1 / (1 - pi1)); with ln pi1 the value would be pi1 / (1 + pi1), and the gradient wrong.
     """
     x = latents + OFFSET
     pi0 = torch.sigmoid(x)
@@ -41,8 +41,8 @@ def reinmax(latents: Tensor, noise: Tensor, tau: float = 1.0) -> tuple[Tensor, T
 def gumbel(latents: Tensor, noise: Tensor, temperature: float = 0.4) -> tuple[Tensor, Tensor]:
     """The Gumbel-sigmoid of the authors' published code.
 
-    The model sees the soft gates sigmoid((x + g + c) / T); the budget counts a second sample, rounded, with the gradient
-    of its soft value. The noise g is one Gumbel variable, as in that code, not the difference of two.
+    The model sees the soft gates sigmoid((x + g + c) / T); the budget counts a second sample, rounded, with the
+    gradient of its soft value. The noise g is one Gumbel variable, as in that code, not the difference of two.
     """
 
     def soft(uniform: Tensor) -> Tensor:

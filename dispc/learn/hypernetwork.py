@@ -45,7 +45,7 @@ class Layout:
 
     def expand(self, vectors: Tensor) -> Tensor:
         """Values of all vectors [sum of N_l] to values of all sets, block after block [sum of set widths]."""
-        pieces = vectors.split(self.widths)
+        pieces = torch.split(vectors, list(self.widths))
         return torch.cat([pieces[index] for index in self.vectors])
 
 

@@ -45,7 +45,7 @@ class GatedModel:
 
     def loss(self, gates: Tensor, ids: Tensor) -> Tensor:
         """Mean cross entropy of predicting ids [B,S] from the left, with gates [G]."""
-        self.pieces = list(gates.split(set_widths(self.config)))
+        self.pieces = list(torch.split(gates, set_widths(self.config)))
         with torch.autocast(ids.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             logits = self.model(input_ids=ids, use_cache=False).logits
         return next_token_loss(logits, ids)

@@ -16,7 +16,7 @@ CHANGEABLE = ("steps", "output", "device", "checkpoint_every", "tensorboard", "a
 
 @dataclass(frozen=True, kw_only=True)
 class LearnOptions:
-    """Options of `dispc learn` with its gradient method; `output` is the mask file, the run's folder stands beside it."""
+    """Options of `dispc learn`; `output` is the mask file, the run's folder stands beside it."""
 
     model: Path
     data: str

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from dispc.checkpoint import Checkpoint
+from dispc.corpus import Tokens, batch, load_tokens, windows
 from dispc.errors import LearnError
 from dispc.learn.budget import block_budget, final_sets, kept_parameters, regulariser
-from dispc.learn.corpus import Tokens, batch, load_tokens, windows
 from dispc.learn.distributed import Processes
 from dispc.learn.estimator import ESTIMATORS
 from dispc.learn.hypernetwork import FreeLatents, HyperNetwork, Layout
@@ -39,8 +39,8 @@ Progress = Callable[[dict[str, float], int], None]
 
 
 def learn(options: LearnOptions, progress: Progress = lambda record, steps: None, *, resume: bool = False,
-          force: bool = False) -> Masks:  # fmt: skip
-    """Learn masks, write them to `options.output`, and return them.
+          force: bool = False) -> tuple[Masks, bool]:  # fmt: skip
+    """Learn masks and write them to `options.output`; the masks, and whether this process is the one that wrote them.
 
     `resume` goes on from the checkpoint in the run's folder; without it, an earlier run there is kept unless `force`.
 
@@ -71,7 +71,7 @@ def learn(options: LearnOptions, progress: Progress = lambda record, steps: None
         options.output.parent.mkdir(parents=True, exist_ok=True)
         masks.save(options.output, checkpoint.config)
     processes.wait()
-    return masks
+    return masks, processes.main
 
 
 def _prepare_folder(options: LearnOptions, *, resume: bool, force: bool) -> None:
@@ -215,7 +215,9 @@ class Trainer:
                 os.fsync(file.fileno())
             partial.replace(path)
         except RuntimeError as error:  # torch's zip writer does not say that the disk is full
-            raise LearnError(f"{partial}: cannot be written ({str(error).splitlines()[0]}); is the disk full?") from error
+            raise LearnError(
+                f"{partial}: cannot be written ({str(error).splitlines()[0]}); is the disk full?"
+            ) from error
         finally:
             partial.unlink(missing_ok=True)
 
@@ -233,11 +235,15 @@ class Trainer:
             raise LearnError(f"{path}: is no checkpoint of this run ({str(error).splitlines()[0]})") from error
         if self.processes.main:
             metrics = self.options.folder / METRICS
-            kept = metrics.read_text(encoding="utf-8").splitlines(keepends=True)[: self.step] if metrics.exists() else []
+            kept = (
+                metrics.read_text(encoding="utf-8").splitlines(keepends=True)[: self.step] if metrics.exists() else []
+            )
             metrics.write_text("".join(kept), encoding="utf-8")
 
     def _noise(self) -> Tensor:
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence((self.options.seed, self.step)).generate_state(1)[0]))
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence((self.options.seed, self.step)).generate_state(1)[0])
+        )
         size = sum(self.layout.widths)
         noise = torch.rand(size, generator=generator)
         return self.layout.expand(noise).to(self.processes.device)

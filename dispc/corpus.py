@@ -64,12 +64,14 @@ def _hub_rows(source: str) -> list[str]:
     try:
         rows = datasets.load_dataset("/".join(owner_and_name), config, split=split or "train")
     except Exception as error:  # no file, no network, no such dataset: `datasets` raises many kinds
-        raise DataError(f"{source}: no such file, and no dataset of that name to be had ({_first_line(error)})") from error
+        raise DataError(
+            f"{source}: no such file, and no dataset of that name to be had ({_first_line(error)})"
+        ) from error
     return _column(rows, source)
 
 
 def _column(rows: Any, source: str) -> list[str]:
-    texts = []
+    texts: list[str] = []
     for row in rows:
         if not isinstance(row.get("text"), str):
             raise DataError(f"{source}: row {len(texts)} has no column 'text' with a string in it")

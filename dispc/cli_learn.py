@@ -1,0 +1,179 @@
+"""The commands that make masks and say what they are worth: learn, eval, import-masks."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dispc.console import JsonFlag, count_progress, err, eval_table, facts_table, learn_progress, out, print_json
+from dispc.errors import DataError, LearnError
+
+Data = Annotated[str | None, typer.Option(help="Text, JSON lines or parquet file, or a dataset as NAME:SPLIT.")]
+Ratio = Annotated[float, typer.Option("--pruning-ratio", "-r", help="Share of the parameters to prune.")]
+RatioOf = Annotated[str, typer.Option(help="What the ratio is of: blocks (their projections) or model (everything).")]
+Align = Annotated[int, typer.Option(min=1, help="Make every width a multiple of this (8, 16, 64), or full.")]
+Scope = Annotated[str, typer.Option(help="What norms see: full (the whole stream) or selected (the read set).")]
+ModelArgument = Annotated[Path, typer.Argument(help="Hugging Face model directory.")]
+INSTANT = ("random", "magnitude", "activation")
+
+
+def learn(
+    model: ModelArgument,
+    data: Data = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Mask file [MODEL/masks.safetensors].")] = None,
+    pruning_ratio: Ratio = 0.5,
+    ratio_of: RatioOf = "blocks",
+    method: Annotated[
+        str, typer.Option(help="disp-llm (learned), or at once: random, magnitude, activation.")
+    ] = "disp-llm",
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 10_000,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step, over all processes.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="AdamW, constant.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="AdamW.")] = 0.05,
+    regulariser_weight: Annotated[
+        float, typer.Option(help="Lambda: the weight of the distance from the budget.")
+    ] = 6.0,
+    estimator: Annotated[
+        str, typer.Option(help="reinmax (the paper), gumbel (the authors' published code).")
+    ] = "reinmax",
+    no_hypernetwork: Annotated[bool, typer.Option("--no-hypernetwork", help="Ablation: free latents.")] = False,
+    no_gru: Annotated[bool, typer.Option("--no-gru", help="Ablation: a linear layer for the GRU.")] = False,
+    constrained: Annotated[bool, typer.Option("--constrained", help="Ablation: one set for S1, S2, S3, S5.")] = False,
+    norm_scope: Scope = "full",
+    align: Align = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the data order, the noise and the hypernetwork.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda [cuda where there is one].")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16 [by device].")] = None,
+    activation_checkpointing: Annotated[
+        bool, typer.Option("--activation-checkpointing", help="Less memory, a third more work.")
+    ] = False,
+    compile_model: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier run and its masks.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log for TensorBoard too.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Learn masks by DISP-LLM, or make baseline masks at once. Several processes: start with torchrun -m dispc.
+
+    Example: [bold]dispc learn model/ --pruning-ratio 0.5 --data train.txt -o masks-50.safetensors[/bold]
+    """
+    from dispc.checkpoint import Checkpoint
+    from dispc.learn.instant import instant_masks
+    from dispc.learn.options import LearnOptions
+    from dispc.learn.plots import plot_run
+    from dispc.learn.trainer import learn as run_learning
+
+    file = output or model / "masks.safetensors"
+    if data is None and method not in ("random", "magnitude"):
+        raise DataError(f"--method {method} needs a text: give --data FILE")
+    if method in INSTANT:
+        if file.exists() and not force:
+            raise LearnError(f"{file}: exists; replace it with --force")
+        with count_progress(err, "reading windows") as count:
+            masks = instant_masks(
+                model, method, pruning_ratio, ratio_of=ratio_of, data=data, sequence_length=sequence_length,  # type: ignore[arg-type]
+                align=align, seed=seed, norm_scope=norm_scope, progress=count,  # type: ignore[arg-type]
+            )  # fmt: skip
+        masks.save(file, Checkpoint(model).config)
+    elif method == "disp-llm":
+        assert data is not None
+        options = LearnOptions(
+            model=model, data=data, output=file, pruning_ratio=pruning_ratio, ratio_of=ratio_of, steps=steps,  # type: ignore[arg-type]
+            sequence_length=sequence_length, batch_size=batch_size, learning_rate=learning_rate,
+            weight_decay=weight_decay, regulariser_weight=regulariser_weight, estimator=estimator,  # type: ignore[arg-type]
+            hypernetwork=not no_hypernetwork, gru=not no_gru, constrained=constrained, norm_scope=norm_scope,  # type: ignore[arg-type]
+            align=align, seed=seed, device=device, precision=precision, compile=compile_model,  # type: ignore[arg-type]
+            activation_checkpointing=activation_checkpointing, checkpoint_every=checkpoint_every,
+            tensorboard=tensorboard,
+        )  # fmt: skip
+        with learn_progress(err) as progress:
+            masks, main = run_learning(options, progress, resume=resume, force=force)
+        if not main:
+            return
+        plot_run(options.folder, masks)
+    else:
+        raise LearnError(f"--method {method}: choose disp-llm, {', '.join(INSTANT)}")
+    report_masks(file, model, as_json)
+
+
+def report_masks(file: Path, model: Path, as_json: bool) -> None:
+    """Say where the masks are and what they keep."""
+    from dispc.checkpoint import Checkpoint
+    from dispc.masks import Masks
+
+    masks, config = Masks.load(file), Checkpoint(model).config
+    kept, dense = masks.kept_parameters(config), config.block_parameters * config.num_hidden_layers
+    facts: dict[str, Any] = {"masks": str(file), "sha256": masks.sha256(), "kept": kept, "dense": dense}
+    if as_json:
+        print_json(facts | {"metadata": dict(masks.metadata)})
+        return
+    shown = {"block parameters": f"{kept:,} of {dense:,} ({100 * kept / dense:.2f} %)", "sha256": facts["sha256"]}
+    out.print(facts_table({"masks": str(file)} | {k: masks.metadata[k] for k in ("method",)} | shown))
+
+
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="Model directory, or artifact.")],
+    data: Annotated[list[str] | None, typer.Option(help="Text for perplexity; may be given several times.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Zero-shot tasks of lm-evaluation-harness, by commas.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Judge the model directory under these masks.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Window [2048, or the model's limit].")] = None,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Read no more windows than this.")] = None,
+    include: Annotated[Path | None, typer.Option(help="Directory with further task definitions (YAML).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read no more items per task than this.")] = None,
+    device: Annotated[str, typer.Option(help="Device of the torch model: cpu or cuda.")] = "cpu",
+    json_file: Annotated[Path | None, typer.Option("--json-file", help="Write the report to this file too.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Perplexity and zero-shot accuracy of a dense model, of its masked reference, or of an artifact.
+
+    Example: [bold]dispc eval model/ --masks masks.safetensors --data wiki.test.raw[/bold]
+    """
+    from dispc.manifest import write_json
+    from dispc.validate.perplexity import measure_perplexity, open_scorer
+
+    if not data and not tasks:
+        raise DataError("nothing to measure: give --data FILE for perplexity, --tasks NAMES for accuracy, or both")
+    scorer = open_scorer(path, masks, device)
+    report: dict[str, Any] = {"model": str(path), "masks": str(masks) if masks else None}
+    with count_progress(err, "windows") as count:
+        report["perplexity"] = [
+            measure_perplexity(
+                scorer, source, sequence_length=sequence_length, max_windows=max_windows, progress=count
+            ).as_dict()
+            for source in data or ()
+        ]
+    if tasks:
+        from dispc.validate.zero_shot import measure_tasks
+
+        with count_progress(err, "requests") as count:
+            report["tasks"] = measure_tasks(scorer, tasks.split(","), include=include, limit=limit, progress=count)
+    if json_file:
+        write_json(json_file, report)
+    if as_json:
+        print_json(report)
+    else:
+        out.print(eval_table(report))
+
+
+def import_masks(
+    source: Annotated[Path, typer.Argument(help="hn-ckpt-*.pt, or a pruned model directory, of the published code.")],
+    model: Annotated[Path, typer.Option(help="The dense model it was made from.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Mask file [MODEL/masks.safetensors].")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an older mask file.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Turn what the authors' published code wrote into a mask file. Nothing in it is executed.
+
+    Example: [bold]dispc import-masks hn-ckpt-final-0.50.pt --model Llama-2-7b-hf/ -o masks.safetensors[/bold]
+    """
+    from dispc.checkpoint import Checkpoint
+    from dispc.published import import_published
+
+    file = output or model / "masks.safetensors"
+    if file.exists() and not force:
+        raise LearnError(f"{file}: exists; replace it with --force")
+    config = Checkpoint(model).config
+    import_published(source, config).save(file, config)
+    report_masks(file, model, as_json)

@@ -1,0 +1,81 @@
+"""Pictures of a run and of masks."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dispc.extras import need
+from dispc.learn.trainer import METRICS
+from dispc.masks import SETS, Masks, set_width
+
+LABELS = dict(
+    zip(SETS, ("S1 attention read", "S2 attention write", "S3 MLP read", "S4 MLP mid", "S5 MLP write"), strict=True)
+)
+
+
+def plot_run(folder: Path, masks: Masks) -> None:
+    """Write `learning.png` and `widths.png` into the run's folder."""
+    plot_learning(folder / METRICS, folder / "learning.png")
+    plot_widths(masks, folder / "widths.png")
+
+
+def plot_learning(metrics: Path, file: Path) -> None:
+    """Loss, its running mean, and the regulariser over the steps of a `metrics.jsonl`."""
+    figure, axes = _figure(2, 1, (8, 6))
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    steps = np.array([record["step"] for record in records])
+    loss = np.array([record["loss"] for record in records])
+    share = max(1, len(loss) // 50)
+    axes[0].plot(steps, loss, linewidth=0.5, color="tab:blue", alpha=0.4, label="each step")
+    smooth = np.convolve(loss, np.ones(share) / share, mode="valid")
+    axes[0].plot(steps[share - 1 :], smooth, color="tab:blue", label=f"mean of {share} steps")
+    axes[0].set(ylabel="language-model loss (nats)")
+    axes[0].legend()
+    axes[1].plot(steps, [record["regulariser"] for record in records], color="tab:red", label="log(max / min)")
+    axes[1].set(xlabel="step", ylabel="regulariser")
+    axes[1].legend(loc="upper left")
+    pruned = axes[1].twinx()
+    pruned.plot(steps, [100 * record["pruned"] for record in records], color="tab:green", linewidth=0.8)
+    pruned.set_ylabel("block parameters pruned (%)", color="tab:green")
+    _save(figure, file)
+
+
+def plot_widths(masks: Masks, file: Path) -> None:
+    """The share that each set keeps, block by block (the paper's Fig. 6)."""
+    figure, (axis,) = _figure(1, 1, (9, 4))
+    for name in SETS:
+        full = set_width(name, masks.hidden_size, masks.intermediate_size)
+        shares = [len(block.sets()[name]) / full for block in masks.blocks]
+        axis.plot(range(len(shares)), shares, marker="o", markersize=3, label=LABELS[name])
+    facts = [masks.metadata[key] for key in ("method", "pruning_ratio") if key in masks.metadata]
+    axis.set(xlabel="block", ylabel="share kept", ylim=(-0.02, 1.02), title=", ".join(facts))
+    axis.legend(fontsize="small", ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    _save(figure, file)
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    need("matplotlib", "learn")
+    import matplotlib
+
+    matplotlib.use("Agg")  # files only: no window, whatever the desktop
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    return figure, axes.flatten()
+
+
+def _save(figure: Any, file: Path) -> None:
+    from matplotlib import pyplot
+
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            figure.savefig(partial, dpi=150, format=file.suffix.removeprefix(".") or "png")
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+        pyplot.close(figure)

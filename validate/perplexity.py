@@ -1,0 +1,129 @@
+"""Perplexity by the usual WikiText-2 protocol, of a torch model or of an artifact.
+
+The text is one run of tokens, cut into windows that do not overlap; each window is read on its own, its first token is
+not scored, and what does not fill a window is left out. Perplexity is exp of the mean negative log likelihood.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dispc.checkpoint import Checkpoint
+from dispc.corpus import load_tokens, windows
+from dispc.errors import DataError
+from dispc.manifest import MANIFEST
+from dispc.masks import Masks
+from dispc.reference import load_reference
+from dispc.validate.session import Array, Artifact
+
+Tokens = npt.NDArray[np.int64]
+DEFAULT_WINDOW = 2048
+
+
+class TorchScorer:
+    """The dense model of a directory, or with `masks` its masked reference, in float32."""
+
+    def __init__(self, directory: Path, masks: Path | None = None, device: str = "cpu") -> None:
+        checkpoint = Checkpoint(directory)
+        chosen = Masks.load(masks) if masks else None
+        if chosen is not None:
+            chosen.check(checkpoint.config, masks)
+        self.directory, self.positions, self.device = directory, checkpoint.config.max_positions, device
+        self.model = load_reference(directory, checkpoint.config.family, chosen).to(device)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tokens) -> Array:
+        """float32 logits [S,V] of one sequence [S]."""
+        ids = torch.from_numpy(tokens)[None].to(self.device)
+        logits: Array = self.model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()
+        return logits
+
+
+class ArtifactScorer:
+    """An artifact in ONNX Runtime on the CPU."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.artifact = Artifact(directory)
+        self.positions = self.artifact.positions
+
+    def logits(self, tokens: Tokens) -> Array:
+        """float32 logits [S,V] of one sequence [S]."""
+        ids, runner = tokens[None], self.artifact.runner
+        logits, _ = runner.run(ids, np.ones_like(ids), np.arange(len(tokens))[None], runner.empty_caches(1))
+        row: Array = logits[0]
+        return row
+
+
+Scorer = TorchScorer | ArtifactScorer
+
+
+def open_scorer(path: Path, masks: Path | None = None, device: str = "cpu") -> Scorer:
+    """An artifact when `path` holds one, else the model directory there, dense or masked.
+
+    Raises:
+        DispcError: when it is neither, or masks are given for an artifact, which has its own.
+    """
+    if not (path / MANIFEST).is_file():
+        return TorchScorer(path, masks, device)
+    if masks is not None:
+        raise DataError(f"{path}: is an artifact, whose masks are compiled in; give --masks with a model directory")
+    return ArtifactScorer(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """What was measured, with all that another needs to measure it again."""
+
+    perplexity: float
+    mean_nll: float
+    windows: int
+    sequence_length: int
+    tokens_scored: int
+    data: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure_perplexity(
+    scorer: Scorer,
+    data: str,
+    *,
+    sequence_length: int | None = None,
+    max_windows: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Perplexity:
+    """Perplexity on `data` (see `dispc.corpus.read_text`), in windows of 2,048 or of the model's limit.
+
+    Raises:
+        DataError: when the window is longer than the model's limit, or the text shorter than a window.
+    """
+    length = sequence_length or min(DEFAULT_WINDOW, scorer.positions)
+    if not 2 <= length <= scorer.positions:
+        raise DataError(f"windows of {length} tokens: {scorer.directory} takes 2 to {scorer.positions}")
+    rows = windows(load_tokens(data, scorer.directory), length, data)[:max_windows].astype(np.int64)
+    total = 0.0
+    for number, row in enumerate(rows):
+        total += float(negative_log_likelihood(scorer.logits(row)[:-1], row[1:]).sum())
+        progress(number + 1, len(rows))
+    scored = len(rows) * (length - 1)
+    mean = total / scored
+    return Perplexity(
+        perplexity=math.exp(mean) if mean < 700 else math.inf, mean_nll=mean, windows=len(rows),
+        sequence_length=length, tokens_scored=scored, data=Path(data).name,
+    )  # fmt: skip
+
+
+def negative_log_likelihood(logits: Array, tokens: Tokens) -> Array:
+    """-log p of tokens [S] under logits [S,V], float64 [S]."""
+    values = torch.from_numpy(logits)
+    chosen = values.gather(1, torch.from_numpy(tokens)[:, None])[:, 0].double()
+    nll: Array = (torch.logsumexp(values, dim=-1).double() - chosen).numpy()
+    return nll

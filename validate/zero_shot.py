@@ -1,0 +1,116 @@
+"""Zero-shot tasks of lm-evaluation-harness, on a torch model or an artifact through one adapter."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dispc.errors import DataError
+from dispc.extras import need
+from dispc.validate.perplexity import Scorer, negative_log_likelihood
+
+METRICS = ("acc_norm", "acc", "exact_match")
+"""The first of these that a task reports is its figure."""
+
+
+def measure_tasks(
+    scorer: Scorer,
+    tasks: list[str],
+    *,
+    include: Path | None = None,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, dict[str, Any]]:
+    """For each task its `metric`, `value` and `stderr` (shares of 1) and the `items` it was measured on.
+
+    `include` is a directory with task definitions of one's own; their data files need no network.
+
+    Raises:
+        DispcError: when lm-eval is missing, a task is unknown, or its data cannot be had.
+    """
+    need("lm_eval", "eval")
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(include) if include else None)
+    known = set(manager.all_tasks)
+    for task in tasks:
+        if task not in known:
+            raise DataError(f"--tasks {task}: lm-eval knows no such task; --include DIR adds definitions of your own")
+    adapter = _make_adapter(scorer, progress)
+    try:
+        results = simple_evaluate(
+            adapter, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False
+        )
+    except (OSError, ConnectionError) as error:  # what `datasets` raises when it reaches no hub
+        raise DataError(f"the data of {', '.join(tasks)} cannot be had: {str(error).splitlines()[0]}") from error
+    return {name: _figure(results, name) for name in results["results"]}
+
+
+def _figure(results: Any, name: str) -> dict[str, Any]:
+    row, items = results["results"][name], results.get("n-samples", {}).get(name, {}).get("effective")
+    values = {key.split(",")[0]: value for key, value in row.items() if isinstance(value, float)}
+    metric = next((metric for metric in METRICS if metric in values), None)
+    if metric is None:
+        raise DataError(f"{name}: reports none of {', '.join(METRICS)}")
+    share = values[metric]
+    stderr = (share * (1 - share) / items) ** 0.5 if items else float("nan")  # of a mean of zeros and ones
+    return {"metric": metric, "value": share, "stderr": stderr, "items": items}
+
+
+def _make_adapter(scorer: Scorer, progress: Callable[[int, int], None]) -> Any:
+    """The LM that lm-eval asks; made here, since its base class comes from an optional package."""
+    from lm_eval.api.model import TemplateLM
+    from transformers import AutoTokenizer
+
+    class Adapter(TemplateLM):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(str(scorer.directory), trust_remote_code=False)
+            except (OSError, ValueError) as error:
+                raise DataError(f"{scorer.directory}: has no tokenizer that transformers can load") from error
+
+        @property
+        def eot_token_id(self) -> int:
+            return int(self.tokenizer.eos_token_id)
+
+        @property
+        def prefix_token_id(self) -> int:
+            beginning = self.tokenizer.bos_token_id
+            return self.eot_token_id if beginning is None else int(beginning)
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+            return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
+
+        def _loglikelihood_tokens(
+            self, requests: list[tuple[Any, list[int], list[int]]], **options: Any
+        ) -> list[tuple[float, bool]]:
+            answers = []
+            for number, (_, context, continuation) in enumerate(requests):
+                answers.append(score_continuation(scorer, context, continuation))
+                progress(number + 1, len(requests))
+            return answers
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            room = scorer.positions
+            totals = []
+            for request in requests:
+                tokens = [self.prefix_token_id, *self.tok_encode(request.args[0])]
+                pieces = [tokens[at : at + room] for at in range(0, len(tokens) - 1, room - 1)]
+                totals.append(sum(score_continuation(scorer, piece[:1], piece[1:])[0] for piece in pieces))
+            return totals
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            raise DataError("tasks that generate text are not supported; choose tasks judged by likelihood")
+
+    return Adapter()
+
+
+def score_continuation(scorer: Scorer, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """log p(continuation | context), and whether greedy decoding would say it; a long context loses its beginning."""
+    tokens = np.array(context + continuation, dtype=np.int64)[-scorer.positions - 1 :]
+    logits = scorer.logits(tokens[:-1])[-len(continuation) :]
+    wanted = tokens[-len(continuation) :]
+    return -float(negative_log_likelihood(logits, wanted).sum()), bool((logits.argmax(-1) == wanted).all())

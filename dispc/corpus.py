@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dispc.errors import DataError
+from dispc.errors import DataError, first_line
 from dispc.extras import need
 
 Tokens = npt.NDArray[np.int32]
@@ -27,7 +27,6 @@ def read_text(source: str) -> str:
     Raises:
         DataError: when the source cannot be read or holds no text.
     """
-    need("datasets", "learn")
     path = Path(source)
     rows = _file_rows(path) if path.exists() or path.suffix in LOADERS else _hub_rows(source)
     text = SEPARATOR.join(rows)
@@ -37,8 +36,6 @@ def read_text(source: str) -> str:
 
 
 def _file_rows(path: Path) -> list[str]:
-    import datasets
-
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     loader = LOADERS.get(path.suffix, "text")
@@ -48,14 +45,18 @@ def _file_rows(path: Path) -> list[str]:
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text ({error})") from error
         return [line if line.strip() else "" for line in lines]
+    need("datasets", "learn")
+    import datasets
+
     try:
         rows = datasets.load_dataset(loader, data_files=str(path), split="train", streaming=True)
         return _column(rows, str(path))
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        raise DataError(f"{path}: not readable as {loader} ({_first_line(error)})") from error
+        raise DataError(f"{path}: not readable as {loader} ({first_line(error)})") from error
 
 
 def _hub_rows(source: str) -> list[str]:
+    need("datasets", "learn")
     import datasets
 
     name, _, split = source.partition(":")
@@ -65,7 +66,7 @@ def _hub_rows(source: str) -> list[str]:
         rows = datasets.load_dataset("/".join(owner_and_name), config, split=split or "train")
     except Exception as error:  # no file, no network, no such dataset: `datasets` raises many kinds
         raise DataError(
-            f"{source}: no such file, and no dataset of that name to be had ({_first_line(error)})"
+            f"{source}: no such file, and no dataset of that name to be had ({first_line(error)})"
         ) from error
     return _column(rows, source)
 
@@ -77,11 +78,6 @@ def _column(rows: Any, source: str) -> list[str]:
             raise DataError(f"{source}: row {len(texts)} has no column 'text' with a string in it")
         texts.append(row["text"])
     return texts
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def load_tokens(source: str, model: Path, cache: Path | None = None) -> Tokens:
@@ -117,7 +113,7 @@ def tokenise(text: str, model: Path) -> Tokens:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"{model}: has no tokenizer that transformers can load ({_first_line(error)})") from error
+        raise DataError(f"{model}: has no tokenizer that transformers can load ({first_line(error)})") from error
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn that the text is longer than the model's context
     try:

@@ -1,6 +1,11 @@
 """The errors dispc raises on purpose. Each message is one line: what is wrong, where, and what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of a foreign error's message, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class DispcError(Exception):
     """A problem that the user can act on; the command line prints it without a traceback and exits with 2."""
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dispc.errors import MasksError
+from dispc.errors import MasksError, first_line
 from dispc.families import DecoderConfig
 from dispc.learn.budget import set_widths
 from dispc.learn.estimator import MEDIAN_OF_NOISE, OFFSET
@@ -60,7 +60,7 @@ def masks_of_hypernetwork(file: Path, config: DecoderConfig) -> Masks:
     try:
         state: Any = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise MasksError(f"{file}: not a checkpoint that loads without running code ({_line(error)})") from error
+        raise MasksError(f"{file}: not a checkpoint that loads without running code ({first_line(error)})") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise MasksError(f"{file}: not the state of a hypernetwork (a dictionary of tensors is expected)")
     renamed = {}
@@ -139,8 +139,3 @@ def _difference(network: HyperNetwork, state: dict[str, Tensor]) -> str:
     found = {name: tuple(value.shape) for name, value in state.items()}
     name = next(name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name))
     return f"{name} is {found.get(name, 'missing')}, {wanted.get(name, 'nothing')} is expected"
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

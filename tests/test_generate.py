@@ -16,8 +16,9 @@ from command import assert_refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from language import ASCII, HALVES, SPECIAL, make_tokenizer
+from tokenizers import decoders
+from transformers import AutoModelForCausalLM
 
 from dispc.errors import ArtifactError
 from dispc.generate import Sampler, generate_text, generate_tokens, load_tokenizer
@@ -25,26 +26,9 @@ from dispc.validate.session import Artifact
 
 LOGITS = arrays.arrays(np.float32, st.integers(1, 40), elements=st.integers(-300, 300).map(lambda n: n / 10))
 TEMPLATE = "{% for m in messages %}<u>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-SPECIAL = ["<pad>", "<s>", "</s>"]
-ASCII = [chr(code) for code in range(33, 127)]
-HALVES = ["\u0120", *"\u00c3\u00a9\u00e2\u0124\u00ac\u00f0\u0141\u013a\u0122"]
-"""How byte-level tokenizers spell the space, and the bytes of a two-, a three- and a four-byte character."""
 TRICKY = range(len(SPECIAL) + len(ASCII), len(SPECIAL) + len(ASCII) + len(HALVES))
 PUNCTUATION = [len(SPECIAL) + ASCII.index(letter) for letter in ".,'?!snt"]
 """Tokens in front of which some tokenizers remove a space."""
-
-
-def make_tokenizer(directory: Path, template: str | None, **options: Any) -> None:
-    """A byte-level tokenizer of 131 tokens: special ones, ASCII, the space, and bytes that are parts of characters."""
-    rest = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {*ASCII, *HALVES})
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *ASCII, *HALVES, *rest][:131])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **options)
-    fast.chat_template = template
-    fast.save_pretrained(directory)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dispc.errors import DataError
+from dispc.errors import DataError, first_line
 from dispc.extras import need
 from dispc.validate.perplexity import Scorer, negative_log_likelihood
 
@@ -33,7 +33,10 @@ def measure_tasks(
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(include) if include else None)
+    folder = str(include) if include else None
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if not set(tasks) <= set(manager.all_tasks):  # reading lm-eval's own thousands of definitions takes a while
+        manager = TaskManager(include_path=folder)
     known = set(manager.all_tasks)
     for task in tasks:
         if task not in known:
@@ -44,7 +47,7 @@ def measure_tasks(
             adapter, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False
         )
     except (OSError, ConnectionError) as error:  # what `datasets` raises when it reaches no hub
-        raise DataError(f"the data of {', '.join(tasks)} cannot be had: {str(error).splitlines()[0]}") from error
+        raise DataError(f"the data of {', '.join(tasks)} cannot be had: {first_line(error)}") from error
     return {name: _figure(results, name) for name in results["results"]}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dispc.checkpoint import Checkpoint
 from dispc.corpus import Tokens, batch, load_tokens, windows
-from dispc.errors import LearnError
+from dispc.errors import LearnError, first_line
 from dispc.learn.budget import block_budget, final_sets, kept_parameters, regulariser
 from dispc.learn.distributed import Processes
 from dispc.learn.estimator import ESTIMATORS
@@ -215,9 +215,7 @@ class Trainer:
                 os.fsync(file.fileno())
             partial.replace(path)
         except RuntimeError as error:  # torch's zip writer does not say that the disk is full
-            raise LearnError(
-                f"{partial}: cannot be written ({str(error).splitlines()[0]}); is the disk full?"
-            ) from error
+            raise LearnError(f"{partial}: cannot be written ({first_line(error)}); is the disk full?") from error
         finally:
             partial.unlink(missing_ok=True)
 
@@ -232,7 +230,7 @@ class Trainer:
             self.optimiser.load_state_dict(content["optimiser"])
             self.step = content["step"]
         except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise LearnError(f"{path}: is no checkpoint of this run ({str(error).splitlines()[0]})") from error
+            raise LearnError(f"{path}: is no checkpoint of this run ({first_line(error)})") from error
         if self.processes.main:
             metrics = self.options.folder / METRICS
             kept = (

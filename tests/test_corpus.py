@@ -1,0 +1,93 @@
+"""Texts of every kind, read as the same documents; tokens cached by what they were made of."""
+
+import json
+from pathlib import Path
+
+import language
+import numpy as np
+import pytest
+import tiny
+
+from dispc import corpus
+from dispc.corpus import load_tokens, read_text, windows
+from dispc.errors import DataError
+
+DOCUMENTS = ["The sea is salt.", "Depths are cold, and\nwide.", "café"]
+
+
+@pytest.mark.extras
+def test_json_lines_and_parquet_give_the_same_text(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    import pyarrow
+    from pyarrow import parquet
+
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("".join(json.dumps({"text": document, "id": 1}) + "\n" for document in DOCUMENTS))
+    parquet.write_table(pyarrow.table({"text": DOCUMENTS}), tmp_path / "a.parquet")
+    assert read_text(str(lines)) == read_text(str(tmp_path / "a.parquet")) == "\n\n".join(DOCUMENTS)
+
+
+def test_a_text_file_is_read_as_the_hub_has_wikitext(tmp_path: Path) -> None:
+    """There a row is a line with its line end, and an empty one has none."""
+    path = tmp_path / "wiki.raw"
+    path.write_text(" \n = Title = \n \n Text . \n")
+    assert read_text(str(path)) == "\n\n".join(["", " = Title = \n", "", " Text . \n"])
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", '{"words": "x"}\n', "no column 'text'"),
+        ("a.jsonl", '{"text": 5}\n', "no column 'text'"),
+        ("a.jsonl", "{broken\n", "not readable as json"),
+        ("a.parquet", "no parquet", "not readable as parquet"),
+    ],
+)
+def test_unusable_files_are_named(tmp_path: Path, name: str, content: str, says: str) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=says):
+        read_text(str(tmp_path / name))
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_text(str(tmp_path / "a.txt"))
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(Exception, match=r"pip install 'dispc\[learn\]'"):
+        read_text(str(tmp_path / "a.jsonl"))
+
+
+def test_tokens_come_from_the_cache_until_text_or_tokenizer_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text, cache = tiny.make_model("llama", tmp_path / "model"), tmp_path / "a.txt", tmp_path / "cache"
+    language.make_tokenizer(model)
+    text.write_text("the sea")
+    made = []
+    tokenise = corpus.tokenise
+    monkeypatch.setattr(corpus, "tokenise", lambda *given: made.append(given) or tokenise(*given))
+    first = load_tokens(str(text), model, cache)
+    np.testing.assert_array_equal(load_tokens(str(text), model, cache), first)
+    assert len(made) == 1
+    text.write_text("the old sea")
+    assert len(load_tokens(str(text), model, cache)) > len(first)
+    language.make_tokenizer(model, None, clean_up_tokenization_spaces=True)
+    load_tokens(str(text), model, cache)
+    assert len(made) == 3
+    assert not list(cache.glob("*partial*"))
+
+
+def test_windows_do_not_overlap_and_leave_out_the_rest() -> None:
+    rows = windows(np.arange(11, dtype=np.int32), 4, "x")
+    np.testing.assert_array_equal(rows, [[0, 1, 2, 3], [4, 5, 6, 7]])
+    with pytest.raises(DataError, match="too few"):
+        windows(np.arange(3, dtype=np.int32), 4, "x")

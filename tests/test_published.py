@@ -1,0 +1,133 @@
+"""Masks from what the authors' published code writes: both forms made here, by the description of their layout."""
+
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import pytest
+import torch
+from command import run
+from torch import nn
+from torch.nn import functional
+
+from dispc.errors import MasksError
+from dispc.learn.budget import set_widths
+from dispc.masks import SETS, Masks
+from dispc.published import import_published, is_published_model
+
+CONFIG = harness.checkpoint("llama").config
+WIDTHS = set_widths(CONFIG)
+
+
+def hypernetwork_state(prefix: str = "") -> tuple[dict[str, torch.Tensor], list[np.ndarray]]:
+    """A state as the published code saves it, and the gates that have even odds or better, worked out step by step."""
+    torch.manual_seed(0)
+    gru, norm = nn.GRU(32, 64, bidirectional=True), nn.LayerNorm(128)
+    heads = nn.ModuleList(nn.Linear(128, width, bias=False) for width in WIDTHS)
+    for head in heads:
+        nn.init.normal_(head.weight, std=0.5)  # type: ignore[arg-type]
+    inputs = torch.randn(len(WIDTHS), 1, 32)
+    with torch.no_grad():
+        out, _ = gru(inputs, torch.zeros(2, 1, 64))
+        latents = [head(functional.gelu(norm(out[i, :]))).squeeze() for i, head in enumerate(heads)]
+    draws = -torch.log(-torch.log(torch.rand(20_001, generator=torch.Generator().manual_seed(1), dtype=torch.float64)))
+    median = draws.median()
+    gates = [(latent + median + 3.0 > 0).numpy() for latent in latents]
+    parts = {"bi_GRU": gru, "ln_tp": norm, "linear_list_tp": heads}
+    state = {
+        f"{prefix}{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()
+    }
+    return state | {f"{prefix}inputs": inputs}, gates
+
+
+def vectors_of(masks: Masks) -> list[np.ndarray]:
+    found = []
+    for block in masks.blocks:
+        for name in SETS:
+            width = CONFIG.intermediate_size if name == "mlp.mid" else CONFIG.hidden_size
+            vector = np.zeros(width, dtype=bool)
+            vector[block.sets()[name]] = True
+            found.append(vector)
+    return found
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_hypernetwork_checkpoint_gives_the_likelier_gates(tmp_path: Path, prefix: str) -> None:
+    state, gates = hypernetwork_state(prefix)
+    torch.save(state, tmp_path / "hn-ckpt-final-0.50.pt")
+    found = vectors_of(import_published(tmp_path / "hn-ckpt-final-0.50.pt", CONFIG))
+    wrong = sum(int((ours != theirs).sum()) for ours, theirs in zip(found, gates, strict=True))
+    total = sum(int(gate.sum()) for gate in gates)
+    assert 0.2 * sum(WIDTHS) < total < 0.999 * sum(WIDTHS)  # both values occur
+    assert wrong <= 0.005 * sum(WIDTHS)  # the drawn median is off by a little
+
+
+def write_model(directory: Path, vectors: list[list[float]], extra: str = "") -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "modeling_llama_pruned.py").write_text(
+        f"import torch\n{extra}\nclass LlamaModel:\n    def __init__(self, config):\n        self.cfgs = {vectors}\n"
+    )
+    return directory
+
+
+def test_a_pruned_model_directory_is_read_and_not_run(tmp_path: Path) -> None:
+    masks = Masks.random(CONFIG, 0.5, 3)
+    vectors = [vector.astype(float).tolist() for vector in vectors_of(masks)]
+    trap = tmp_path / "trap"
+    directory = write_model(tmp_path / "pruned", vectors, f"open({str(trap)!r}, 'w').write('executed')")
+    assert is_published_model(directory)
+    assert import_published(directory, CONFIG).sha256() == masks.sha256()
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("shift", [1, 3])
+def test_planted_differences_change_the_masks(tmp_path: Path, shift: int) -> None:
+    masks = Masks.random(CONFIG, 0.5, 3)
+    vectors = [np.roll(vector, shift).astype(float).tolist() for vector in vectors_of(masks)]
+    assert import_published(write_model(tmp_path / "pruned", vectors), CONFIG).sha256() != masks.sha256()
+
+
+@pytest.mark.parametrize(
+    ("vectors", "says"),
+    [
+        ([[1.0] * WIDTHS[0]], "holds 1 selection vectors"),
+        ([[1.0] * (width + 1) for width in WIDTHS], "selection vector 0"),
+        ([[0.5] * width for width in WIDTHS], "0 or 1"),
+        ("build_vectors()", "no modeling_"),
+        ("[[__import__('os').getpid()]]", "no modeling_"),
+    ],
+    ids=["few", "wide", "soft", "call", "code"],
+)
+def test_directories_that_do_not_fit_are_refused(tmp_path: Path, vectors: Any, says: str) -> None:
+    with pytest.raises(MasksError, match=says):
+        import_published(write_model(tmp_path / "pruned", vectors), CONFIG)
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("executed",))
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    state, _ = hypernetwork_state()
+    narrow = state | {"linear_list_tp.3.weight": torch.zeros(7, 128)}
+    for name, content, says in (
+        ("code.pt", {"inputs": Payload()}, "without running code"),
+        ("list.pt", [1, 2], "dictionary of tensors"),
+        ("other.pt", {"weight": torch.zeros(3)}, "no tensor 'inputs'"),
+        ("narrow.pt", narrow, r"heads\.3\.weight is \(7, 128\), \(88, 128\) is expected"),
+    ):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(MasksError, match=says):
+            import_published(tmp_path / name, CONFIG)
+
+
+def test_the_command_writes_the_mask_file(tmp_path: Path) -> None:
+    masks = Masks.random(CONFIG, 0.5, 3)
+    vectors = [vector.astype(float).tolist() for vector in vectors_of(masks)]
+    directory, model = write_model(tmp_path / "pruned", vectors), harness.checkpoint("llama").directory
+    arguments = ("import-masks", directory, "--model", model, "-o", tmp_path / "m.safetensors")
+    assert run(*arguments).code == 0
+    assert Masks.load(tmp_path / "m.safetensors").sha256() == masks.sha256()
+    assert run(*arguments).code == 2  # it exists

@@ -35,7 +35,7 @@ from dispc.families import FAMILIES
 from dispc.masks import Masks
 from dispc.validate.parity import LIMITS
 
-COMMANDS = ("compile", "validate", "generate", "inspect", "demo")
+COMMANDS = ("compile", "validate", "generate", "inspect", "demo", "learn", "eval", "import-masks")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,96 @@
+"""What masking costs: a learning step over a forward and backward pass of the frozen dense model to its embeddings.
+
+    .venv/bin/python benchmarks/learn_step.py ~/.cache/dispc/demo/SmolLM2-135M-Instruct \\
+        --json benchmarks/results/learn_step.json
+
+Both read the same batch, in turns, in one process. A learning step is all of it: latents, gates, the gated model forward
+and backward, the hypernetwork's backward and AdamW.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from common import console, report, summary, write_result
+from machine import environment, load
+
+from dispc.checkpoint import Checkpoint
+from dispc.learn.budget import block_budget
+from dispc.learn.distributed import Processes
+from dispc.learn.objective import next_token_loss
+from dispc.learn.options import LearnOptions
+from dispc.learn.trainer import DTYPES, Trainer
+from dispc.reference import load_reference
+
+GOAL = 1.15
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Hugging Face model directory.")],
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Measured pairs.")] = 7,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda [cuda where there is one].")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the result goes.")] = None,
+) -> None:
+    """Ratio of a learning step to the dense model's forward and backward pass."""
+    checkpoint = Checkpoint(model)
+    processes = Processes.join(device)
+    cuda = processes.device.type == "cuda"
+    precision = "bfloat16" if cuda else "float32"
+    ids = torch.from_numpy(
+        np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, (batch_size, sequence_length))
+    ).to(processes.device)
+    result: dict[str, Any] = {
+        "benchmark": "learn_step",
+        "environment": environment(),
+        "threads": torch.get_num_threads(),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        options = LearnOptions(
+            model=model, data="", output=Path(folder) / "masks.safetensors", sequence_length=sequence_length,
+            batch_size=batch_size, device=processes.device.type,
+        )  # fmt: skip
+        trainer = Trainer(options, checkpoint, block_budget(checkpoint, 0.5, "blocks"), processes)
+        dense = load_reference(model, checkpoint.config.family, None, DTYPES[precision])
+        dense.requires_grad_(False).to(processes.device)
+
+        def dense_step() -> None:
+            with torch.autocast(processes.device.type, dtype=torch.bfloat16, enabled=cuda):
+                embedded = dense.get_input_embeddings()(ids).detach().requires_grad_()
+                logits = dense(inputs_embeds=embedded, use_cache=False).logits
+            next_token_loss(logits, ids).backward()  # type: ignore[no-untyped-call]
+
+        steps: dict[str, Callable[[], Any]] = {"dense": dense_step, "learning": lambda: trainer.advance(ids)}
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(rounds + 1):
+            for name, step in steps.items():
+                start = time.perf_counter()
+                step()
+                if cuda:
+                    torch.cuda.synchronize()
+                seconds[name].append(time.perf_counter() - start)
+    result["load_after"] = load()
+    pairs = [b / a for a, b in zip(seconds["dense"][1:], seconds["learning"][1:], strict=True)]  # the first warms up
+    ratio = statistics.median(pairs)
+    result |= {
+        "model": model.name, "device": torch.cuda.get_device_name() if cuda else "cpu", "precision": precision,
+        "sequence_length": sequence_length, "batch_size": batch_size, "ratio": round(ratio, 4),
+        "ratio_of_pairs": summary(pairs), **{name: summary(values[1:]) for name, values in seconds.items()},
+    }  # fmt: skip
+    goal = f"a learning step takes {ratio:.2f} times the dense pass (goal {GOAL:.2f})"
+    result["goals"] = {goal: ratio <= GOAL}
+    rows = [[name, f"{statistics.median(values[1:]):.3f}"] for name, values in seconds.items()]
+    report(f"{model.name}, {batch_size} x {sequence_length} tokens", ("step", "seconds"), rows, result["goals"])
+    console.print(f"ratio of pairs: {min(pairs):.2f} to {max(pairs):.2f}", highlight=False)
+    write_result(json_file, result)
+
+
+if __name__ == "__main__":
+    typer.run(main)

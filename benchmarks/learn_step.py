@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/learn_step.py ~/.cache/dispc/demo/SmolLM2-135M-Instruct \\
         --json benchmarks/results/learn_step.json
 
-Both read the same batch, in turns, in one process. A learning step is all of it: latents, gates, the gated model forward
-and backward, the hypernetwork's backward and AdamW.
+Both read the same batch, in turns, in one process. A learning step is all of it: latents, gates, the gated model
+forward and backward, the hypernetwork's backward and AdamW.
 """
 
 import statistics

@@ -34,7 +34,18 @@ def compile(
     dense: Annotated[bool, typer.Option("--dense", help="Compile the whole model, without masks.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32 [by target].")] = None,
     padding: Annotated[str | None, typer.Option(help="Side on which batches are padded: left or right.")] = None,
-    lowering: Annotated[str | None, typer.Option(help="How writes are spelled: inverse-gather or canonical.")] = None,
+    lowering: Annotated[
+        str | None,
+        typer.Option(help="How writes are spelled: inverse-gather, canonical, scatter-elements, zero-filled."),
+    ] = None,
+    align: Annotated[int, typer.Option(help="Pad widths with zeros to a multiple of this (8, 16, 64).")] = 1,
+    last_logits: Annotated[
+        bool, typer.Option("--last-logits", help="Logits of each row's last token only (for generation).")
+    ] = False,
+    no_cuda_graph: Annotated[
+        bool, typer.Option("--no-cuda-graph", help="Do not ask applications to capture a CUDA graph.")
+    ] = False,
+    without: Annotated[str | None, typer.Option(help="Fusing passes to leave out, by commas.")] = None,
     force: Force = False,
     dump_ir: Annotated[Path | None, typer.Option(help="Write the graph after each pass into this directory.")] = None,
     verify_each: Annotated[bool, typer.Option("--verify-each", help="Run the model after each pass.")] = False,
@@ -51,7 +62,9 @@ def compile(
     directory = output or model.resolve().parent / f"{model.resolve().name}-{target}"
     options = CompileOptions(
         model=model, output=directory, target=target, masks=masks, dense=dense, dtype=dtype, padding=padding,
-        lowering=lowering, force=force, dump_ir=dump_ir, verify_each=verify_each, validate=not no_validate,
+        lowering=lowering, align=align, last_logits=last_logits, cuda_graph=not no_cuda_graph,
+        without=tuple(without.split(",")) if without else (), force=force, dump_ir=dump_ir, verify_each=verify_each,
+        validate=not no_validate,
     )  # fmt: skip
     try:
         with compile_progress(err) as progress:

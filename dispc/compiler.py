@@ -20,7 +20,7 @@ from dispc.export.write import check_file, check_output, save_model, staged_dire
 from dispc.manifest import MANIFEST, write_json
 from dispc.masks import Masks
 from dispc.passes.pipeline import PassRecord, build_pipeline, pipeline_line, run_pipeline
-from dispc.targets import Plan, make_plan
+from dispc.targets import Choices, Plan, make_plan
 from dispc.weights import surface_weight_errors
 
 Progress = Callable[[str, int, int], None]
@@ -28,7 +28,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompileOptions:
+class CompileOptions(Choices):
     """What to compile, for what, and where to. `masks` None means MODEL/masks.safetensors; `dense` means no masks."""
 
     model: Path
@@ -36,9 +36,6 @@ class CompileOptions:
     target: str
     masks: Path | None = None
     dense: bool = False
-    dtype: str | None = None
-    padding: str | None = None
-    lowering: str | None = None
     force: bool = False
     dump_ir: Path | None = None
     verify_each: bool = False
@@ -65,7 +62,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
     started = time.perf_counter()
     check_output(options.output, options.force)
     checkpoint = Checkpoint(options.model)
-    plan = make_plan(options.target, options.dtype, options.padding, options.lowering)
+    plan = make_plan(options.target, options)
     masks = load_masks(checkpoint, options)
     if options.validate or options.verify_each:
         from dispc.validate.memory import require_memory_for_reference
@@ -99,7 +96,8 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
         )
         save_model(model, stage / "model.onnx", progress)
         check_file(stage / "model.onnx")
-        write_companions(checkpoint, plan, manifest["cache_layers"], stage)
+        inputs = [value.name or "" for value in model.graph.inputs]
+        write_companions(checkpoint, plan, manifest["cache_layers"], inputs, stage)
         masks.save(stage / "masks.safetensors", checkpoint.config)
         manifest["bytes"] = sum(file.stat().st_size for file in stage.glob("model.onnx*"))
         manifest["compile_seconds"] = round(time.perf_counter() - started, 3)
@@ -147,6 +145,9 @@ def describe(
         "dtype": plan.dtype,
         "padding": plan.padding,
         "lowering": {"name": plan.lowering, "reason": plan.reason},
+        "align": plan.align,
+        "logits": "last" if plan.last_logits else "all",
+        "cuda_graph": plan.cuda_graph,
         "attention": "GroupQueryAttention" if plan.group_query else "Attention",
         "positions": config.max_positions,
         "stop_tokens": checkpoint.stop_tokens,

@@ -11,6 +11,8 @@ import onnx_ir as ir
 MICROSOFT = "com.microsoft"
 WINDOW = "dispc.window"
 """Metadata key of Attention nodes: the sliding window in tokens, 0 for none."""
+READS, WRITES = "dispc.reads", "dispc.writes"
+"""Metadata keys of projections: how much of each side is left, such as `288 of 576`."""
 
 
 def scope(module: str) -> str:

@@ -1,11 +1,14 @@
 """The targets: what an artifact is for decides its dtype, its attention operator and how writes are spelled."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from dispc.errors import CompileError
 
-Lowering = Literal["inverse-gather", "canonical"]
+Lowering = Literal["inverse-gather", "canonical", "scatter-elements", "zero-filled"]
+Padding = Literal["left", "right"]
+FUSIONS = ("fuse-rotary", "fuse-qkv", "fuse-gate-up", "fuse-activations", "fuse-skip-norm", "tie-embeddings")
+"""The passes that a compilation can do without: they change how fast the artifact is, not what it computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +16,10 @@ class Target:
     """One row of the table. The first dtype is the default.
 
     `group_query` lists the dtypes for which ONNX Runtime has a GroupQueryAttention kernel on this provider (opset 23's
-    Attention serves the others), `scatter_add` those for which it can run ScatterND(add).
+    Attention serves the others), `scatter_add` those for which it can run ScatterND(add) and ScatterElements(add).
+    `contrib` says whether operators of com.microsoft may be used, `fusions` which passes pay. Measured defaults:
+    written widths are padded to `write_multiple`, sets that keep at least `fill_share` of the stream are filled with
+    zeros (above 1: never). `cuda_graph` says whether a run can be captured.
     """
 
     name: str
@@ -21,6 +27,11 @@ class Target:
     dtypes: tuple[str, ...]
     group_query: tuple[str, ...]
     scatter_add: tuple[str, ...]
+    contrib: bool
+    fusions: tuple[str, ...]
+    write_multiple: int
+    fill_share: float
+    cuda_graph: bool = False
 
 
 TARGETS: dict[str, Target] = {
@@ -32,6 +43,11 @@ TARGETS: dict[str, Target] = {
             dtypes=("float16", "bfloat16", "float32"),
             group_query=("float16", "bfloat16"),
             scatter_add=("float16", "float32"),
+            contrib=True,
+            fusions=FUSIONS,
+            write_multiple=8,
+            fill_share=2.0,
+            cuda_graph=True,
         ),
         Target(
             name="onnx-cpu",
@@ -39,6 +55,10 @@ TARGETS: dict[str, Target] = {
             dtypes=("float32",),
             group_query=("float32",),
             scatter_add=("float32",),
+            contrib=True,
+            fusions=FUSIONS,
+            write_multiple=1,
+            fill_share=2.0,
         ),
         Target(
             name="onnx",
@@ -46,20 +66,44 @@ TARGETS: dict[str, Target] = {
             dtypes=("float32", "float16", "bfloat16"),
             group_query=(),
             scatter_add=("float32",),
+            contrib=False,
+            fusions=("tie-embeddings",),
+            write_multiple=1,
+            fill_share=2.0,
         ),
     )
 }
 
 
 @dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What a user may choose for a target; None leaves it to the target's defaults.
+
+    `align` pads read and mid widths to a multiple, `without` names fusions to leave out.
+    """
+
+    dtype: str | None = None
+    padding: str | None = None
+    lowering: str | None = None
+    align: int = 1
+    last_logits: bool = False
+    cuda_graph: bool = True
+    without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A target with every choice made."""
+    """A target with every choice made; `reason` says why the lowering is what it is."""
 
     target: Target
     dtype: str
-    padding: Literal["left", "right"]
+    padding: Padding
     lowering: Lowering
     reason: str
+    align: int
+    last_logits: bool
+    cuda_graph: bool
+    fusions: tuple[str, ...]
 
     @property
     def group_query(self) -> bool:
@@ -67,7 +111,7 @@ class Plan:
         return self.dtype in self.target.group_query
 
 
-def make_plan(target: str, dtype: str | None = None, padding: str | None = None, lowering: str | None = None) -> Plan:
+def make_plan(target: str, choices: Choices = Choices()) -> Plan:
     """Fill in the defaults of a target and refuse what ONNX Runtime cannot run.
 
     Raises:
@@ -76,24 +120,50 @@ def make_plan(target: str, dtype: str | None = None, padding: str | None = None,
     if target not in TARGETS:
         raise CompileError(f"unknown target {target!r}; targets are {', '.join(TARGETS)}")
     row = TARGETS[target]
-    dtype = dtype or row.dtypes[0]
+    dtype = choices.dtype or row.dtypes[0]
     if dtype not in row.dtypes:
         raise CompileError(f"target {target} has no dtype {dtype!r}; it has {', '.join(row.dtypes)}")
+    if choices.align < 1:
+        raise CompileError(f"widths cannot be aligned to {choices.align}; choose 8, 16 or 64")
+    if unknown := set(choices.without) - set(FUSIONS):
+        raise CompileError(f"unknown pass {min(unknown)!r}; those that can be left out are {', '.join(FUSIONS)}")
+    padding = _padding(row, dtype, choices.padding)
+    lowering, reason = _lowering(row, dtype, choices.lowering)
+    return Plan(
+        target=row,
+        dtype=dtype,
+        padding=padding,
+        lowering=lowering,
+        reason=reason,
+        align=choices.align,
+        last_logits=choices.last_logits,
+        cuda_graph=choices.cuda_graph and row.cuda_graph and dtype in row.group_query and padding == "right",
+        fusions=tuple(name for name in row.fusions if name not in choices.without),
+    )
+
+
+def _padding(row: Target, dtype: str, padding: str | None) -> Padding:
     group_query = dtype in row.group_query
     if padding not in (None, "left", "right"):
         raise CompileError(f"unknown padding {padding!r}; it is left or right")
     if padding == "right" and not group_query:
         raise CompileError(
-            f"target {target} in {dtype} masks by attention_mask and takes padding on the left; use --padding left"
+            f"target {row.name} in {dtype} masks by attention_mask and takes padding on the left; use --padding left"
         )
-    side: Literal["left", "right"] = "right" if group_query and padding != "left" else "left"
-    if lowering == "canonical":
-        if dtype not in row.scatter_add:
+    return "right" if group_query and padding != "left" else "left"
+
+
+def _lowering(row: Target, dtype: str, lowering: str | None) -> tuple[Lowering, str]:
+    if lowering is None:
+        return "inverse-gather", "default: runs in every dtype, without atomics"
+    for known in get_args(Lowering):
+        if lowering != known:
+            continue
+        if lowering in ("canonical", "scatter-elements") and dtype not in row.scatter_add:
+            operator = "ScatterND" if lowering == "canonical" else "ScatterElements"
             raise CompileError(
-                f"ONNX Runtime cannot run ScatterND(add) in {dtype} for target {target}; use --lowering inverse-gather"
+                f"ONNX Runtime cannot run {operator}(add) in {dtype} for target {row.name}; "
+                "use --lowering inverse-gather"
             )
-        return Plan(target=row, dtype=dtype, padding=side, lowering="canonical", reason="chosen by --lowering")
-    if lowering not in (None, "inverse-gather"):
-        raise CompileError(f"unknown lowering {lowering!r}; lowerings are canonical, inverse-gather")
-    reason = "chosen by --lowering" if lowering else "default: runs in every dtype, without atomics"
-    return Plan(target=row, dtype=dtype, padding=side, lowering="inverse-gather", reason=reason)
+        return known, "chosen by --lowering"
+    raise CompileError(f"unknown lowering {lowering!r}; lowerings are {', '.join(get_args(Lowering))}")

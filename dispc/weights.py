@@ -1,12 +1,13 @@
 """Lazy weight expressions: what a pruned weight is made of, evaluated only while the artifact is written.
 
-    checkpoint tensor [out, in] -> rows -> columns -> cast -> pad -> transpose
+    checkpoint tensor [out, in] -> rows -> columns -> cast -> pad or fill -> transpose (-> concat)
 
 Each method returns a new expression; nothing is read before `evaluate`. The expressions are onnx_ir tensors, so that
 graphs carry them as initializers.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,12 +36,19 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """What is done to a stored tensor, in this order: rows, columns, dtype, padding of the rows, transposition."""
+    """What is done to a stored tensor, in this order: rows, columns, dtype, zeros, transposition.
+
+    `pad_rows` and `pad_columns` count zeros behind what is kept; where `fill_rows` or `fill_columns` is set, what was
+    not kept is zero instead of gone.
+    """
 
     rows: Indices | None = None
     columns: Indices | None = None
     dtype: torch.dtype | None = None
-    padding: int = 0
+    pad_rows: int = 0
+    pad_columns: int = 0
+    fill_rows: bool = False
+    fill_columns: bool = False
     transposed: bool = False
 
 
@@ -55,9 +63,16 @@ class LazyWeight(ir.LazyTensor):
         self.source = source
         self.recipe = recipe or Recipe()
         self.torch_dtype = self.recipe.dtype or source.dtype
-        kept = zip((self.recipe.rows, self.recipe.columns), source.shape, strict=False)
-        stored = [size if indices is None else len(indices) for indices, size in kept]
-        stored[:1] = [size + self.recipe.padding for size in stored[:1]]
+        self.kept = tuple(
+            size if indices is None else len(indices)
+            for indices, size in zip((self.recipe.rows, self.recipe.columns), source.shape, strict=False)
+        )
+        fills = (self.recipe.fill_rows, self.recipe.fill_columns)
+        pads = (self.recipe.pad_rows, self.recipe.pad_columns)
+        stored = [
+            (size if fill else kept) + pad
+            for size, kept, fill, pad in zip(source.shape, self.kept, fills, pads, strict=False)
+        ]
         self.sizes = tuple(reversed(stored) if self.recipe.transposed else stored)
         super().__init__(
             lambda: ir.tensor_adapters.TorchTensor(self.evaluate()),
@@ -78,7 +93,7 @@ class LazyWeight(ir.LazyTensor):
         """Keep `indices` along `axis`."""
         if len(indices) == self.sizes[axis]:
             return self
-        stored = "rows" if axis == int(self.recipe.transposed) else "columns"
+        stored = self._stored(axis)
         earlier: Indices | None = getattr(self.recipe, stored)
         return self._with(**{stored: indices if earlier is None else earlier[indices]})
 
@@ -86,10 +101,17 @@ class LazyWeight(ir.LazyTensor):
         """[rows, columns] -> [columns, rows]."""
         return self._with(transposed=not self.recipe.transposed)
 
-    def pad_last(self, width: int) -> "LazyWeight":
-        """Append zeros to the last axis until it is `width` wide. The last axis must be the stored rows."""
-        assert self.recipe.transposed or len(self.sizes) == 1, "only outputs of a projection are padded"
-        return self._with(padding=width - self.sizes[-1] + self.recipe.padding)
+    def pad(self, axis: int, width: int) -> "LazyWeight":
+        """Append zeros along `axis` until it is `width` wide."""
+        stored = self._stored(axis)
+        more = width - self.sizes[axis] + int(getattr(self.recipe, f"pad_{stored}"))
+        return self._with(**{f"pad_{stored}": more})
+
+    def fill(self, axis: int) -> "LazyWeight":
+        """Give `axis` its full width back, with zeros where it was not kept."""
+        stored = self._stored(axis)
+        kept = getattr(self.recipe, stored)
+        return self if kept is None else self._with(**{f"fill_{stored}": True, f"pad_{stored}": 0})
 
     def cast(self, dtype: torch.dtype) -> "LazyWeight":
         """Convert to `dtype`, rounding to nearest."""
@@ -98,24 +120,38 @@ class LazyWeight(ir.LazyTensor):
     def _with(self, **changes: Any) -> "LazyWeight":
         return LazyWeight(self.source, replace(self.recipe, **changes))
 
-    def _compute(self, stored: torch.Tensor) -> torch.Tensor:
+    def _stored(self, axis: int) -> str:
+        return "rows" if axis % len(self.sizes) == int(self.recipe.transposed) else "columns"
+
+    def _compute(self, stored: torch.Tensor, value: torch.Tensor) -> None:
         recipe = self.recipe
-        value = torch.empty(self.sizes, dtype=self.torch_dtype)
         target = value.t() if recipe.transposed else value
-        count = stored.shape[0] if recipe.rows is None else len(recipe.rows)
-        target[count:] = 0
+        count = self.kept[0]
+        if value.numel() > math.prod(self.kept):
+            value.zero_()
+        columns: Any = None
+        if recipe.columns is not None:
+            columns = torch.from_numpy(recipe.columns) if recipe.fill_columns else slice(0, len(recipe.columns))
+        elif len(self.kept) > 1:
+            columns = slice(0, self.kept[1])
         step = max(1, PIECE_BYTES * stored.shape[0] // max(1, stored.nbytes))
         for start in range(0, count, step):
-            piece = stored[start : start + step]
+            rows: Any = slice(start, min(start + step, count))
+            piece = stored[rows]
             if recipe.rows is not None:
-                piece = _take(stored, recipe.rows[start : start + step], 0)
+                piece = _take(stored, recipe.rows[rows], 0)
+                if recipe.fill_rows:
+                    rows = torch.from_numpy(recipe.rows[rows])
             if recipe.columns is not None:
                 piece = _take(piece, recipe.columns, 1)
-            target[start : start + len(piece)] = piece.to(self.torch_dtype)
-        return value
+            piece = piece.to(self.torch_dtype)
+            if columns is None or isinstance(columns, slice):
+                target[(rows, columns) if columns is not None else rows] = piece
+            else:
+                target[(rows[:, None] if isinstance(rows, torch.Tensor) else rows, columns)] = piece
 
-    def evaluate(self) -> torch.Tensor:
-        """The value, contiguous.
+    def evaluate(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The value, contiguous; or written into `out`, a view of the same shape and dtype.
 
         Raises:
             CheckpointError: when it cannot be read, is stored with NaN or infinity, or overflows the dtype asked for.
@@ -125,7 +161,8 @@ class LazyWeight(ir.LazyTensor):
             # Also what is pruned away: the reference multiplies it by zero, which does not make NaN a number.
             if not _finite(stored):
                 raise CheckpointError(f"{self.source.file}: tensor {self.source.name} holds NaN or infinity")
-            value = self._compute(stored)
+            value = torch.empty(self.sizes, dtype=self.torch_dtype) if out is None else out
+            self._compute(stored, value)
         except (RuntimeError, OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{self.source.file}: tensor {self.source.name} cannot be read ({str(error).splitlines()[0]})"
@@ -139,6 +176,48 @@ class LazyWeight(ir.LazyTensor):
 
     def __repr__(self) -> str:
         return f"LazyWeight({self.source.name}, {self.dtype}, {self.sizes})"
+
+
+class ConcatWeight(ir.LazyTensor):
+    """Weights of the same rows side by side: [K,N1], [K,N2], ... as [K,N1+N2+...] (or vectors end to end)."""
+
+    def __init__(self, parts: Sequence[LazyWeight]) -> None:
+        self.parts = tuple(parts)
+        first = self.parts[0]
+        if any(part.sizes[:-1] != first.sizes[:-1] or part.torch_dtype != first.torch_dtype for part in self.parts):
+            raise ValueError(f"{list(self.parts)} do not stand side by side")
+        self.sizes = (*first.sizes[:-1], sum(part.sizes[-1] for part in self.parts))
+        super().__init__(
+            lambda: ir.tensor_adapters.TorchTensor(self.evaluate()), DTYPES[first.torch_dtype], ir.Shape(self.sizes)
+        )
+
+    def evaluate(self) -> torch.Tensor:
+        """The value, contiguous.
+
+        Raises:
+            CheckpointError: as `LazyWeight.evaluate` does.
+        """
+        value = torch.empty(self.sizes, dtype=self.parts[0].torch_dtype)
+        pieces = torch.split(value, [part.sizes[-1] for part in self.parts], dim=-1)
+        for part, piece in zip(self.parts, pieces, strict=True):
+            part.evaluate(piece)
+        return value
+
+    def __repr__(self) -> str:
+        return f"ConcatWeight({', '.join(map(repr, self.parts))})"
+
+
+def weight_of(value: ir.Value | None) -> LazyWeight:
+    """The weight that an initializer of a graph stands for."""
+    assert value is not None and isinstance(value.const_value, LazyWeight)
+    return value.const_value
+
+
+def rebind(value: ir.Value | None, weight: LazyWeight) -> None:
+    """Let an initializer stand for another weight, under its own name."""
+    assert value is not None
+    weight.name = value.name
+    value.const_value, value.shape = weight, weight.shape
 
 
 def _finite(tensor: torch.Tensor) -> bool:

@@ -1,6 +1,7 @@
 """The files beside model.onnx: config, tokenizer, and what onnxruntime-genai and dispc itself need to know."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ COPIED = (
 )  # fmt: skip
 
 
-def write_companions(checkpoint: Checkpoint, plan: Plan, cache_layers: int, directory: Path) -> None:
-    """Copy the model's config and tokenizer files, and write genai_config.json."""
+def write_companions(
+    checkpoint: Checkpoint, plan: Plan, cache_layers: int, inputs: Sequence[str], directory: Path
+) -> None:
+    """Copy the model's config and tokenizer files, and write genai_config.json; `inputs` are the model's."""
     for name in COPIED:
         if (checkpoint.directory / name).is_file():
             shutil.copyfile(checkpoint.directory / name, directory / name)
-    write_json(directory / "genai_config.json", genai_config(checkpoint, plan, cache_layers))
+    write_json(directory / "genai_config.json", genai_config(checkpoint, plan, cache_layers, inputs))
 
 
-def genai_config(checkpoint: Checkpoint, plan: Plan, cache_layers: int) -> dict[str, Any]:
+def genai_config(checkpoint: Checkpoint, plan: Plan, cache_layers: int, inputs: Sequence[str]) -> dict[str, Any]:
     """The genai_config.json of onnxruntime-genai, which refuses keys that it does not know.
 
     `num_hidden_layers` there counts the key/value caches: an attention that was pruned away has none.
@@ -33,10 +36,11 @@ def genai_config(checkpoint: Checkpoint, plan: Plan, cache_layers: int) -> dict[
     eos = checkpoint.stop_tokens or [0]
     # Not `or`: id 0 is a token like any other.
     bos, pad = (generation.get(key, checkpoint.raw_config.get(key)) for key in ("bos_token_id", "pad_token_id"))
-    inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask", "position_ids": "position_ids"}
+    named = {name: name for name in inputs if not name.startswith("past_key_values.")}
     caches = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
     presents = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
-    provider_options: list[dict[str, Any]] = [{"cuda": {}}] if plan.target.provider == "CUDAExecutionProvider" else []
+    cuda = {"enable_cuda_graph": "1"} if plan.cuda_graph else {}
+    provider_options: list[dict[str, Any]] = [{"cuda": cuda}] if plan.target.provider == "CUDAExecutionProvider" else []
     return {
         "model": {
             "type": "decoder",
@@ -53,7 +57,7 @@ def genai_config(checkpoint: Checkpoint, plan: Plan, cache_layers: int) -> dict[
                 "num_attention_heads": config.num_attention_heads,
                 "num_hidden_layers": cache_layers,
                 "num_key_value_heads": config.num_key_value_heads,
-                "inputs": inputs | caches,
+                "inputs": named | caches,
                 "outputs": {"logits": "logits"} | presents,
             },
         },

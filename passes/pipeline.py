@@ -9,10 +9,19 @@ import onnx_ir as ir
 
 from dispc.checkpoint import Checkpoint
 from dispc.masks import Masks
+from dispc.passes.align_widths import AlignWidthsPass
 from dispc.passes.base import RewritePass
+from dispc.passes.fill_zeros import FillZerosPass
+from dispc.passes.fuse_activations import FuseActivationsPass
+from dispc.passes.fuse_gate_up import FuseGateUpPass
+from dispc.passes.fuse_qkv import FuseQkvPass
+from dispc.passes.fuse_rotary import FuseRotaryPass
+from dispc.passes.fuse_skip_norm import FuseSkipNormPass
+from dispc.passes.last_logits import LastLogitsPass
 from dispc.passes.lower_attention import LowerAttentionPass
 from dispc.passes.lower_scatter import LowerScatterPass
 from dispc.passes.prune_blocks import PruneBlocksPass
+from dispc.passes.tie_embeddings import TieEmbeddingsPass
 from dispc.passes.unroll import UnrollPass
 from dispc.targets import Plan
 
@@ -30,13 +39,29 @@ class PassRecord:
 
 def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[RewritePass]:
     """The passes from the traced graph to the target's graph."""
-    config = checkpoint.config
-    passes: list[RewritePass] = [UnrollPass(checkpoint), PruneBlocksPass(config, masks)]
-    if plan.lowering == "inverse-gather":
-        passes.append(LowerScatterPass(config.hidden_size))
-    if plan.group_query:
-        passes.append(LowerAttentionPass(plan.padding, config.head_dim))
-    return passes
+    config, target = checkpoint.config, plan.target
+    fill_share = 0.0 if plan.lowering == "zero-filled" else target.fill_share
+    multiple = max(target.write_multiple, plan.align)
+    rows: tuple[tuple[bool, Callable[[], RewritePass]], ...] = (
+        (True, lambda: UnrollPass(checkpoint)),
+        (True, lambda: PruneBlocksPass(config, masks)),
+        (plan.align > 1, lambda: AlignWidthsPass(config, plan.align)),
+        (fill_share <= 1.0, lambda: FillZerosPass(config.hidden_size, fill_share)),
+        (plan.lowering == "inverse-gather", lambda: LowerScatterPass("inverse-gather", config.hidden_size, multiple)),
+        (plan.lowering == "scatter-elements", lambda: LowerScatterPass("scatter-elements", config.hidden_size)),
+        (plan.group_query, lambda: LowerAttentionPass(plan.padding, config.head_dim)),
+        (plan.group_query and "fuse-rotary" in plan.fusions, lambda: FuseRotaryPass(config.head_dim)),
+        (plan.group_query and "fuse-qkv" in plan.fusions, lambda: FuseQkvPass()),
+        ("fuse-gate-up" in plan.fusions, lambda: FuseGateUpPass(config)),
+        ("fuse-activations" in plan.fusions, lambda: FuseActivationsPass()),
+        ("fuse-skip-norm" in plan.fusions, lambda: FuseSkipNormPass()),
+        (
+            config.tied and "tie-embeddings" in plan.fusions,
+            lambda: TieEmbeddingsPass(config.family.embedding, contrib=target.contrib),
+        ),
+        (plan.last_logits, lambda: LastLogitsPass(plan.padding)),
+    )
+    return [make() for wanted, make in rows if wanted]
 
 
 def run_pipeline(

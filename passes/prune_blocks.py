@@ -6,11 +6,11 @@ import onnx_ir as ir
 
 from dispc.errors import CompileError
 from dispc.families import DecoderConfig
-from dispc.graph import add_initializer, drop_unused_initializers, make_node, remove_dead, scope
+from dispc.graph import READS, WRITES, add_initializer, drop_unused_initializers, make_node, remove_dead, scope
 from dispc.masks import Indices, Masks, NormScope, SubLayer
 from dispc.passes.base import ConditionError, RewritePass
 from dispc.passes.blocks import BlockFinder, BlockParts, Projection, SubLayerParts
-from dispc.weights import LazyWeight
+from dispc.weights import rebind, weight_of
 
 
 class PruneBlocksPass(RewritePass):
@@ -136,9 +136,8 @@ class _BlockPruner:
 
     def _narrow_norm(self, parts: SubLayerParts, value: ir.Value | None, read: Indices) -> ir.Value:
         """The norm's weight or bias on the read set; a norm shared by two sub-layers (Phi) is narrowed for each."""
-        assert value is not None and isinstance(value.const_value, LazyWeight)
-        weight = value.const_value.select(0, read)
-        return add_initializer(self.graph, f"{parts.module}.read.{(value.name or '').rpartition('.')[2]}", weight)
+        weight = weight_of(value).select(0, read)
+        return add_initializer(self.graph, f"{parts.module}.read.{weight.source.name.rpartition('.')[2]}", weight)
 
     def _narrow(self, parts: SubLayerParts, sets: SubLayer) -> None:
         """Slice the weights: rows of [in, out] by what is read, columns by what is kept."""
@@ -177,23 +176,18 @@ class _BlockPruner:
 
 
 def _slice(projection: Projection, rows: Indices | None, columns: Indices | None) -> None:
-    weight = projection.matmul.inputs[1]
-    assert weight is not None and isinstance(weight.const_value, LazyWeight)
-    before = weight.const_value.sizes
-    sliced = weight.const_value if rows is None else weight.const_value.select(0, rows)
-    _replace(weight, sliced if columns is None else sliced.select(1, columns))
-    after = weight.const_value.sizes
-    projection.matmul.metadata_props["dispc.reads"] = f"{after[0]} of {before[0]}"
-    projection.matmul.metadata_props["dispc.writes"] = f"{after[1]} of {before[1]}"
+    value = projection.matmul.inputs[1]
+    weight = weight_of(value)
+    before = weight.sizes
+    weight = weight if rows is None else weight.select(0, rows)
+    weight = weight if columns is None else weight.select(1, columns)
+    rebind(value, weight)
+    after = weight.sizes
+    projection.matmul.metadata_props[READS] = f"{after[0]} of {before[0]}"
+    projection.matmul.metadata_props[WRITES] = f"{after[1]} of {before[1]}"
     if projection.bias is not None and columns is not None:
         bias = next(v for v in projection.bias.inputs if v is not None and v.is_initializer())
-        assert isinstance(bias.const_value, LazyWeight)
-        _replace(bias, bias.const_value.select(0, columns))
-
-
-def _replace(value: ir.Value, weight: LazyWeight) -> None:
-    weight.name = value.name
-    value.const_value, value.shape = weight, weight.shape
+        rebind(bias, weight_of(bias).select(0, columns))
 
 
 def _renumber_caches(graph: ir.Graph) -> None:

@@ -19,7 +19,7 @@ from dispc.export.trace import trace
 from dispc.masks import Masks
 from dispc.passes.pipeline import build_pipeline, run_pipeline
 from dispc.reference import apply_masks, load_reference
-from dispc.targets import make_plan
+from dispc.targets import Choices, make_plan
 from dispc.validate.session import Runner, open_session
 
 Array = npt.NDArray[Any]
@@ -51,7 +51,7 @@ def traced(variant: str) -> ir.Model:
 def rewritten(variant: str, masks: Masks, target: str = "onnx-cpu", **options: Any) -> ir.Model:
     """The variant's graph behind the whole pipeline."""
     model = traced(variant)
-    run_pipeline(model, build_pipeline(make_plan(target, **options), checkpoint(variant), masks))
+    run_pipeline(model, build_pipeline(make_plan(target, Choices(**options)), checkpoint(variant), masks))
     return model
 
 

@@ -275,7 +275,7 @@ def test_masks_of_another_size_are_refused_with_the_first_difference(desk: Desk)
         (("--target", "onnx-cuda", "--dtype", "int4"), ("no dtype 'int4'", "float16, bfloat16, float32")),
         (("--target", "onnx-cpu", "--dtype", "float16"), ("no dtype 'float16'", "float32")),
         (("--padding", "middle"), ("unknown padding 'middle'", "left or right")),
-        (("--lowering", "magic"), ("unknown lowering 'magic'", "canonical, inverse-gather")),
+        (("--lowering", "magic"), ("unknown lowering 'magic'", "inverse-gather, canonical")),
         (("--target", "onnx", "--padding", "right"), ("--padding left",)),
         (("--target", "onnx-cuda", "--dtype", "float32", "--padding", "right"), ("--padding left",)),
         (

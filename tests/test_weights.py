@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dispc.checkpoint import CheckpointTensor
 from dispc.errors import CheckpointError
-from dispc.weights import LazyWeight
+from dispc.weights import ConcatWeight, LazyWeight
 
 Array = np.ndarray[Any, Any]
 NUMPY = {
@@ -43,17 +43,27 @@ def matrix(rows: int, columns: int, seed: int = 0) -> Array:
 def expressions(draw: st.DrawFn) -> tuple[Source, LazyWeight, Array]:
     """A source, some steps on it, and the value that numpy gives for them."""
     source = Source(matrix(draw(st.integers(1, 7)), draw(st.integers(1, 7)), draw(st.integers(0, 99))))
-    weight, value = LazyWeight(source.tensor), source.values.numpy()
+    weight, dense = LazyWeight(source.tensor), source.values.numpy()
+    kept = [np.arange(size) for size in dense.shape]
     for step in draw(st.lists(st.sampled_from(["select", "transpose"]), max_size=5)):
         if step == "select":
             axis = draw(st.integers(0, 1))
-            kept = draw(st.sets(st.integers(0, max(value.shape[axis] - 1, 0)))) if value.shape[axis] else set()
-            indices = np.array(sorted(kept), dtype=np.int64)
-            weight, value = weight.select(axis, indices), value.take(indices, axis)
+            chosen = draw(st.sets(st.integers(0, len(kept[axis]) - 1))) if len(kept[axis]) else set()
+            indices = np.array(sorted(chosen), dtype=np.int64)
+            weight, kept[axis] = weight.select(axis, indices), kept[axis][indices]
         else:
-            weight, value = weight.transpose(), value.T
-    if weight.recipe.transposed and (more := draw(st.integers(0, 3))):  # outputs are padded when all else is done
-        weight, value = weight.pad_last(value.shape[1] + more), np.pad(value, ((0, 0), (0, more)))
+            weight, dense, kept = weight.transpose(), dense.T, kept[::-1]
+    shape, where = [], []
+    for axis, zeros in enumerate(draw(st.lists(st.sampled_from(["none", "pad", "fill"]), min_size=2, max_size=2))):
+        more = draw(st.integers(0, 3)) if zeros == "pad" else 0
+        if zeros == "pad":
+            weight = weight.pad(axis, len(kept[axis]) + more)
+        elif zeros == "fill":
+            weight = weight.fill(axis)
+        shape.append(dense.shape[axis] if zeros == "fill" else len(kept[axis]) + more)
+        where.append(kept[axis] if zeros == "fill" else np.arange(len(kept[axis])))
+    value = np.zeros(shape, dtype=dense.dtype)
+    value[np.ix_(*where)] = dense[np.ix_(*kept)]
     dtype = draw(st.sampled_from(list(NUMPY)))
     weight, value = weight.cast(dtype), value.astype(NUMPY[dtype])
     return source, weight, value
@@ -79,6 +89,22 @@ def test_an_expression_declares_what_it_evaluates_to_and_reads_nothing_before(
     assert source.reads == 0
     assert weight.tobytes() == expected.tobytes()
     assert source.reads == 1
+
+
+@given(st.lists(expressions(), min_size=1, max_size=3), st.sampled_from(list(NUMPY)))
+def test_weights_side_by_side_are_what_numpy_concatenates(
+    cases: list[tuple[Source, LazyWeight, Array]], dtype: torch.dtype
+) -> None:
+    parts = [weight.cast(dtype).pad(0, 40) for _, weight, _ in cases]
+    together = ConcatWeight(parts)
+    expected = np.concatenate([part.numpy() for part in parts], axis=1)
+    assert tuple(together.shape) == together.sizes == expected.shape
+    np.testing.assert_array_equal(together.numpy(), expected)
+
+
+def test_weights_of_different_rows_do_not_stand_side_by_side() -> None:
+    with pytest.raises(ValueError, match="side by side"):
+        ConcatWeight([LazyWeight(Source(matrix(3, 4)).tensor), LazyWeight(Source(matrix(2, 4)).tensor)])
 
 
 @given(expressions())

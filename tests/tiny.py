@@ -37,6 +37,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", LLAMA),
     "phi": ("phi", PHI),
+    "phi-wide-rotary": ("phi", PHI | dict(num_attention_heads=2, num_key_value_heads=2)),
     "opt": ("opt", OPT),
 }
 

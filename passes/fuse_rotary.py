@@ -1,0 +1,66 @@
+"""Let GroupQueryAttention rotate queries and keys itself."""
+
+import onnx_ir as ir
+
+from dispc.graph import remove_dead
+from dispc.passes.base import RewritePass
+
+HEAD_MULTIPLE, CACHE_MULTIPLE = 16, 8
+"""What the kernels rotate: head sizes, and widths of the cos and sin caches (half the rotary dimensions)."""
+
+
+class FuseRotaryPass(RewritePass):
+    """RotaryEmbedding nodes in front of GroupQueryAttention become its attribute `do_rotary`.
+
+    Before (cos and sin are [positions, rotary dimensions / 2], with rope scaling in them)::
+
+        query -> RotaryEmbedding(., cos, sin, position_ids) -> GroupQueryAttention(., ., value, ...)
+        key   -> RotaryEmbedding(., cos, sin, position_ids) ----------------------^
+
+    After::
+
+        query, key, value, ..., cos, sin -> GroupQueryAttention(do_rotary=1)
+
+    1. Partial rotary is told by the width of the caches.
+    2. The operator counts positions itself, from the length of each row. With padding on the right those are the
+       position_ids; with padding on the left they are shifted by a row's padding, which changes nothing: attention
+       sees only differences of positions. The input position_ids goes when nothing else reads it.
+    3. Where the head size is no multiple of 16, or the rotary dimensions none, the kernels cannot: the nodes stay.
+    """
+
+    name = "fuse-rotary"
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+
+    def expected(self, model: ir.Model) -> int:
+        """One for every two RotaryEmbedding nodes, where the kernels can."""
+        rotary = sum(node.op_type == "RotaryEmbedding" for node in model.graph)
+        return rotary // 2 if self._possible(model.graph) else 0
+
+    def _possible(self, graph: ir.Graph) -> bool:
+        cache = graph.initializers.get("cos_cache")
+        width = cache.const_value.shape.numpy()[1] if cache is not None and cache.const_value is not None else 0
+        return self.head_dim % HEAD_MULTIPLE == 0 and width % CACHE_MULTIPLE == 0
+
+    def rewrite(self, model: ir.Model) -> int:
+        graph, count = model.graph, 0
+        if not self._possible(graph):
+            return 0
+        for kernel in [node for node in graph if node.op_type == "GroupQueryAttention"]:
+            rotated = [value.producer() if value is not None else None for value in kernel.inputs[:2]]
+            if not all(node is not None and node.op_type == "RotaryEmbedding" for node in rotated):
+                continue
+            nodes = [node for node in rotated if node is not None]
+            kernel.resize_inputs(max(len(kernel.inputs), 9))
+            for position, node in enumerate(nodes):
+                kernel.replace_input_with(position, node.inputs[0])
+            kernel.replace_input_with(7, nodes[0].inputs[1])
+            kernel.replace_input_with(8, nodes[0].inputs[2])
+            kernel.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)
+            remove_dead(graph, nodes)
+            count += 1
+        for value in [v for v in graph.inputs if v.name == "position_ids" and not v.uses()]:
+            graph.inputs.remove(value)
+        return count

@@ -1,0 +1,64 @@
+"""Store a tied embedding once: the LM head multiplies by the embedding's transpose."""
+
+import onnx_ir as ir
+
+from dispc.errors import CompileError
+from dispc.graph import MICROSOFT, drop_unused_initializers, make_node
+from dispc.passes.base import RewritePass
+
+HEAD = "lm_head.weight"
+
+
+class TieEmbeddingsPass(RewritePass):
+    """The LM head reads the embedding [V,d] instead of a transposed copy of it [d,V].
+
+    Before::
+
+        input_ids -> Gather(embedding [V,d]) ...  normed -> MatMul(., lm_head [d,V]) -> logits
+
+    After::
+
+        input_ids -> Gather(embedding [V,d]) ...  normed -> FusedMatMul(., embedding [V,d], transB=1) -> logits
+
+    1. With standard operators only, Transpose(embedding) -> MatMul says the same; ONNX Runtime folds or fuses it.
+    """
+
+    name = "tie-embeddings"
+
+    def __init__(self, embedding: str, *, contrib: bool) -> None:
+        super().__init__()
+        self.embedding = f"{embedding}.weight"
+        self.contrib = contrib
+
+    def expected(self, model: ir.Model) -> int:
+        return int(HEAD in model.graph.initializers)
+
+    def rewrite(self, model: ir.Model) -> int:
+        graph = model.graph
+        if HEAD not in graph.initializers:
+            return 0
+        head, embedding = graph.initializers[HEAD], graph.initializers[self.embedding]
+        (use,) = head.uses()
+        matmul = use.node
+        if matmul.op_type != "MatMul" or matmul.inputs[1] is not head:
+            raise CompileError(f"{matmul.name}: multiplies by {HEAD} in a way that cannot be tied")
+        if self.contrib:
+            name = f"{(matmul.name or '').rpartition('/')[0]}/FusedMatMul"
+            fused = make_node(
+                "FusedMatMul", [matmul.inputs[0], embedding], name, domain=MICROSOFT,
+                attributes={"transB": 1, "alpha": 1.0},
+            )  # fmt: skip
+            graph.insert_before(matmul, fused)
+            old, new = matmul.outputs[0], fused.outputs[0]
+            new.type, new.shape = old.type, old.shape
+            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+            if new.is_graph_output():
+                new.name = old.name
+            graph.remove(matmul, safe=True)
+            graph.opset_imports[MICROSOFT] = 1
+        else:
+            turn = make_node("Transpose", [embedding], "/lm_head/Transpose", attributes={"perm": [1, 0]})
+            graph.insert_before(matmul, turn)
+            matmul.replace_input_with(1, turn.outputs[0])
+        drop_unused_initializers(graph)
+        return 1

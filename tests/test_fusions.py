@@ -1,0 +1,208 @@
+"""The passes that make it fast: the same result with and without each, and each does what its docstring shows."""
+
+from itertools import product
+from typing import Any
+
+import harness
+import numpy as np
+import onnx_ir as ir
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_compile import widths
+
+from dispc.errors import CompileError
+from dispc.masks import Masks
+from dispc.passes.align_widths import AlignWidthsPass
+from dispc.passes.canonical import find_writes
+from dispc.passes.pipeline import build_pipeline, run_pipeline
+from dispc.targets import FUSIONS, Choices, make_plan
+from dispc.validate.parity import logit_error
+
+TOLERANCE = 1e-5
+LOWERINGS = ("inverse-gather", "canonical", "scatter-elements", "zero-filled")
+
+
+def half(variant: str, seed: int = 1, **options: Any) -> Masks:
+    return Masks.random(harness.checkpoint(variant).config, 0.5, seed, **options)
+
+
+def error(variant: str, masks: Masks, **options: Any) -> float:
+    found = harness.model_logits(harness.rewritten(variant, masks, **options))
+    expected = harness.reference_logits(variant, masks)
+    return logit_error(found, expected[[4, -1]] if options.get("last_logits") else expected)
+
+
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize("without", FUSIONS)
+def test_a_model_without_one_of_the_fusions_computes_the_same(variant: str, without: str) -> None:
+    assert error(variant, half(variant), without=(without,)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("variant", "lowering"), product(("llama-tied-biased", "phi", "opt", "qwen3"), LOWERINGS))
+@given(data=st.data())
+@settings(max_examples=4, deadline=None)
+def test_any_widths_and_any_options_keep_the_function(variant: str, lowering: str, data: st.DataObject) -> None:
+    masks = data.draw(widths(variant))
+    options = {
+        "target": data.draw(st.sampled_from(["onnx-cpu", "onnx"])),
+        "align": data.draw(st.sampled_from([1, 8, 16])),
+        "last_logits": data.draw(st.booleans()),
+        "without": tuple(sorted(data.draw(st.sets(st.sampled_from(FUSIONS), max_size=3)))),
+    }
+    if options["target"] == "onnx-cpu":
+        options["padding"] = data.draw(st.sampled_from(["left", "right"]))
+    assert error(variant, masks, lowering=lowering, **options) <= TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen2"])
+def test_a_gated_block_is_left_with_what_it_needs(variant: str) -> None:
+    operators = harness.operators(harness.rewritten(variant, half(variant)), "layers.1/")
+    counts = {name: operators.count(name) for name in set(operators)} | {"Transpose": operators.count("Transpose")}
+    counts.pop("Add", None)  # the biases of Qwen2
+    assert counts == {
+        "SkipSimplifiedLayerNormalization": 2, "Gather": 4, "MatMul": 4, "GroupQueryAttention": 1, "Split": 1,
+        "QuickGelu": 1, "Mul": 1, "Transpose": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variant", "fused"), [("phi", ("FastGelu",)), ("phi-wide-rotary", ("FastGelu",)), ("opt", ("Relu",))]
+)
+def test_an_ungated_block_is_left_with_what_it_needs(variant: str, fused: tuple[str, ...]) -> None:
+    operators = harness.operators(harness.rewritten(variant, half(variant)), "layers.1/")
+    assert operators.count("SkipLayerNormalization") == (2 if variant == "opt" else 1)
+    assert operators.count("MatMul") == (6 if variant == "phi" else 4)
+    assert all(operators.count(name) == 1 for name in fused)
+    assert "LayerNormalization" not in operators
+
+
+def test_a_rotation_that_the_kernel_cannot_do_stays_a_node_and_keeps_its_positions() -> None:
+    inputs = {
+        variant: [value.name for value in harness.rewritten(variant, half(variant)).graph.inputs]
+        for variant in ("phi", "phi-wide-rotary", "llama", "opt")
+    }
+    kept = {variant for variant, names in inputs.items() if "position_ids" in names}
+    assert kept == {"phi", "opt"}  # OPT looks its positions up in a table
+
+
+@pytest.mark.parametrize("variant", ["llama", "phi-wide-rotary", "opt"])
+def test_a_packed_projection_holds_the_three_side_by_side(variant: str) -> None:
+    masks = half(variant)
+    family = harness.checkpoint(variant).family
+    packed = harness.rewritten(variant, masks).graph.initializers
+    apart = harness.rewritten(variant, masks, without=("fuse-qkv",)).graph.initializers
+    for suffix in ("weight", "bias"):
+        parts = [apart.get(f"{family.block(1)}.{name}.{suffix}") for name in family.attention_reads]
+        if None in parts:
+            assert suffix == "bias"
+            continue
+        values = [part.const_value.numpy() for part in parts if part is not None and part.const_value is not None]
+        module = f"{family.block(1)}.{family.query}".rpartition(".")[0]
+        whole = packed[f"{module}.qkv_proj.{suffix}"].const_value
+        assert whole is not None
+        np.testing.assert_array_equal(whole.numpy(), np.concatenate(values, axis=-1))
+
+
+def test_nodes_made_by_patterns_are_named_after_their_module() -> None:
+    names = [node.name or "" for node in harness.rewritten("llama", half("llama")).graph]
+    assert len(set(names)) == len(names)
+    assert "/model/layers.1/mlp/act_fn/QuickGelu" in names
+    assert "/model/layers.1/post_attention_layernorm/SkipSimplifiedLayerNormalization" in names
+    assert all(name.startswith("/") for name in names)
+
+
+@pytest.mark.parametrize("variant", ["llama-tied-biased", "opt"])
+@pytest.mark.parametrize("target", ["onnx-cpu", "onnx"])
+def test_a_tied_embedding_is_stored_once(variant: str, target: str) -> None:
+    config = harness.checkpoint(variant).config
+    graph = harness.rewritten(variant, half(variant), target=target).graph
+    sizes = [value.const_value.size for value in graph.initializers.values() if value.const_value is not None]
+    assert sizes.count(config.vocab_size * config.hidden_size) == 1
+
+
+def test_an_embedding_that_is_not_tied_is_left_alone() -> None:
+    operators = harness.operators(harness.rewritten("llama", half("llama")))
+    assert "FusedMatMul" not in operators
+
+
+@pytest.mark.parametrize("multiple", [8, 16])
+def test_aligned_widths_are_multiples(multiple: int) -> None:
+    masks = half("llama", seed=4)
+    graph = harness.rewritten("llama", masks, align=multiple).graph
+    config = harness.checkpoint("llama").config
+    for index in range(config.num_hidden_layers):
+        for name in ("self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+            value = graph.initializers[f"model.layers.{index}.{name}.weight"].const_value
+            assert value is not None
+            assert int(value.shape[0]) % multiple == 0, name
+
+
+def test_filling_with_zeros_gives_every_index_node_back() -> None:
+    graph = harness.rewritten("llama", half("llama"), lowering="zero-filled").graph
+    assert not [node for node in graph if node.op_type in ("Gather", "ScatterND") and "layers." in (node.name or "")]
+
+
+@pytest.mark.parametrize("variant", ["llama-tied-biased", "phi", "opt"])
+@pytest.mark.parametrize("target", ["onnx-cpu", "onnx"])
+def test_passes_that_have_nothing_left_to_do_change_nothing(variant: str, target: str) -> None:
+    masks = half(variant)
+    model = harness.rewritten(variant, masks, target=target)
+    before = str(model)
+    passes = build_pipeline(make_plan(target), harness.checkpoint(variant), masks)[2:]
+    assert not any(record.rewrites for record in run_pipeline(model, passes))
+    assert str(model) == before
+
+
+def test_logits_of_the_last_token_are_those_of_each_rows_end() -> None:
+    """Right padding: a row's last token is not the last position."""
+    import tempfile
+    from pathlib import Path
+
+    from dispc.validate.session import Runner, open_session
+
+    masks = half("llama")
+    rows = [harness.TOKENS[:3], harness.TOKENS[:7], harness.TOKENS[4:5]]
+    ids, mask = np.zeros((2, 3, 7), dtype=np.int64)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+    with tempfile.TemporaryDirectory(dir=harness.scratch()) as directory:
+        ir.save(harness.rewritten("llama", masks, last_logits=True), Path(directory) / "model.onnx")
+        runner = Runner(open_session(Path(directory) / "model.onnx"))
+    logits, _ = runner.run(ids, mask, np.maximum(mask.cumsum(1) - 1, 0), runner.empty_caches(3))
+    assert logits.shape[1] == 1
+    for row, tokens in enumerate(rows):
+        assert logit_error(logits[row, 0], harness.reference_logits("llama", masks, tokens)[-1]) <= TOLERANCE
+
+
+def test_a_scatter_that_is_no_canonical_write_is_named() -> None:
+    model = harness.rewritten("llama", half("llama"), lowering="canonical")
+    scatter = next(node for node in model.graph if node.op_type == "ScatterND")
+    scatter.replace_input_with(2, scatter.inputs[0].producer().inputs[0])  # type: ignore[union-attr]
+    with pytest.raises(CompileError, match="write/ScatterND"):
+        find_writes(model.graph)
+
+
+def test_an_alignment_that_misses_a_width_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = harness.checkpoint("llama").config
+    model = harness.rewritten("llama", half("llama"), lowering="canonical", without=FUSIONS)
+    rewrite = AlignWidthsPass(config, 8)
+    monkeypatch.setattr(AlignWidthsPass, "rewrite", lambda self, model: 1)
+    with pytest.raises(CompileError, match="align-widths made 1 rewrites"):
+        rewrite(model)
+
+
+@pytest.mark.parametrize(
+    ("choices", "says"),
+    [
+        (Choices(without=("unroll",)), "unknown pass 'unroll'"),
+        (Choices(align=0), "cannot be aligned to 0"),
+        (Choices(dtype="bfloat16", lowering="canonical"), "ScatterND"),
+        (Choices(dtype="bfloat16", lowering="scatter-elements"), "ScatterElements"),
+    ],
+    ids=str,
+)
+def test_choices_that_cannot_be_met_are_refused(choices: Choices, says: str) -> None:
+    with pytest.raises(CompileError, match=says):
+        make_plan("onnx-cuda", choices)

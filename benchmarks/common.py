@@ -106,21 +106,21 @@ def compile_artifact(model: Path, output: Path, target: str, masks: Path | None,
     )  # fmt: skip
 
 
-def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int, calls: int) -> dict[str, list[float]]:
+def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int, calls: int, warm: int = 2) -> dict[str, list[float]]:
     """Milliseconds of a call to each of `runs`: for every round the median of `calls`, the runs taking turns.
 
-    Whenever a run's turn comes it is called twice more, uncounted. A whole uncounted round comes first.
+    Whenever a run's turn comes it is called `warm` times before, uncounted. A whole uncounted round comes first.
     """
     found: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, call in runs.items():
             times = []
-            for _ in range(calls + 2):
+            for _ in range(warm + calls):
                 start = time.perf_counter()
                 call()
                 times.append((time.perf_counter() - start) * 1000)
             if number:
-                found[name].append(statistics.median(times[2:]))
+                found[name].append(statistics.median(times[warm:]))
     return found
 
 

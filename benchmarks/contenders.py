@@ -2,6 +2,7 @@
 and by PyTorch; made, loaded and checked against each other.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 import typer
 from algorithm1 import Algorithm1
-from common import BenchmarkError, compile_artifact, make_masks, remove, run
+from common import GIB, BenchmarkError, compile_artifact, make_masks, remove, run
 from decoder import Decoder
 from make_checkpoint import make_checkpoint, write_tokenizer
 from shapes import SHAPES
@@ -19,11 +20,11 @@ from shapes import SHAPES
 from dispc.checkpoint import Checkpoint
 from dispc.compiler import CompileOptions
 from dispc.masks import Masks
+from dispc.validate.memory import available_memory
 from dispc.validate.parity import LIMITS, logit_error
 
 DENSE, PRUNED, BUILDER, PYTORCH = "dispc, dense", "dispc, pruned", "builder, dense", "PyTorch, pruned"
-INT4_LIMIT = 0.25
-"""Two ways to round weights to 4 bits differ by far more than two ways to add up: this only tells nonsense."""
+BUILDER_PACKAGES = ("onnxruntime-genai", "transformers", "torch", "onnx-ir")
 CHECKED_TOKENS = 16
 
 ModelOption = Annotated[Path | None, typer.Option(help="Hugging Face directory of a LLaMA model.")]
@@ -66,18 +67,13 @@ def find_model(model: Path | None, shape: str | None, work: Path) -> Path:
 
 
 def prepare(
-    model: Path,
-    masks: Path | None,
-    work: Path,
-    *,
-    threads: int,
-    builder_python: Path | None,
+    model: Path, masks: Path | None, work: Path, *, threads: int, builder_python: Path | None,
     quantize: str | None = None,
-) -> Contenders:
+) -> Contenders:  # fmt: skip
     """Make, load and check everything; what was made stays in `work`.
 
     Raises:
-        BenchmarkError: when two models that should compute the same do not.
+        BenchmarkError: when memory is short, or two models that should compute the same do not.
     """
     torch.set_num_threads(threads)
     checkpoint = Checkpoint(model)
@@ -86,36 +82,68 @@ def prepare(
         make_masks(model, masks)
     loaded = Masks.load(masks)
     loaded.check(checkpoint.config, masks)
-    models: dict[str, Decoder | Algorithm1] = {}
-    missing: dict[str, str] = {}
-    options = {} if quantize is None else {"quantize": quantize}
-    for name, path in ((DENSE, None), (PRUNED, masks)):
-        output = work / name.replace(", ", "-")
-        if not {*options} <= CompileOptions.__dataclass_fields__.keys():
-            missing[name] = "not available: this dispc compile has no --quantize"
-            continue
-        compile_artifact(model, output, "onnx-cpu", path, **options)
-        models[name] = Decoder(output / "model.onnx", checkpoint.config, threads=threads)
-    if builder_python is not None:
-        output = work / "builder"
-        remove(output)
-        precision = quantize or "fp32"
-        command: list[str | Path] = [builder_python, "-m", "onnxruntime_genai.models.builder", "-p", precision]
-        run([*command, "-e", "cpu", "-c", work / "cache", "-i", model, "-o", output])
-        models[BUILDER] = Decoder(output / "model.onnx", checkpoint.config, threads=threads)
+    graphs, missing = make_graphs(model, masks, work, builder_python, quantize)
+    require_memory(graphs)
+    models: dict[str, Decoder | Algorithm1] = {
+        name: Decoder(path, checkpoint.config, threads=threads) for name, path in graphs.items()
+    }
     if quantize is None:
         models[PYTORCH] = Algorithm1(checkpoint, loaded, torch.float32, "cpu")
-    limit = INT4_LIMIT if quantize else LIMITS["float32"]
-    pairs = [(first, second) for first, second in ((BUILDER, DENSE), (PRUNED, PYTORCH)) if {first, second} <= {*models}]
-    differences = {f"{a} / {b}": difference(models[a], models[b], checkpoint.config.vocab_size) for a, b in pairs}
-    for pair, found in differences.items():
-        if not found <= limit:
-            raise BenchmarkError(f"{pair}: logits differ by {found:.1e} of their range, {limit:.0e} is allowed")
+    differences = {}
+    for first, second in ((BUILDER, DENSE), (PRUNED, PYTORCH)):
+        if {first, second} <= {*models}:
+            found = difference(models[first], models[second], checkpoint.config.vocab_size)
+            differences[f"{first} / {second}"] = found
+            if not found < (math.inf if quantize else LIMITS["float32"]):
+                raise BenchmarkError(f"{first} and {second}: logits differ by {found:.1e} of their range")
     return Contenders(checkpoint=checkpoint, masks=loaded, models=models, missing=missing, differences=differences)
 
 
+def make_graphs(
+    model: Path, masks: Path, work: Path, builder_python: Path | None, quantize: str | None
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """The model.onnx of every contender, and why some are missing."""
+    graphs, missing = {}, {}
+    options = {} if quantize is None else {"quantize": quantize}
+    for name, path in ((DENSE, None), (PRUNED, masks)):
+        if not {*options} <= {*CompileOptions.__dataclass_fields__}:
+            missing[name] = "not available: this dispc compile has no --quantize"
+            continue
+        graphs[name] = work / name.replace(", ", "-") / "model.onnx"
+        compile_artifact(model, graphs[name].parent, "onnx-cpu", path, **options)
+    if builder_python is not None:
+        graphs[BUILDER] = work / "builder" / "model.onnx"
+        remove(graphs[BUILDER].parent)
+        command: list[str | Path] = [builder_python, "-m", "onnxruntime_genai.models.builder", "-e", "cpu"]
+        run([*command, "-p", quantize or "fp32", "-c", work / "cache", "-i", model, "-o", graphs[BUILDER].parent])
+    return graphs, missing
+
+
+def builder_packages(python: Path | None) -> dict[str, str]:
+    """Versions of the builder and of what it depends on, where there is one."""
+    if python is None:
+        return {}
+    lines = [f"version({name!r})" for name in BUILDER_PACKAGES]
+    output = run([python, "-c", f"from importlib.metadata import version; print({', '.join(lines)})"]).output
+    return dict(zip(BUILDER_PACKAGES, output.split(), strict=True))
+
+
+def require_memory(graphs: Mapping[str, Path]) -> None:
+    """Raise BenchmarkError when the weights of all contenders, PyTorch's too, are more than the free memory."""
+    sizes = {
+        name: sum(file.stat().st_size for file in path.parent.glob("model.onnx*")) for name, path in graphs.items()
+    }
+    needed, free = sum(sizes.values()) + sizes.get(PRUNED, 0), available_memory()
+    if free is not None and needed > free:
+        raise BenchmarkError(f"the weights need {needed / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free")
+
+
 def difference(first: Decoder | Algorithm1, second: Decoder | Algorithm1, vocabulary: int) -> float:
-    """Largest difference of logits over their range: of a prompt, and of a token behind it."""
+    """Largest difference of logits over their range: of a prompt, and of a token behind it.
+
+    In float32 it tells whether two graphs compute the same. Weights of 4 bits move the logits of a small model as far
+    as another prompt would, so there only NaN and infinity, which are infinitely far off, say something.
+    """
     ids = np.random.default_rng(0).integers(0, vocabulary, (1, CHECKED_TOKENS + 1))
     found = []
     for model in (first, second):

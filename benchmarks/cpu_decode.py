@@ -34,6 +34,7 @@ from contenders import (
     MasksOption,
     ModelOption,
     ShapeOption,
+    builder_packages,
     find_model,
     prepare,
 )
@@ -91,6 +92,7 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"benchmark": "cpu_decode", "quantize": quantize, "threads": threads, "smoke": smoke}
     result["environment"] = environment()
+    result["builder_packages"] = builder_packages(builder_python)
     source = find_model(model, shape, work)
     contenders = prepare(source, masks, work, threads=threads, builder_python=builder_python, quantize=quantize)
     config = contenders.checkpoint.config
@@ -108,9 +110,7 @@ def main(
             milliseconds = [f"{row['milliseconds'][key]:.2f}" for key in ("median", "min", "max")]
             speedup = f"{row['speedup']:.2f}" if "speedup" in row else ""
             rate = row["bytes_read"] / row["milliseconds"]["median"] / 10**6
-            rows.append(
-                [f"past {past}: {name}", *milliseconds, speedup, f"{row['bytes_read'] / 1e6:.1f}", f"{rate:.1f}"]
-            )
+            rows.append([name, str(past), *milliseconds, speedup, f"{row['bytes_read'] / 1e6:.1f}", f"{rate:.1f}"])
     result["load_after"] = load()
     del contenders
     remove(work)

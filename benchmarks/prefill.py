@@ -15,7 +15,17 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from common import WORK, alternate, median_ratio, remove, report, summary, write_result
-from contenders import PRUNED, BuilderOption, Contenders, MasksOption, ModelOption, ShapeOption, find_model, prepare
+from contenders import (
+    PRUNED,
+    BuilderOption,
+    Contenders,
+    MasksOption,
+    ModelOption,
+    ShapeOption,
+    builder_packages,
+    find_model,
+    prepare,
+)
 from machine import environment, load
 
 from dispc.families import DecoderConfig
@@ -40,7 +50,7 @@ def measure(contenders: Contenders, length: int, rounds: int, calls: int) -> dic
     for name, model in contenders.models.items():
         model.allocate(1, length)
         runs[name] = model.bind(ids, 0).run
-    times = alternate(runs, rounds, calls)
+    times = alternate(runs, rounds, calls, warm=0)  # a call is long enough to warm itself up
     dense, pruned = (operations(config, masks, length) for masks in (Masks.dense(config), contenders.masks))
     fastest = min(contenders.dense, key=lambda name: statistics.median(times[name]))
     found: dict[str, Any] = {"fastest_dense": fastest, "operations_ratio": round(dense / pruned, 3)}
@@ -75,6 +85,7 @@ def main(
         shape, lengths, rounds, calls = None if model else "tiny", "8,32", 1, 1
     work.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"benchmark": "prefill", "threads": threads, "smoke": smoke, "environment": environment()}
+    result["builder_packages"] = builder_packages(builder_python)
     source = find_model(model, shape, work)
     contenders = prepare(source, masks, work, threads=threads, builder_python=builder_python)
     config = contenders.checkpoint.config

@@ -22,6 +22,7 @@ from decoder import Decoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from learned_like import learned_like
+from make_checkpoint import make_checkpoint, write_tokenizer
 from shapes import SHAPES
 
 from dispc.families import FAMILIES, DecoderConfig
@@ -151,6 +152,14 @@ def test_learned_like_widths_meet_the_budget_and_are_uneven(shape: str, kept: fl
 
 def test_ratios_are_taken_round_by_round() -> None:
     assert median_ratio([2.0, 20.0, 6.0], [1.0, 10.0, 2.0]) == 2.0  # the second round was slow for both
+
+
+def test_the_tokenizer_of_a_made_checkpoint_loads(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    make_checkpoint(tmp_path, "tiny")
+    write_tokenizer(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("<s> word </s>")["input_ids"] == [1, 0, 2]
 
 
 def smoke(script: Any, directory: Path, **options: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,41 @@ def make_masks(model: Path, path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     run([sys.executable, "-c", MASKS, model, path])
+
+
+def compile_artifact(model: Path, output: Path, target: str, masks: Path | None, **options: Any) -> None:
+    """`dispc compile --no-validate --force` in this process, dense without masks."""
+    from dispc.compiler import CompileOptions, compile_model
+
+    compile_model(
+        CompileOptions(
+            model=model, output=output, target=target, masks=masks, dense=masks is None, validate=False, force=True,
+            **options,
+        )
+    )  # fmt: skip
+
+
+def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int, calls: int, warm: int = 2) -> dict[str, list[float]]:
+    """Milliseconds of a call to each of `runs`: for every round the median of `calls`, the runs taking turns.
+
+    Whenever a run's turn comes it is called `warm` times before, uncounted. A whole uncounted round comes first.
+    """
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, call in runs.items():
+            times = []
+            for _ in range(warm + calls):
+                start = time.perf_counter()
+                call()
+                times.append((time.perf_counter() - start) * 1000)
+            if number:
+                found[name].append(statistics.median(times[warm:]))
+    return found
+
+
+def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
+    """Median of first over second, round by round, so that what slows a whole round down does not count."""
+    return statistics.median(a / b for a, b in zip(first, second, strict=True))
 
 
 def remove(path: Path) -> None:

@@ -64,6 +64,24 @@ def make_checkpoint(
     return total
 
 
+def write_tokenizer(directory: Path) -> None:
+    """A tokenizer of three words, for programs that refuse a checkpoint without one."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer) + "\n")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config) + "\n")
+
+
 def _write_shard(file: BinaryIO, tensors: dict[str, tuple[int, ...]], source: Words, rng: np.random.Generator) -> int:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

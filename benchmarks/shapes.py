@@ -1,6 +1,6 @@
 """Named sizes of LLaMA-like models, with the config.json and the tensors that follow from them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -79,3 +79,5 @@ SHAPES = {
         hidden=5120, intermediate=13824, layers=40, heads=40, kv_heads=40, vocabulary=32000, positions=4096
     ),
 }
+SHAPES["7b-4"] = replace(SHAPES["llama-2-7b"], layers=4)
+"""Blocks of LLaMA-2-7B that fit into a small machine in float32."""

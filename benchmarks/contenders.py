@@ -1,0 +1,167 @@
+"""What cpu_decode.py and prefill.py compare: one model dense and half pruned, by dispc, by onnxruntime-genai's builder
+and by PyTorch; made, loaded and checked against each other.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from algorithm1 import Algorithm1
+from common import GIB, BenchmarkError, compile_artifact, dispc, make_masks, remove, run
+from decoder import Decoder
+from make_checkpoint import make_checkpoint, write_tokenizer
+from shapes import SHAPES
+
+from dispc.checkpoint import Checkpoint
+from dispc.masks import Masks
+from dispc.validate.memory import available_memory
+from dispc.validate.parity import LIMITS, logit_error
+
+DENSE, PRUNED, BUILDER, PYTORCH = "dispc, dense", "dispc, pruned", "builder, dense", "PyTorch, pruned"
+BUILDER_PACKAGES = ("onnxruntime-genai", "transformers", "torch", "onnx-ir")
+INT4_LIMIT = 0.1
+"""Of the logits' range, for the same 4-bit weights: activations are rounded to 8 bits on the way."""
+AS_THE_BUILDER = ("--quantize-head", "--quantize-embedding", "--int8-activations")
+"""What the builder does for int4 on a CPU, besides symmetric blocks of 32, which are both sides' default."""
+CHECKED_TOKENS = 16
+
+ModelOption = Annotated[Path | None, typer.Option(help="Hugging Face directory of a LLaMA model.")]
+ShapeOption = Annotated[str | None, typer.Option(help="Make a model of random weights instead: tiny, 7b-4.")]
+MasksOption = Annotated[Path | None, typer.Option(help="Mask file [random, half of the block parameters].")]
+BuilderOption = Annotated[Path | None, typer.Option(help="Python that has the builder.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contenders:
+    """The loaded models by name; `missing` says which there are not, and why."""
+
+    checkpoint: Checkpoint
+    masks: Masks
+    models: Mapping[str, Decoder | Algorithm1]
+    missing: Mapping[str, str]
+    differences: Mapping[str, float]
+
+    @property
+    def dense(self) -> list[str]:
+        return [name for name in (DENSE, BUILDER) if name in self.models]
+
+
+def find_model(model: Path | None, shape: str | None, work: Path) -> Path:
+    """The model directory to measure, made of random weights when only a shape is given.
+
+    Raises:
+        typer.BadParameter: when neither or both are given, or the shape is unknown.
+    """
+    if (model is None) == (shape is None):
+        raise typer.BadParameter("give --model or --shape")
+    if model is not None:
+        return model
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"unknown shape {shape}; shapes are {', '.join(SHAPES)}")
+    directory = work / "model"
+    make_checkpoint(directory, shape)
+    write_tokenizer(directory)
+    return directory
+
+
+def prepare(
+    model: Path, masks: Path | None, work: Path, *, threads: int, builder_python: Path | None,
+    quantize: str | None = None,
+) -> Contenders:  # fmt: skip
+    """Make, load and check everything; what was made stays in `work`.
+
+    Raises:
+        BenchmarkError: when memory is short, or two models that should compute the same do not.
+    """
+    torch.set_num_threads(threads)
+    checkpoint = Checkpoint(model)
+    if masks is None:
+        masks = work / "masks.safetensors"
+        make_masks(model, masks)
+    loaded = Masks.load(masks)
+    loaded.check(checkpoint.config, masks)
+    graphs, missing = make_graphs(model, masks, work, builder_python, quantize)
+    require_memory(graphs)
+    models: dict[str, Decoder | Algorithm1] = {
+        name: Decoder(path, checkpoint.config, threads=threads) for name, path in graphs.items()
+    }
+    if quantize is None:
+        models[PYTORCH] = Algorithm1(checkpoint, loaded, torch.float32, "cpu")
+    differences = {}
+    for first, second in ((BUILDER, DENSE), (PRUNED, PYTORCH)):
+        if {first, second} <= {*models}:
+            found = difference(models[first], models[second], checkpoint.config.vocab_size)
+            differences[f"{first} / {second}"] = found
+            if not found <= (INT4_LIMIT if quantize else LIMITS["float32"]):
+                raise BenchmarkError(f"{first} and {second}: logits differ by {found:.1e} of their range")
+    return Contenders(checkpoint=checkpoint, masks=loaded, models=models, missing=missing, differences=differences)
+
+
+def make_graphs(
+    model: Path, masks: Path, work: Path, builder_python: Path | None, quantize: str | None
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """The model.onnx of every contender, and why some are missing."""
+    graphs, missing = {}, {}
+    for name, path in ((DENSE, None), (PRUNED, masks)):
+        graph = work / name.replace(", ", "-") / "model.onnx"
+        if quantize is None:
+            compile_artifact(model, graph.parent, "onnx-cpu", path)
+        else:
+            which: list[str | Path] = ["--masks", path] if path else ["--dense"]
+            command = dispc("compile", model, "-t", "onnx-cpu", "-o", graph.parent, "--force", "--no-validate", *which)
+            try:
+                run([*command, "--quantize", quantize, *AS_THE_BUILDER])
+            except BenchmarkError as error:
+                if "No such option" not in str(error):
+                    raise
+                missing[name] = "not available: this dispc compile has no --quantize"
+                continue
+        graphs[name] = graph
+    if builder_python is not None:
+        graphs[BUILDER] = work / "builder" / "model.onnx"
+        remove(graphs[BUILDER].parent)
+        builder: list[str | Path] = [builder_python, "-m", "onnxruntime_genai.models.builder", "-e", "cpu"]
+        run([*builder, "-p", quantize or "fp32", "-c", work / "cache", "-i", model, "-o", graphs[BUILDER].parent])
+    return graphs, missing
+
+
+def builder_packages(python: Path | None) -> dict[str, str]:
+    """Versions of the builder and of what it depends on, where there is one."""
+    if python is None:
+        return {}
+    lines = [f"version({name!r})" for name in BUILDER_PACKAGES]
+    output = run([python, "-c", f"from importlib.metadata import version; print({', '.join(lines)})"]).output
+    return dict(zip(BUILDER_PACKAGES, output.split(), strict=True))
+
+
+def require_memory(graphs: Mapping[str, Path]) -> None:
+    """Raise BenchmarkError when the weights of all contenders, PyTorch's too, are more than the free memory."""
+    sizes = {
+        name: sum(file.stat().st_size for file in path.parent.glob("model.onnx*")) for name, path in graphs.items()
+    }
+    needed, free = sum(sizes.values()) + sizes.get(PRUNED, 0), available_memory()
+    if free is not None and needed > free:
+        raise BenchmarkError(f"the weights need {needed / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free")
+
+
+def difference(first: Decoder | Algorithm1, second: Decoder | Algorithm1, vocabulary: int) -> float:
+    """Largest difference of logits over their range: of a prompt, and of a token behind it.
+
+    The two are only compared when they hold the same weights: rounding those to 4 bits moves a small model's logits
+    by a third of their range.
+    """
+    ids = np.random.default_rng(0).integers(0, vocabulary, (1, CHECKED_TOKENS + 1))
+    found = []
+    for model in (first, second):
+        model.allocate(1, CHECKED_TOKENS + 1)
+        rows = []
+        for part, past in ((ids[:, :-1], 0), (ids[:, -1:], CHECKED_TOKENS)):
+            step = model.bind(part, past)
+            step.run()
+            rows.append(step.logits())
+        found.append(np.concatenate(rows, axis=1))
+    return logit_error(found[0], found[1])

@@ -35,6 +35,11 @@ def compile(
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32 [by target].")] = None,
     padding: Annotated[str | None, typer.Option(help="Side on which batches are padded: left or right.")] = None,
     lowering: Annotated[str | None, typer.Option(help="How writes are spelled: inverse-gather or canonical.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Store weights as integers: int4 or int8.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Weights that share a scale: 16, 32, ... 256 [32].")] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point per block of weights.")] = False,
+    quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Quantise the LM head too.")] = False,
+    quantize_embedding: Annotated[bool, typer.Option("--quantize-embedding", help="And the token embedding.")] = False,
     force: Force = False,
     dump_ir: Annotated[Path | None, typer.Option(help="Write the graph after each pass into this directory.")] = None,
     verify_each: Annotated[bool, typer.Option("--verify-each", help="Run the model after each pass.")] = False,
@@ -47,11 +52,16 @@ def compile(
     """
     from dispc.compiler import CompileOptions, ParityFailure, compile_model
     from dispc.console import compile_progress, compile_tables, parity_table
+    from dispc.quantisation import make_quantisation
 
+    quantisation = make_quantisation(
+        quantize, block_size=block_size, asymmetric=asymmetric, head=quantize_head, embedding=quantize_embedding
+    )
     directory = output or model.resolve().parent / f"{model.resolve().name}-{target}"
     options = CompileOptions(
         model=model, output=directory, target=target, masks=masks, dense=dense, dtype=dtype, padding=padding,
-        lowering=lowering, force=force, dump_ir=dump_ir, verify_each=verify_each, validate=not no_validate,
+        lowering=lowering, quantisation=quantisation, force=force, dump_ir=dump_ir, verify_each=verify_each,
+        validate=not no_validate,
     )  # fmt: skip
     try:
         with compile_progress(err) as progress:

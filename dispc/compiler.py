@@ -20,6 +20,7 @@ from dispc.export.write import check_file, check_output, save_model, staged_dire
 from dispc.manifest import MANIFEST, write_json
 from dispc.masks import Masks
 from dispc.passes.pipeline import PassRecord, build_pipeline, pipeline_line, run_pipeline
+from dispc.quantisation import Quantisation
 from dispc.targets import Plan, make_plan
 from dispc.weights import surface_weight_errors
 
@@ -39,6 +40,7 @@ class CompileOptions:
     dtype: str | None = None
     padding: str | None = None
     lowering: str | None = None
+    quantisation: Quantisation | None = None
     force: bool = False
     dump_ir: Path | None = None
     verify_each: bool = False
@@ -65,7 +67,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
     started = time.perf_counter()
     check_output(options.output, options.force)
     checkpoint = Checkpoint(options.model)
-    plan = make_plan(options.target, options.dtype, options.padding, options.lowering)
+    plan = make_plan(options.target, options.dtype, options.padding, options.lowering, options.quantisation)
     masks = load_masks(checkpoint, options)
     if options.validate or options.verify_each:
         from dispc.validate.memory import require_memory_for_reference
@@ -75,7 +77,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
         from dispc.validate.verify import make_verifier
 
         # The passes do not look at dtypes: their float32 graphs are compared, whatever the target's dtype is.
-        verifier = make_verifier(checkpoint, masks)
+        verifier = make_verifier(checkpoint, masks, plan.quantisation)
         run_pipeline(trace(checkpoint, torch.float32), build_pipeline(plan, checkpoint, masks), verifier)
 
     progress("tracing", 0, 1)
@@ -147,6 +149,7 @@ def describe(
         "dtype": plan.dtype,
         "padding": plan.padding,
         "lowering": {"name": plan.lowering, "reason": plan.reason},
+        "quantisation": plan.quantisation.as_dict() if plan.quantisation else None,
         "attention": "GroupQueryAttention" if plan.group_query else "Attention",
         "positions": config.max_positions,
         "stop_tokens": checkpoint.stop_tokens,

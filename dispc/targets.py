@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dispc.errors import CompileError
+from dispc.quantisation import Quantisation
 
 Lowering = Literal["inverse-gather", "canonical"]
 
@@ -13,7 +14,8 @@ class Target:
     """One row of the table. The first dtype is the default.
 
     `group_query` lists the dtypes for which ONNX Runtime has a GroupQueryAttention kernel on this provider (opset 23's
-    Attention serves the others), `scatter_add` those for which it can run ScatterND(add).
+    Attention serves the others), `scatter_add` those for which it can run ScatterND(add). `contrib` says whether
+    ONNX Runtime's own operators may be used, or only standard ones.
     """
 
     name: str
@@ -21,6 +23,7 @@ class Target:
     dtypes: tuple[str, ...]
     group_query: tuple[str, ...]
     scatter_add: tuple[str, ...]
+    contrib: bool = True
 
 
 TARGETS: dict[str, Target] = {
@@ -46,6 +49,7 @@ TARGETS: dict[str, Target] = {
             dtypes=("float32", "float16", "bfloat16"),
             group_query=(),
             scatter_add=("float32",),
+            contrib=False,
         ),
     )
 }
@@ -60,6 +64,7 @@ class Plan:
     padding: Literal["left", "right"]
     lowering: Lowering
     reason: str
+    quantisation: Quantisation | None = None
 
     @property
     def group_query(self) -> bool:
@@ -67,7 +72,13 @@ class Plan:
         return self.dtype in self.target.group_query
 
 
-def make_plan(target: str, dtype: str | None = None, padding: str | None = None, lowering: str | None = None) -> Plan:
+def make_plan(
+    target: str,
+    dtype: str | None = None,
+    padding: str | None = None,
+    lowering: str | None = None,
+    quantisation: Quantisation | None = None,
+) -> Plan:
     """Fill in the defaults of a target and refuse what ONNX Runtime cannot run.
 
     Raises:
@@ -79,6 +90,11 @@ def make_plan(target: str, dtype: str | None = None, padding: str | None = None,
     dtype = dtype or row.dtypes[0]
     if dtype not in row.dtypes:
         raise CompileError(f"target {target} has no dtype {dtype!r}; it has {', '.join(row.dtypes)}")
+    if quantisation and not row.contrib:
+        raise CompileError(
+            f"target {target} has standard operators only, and quantised weights need MatMulNBits; "
+            "use --target onnx-cpu or onnx-cuda"
+        )
     group_query = dtype in row.group_query
     if padding not in (None, "left", "right"):
         raise CompileError(f"unknown padding {padding!r}; it is left or right")
@@ -92,8 +108,13 @@ def make_plan(target: str, dtype: str | None = None, padding: str | None = None,
             raise CompileError(
                 f"ONNX Runtime cannot run ScatterND(add) in {dtype} for target {target}; use --lowering inverse-gather"
             )
-        return Plan(target=row, dtype=dtype, padding=side, lowering="canonical", reason="chosen by --lowering")
+        reason = "chosen by --lowering"
+        return Plan(
+            target=row, dtype=dtype, padding=side, lowering="canonical", reason=reason, quantisation=quantisation
+        )
     if lowering not in (None, "inverse-gather"):
         raise CompileError(f"unknown lowering {lowering!r}; lowerings are canonical, inverse-gather")
     reason = "chosen by --lowering" if lowering else "default: runs in every dtype, without atomics"
-    return Plan(target=row, dtype=dtype, padding=side, lowering="inverse-gather", reason=reason)
+    return Plan(
+        target=row, dtype=dtype, padding=side, lowering="inverse-gather", reason=reason, quantisation=quantisation
+    )

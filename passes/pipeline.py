@@ -13,6 +13,7 @@ from dispc.passes.base import RewritePass
 from dispc.passes.lower_attention import LowerAttentionPass
 from dispc.passes.lower_scatter import LowerScatterPass
 from dispc.passes.prune_blocks import PruneBlocksPass
+from dispc.passes.quantise import QuantisePass
 from dispc.passes.unroll import UnrollPass
 from dispc.targets import Plan
 
@@ -36,6 +37,8 @@ def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[Rew
         passes.append(LowerScatterPass(config.hidden_size))
     if plan.group_query:
         passes.append(LowerAttentionPass(plan.padding, config.head_dim))
+    if plan.quantisation:
+        passes.append(QuantisePass(plan.quantisation, f"{config.family.embedding}.weight"))
     return passes
 
 

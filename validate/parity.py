@@ -13,6 +13,7 @@ import torch
 from dispc.checkpoint import Checkpoint
 from dispc.errors import ArtifactError, MasksError
 from dispc.masks import Masks
+from dispc.quantised_reference import match_quantisation
 from dispc.reference import load_reference
 from dispc.validate.memory import require_memory_for_reference
 from dispc.validate.session import Array, Artifact, Tokens
@@ -68,9 +69,11 @@ def check_parity(artifact_directory: Path, reference_directory: Path, *, seed: i
     if checkpoint.config_sha256 != artifact.manifest["config_sha256"]:
         raise ArtifactError(f"{artifact_directory}: was not compiled from {reference_directory} (config.json differs)")
     require_memory_for_reference(checkpoint)
+    reference = load_reference(reference_directory, checkpoint.family, masks)
+    match_quantisation(reference, checkpoint.family, masks, artifact.manifest)
     judge = Judge(
         artifact,
-        load_reference(reference_directory, checkpoint.family, masks),
+        reference,
         np.random.default_rng(seed),
         checkpoint.config.vocab_size,
         checkpoint.config.max_positions,

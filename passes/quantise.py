@@ -50,7 +50,8 @@ class QuantisePass(RewritePass):
     def expected(self, model: ir.Model) -> int:
         """Every MatMul that is left in a decoder is a projection; the LM head and the embedding count when asked."""
         matmuls = sum(node.op_type == "MatMul" for node in model.graph)
-        return matmuls - (not self.quantisation.head) + self.quantisation.embedding
+        lookups = sum(node.op_type == "Gather" and _name(node.inputs[1]) == "input_ids" for node in model.graph)
+        return matmuls - (not self.quantisation.head) + lookups * self.quantisation.embedding
 
     def rewrite(self, model: ir.Model) -> int:
         graph, count = model.graph, 0
@@ -195,6 +196,10 @@ def quantise(weight: Array, quantisation: Quantisation) -> tuple[Array, Array, A
     kernel = {4: _pybind_state.quantize_matmul_4bits, 8: _pybind_state.quantize_matmul_8bits}[bits]
     kernel(integers, weight, scales, zero_points, size, outputs, inputs, quantisation.symmetric)
     return integers, scales, zero_points
+
+
+def _name(value: ir.Value | None) -> str:
+    return (value and value.name) or ""
 
 
 def _weight(node: ir.Node) -> ir.Value | None:

@@ -40,6 +40,9 @@ def compile(
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point per block of weights.")] = False,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Quantise the LM head too.")] = False,
     quantize_embedding: Annotated[bool, typer.Option("--quantize-embedding", help="And the token embedding.")] = False,
+    int8_activations: Annotated[
+        bool | None, typer.Option(help="onnx-cpu: multiply in int8 (int8 weights: the default).")
+    ] = None,
     force: Force = False,
     dump_ir: Annotated[Path | None, typer.Option(help="Write the graph after each pass into this directory.")] = None,
     verify_each: Annotated[bool, typer.Option("--verify-each", help="Run the model after each pass.")] = False,
@@ -55,8 +58,9 @@ def compile(
     from dispc.quantisation import make_quantisation
 
     quantisation = make_quantisation(
-        quantize, block_size=block_size, asymmetric=asymmetric, head=quantize_head, embedding=quantize_embedding
-    )
+        quantize, target, block_size=block_size, asymmetric=asymmetric, head=quantize_head,
+        embedding=quantize_embedding, int8_activations=int8_activations,
+    )  # fmt: skip
     directory = output or model.resolve().parent / f"{model.resolve().name}-{target}"
     options = CompileOptions(
         model=model, output=directory, target=target, masks=masks, dense=dense, dtype=dtype, padding=padding,

@@ -78,7 +78,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
 
         # The passes do not look at dtypes: their float32 graphs are compared, whatever the target's dtype is.
         verifier = make_verifier(checkpoint, masks, plan.quantisation)
-        run_pipeline(trace(checkpoint, torch.float32), build_pipeline(plan, checkpoint, masks), verifier)
+        run_pipeline(trace(checkpoint, torch.float32), build_pipeline(plan.exact, checkpoint, masks), verifier)
 
     progress("tracing", 0, 1)
     model = trace(checkpoint, getattr(torch, plan.dtype))

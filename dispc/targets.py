@@ -1,6 +1,6 @@
 """The targets: what an artifact is for decides its dtype, its attention operator and how writes are spelled."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dispc.errors import CompileError
@@ -65,6 +65,13 @@ class Plan:
     lowering: Lowering
     reason: str
     quantisation: Quantisation | None = None
+
+    @property
+    def exact(self) -> "Plan":
+        """This plan without int8 activations, whose rounding no reference can follow exactly."""
+        if self.quantisation is None:
+            return self
+        return replace(self, quantisation=replace(self.quantisation, int8_activations=False))
 
     @property
     def group_query(self) -> bool:

@@ -14,6 +14,8 @@ from dispc.passes.base import RewritePass
 from dispc.quantisation import Quantisation
 
 HEAD = "lm_head.weight"
+INT8_ACTIVATIONS = 4
+"""The `accuracy_level` that lets kernels round activations to int8."""
 PIECE = 2**22
 """Weights quantised at a time: what does not come as float32 or float16 is widened in pieces."""
 Array = npt.NDArray[Any]
@@ -74,12 +76,13 @@ class QuantisePass(RewritePass):
         assert weight.const_value is not None
         inputs, outputs = weight.const_value.shape.numpy()
         quantised = QuantisedWeight(weight.const_value, self.quantisation)
+        accuracy = {"accuracy_level": INT8_ACTIVATIONS} if self.quantisation.int8_activations else {}
         return make_node(
             "MatMulNBits",
             [node.inputs[0], *self._initializers(graph, weight, quantised)],
             (node.name or "").removesuffix("MatMul") + "MatMulNBits",
             domain=MICROSOFT,
-            attributes=self._attributes() | {"K": inputs, "N": outputs},
+            attributes=self._attributes() | {"K": inputs, "N": outputs} | accuracy,
         )
 
     def _gather(self, graph: ir.Graph, node: ir.Node, weight: ir.Value) -> ir.Node:

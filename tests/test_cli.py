@@ -288,6 +288,8 @@ def test_masks_of_another_size_are_refused_with_the_first_difference(desk: Desk)
         (("--quantize", "int8", "--block-size", "8"), ("block size 8", "16, 32, 64, 128, 256")),
         (("--block-size", "64"), ("without --quantize",)),
         (("--quantize-head",), ("without --quantize",)),
+        (("--no-int8-activations",), ("without --quantize",)),
+        (("--target", "onnx-cuda", "--quantize", "int4", "--int8-activations"), ("--target onnx-cpu",)),
         (("--target", "onnx", "--quantize", "int4"), ("standard operators", "--target onnx-cpu or onnx-cuda")),
     ],
 )

@@ -59,9 +59,10 @@ def test_every_dtype_and_lowering_runs_on_cuda(
     assert_on_cuda(placed(variant, cuda_stub, tmp_path, **options))
 
 
-@pytest.mark.parametrize("variant", ["llama-tied-biased", "phi", "opt"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (8, False)])
+@pytest.mark.parametrize("variant", ["llama-tied-biased", "opt"])
+@pytest.mark.parametrize(
+    ("dtype", "bits", "symmetric"), [("float16", 4, True), ("bfloat16", 8, False), ("float32", 4, False)]
+)
 def test_quantised_weights_run_on_cuda(
     variant: str, dtype: str, bits: int, symmetric: bool, cuda_stub: Path, tmp_path: Path
 ) -> None:

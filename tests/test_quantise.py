@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,17 @@ from dispc.masks import Masks
 from dispc.passes import quantise
 from dispc.passes.pipeline import build_pipeline, run_pipeline
 from dispc.passes.quantise import QuantisedWeight, QuantisePass
-from dispc.quantisation import BLOCK_SIZES, Quantisation
+from dispc.quantisation import BLOCK_SIZES, Quantisation, make_quantisation
 from dispc.quantised_reference import round_blocks
 from dispc.targets import make_plan
+from dispc.validate import parity
 from dispc.validate.parity import LIMITS, check_parity, logit_error
 from dispc.validate.verify import make_verifier
 from dispc.weights import LazyWeight
 
 INT4 = Quantisation(bits=4, block_size=32, symmetric=True, head=False, embedding=False)
 INT8 = Quantisation(bits=8, block_size=32, symmetric=True, head=False, embedding=False)
+CPU_INT8 = replace(INT8, int8_activations=True)
 EVERYTHING = Quantisation(bits=4, block_size=16, symmetric=False, head=True, embedding=True)
 QUANTISATIONS = st.builds(
     Quantisation,
@@ -159,7 +162,7 @@ def compiled(
 @pytest.mark.parametrize(
     ("variant", "quantisation", "target", "options"),
     [
-        ("qwen2-mixed-window", INT8, "onnx-cpu", {"verify_each": True}),
+        ("qwen2-mixed-window", CPU_INT8, "onnx-cpu", {"verify_each": True}),
         ("phi", EVERYTHING, "onnx-cpu", {"padding": "left"}),
         ("llama-tied-biased", EVERYTHING, "onnx-cuda", {"dtype": "float16"}),
         ("opt", INT4, "onnx-cuda", {"dtype": "float16", "lowering": "canonical"}),
@@ -197,8 +200,14 @@ def swap_integers(parts: dict[str, Any]) -> None:
     parts["quantised"][0] = (first >> 4) | (first << 4)
 
 
-@pytest.mark.parametrize("fault", [double_a_scale, shift_a_zero_point, swap_integers])
-@pytest.mark.parametrize("layer", ["model.layers.1.mlp.down_proj", "lm_head"])
+@pytest.mark.parametrize(
+    ("fault", "layer"),
+    [
+        (double_a_scale, "model.layers.1.mlp.down_proj"),
+        (shift_a_zero_point, "model.layers.2.self_attn.o_proj"),
+        (swap_integers, "lm_head"),
+    ],
+)
 def test_a_single_wrong_value_is_found(fault: Any, layer: str, artifact: Path, tmp_path: Path) -> None:
     for file in artifact.iterdir():
         if not file.name.startswith("model.onnx"):
@@ -214,6 +223,34 @@ def test_a_single_wrong_value_is_found(fault: Any, layer: str, artifact: Path, t
     ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
     report = check_parity(tmp_path, harness.checkpoint("llama").directory)
     assert not {check.name: check.passed for check in report.checks}["prefill"]
+
+
+def test_int8_activations_are_judged_by_a_limit_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = compiled("llama", tmp_path / "out", CPU_INT8)["validation"]["checks"]
+    figures = {check["name"]: check["figure"] for check in checks}
+    assert figures["prefill"] <= LIMITS["float32"] < figures["int8 activations"]
+    monkeypatch.setattr(parity, "INT8_ACTIVATIONS_LIMIT", figures["int8 activations"] * 0.99)
+    report = check_parity(tmp_path / "out", harness.checkpoint("llama").directory)
+    assert [check.name for check in report.checks if not check.passed] == ["int8 activations"]
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "asked", "chosen"),
+    [
+        ("int8", "onnx-cpu", None, True),
+        ("int8", "onnx-cpu", False, False),
+        ("int8", "onnx-cuda", None, False),
+        ("int4", "onnx-cpu", None, False),
+        ("int4", "onnx-cpu", True, True),
+    ],
+)
+def test_int8_activations_are_the_default_where_int8_weights_have_no_other_kernels(
+    name: str, target: str, asked: bool | None, chosen: bool
+) -> None:
+    options: dict[str, Any] = dict(block_size=None, asymmetric=False, head=False, embedding=False)
+    made = make_quantisation(name, target, int8_activations=asked, **options)
+    assert made is not None
+    assert made.int8_activations == chosen
 
 
 def test_the_unrounded_reference_would_not_do() -> None:

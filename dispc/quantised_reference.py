@@ -59,7 +59,8 @@ def quantise_reference(
 def round_weight(weight: Tensor, inputs: Indices | None, quantisation: Quantisation, dtype: torch.dtype) -> None:
     """Round `weight` [N,K] in place, in blocks along its `inputs` (None for all), as cast to `dtype` first."""
     columns = torch.arange(weight.shape[1]) if inputs is None else torch.from_numpy(inputs)
-    for rows in weight.split(PIECE):
+    for start in range(0, len(weight), PIECE):
+        rows = weight[start : start + PIECE]
         kept = rows[:, columns].to(dtype)
         rows[:, columns] = round_blocks(kept, quantisation).to(weight.dtype)
 
@@ -83,7 +84,8 @@ def round_blocks(weight: Tensor, quantisation: Quantisation) -> Tensor:
     reciprocal = torch.where(divisor == 0, 0, 1 / divisor)
     integers = round_half_away(blocks * reciprocal + zero_point).clamp(0, top)
     stored = scale.to(weight.dtype).float()
-    return ((integers - zero_point) * stored).view(outputs, -1)[:, :inputs]
+    rounded: Tensor = (integers - zero_point) * stored
+    return rounded.view(outputs, -1)[:, :inputs]
 
 
 def round_half_away(values: Tensor) -> Tensor:

@@ -160,7 +160,7 @@ class QuantisedWeight:
         first, second = self.weight.shape.numpy()
         return (second, first) if self.rows else (first, second)
 
-    def _take(self, part: str) -> ir.Tensor:
+    def _take(self, part: str) -> ir.TensorProtocol:
         with self.lock:
             if part not in self.waiting:
                 self.waiting = self._evaluate()

@@ -7,7 +7,7 @@ from dispc.errors import CompileError
 
 BITS = {"int4": 4, "int8": 8}
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-"""Those that every kernel behind MatMulNBits and GatherBlockQuantized takes."""
+"""What MatMulNBits and GatherBlockQuantized take (256 without the CUDA kernels for single tokens)."""
 
 
 @dataclass(frozen=True, kw_only=True)

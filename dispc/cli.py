@@ -46,6 +46,14 @@ def compile(
         bool, typer.Option("--no-cuda-graph", help="Do not ask applications to capture a CUDA graph.")
     ] = False,
     without: Annotated[str | None, typer.Option(help="Fusing passes to leave out, by commas.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Store weights as integers: int4 or int8.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Weights that share a scale: 16, 32, ... 256 [32].")] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point per block of weights.")] = False,
+    quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Quantise the LM head too.")] = False,
+    quantize_embedding: Annotated[bool, typer.Option("--quantize-embedding", help="And the token embedding.")] = False,
+    int8_activations: Annotated[
+        bool | None, typer.Option(help="onnx-cpu: multiply in int8 (int8 weights: the default).")
+    ] = None,
     force: Force = False,
     dump_ir: Annotated[Path | None, typer.Option(help="Write the graph after each pass into this directory.")] = None,
     verify_each: Annotated[bool, typer.Option("--verify-each", help="Run the model after each pass.")] = False,
@@ -58,12 +66,18 @@ def compile(
     """
     from dispc.compiler import CompileOptions, ParityFailure, compile_model
     from dispc.console import compile_progress, compile_tables, parity_table
+    from dispc.quantisation import make_quantisation
 
+    quantisation = make_quantisation(
+        quantize, target, block_size=block_size, asymmetric=asymmetric, head=quantize_head,
+        embedding=quantize_embedding, int8_activations=int8_activations,
+    )  # fmt: skip
     directory = output or model.resolve().parent / f"{model.resolve().name}-{target}"
     options = CompileOptions(
         model=model, output=directory, target=target, masks=masks, dense=dense, dtype=dtype, padding=padding,
         lowering=lowering, align=align, last_logits=last_logits, cuda_graph=not no_cuda_graph,
-        without=tuple(without.split(",")) if without else (), force=force, dump_ir=dump_ir, verify_each=verify_each,
+        without=tuple(without.split(",")) if without else (), quantisation=quantisation, force=force, dump_ir=dump_ir,
+        verify_each=verify_each,
         validate=not no_validate,
     )  # fmt: skip
     try:

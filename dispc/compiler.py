@@ -72,8 +72,8 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
         from dispc.validate.verify import make_verifier
 
         # The passes do not look at dtypes: their float32 graphs are compared, whatever the target's dtype is.
-        verifier = make_verifier(checkpoint, masks)
-        run_pipeline(trace(checkpoint, torch.float32), build_pipeline(plan, checkpoint, masks), verifier)
+        verifier = make_verifier(checkpoint, masks, plan.quantisation)
+        run_pipeline(trace(checkpoint, torch.float32), build_pipeline(plan.exact, checkpoint, masks), verifier)
 
     progress("tracing", 0, 1)
     model = trace(checkpoint, getattr(torch, plan.dtype))
@@ -148,6 +148,7 @@ def describe(
         "align": plan.align,
         "logits": "last" if plan.last_logits else "all",
         "cuda_graph": plan.cuda_graph,
+        "quantisation": plan.quantisation.as_dict() if plan.quantisation else None,
         "attention": "GroupQueryAttention" if plan.group_query else "Attention",
         "positions": config.max_positions,
         "stop_tokens": checkpoint.stop_tokens,

@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from dispc.masks import SETS
+from dispc.quantisation import Quantisation
 
 MIB = 2**20
 out = Console(emoji=False)
@@ -118,6 +119,7 @@ def compile_tables(manifest: Mapping[str, Any]) -> list[Table]:
 def summary(manifest: Mapping[str, Any]) -> dict[str, str]:
     """The facts of an artifact, in words."""
     blocks = manifest["block_parameters"]
+    quantisation = manifest.get("quantisation")
     lowering, shares = manifest["lowering"], f"{100 * blocks['kept'] / blocks['dense']:.1f} %"
     return {
         "block parameters": f"{blocks['kept']:,} of {blocks['dense']:,} ({shares})",
@@ -126,6 +128,7 @@ def summary(manifest: Mapping[str, Any]) -> dict[str, str]:
         "attention": f"{manifest['attention']}, padding {manifest['padding']}",
         "norm scope": manifest["norm_scope"],
         "lowering": f"{lowering['name']} ({lowering['reason']})",
+        "quantised": str(Quantisation(**quantisation)) if quantisation else "no",
     }
 
 

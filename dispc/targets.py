@@ -1,9 +1,10 @@
 """The targets: what an artifact is for decides its dtype, its attention operator and how writes are spelled."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from dispc.errors import CompileError
+from dispc.quantisation import Quantisation
 
 Lowering = Literal["inverse-gather", "canonical", "scatter-elements", "zero-filled"]
 Padding = Literal["left", "right"]
@@ -89,6 +90,7 @@ class Choices:
     last_logits: bool = False
     cuda_graph: bool = True
     without: tuple[str, ...] = ()
+    quantisation: Quantisation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,14 @@ class Plan:
     last_logits: bool
     cuda_graph: bool
     fusions: tuple[str, ...]
+    quantisation: Quantisation | None = None
+
+    @property
+    def exact(self) -> "Plan":
+        """This plan without int8 activations, whose rounding no reference can follow exactly."""
+        if self.quantisation is None:
+            return self
+        return replace(self, quantisation=replace(self.quantisation, int8_activations=False))
 
     @property
     def group_query(self) -> bool:
@@ -127,8 +137,15 @@ def make_plan(target: str, choices: Choices = Choices()) -> Plan:
         raise CompileError(f"widths cannot be aligned to {choices.align}; choose 8, 16 or 64")
     if unknown := set(choices.without) - set(FUSIONS):
         raise CompileError(f"unknown pass {min(unknown)!r}; those that can be left out are {', '.join(FUSIONS)}")
+    if choices.quantisation and not row.contrib:
+        raise CompileError(
+            f"target {target} has standard operators only, and quantised weights need MatMulNBits; "
+            "use --target onnx-cpu or onnx-cuda"
+        )
     padding = _padding(row, dtype, choices.padding)
     lowering, reason = _lowering(row, dtype, choices.lowering)
+    if choices.quantisation and lowering == "zero-filled":
+        raise CompileError("--quantize rounds what is kept, not zeros between it; use --lowering inverse-gather")
     return Plan(
         target=row,
         dtype=dtype,
@@ -139,6 +156,7 @@ def make_plan(target: str, choices: Choices = Choices()) -> Plan:
         last_logits=choices.last_logits,
         cuda_graph=choices.cuda_graph and row.cuda_graph and dtype in row.group_query and padding == "right",
         fusions=tuple(name for name in row.fusions if name not in choices.without),
+        quantisation=choices.quantisation,
     )
 
 

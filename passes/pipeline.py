@@ -21,6 +21,7 @@ from dispc.passes.last_logits import LastLogitsPass
 from dispc.passes.lower_attention import LowerAttentionPass
 from dispc.passes.lower_scatter import LowerScatterPass
 from dispc.passes.prune_blocks import PruneBlocksPass
+from dispc.passes.quantise import QuantisePass
 from dispc.passes.tie_embeddings import TieEmbeddingsPass
 from dispc.passes.unroll import UnrollPass
 from dispc.targets import Plan
@@ -42,6 +43,9 @@ def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[Rew
     config, target = checkpoint.config, plan.target
     fill_share = 0.0 if plan.lowering == "zero-filled" else target.fill_share
     multiple = max(target.write_multiple, plan.align)
+    quantisation = plan.quantisation
+    apart = quantisation is not None and (quantisation.head or quantisation.embedding)  # rounded apart, stored apart
+    embedding = config.family.embedding
     rows: tuple[tuple[bool, Callable[[], RewritePass]], ...] = (
         (True, lambda: UnrollPass(checkpoint)),
         (True, lambda: PruneBlocksPass(config, masks)),
@@ -56,10 +60,11 @@ def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[Rew
         ("fuse-activations" in plan.fusions, lambda: FuseActivationsPass()),
         ("fuse-skip-norm" in plan.fusions, lambda: FuseSkipNormPass()),
         (
-            config.tied and "tie-embeddings" in plan.fusions,
-            lambda: TieEmbeddingsPass(config.family.embedding, contrib=target.contrib),
+            config.tied and not apart and "tie-embeddings" in plan.fusions,
+            lambda: TieEmbeddingsPass(embedding, contrib=target.contrib),
         ),
         (plan.last_logits, lambda: LastLogitsPass(plan.padding)),
+        *([(True, lambda: QuantisePass(quantisation, f"{embedding}.weight"))] if quantisation else []),
     )
     return [make() for wanted, make in rows if wanted]
 

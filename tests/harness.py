@@ -18,6 +18,8 @@ from dispc.checkpoint import Checkpoint
 from dispc.export.trace import trace
 from dispc.masks import Masks
 from dispc.passes.pipeline import build_pipeline, run_pipeline
+from dispc.quantisation import Quantisation
+from dispc.quantised_reference import quantise_reference
 from dispc.reference import apply_masks, load_reference
 from dispc.targets import Choices, make_plan
 from dispc.validate.session import Runner, open_session
@@ -60,11 +62,15 @@ def _dense_reference(variant: str) -> Any:
     return load_reference(checkpoint(variant).directory, checkpoint(variant).family, None)
 
 
-def reference_logits(variant: str, masks: Masks | None, tokens: Array = TOKENS) -> Array:
+def reference_logits(
+    variant: str, masks: Masks | None, tokens: Array = TOKENS, quantisation: Quantisation | None = None
+) -> Array:
     """Logits [S,V] of the torch reference."""
     model = copy.deepcopy(_dense_reference(variant))
     if masks is not None:
         apply_masks(model, checkpoint(variant).family, masks)
+        if quantisation is not None:
+            quantise_reference(model, checkpoint(variant).family, masks, quantisation, torch.float32)
     with torch.inference_mode():
         logits: Array = model(input_ids=torch.from_numpy(tokens)[None]).logits[0].numpy()
     return logits

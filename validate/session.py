@@ -24,12 +24,13 @@ class Artifact:
 
     bfloat16 graphs, and float16 graphs with ScatterND(add), have no CPU kernels: on the CPU they are run with every
     weight widened to float32 (`widened` says so); that keeps the rounding of the weights, not that of the arithmetic.
+    With `exact`, a graph with int8 activations is run with floating-point ones, whose results can be compared closely.
 
     Raises:
         ArtifactError: when the directory is no artifact, or ONNX Runtime cannot load it.
     """
 
-    def __init__(self, directory: Path, threads: int = 0) -> None:
+    def __init__(self, directory: Path, threads: int = 0, *, exact: bool = False) -> None:
         self.directory = directory
         self.manifest = read_manifest(directory)
         self.padding: str = self.manifest["padding"]
@@ -41,10 +42,12 @@ class Artifact:
         path = directory / "model.onnx"
         if not path.is_file():
             raise ArtifactError(f"{path}: no such file")
-        if self.widened:
+        self.int8_activations = bool((self.manifest.get("quantisation") or {}).get("int8_activations"))
+        if self.widened or (exact and self.int8_activations):
             with tempfile.TemporaryDirectory(prefix="dispc-widened-") as scratch:
                 wide = Path(scratch) / "model.onnx"
-                ir.save(widen(ir.load(path)), wide, external_data="model.onnx.data")
+                change = widen if self.widened else without_int8_activations
+                ir.save(change(ir.load(path)), wide, external_data="model.onnx.data")
                 self.session = open_session(wide, threads=threads)
         else:
             self.session = open_session(path, threads=threads)
@@ -154,6 +157,13 @@ def widen(model: ir.Model) -> ir.Model:
         target = node.attributes.get("to")
         if target is not None and target.as_int() in halves:
             node.attributes["to"] = ir.AttrInt64("to", wide)
+    return model
+
+
+def without_int8_activations(model: ir.Model) -> ir.Model:
+    """Let every MatMulNBits of `model` multiply in floating point, in place."""
+    for node in model.graph:
+        node.attributes.pop("accuracy_level", None)
     return model
 
 

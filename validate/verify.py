@@ -1,6 +1,7 @@
 """--verify-each: run the model behind every pass and name the first pass that changed the result.
 
-Up to the unrolled graph the result must be the dense reference's, from the pruned graph on the masked reference's.
+Up to the unrolled graph the result must be the dense reference's, from the pruned graph on the masked reference's, and
+behind quantisation that of the masked reference with its weights rounded likewise.
 """
 
 import tempfile
@@ -14,6 +15,8 @@ import torch
 from dispc.checkpoint import Checkpoint
 from dispc.errors import CompileError
 from dispc.masks import Masks
+from dispc.quantisation import Quantisation
+from dispc.quantised_reference import quantise_reference
 from dispc.reference import apply_masks, load_reference
 from dispc.signals import hold_signals
 from dispc.validate.parity import LIMITS, logit_error
@@ -22,9 +25,12 @@ from dispc.weights import surface_weight_errors
 
 SPLIT = 6
 DENSE_PASSES = ("unroll",)
+QUANTISING_PASS = "quantise"
 
 
-def make_verifier(checkpoint: Checkpoint, masks: Masks, *, seed: int = 0) -> Callable[[int, str, ir.Model], None]:
+def make_verifier(
+    checkpoint: Checkpoint, masks: Masks, quantisation: Quantisation | None = None, *, seed: int = 0
+) -> Callable[[int, str, ir.Model], None]:
     """A callback for `run_pipeline` that raises CompileError naming the pass whose graph computes something else.
 
     Runs in float32 without ONNX Runtime's own optimisations: a prefill, and a second run behind its cache.
@@ -33,10 +39,14 @@ def make_verifier(checkpoint: Checkpoint, masks: Masks, *, seed: int = 0) -> Cal
     model = load_reference(checkpoint.directory, checkpoint.family, None)
     dense = _reference_logits(model, tokens)
     apply_masks(model, checkpoint.family, masks)
-    masked = _reference_logits(model, tokens)
+    masked = quantised = _reference_logits(model, tokens)
+    if quantisation:
+        quantise_reference(model, checkpoint.family, masks, quantisation, torch.float32)
+        quantised = _reference_logits(model, tokens)
+    expected = dict.fromkeys(DENSE_PASSES, dense) | {QUANTISING_PASS: quantised}
 
     def verify(number: int, name: str, graph: ir.Model) -> None:
-        error = logit_error(_run(graph, tokens), dense if name in DENSE_PASSES else masked)
+        error = logit_error(_run(graph, tokens), expected.get(name, masked))
         if not error <= LIMITS["float32"]:
             raise CompileError(
                 f"pass {number:02d} {name} changed the result: logits are off by {error:.2e} of their range "

@@ -1,0 +1,214 @@
+"""Store weights as integers of 4 or 8 bits that share a scale block by block."""
+
+import threading
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from dispc.errors import CompileError
+from dispc.graph import MICROSOFT, add_initializer, drop_unused_initializers, make_node
+from dispc.passes.base import RewritePass
+from dispc.quantisation import Quantisation
+
+HEAD = "lm_head.weight"
+INT8_ACTIVATIONS = 4
+"""The `accuracy_level` that lets kernels round activations to int8."""
+PIECE = 2**22
+"""Weights quantised at a time: what does not come as float32 or float16 is widened in pieces."""
+Array = npt.NDArray[Any]
+
+
+class QuantisePass(RewritePass):
+    """MatMul with a constant weight becomes com.microsoft.MatMulNBits, if asked the embedding GatherBlockQuantized.
+
+    Before::
+
+        x -> MatMul(., weight [K,N]) (-> Add bias)
+        input_ids -> Gather(embedding [V,d], .)
+
+    After (b the block size, k = ceil(K / b))::
+
+        x -> MatMulNBits(., weight uint8 [N, k, b * bits / 8], scales [N,k]) (-> Add bias)
+        input_ids -> GatherBlockQuantized(embedding uint8 [V, d * bits / 8], ., scales [V, ceil(d / b)])
+
+    1. A block is b weights of one output, along its inputs: after pruning, those that are left. K need not be a
+       multiple of b.
+    2. Asymmetric quantisation adds zero points, packed like the weights: uint8 [N, ceil(k * bits / 8)].
+    3. Biases stay an Add: the fast CUDA kernels take none.
+    4. Nothing is computed here: integers, scales and zero points are lazy, and are made together (`QuantisedWeight`).
+    """
+
+    name = "quantise"
+
+    def __init__(self, quantisation: Quantisation, embedding: str) -> None:
+        """`embedding` is the name of the token embedding's weight."""
+        super().__init__()
+        self.quantisation = quantisation
+        self.embedding = embedding
+
+    def expected(self, model: ir.Model) -> int:
+        """Every MatMul that is left in a decoder is a projection; the LM head and the embedding count when asked."""
+        matmuls = sum(node.op_type == "MatMul" for node in model.graph)
+        lookups = sum(node.op_type == "Gather" and _name(node.inputs[1]) == "input_ids" for node in model.graph)
+        return matmuls - (not self.quantisation.head) + lookups * self.quantisation.embedding
+
+    def rewrite(self, model: ir.Model) -> int:
+        graph, count = model.graph, 0
+        for node in list(graph):
+            weight = _weight(node)
+            if weight is None:
+                continue
+            if node.op_type == "MatMul" and (weight.name != HEAD or self.quantisation.head):
+                self._replace(graph, node, weight, self._matmul(graph, node, weight))
+                count += 1
+            elif node.op_type == "Gather" and weight.name == self.embedding and self.quantisation.embedding:
+                self._replace(graph, node, weight, self._gather(graph, node, weight))
+                count += 1
+        drop_unused_initializers(graph)
+        if count:
+            graph.opset_imports[MICROSOFT] = 1
+        return count
+
+    def _matmul(self, graph: ir.Graph, node: ir.Node, weight: ir.Value) -> ir.Node:
+        assert weight.const_value is not None
+        inputs, outputs = weight.const_value.shape.numpy()
+        quantised = QuantisedWeight(weight.const_value, self.quantisation)
+        accuracy = {"accuracy_level": INT8_ACTIVATIONS} if self.quantisation.int8_activations else {}
+        return make_node(
+            "MatMulNBits",
+            [node.inputs[0], *self._initializers(graph, weight, quantised)],
+            (node.name or "").removesuffix("MatMul") + "MatMulNBits",
+            domain=MICROSOFT,
+            attributes=self._attributes() | {"K": inputs, "N": outputs} | accuracy,
+        )
+
+    def _gather(self, graph: ir.Graph, node: ir.Node, weight: ir.Value) -> ir.Node:
+        assert weight.const_value is not None
+        width = weight.const_value.shape.numpy()[1]
+        if width * self.quantisation.bits % 8:
+            raise CompileError(f"{weight.name}: int4 embeddings need an even width, this one's is {width}")
+        quantised = QuantisedWeight(weight.const_value, self.quantisation, rows=True)
+        data, *rest = self._initializers(graph, weight, quantised)
+        return make_node(
+            "GatherBlockQuantized",
+            [data, node.inputs[1], *rest],
+            (node.name or "").removesuffix("Gather") + "GatherBlockQuantized",
+            domain=MICROSOFT,
+            attributes=self._attributes() | {"gather_axis": 0, "quantize_axis": 1},
+        )
+
+    def _attributes(self) -> dict[str, int]:
+        return {"bits": self.quantisation.bits, "block_size": self.quantisation.block_size}
+
+    def _initializers(self, graph: ir.Graph, weight: ir.Value, quantised: "QuantisedWeight") -> list[ir.Value]:
+        return [add_initializer(graph, f"{weight.name}.{part}", t) for part, t in quantised.tensors().items()]
+
+    def _replace(self, graph: ir.Graph, node: ir.Node, weight: ir.Value, made: ir.Node) -> None:
+        made.metadata_props.update(node.metadata_props)
+        graph.insert_before(node, made)
+        old, new = node.outputs[0], made.outputs[0]
+        new.type, new.shape = old.type, old.shape
+        if old.is_graph_output():
+            new.name = old.name
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+
+
+class QuantisedWeight:
+    """The tensors of one quantised weight, evaluated together and kept only until each was asked for.
+
+    Args:
+        weight: [K,N], or with `rows` [N,K]; float32, float16 or bfloat16.
+        quantisation: bits, block size, symmetry.
+        rows: Blocks run along the last axis, and the integers are stored without blocks: [N, K * bits / 8].
+    """
+
+    def __init__(self, weight: ir.TensorProtocol, quantisation: Quantisation, *, rows: bool = False) -> None:
+        self.weight = weight
+        self.quantisation = quantisation
+        self.rows = rows
+        self.waiting: dict[str, Array] = {}
+        self.lock = threading.Lock()  # tensors are written by several threads
+
+    def tensors(self) -> dict[str, ir.LazyTensor]:
+        """`quantised` uint8, `scales` in the weight's dtype, and with asymmetric blocks `zero_points` uint8."""
+        inputs, outputs = self._sizes()
+        bits, size = self.quantisation.bits, self.quantisation.block_size
+        blocks = -(-inputs // size)
+        shapes = {
+            "quantised": (outputs, inputs * bits // 8) if self.rows else (outputs, blocks, size * bits // 8),
+            "scales": (outputs, blocks),
+            "zero_points": (outputs, -(-blocks * bits // 8)),
+        }
+        if self.quantisation.symmetric:
+            del shapes["zero_points"]
+        return {
+            part: ir.LazyTensor(
+                partial(self._take, part),
+                self.weight.dtype if part == "scales" else ir.DataType.UINT8,
+                ir.Shape(shape),
+                name=f"{self.weight.name}.{part}",
+            )
+            for part, shape in shapes.items()
+        }
+
+    def _sizes(self) -> tuple[int, int]:
+        """K, N."""
+        first, second = self.weight.shape.numpy()
+        return (second, first) if self.rows else (first, second)
+
+    def _take(self, part: str) -> ir.TensorProtocol:
+        with self.lock:
+            if part not in self.waiting:
+                self.waiting = self._evaluate()
+            return ir.Tensor(self.waiting.pop(part))
+
+    def _evaluate(self) -> dict[str, Array]:
+        stored = self.weight.numpy()
+        weight = stored.T if self.rows else stored
+        inputs, outputs = weight.shape
+        step = max(1, PIECE // inputs)
+        kernel_dtype = np.float16 if stored.dtype == np.float16 else np.float32
+        pieces = [
+            quantise(np.ascontiguousarray(weight[:, start : start + step], dtype=kernel_dtype), self.quantisation)
+            for start in range(0, outputs, step)
+        ]
+        integers, scales, zero_points = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        if self.rows:
+            integers = np.ascontiguousarray(integers.reshape(outputs, -1)[:, : inputs * self.quantisation.bits // 8])
+        parts = {"quantised": integers, "scales": scales.astype(stored.dtype, copy=False)}
+        return parts if self.quantisation.symmetric else parts | {"zero_points": zero_points}
+
+
+def quantise(weight: Array, quantisation: Quantisation) -> tuple[Array, Array, Array]:
+    """ONNX Runtime's own quantiser on [K,N], float32 or float16, contiguous.
+
+    Returns integers uint8 [N, k, block bytes], scales [N,k] of the weight's dtype, zero points uint8 [N, bytes].
+    """
+    from onnxruntime.capi import _pybind_state
+
+    bits, size = quantisation.bits, quantisation.block_size
+    inputs, outputs = weight.shape
+    blocks = -(-inputs // size)
+    integers = np.zeros((outputs, blocks, size * bits // 8), dtype=np.uint8)
+    scales = np.zeros((outputs, blocks), dtype=weight.dtype)
+    zero_points = np.zeros((outputs, -(-blocks * bits // 8)), dtype=np.uint8)
+    kernel = {4: _pybind_state.quantize_matmul_4bits, 8: _pybind_state.quantize_matmul_8bits}[bits]
+    kernel(integers, weight, scales, zero_points, size, outputs, inputs, quantisation.symmetric)
+    return integers, scales, zero_points
+
+
+def _name(value: ir.Value | None) -> str:
+    return (value and value.name) or ""
+
+
+def _weight(node: ir.Node) -> ir.Value | None:
+    """The two-dimensional constant that `node` multiplies by or gathers from."""
+    position = {"MatMul": 1, "Gather": 0}.get(node.op_type)
+    value = None if position is None else node.inputs[position]
+    if value is None or value.const_value is None or not value.is_initializer() or len(value.const_value.shape) != 2:
+        return None
+    return value

@@ -25,25 +25,25 @@ def generate(artifact: Path, prompt: list[int], max_new_tokens: int, device: str
     model, shared = config["model"], config["search"]["past_present_share_buffer"]
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
     session = ort.InferenceSession(artifact / "model.onnx", providers=[provider])
+    inputs = {value.name: value for value in session.get_inputs()}
+    outputs = {value.name: value.name.replace("present.", "past_key_values.") for value in session.get_outputs()}
     capacity = min(len(prompt) + max_new_tokens, model["context_length"])
-    names = [value.name for value in session.get_outputs()]
-    caches = {
-        value.name: ort.OrtValue.ortvalue_from_shape_and_type(
-            (1, value.shape[1], capacity if shared else 0, value.shape[3]), DTYPES[value.type], device
-        )
-        for value in session.get_inputs()
-        if value.name.startswith("past_key_values.")
-    }
+
+    def empty_cache(name: str) -> ort.OrtValue:
+        _, heads, _, size = inputs[name].shape
+        shape = (1, heads, capacity if shared else 0, size)
+        return ort.OrtValue.ortvalue_from_shape_and_type(shape, DTYPES[inputs[name].type], device)
+
+    caches = {name: empty_cache(name) for name in inputs if name.startswith("past_key_values.")}
     binding, tokens, length = session.io_binding(), prompt, 0
     while length + len(tokens) < capacity:
         positions = np.arange(length, length + len(tokens))[None]
         length += len(tokens)
         binding.bind_cpu_input("input_ids", np.array([tokens]))
         binding.bind_cpu_input("attention_mask", np.ones((1, length), dtype=np.int64))
-        if "position_ids" in {value.name for value in session.get_inputs()}:
+        if "position_ids" in inputs:
             binding.bind_cpu_input("position_ids", positions)
-        for name in names:
-            past = name.replace("present.", "past_key_values.")
+        for name, past in outputs.items():
             if past in caches:
                 binding.bind_ortvalue_input(past, caches[past])
             if past in caches and shared:
@@ -51,12 +51,12 @@ def generate(artifact: Path, prompt: list[int], max_new_tokens: int, device: str
             else:
                 binding.bind_output(name, "cpu" if name == "logits" else device)
         session.run_with_iobinding(binding)
-        outputs = dict(zip(names, binding.get_outputs(), strict=True))
-        token = int(outputs.pop("logits").numpy()[0, -1].argmax())
+        results = dict(zip(outputs.values(), binding.get_outputs(), strict=True))
+        token = int(results["logits"].numpy()[0, -1].argmax())
         if token in model["eos_token_id"]:
             return
         yield token
-        caches = {name.replace("present.", "past_key_values."): value for name, value in outputs.items()}
+        caches = {past: results[past] for past in caches}
         tokens = [token]
 
 

@@ -80,6 +80,10 @@ def test_every_example_says_what_dispc_says(example: str, artifact: Path) -> Non
     assert say(example, artifact, PROMPTS[0], 24) == expected
 
 
+def test_the_licence_that_the_gguf_names_reaches_the_artifacts_card(artifact: Path) -> None:
+    assert (artifact / "README.md").read_text(encoding="utf-8").startswith("---\nlicense: apache-2.0\n")
+
+
 def test_left_padded_batches_generate_through_optimum_what_each_prompt_generates_alone(
     model: Path, masks: Path, tmp_path: Path
 ) -> None:

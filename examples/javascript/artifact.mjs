@@ -31,10 +31,10 @@ export async function* generate(ort, session, manifest, prompt, maxNewTokens) {
 function emptyCaches(ort, session) {
   const caches = session.inputMetadata.filter(({ name }) => name.startsWith("past_key_values."));
   return Object.fromEntries(
-    caches.map(({ name, type, shape: [, heads, , size] }) => {
-      if (!(type in CACHE_ARRAYS)) throw new Error(`JavaScript has no arrays of ${type}; compile with another --dtype`);
-      return [name, new ort.Tensor(type, new CACHE_ARRAYS[type](0), [1, heads, 0, size])];
-    }),
+    caches.map(({ name, type, shape: [, heads, , size] }) => [
+      name,
+      new ort.Tensor(type, new CACHE_ARRAYS[type](0), [1, heads, 0, size]),
+    ]),
   );
 }
 

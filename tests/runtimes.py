@@ -6,7 +6,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
@@ -43,12 +44,18 @@ def _browser(example: str, artifact: Path, prompt: str, limit: int) -> str:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium is installed: make setup-web (as root), or install it yourself")
+    with served(artifact) as port:
+        return _run_node("ask.mjs", f"http://127.0.0.1:{port}/", prompt, str(limit), CHROMIUM=chromium)
+
+
+@contextmanager
+def served(artifact: Path) -> Iterator[int]:
+    """The page of examples/javascript and `artifact` on a port of this machine."""
     make_server = runpy.run_path(str(JAVASCRIPT / "serve.py"))["make_server"]
     with patch("http.server.BaseHTTPRequestHandler.log_message"), make_server(artifact) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
-            url = f"http://127.0.0.1:{server.server_port}/"
-            return _run_node("ask.mjs", url, prompt, str(limit), CHROMIUM=chromium)
+            yield server.server_port
         finally:
             server.shutdown()
 

@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import command
 import harness
 import pytest
 from language import make_student, make_tokenizer
-from runtimes import EXAMPLES, JAVASCRIPT, say
+from runtimes import EXAMPLES, JAVASCRIPT, say, served
 
 from dispc.checkpoint import Checkpoint
 from dispc.compiler import CompileOptions, compile_model
@@ -77,6 +78,26 @@ def test_every_runtime_stops_before_a_stop_token(example: str, tmp_path: Path) -
     if example == "optimum":  # generate() returns the stop token too; decoding drops it only where it is a special one
         said = said.removesuffix(letter)
     assert said == expected("onnx-cpu").split(letter)[0]
+
+
+@pytest.mark.parametrize(
+    "path", ["/artifact/../../secret", "/../secret", "/artifact/%2e%2e/secret", "/artifact//secret"]
+)
+def test_the_pages_server_shows_its_folder_and_the_artifact_only(path: str, tmp_path: Path) -> None:
+    for name in ("secret", "out/dispc.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def get(path: str) -> tuple[int, bytes]:
+        connection = HTTPConnection("127.0.0.1", port)
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+    with served(tmp_path / "out") as port:
+        assert get("/artifact/dispc.json") == (200, b"out/dispc.json")
+        assert get("/page.mjs") == (200, (JAVASCRIPT / "page.mjs").read_bytes())
+        assert get(path)[0] == 404
 
 
 def test_the_lock_file_names_no_registry() -> None:

@@ -4,7 +4,7 @@ import { chromium } from "playwright-core";
 const [url, prompt, limit] = process.argv.slice(2);
 const browser = await chromium.launch({
   executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
-  args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"],
+  args: ["--disable-gpu", "--disable-quic"],
 });
 try {
   const page = await browser.newPage();

@@ -4,10 +4,11 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-transformers5 demo test test-transformers5 lint types check clean
+.PHONY: help setup setup-transformers5 setup-web demo test test-transformers5 lint types check clean
 
 VENV := .venv
 VENV5 := .venv-transformers5
+JAVASCRIPT := examples/javascript
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -21,6 +22,18 @@ help: ## show this list
 setup: $(VENV)/.installed ## create and fill .venv (the second time: nothing to do)
 
 setup-transformers5: $(VENV5)/.installed ## the same for .venv-transformers5
+
+setup-web: ## npm packages and Chromium for the JavaScript examples, whose tests skip themselves without
+	@if command -v npm > /dev/null; then $(MAKE) $(JAVASCRIPT)/node_modules/.installed; else echo "npm is not installed"; fi
+	@if command -v chromium > /dev/null; then :; \
+	elif test "$$(id -u)" = 0 && command -v apt-get > /dev/null; then apt-get -qq update && \
+		DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium > /dev/null; \
+	else echo "Chromium is not installed, and only root can install it with apt-get"; fi
+
+# Install scripts stay off: the one of onnxruntime-node downloads CUDA libraries, and the package has what the CPU needs.
+$(JAVASCRIPT)/node_modules/.installed: $(JAVASCRIPT)/package-lock.json
+	cd $(JAVASCRIPT) && npm ci --ignore-scripts --no-audit --no-fund
+	@touch $@
 
 demo: setup ## compile, validate and time a real pruned SmolLM2-135M
 	$(VENV)/bin/dispc demo
@@ -44,7 +57,7 @@ types: setup ## mypy --strict on the package
 check: lint types test ## lint, types and test
 
 clean: ## remove everything that make made, both environments included
-	rm -rf $(VENV) $(VENV5) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV5) $(JAVASCRIPT)/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: requirements.txt

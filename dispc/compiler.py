@@ -14,6 +14,7 @@ import torch
 from dispc import __version__
 from dispc.checkpoint import Checkpoint
 from dispc.errors import ArtifactError, CompileError
+from dispc.export.card import write_card
 from dispc.export.companions import write_companions
 from dispc.export.trace import trace
 from dispc.export.write import check_file, check_output, save_model, staged_directory
@@ -111,6 +112,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
             write_json(stage / MANIFEST, manifest)
             if not report.passed:
                 raise ParityFailure(manifest["validation"])
+        write_card(checkpoint, masks, manifest, stage)
     return manifest
 
 

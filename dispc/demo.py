@@ -80,6 +80,7 @@ def unpack_gguf(model: Path) -> None:
     try:
         AutoModelForCausalLM.from_pretrained(str(source), gguf_file=GGUF).save_pretrained(stage)
         gguf_tokenizer(source).save_pretrained(stage)
+        (stage / "README.md").write_text(f"---\nlicense: {gguf_licence(source / GGUF)}\n---\n", encoding="utf-8")
         stage.rename(model)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -113,6 +114,14 @@ def gguf_tokenizer(source: Path) -> Any:
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def gguf_licence(file: Path) -> str:
+    """The identifier of the licence that a GGUF names, `unknown` where it names none."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).fields.get("general.license")
+    return str(field.contents()) if field else "unknown"
 
 
 def compile_once(model: Path, masks: Path | None, artifact: Path, say: Callable[[str], None]) -> None:

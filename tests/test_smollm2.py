@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runtimes import EXAMPLES, say
 
 from dispc.compiler import CompileOptions, compile_model
 from dispc.demo import GGUF, MASKS, run_demo, unpack_gguf
@@ -56,11 +57,6 @@ def chat_tokens(tokenizer: Any, prompt: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def dispc_tokens(artifact: Path, prompt: str, count: int) -> list[int]:
-    tokens = chat_tokens(load_tokenizer(artifact), prompt)
-    return list(generate_tokens(Artifact(artifact), tokens, count, Sampler(), frozenset()))
-
-
 def test_float16_and_bfloat16_artifacts_of_real_weights_pass(model: Path, masks: Path, tmp_path: Path) -> None:
     for dtype in ("float16", "bfloat16"):
         options = CompileOptions(
@@ -74,31 +70,19 @@ def test_float16_and_bfloat16_artifacts_of_real_weights_pass(model: Path, masks:
         assert compile_model(options)["validation"]["passed"]
 
 
-def test_onnxruntime_genai_generates_the_same_tokens(artifact: Path) -> None:
-    og = pytest.importorskip("onnxruntime_genai")
-    tokens = chat_tokens(load_tokenizer(artifact), PROMPTS[0])
-    model = og.Model(str(artifact))
-    parameters = og.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(tokens) + 24, do_sample=False)
-    generator = og.Generator(model, parameters)
-    generator.append_tokens(tokens)
-    while not generator.is_done():
-        generator.generate_next_token()
-    found = list(generator.get_sequence(0))[len(tokens) :]
-    assert found == dispc_tokens(artifact, PROMPTS[0], len(found))
-    assert found
+@pytest.mark.parametrize(
+    ("artifact", "example"),
+    [*(("right", example) for example in EXAMPLES), ("left", "genai"), ("left", "optimum")],
+    indirect=["artifact"],
+)
+def test_every_example_says_what_dispc_says(example: str, artifact: Path) -> None:
+    expected = "".join(generate_text(artifact, PROMPTS[0], 24, Sampler()))
+    assert len(expected) > 40
+    assert say(example, artifact, PROMPTS[0], 24) == expected
 
 
-def test_optimum_generates_the_same_tokens(artifact: Path) -> None:
-    optimum = pytest.importorskip("optimum.onnxruntime")
-    import torch
-
-    tokenizer = load_tokenizer(artifact)
-    model = optimum.ORTModelForCausalLM.from_pretrained(artifact)
-    tokens = torch.tensor([chat_tokens(tokenizer, PROMPTS[0])])
-    out = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=24, do_sample=False)
-    found = out[0, tokens.shape[1] :].tolist()
-    assert found == dispc_tokens(artifact, PROMPTS[0], len(found))
+def test_the_licence_that_the_gguf_names_reaches_the_artifacts_card(artifact: Path) -> None:
+    assert (artifact / "README.md").read_text(encoding="utf-8").startswith("---\nlicense: apache-2.0\n")
 
 
 def test_left_padded_batches_generate_through_optimum_what_each_prompt_generates_alone(

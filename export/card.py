@@ -1,0 +1,213 @@
+"""The model card: README.md of an artifact, and the licence files of the model that it was made from.
+
+Every figure is one of dispc.json or of the masks' own metadata; what they do not hold, the card does not say.
+"""
+
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dispc.checkpoint import Checkpoint
+from dispc.masks import SETS, Masks, set_width
+from dispc.targets import TARGETS
+
+CARRIED = ("license", "license_name", "license_link", "language")
+"""What the front matter of the base model's card says that is true of the artifact as well."""
+LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)[\w.-]*", re.IGNORECASE)
+TAGS = ["onnx", "onnxruntime", "onnxruntime-genai", "dispc", "disp-llm"]
+ENTITIES = str.maketrans({character: f"&#{ord(character)};" for character in "&<|\\"})
+MASK_FACTS = ("method", "data", "pruning_ratio", "ratio_of", "steps", "seed")
+FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
+PAPER = "DISP-LLM ([arXiv 2410.11988](https://arxiv.org/abs/2410.11988))"
+
+CARD = """\
+---
+{front_matter}
+---
+
+# {title}
+
+{name} compiled to ONNX by dispc {dispc}. {pruned}
+
+{facts}
+
+## Load it
+
+Inputs are `input_ids`, `attention_mask`, `position_ids` where the model has them, and
+`past_key_values.N.key` and `.value` (batch, key/value heads, past length, head size; empty at first);
+outputs are `logits` and `present.N.key` and `.value`, which the next call takes as its past.
+
+ONNX Runtime:
+
+```python
+import onnxruntime as ort
+
+session = ort.InferenceSession("model.onnx", providers=["{provider}"])
+```
+
+onnxruntime-genai{genai_build}:
+
+```python
+import onnxruntime_genai as og
+
+model = og.Model(".")
+tokenizer = og.Tokenizer(model)
+```
+
+optimum:
+
+```python
+from optimum.onnxruntime import ORTModelForCausalLM
+
+model = ORTModelForCausalLM.from_pretrained(".", provider="{provider}")
+{optimum_fix}```
+
+## Masks
+
+{masks}
+
+## Parity
+
+{parity}
+
+## Widths
+
+{widths}
+
+## Licence
+
+{licence}
+"""
+OPTIMUM_FIX = (
+    "model.embed_size_per_head = {size}  # optimum-onnx 0.1.0 takes hidden_size / heads, which is wrong here\n"
+)
+
+
+def write_card(checkpoint: Checkpoint, masks: Masks, manifest: Mapping[str, Any], directory: Path) -> None:
+    """Write README.md into an artifact whose `manifest` is complete, and copy the base model's licence files."""
+    config, model = checkpoint.config, checkpoint.directory
+    for file in licence_files(model):
+        shutil.copyfile(model / file, directory / file)
+    name = hub_name(model) or model.resolve().name
+    provider = TARGETS[manifest["target"]].provider
+    blocks = manifest["block_parameters"]
+    share = f"{100 * blocks['kept'] / blocks['dense']:.1f} %"
+    pruned = (
+        f"Pruned in the way of {PAPER}: every attention and MLP reads from, works in and adds into its own subset of "
+        f"dimensions. {share} of the block parameters are kept."
+    )
+    facts = {
+        "base model": name,
+        "family": manifest["model_type"],
+        "target": f"{manifest['target']} ({provider})",
+        "dtype": manifest["dtype"],
+        "batches are padded on the": manifest["padding"],
+        "attention": manifest["attention"],
+        "positions": f"{manifest['positions']:,}",
+        "block parameters kept": f"{blocks['kept']:,} of {blocks['dense']:,} ({share})",
+        "size of model.onnx and its data": f"{manifest['bytes']:,} bytes",
+    }
+    full = [f"{part} of {set_width(part, config.hidden_size, config.intermediate_size)}" for part in SETS]
+    widths = ((str(i), *(str(row[part]) for part in SETS)) for i, row in enumerate(manifest["widths"]))
+    usual_heads = config.head_dim == config.hidden_size // config.num_attention_heads
+    text = CARD.format(
+        front_matter=yaml.safe_dump(front_matter(model), sort_keys=False, allow_unicode=True).rstrip(),
+        title=f"{_cell(name)}, {manifest['target']}, {manifest['dtype']}",
+        name=_cell(name),
+        dispc=manifest["dispc"],
+        pruned=pruned if blocks["kept"] < blocks["dense"] else "Nothing is pruned.",
+        facts=_table(("", ""), facts.items()),
+        provider=provider,
+        genai_build=" (its CUDA build)" if provider == "CUDAExecutionProvider" else "",
+        optimum_fix="" if usual_heads else OPTIMUM_FIX.format(size=config.head_dim),
+        masks=_masks(masks),
+        parity=_parity(manifest.get("validation")),
+        widths=_table(("block", *full), widths),
+        licence=_licence(model),
+    )
+    (directory / "README.md").write_text(text, encoding="utf-8")
+
+
+def front_matter(model: Path) -> dict[str, Any]:
+    """What Hugging Face reads; `unknown` is its own word for a licence that is not known."""
+    facts: dict[str, Any] = {key: value for key, value in base_card(model).items() if key in CARRIED}
+    if "license" not in facts:
+        files = licence_files(model)
+        facts |= {"license": "other", "license_link": files[0]} if files else {"license": "unknown"}
+    if name := hub_name(model):
+        facts["base_model"] = name
+    return facts | {"library_name": "onnxruntime", "pipeline_tag": "text-generation", "tags": TAGS}
+
+
+def base_card(model: Path) -> dict[str, str | list[str]]:
+    """Words and lists of words in the front matter of a model directory's README.md; empty when it cannot be read."""
+    try:
+        found = FRONT_MATTER.match((model / "README.md").read_text("utf-8-sig"))
+        content = yaml.safe_load(found[1]) if found else None
+    except (OSError, ValueError, yaml.YAMLError):  # ValueError: not UTF-8, or an impossible date
+        return {}
+
+    def words(value: object) -> bool:
+        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(word, str) for word in value))
+
+    return {key: value for key, value in content.items() if value and words(value)} if isinstance(content, dict) else {}
+
+
+def licence_files(model: Path) -> list[str]:
+    return sorted(file.name for file in model.iterdir() if LICENCE_FILES.fullmatch(file.name) and file.is_file())
+
+
+def hub_name(model: Path) -> str | None:
+    """ORGANISATION/MODEL, where the directory lies in the cache of the Hugging Face hub; nothing else tells it."""
+    snapshots = model.resolve().parent  # models--ORGANISATION--MODEL/snapshots/COMMIT
+    kind, *name = snapshots.parent.name.split("--")
+    return "/".join(name) if (snapshots.name, kind) == ("snapshots", "models") and name else None
+
+
+def _licence(model: Path) -> str:
+    named, files = base_card(model).get("license"), licence_files(model)
+    copied = f" Copied from it: {', '.join(f'[{name}]({name})' for name in files)}." if files else ""
+    if named:
+        return f"That of the base model, whose card says: {_cell(named)}.{copied}"
+    if files:
+        return f"That of the base model.{copied}"
+    return (
+        "That of the base model, which is not known: its directory held neither a model card that names a licence nor "
+        "a licence file. Find it out before you pass this on."
+    )
+
+
+def _masks(masks: Masks) -> str:
+    figures = sorted(key for key in masks.metadata if "perplexity" in key)
+    facts = {key: masks.metadata[key] for key in (*MASK_FACTS, *figures) if key in masks.metadata}
+    facts |= {"norm_scope": masks.norm_scope, "sha256": masks.sha256()}
+    return _table(("", ""), ((key.replace("_", " "), value) for key, value in facts.items()))
+
+
+def _parity(validation: Mapping[str, Any] | None) -> str:
+    if validation is None:
+        return "Not checked when this was written. `dispc validate . --reference MODEL` does it."
+    rows = (
+        (c["name"], f"{c['figure']:.2e}", f"{c['limit']:.0e}", "ok" if c["passed"] else "FAILED", c["detail"])
+        for c in validation["checks"]
+    )
+    verdict = "Passed" if validation["passed"] else "FAILED"
+    return (
+        f"{verdict}, against the masked PyTorch model in float32, judged on {_cell(validation['judged_on'])}. "
+        "Errors are the largest difference of logits over the range of the reference's; for greedy tokens, how many "
+        "differ.\n\n" + _table(("check", "error", "limit", "", "over"), rows)
+    )
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+
+
+def _cell(content: object) -> str:
+    """Text that stays inside its cell and shows as it is."""
+    return " ".join(str(content).split()).translate(ENTITIES)

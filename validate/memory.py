@@ -1,4 +1,4 @@
-"""Will the dense float32 reference fit into memory? Asked before the work, not after it."""
+"""Will the dense reference fit into memory? Asked before the work, not after it."""
 
 import math
 from pathlib import Path
@@ -9,18 +9,19 @@ from dispc.errors import ArtifactError
 SPARE_BYTES = 2**30
 
 
-def require_memory_for_reference(checkpoint: Checkpoint) -> None:
-    """Refuse to start what cannot finish.
+def require_memory_for_reference(checkpoint: Checkpoint, bytes_each: int = 4) -> None:
+    """Refuse to start what cannot finish. `bytes_each` is what a parameter of the reference takes.
 
     Raises:
-        ArtifactError: when the model in float32, twice (reference and artifact), does not fit into free memory.
+        ArtifactError: when the reference and the artifact do not fit into free memory together.
     """
     parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    needed, free = 8 * parameters + SPARE_BYTES, available_memory()
+    needed, free = (bytes_each + 4) * parameters + SPARE_BYTES, available_memory()
     if free is not None and needed > free:
         raise ArtifactError(
-            f"validation needs about {needed / 2**30:.1f} GiB of memory for the float32 reference and the artifact, "
-            f"{free / 2**30:.1f} GiB are free; pass --no-validate, and validate on a larger machine"
+            f"validation needs about {needed / 2**30:.1f} GiB of memory for the float{8 * bytes_each} reference and "
+            f"the artifact, {free / 2**30:.1f} GiB are free; pass --no-validate to compile, and dispc validate OUT "
+            "--reference-dtype float32 for a smaller reference, or validate on a larger machine"
         )
 
 

@@ -1,6 +1,5 @@
 """What the masked reference says of a text: in float64 for the truth, in the artifact's dtype for what that costs."""
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,7 +87,7 @@ def ask(
     texts = list(dict.fromkeys(texts))
     model = load()
     read = _read_streams if streams else _read_logits
-    with torch.inference_mode():
+    with torch.inference_mode(), _freed(model):
         _cast(model, truth)
         found = {text: read(model, family, text) for text in texts}
         if own == truth:
@@ -96,9 +95,17 @@ def ask(
         _round_weights(model, own)
         with _rounded_activations(model, own):
             rounded = {text: read(model, family, text) for text in texts}
-    del model
-    gc.collect()
     return Answers(found, rounded, dtype)
+
+
+@contextmanager
+def _freed(model: nn.Module) -> Iterator[None]:
+    """Let go of the weights at the end: masked models refer to themselves, and wait for a collector that is slow."""
+    try:
+        yield
+    finally:
+        for parameter in model.parameters():
+            parameter.data = torch.empty(0)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

@@ -58,9 +58,8 @@ def examine() -> Diagnosis:
     findings = [_build(ort)]
     provider = provider_library()
     if findings[0].ok and provider is not None:
-        preload()
         libraries = needed_libraries(provider)
-        missing = [name for name in libraries if not _loads(name)]
+        missing = preload()
         findings += [Finding(name=name, ok=False, detail="cannot be loaded", remedy=remedy(name)) for name in missing]
         if not missing:
             findings.append(Finding(name="CUDA libraries", ok=True, detail=f"all of {', '.join(libraries)} load"))
@@ -113,12 +112,20 @@ def remedy(library: str) -> str:
     return next((what for pattern, what in REMEDIES if re.match(pattern, library)), "")
 
 
-def preload() -> None:
-    """Load the CUDA libraries of the pip packages, which lie where the system does not look for them."""
+def preload() -> list[str]:
+    """Load the CUDA libraries that the provider needs, and return those that cannot be.
+
+    Where the system does not find them all, those of the pip packages are loaded, which lie where it does not look.
+    """
     import onnxruntime as ort
 
+    provider = provider_library()
+    libraries = needed_libraries(provider) if provider else []
+    if all(_loads(name) for name in libraries):
+        return []
     with redirect_stdout(io.StringIO()):  # it prints what it does not find
         ort.preload_dlls()
+    return [name for name in libraries if not _loads(name)]
 
 
 def _build(ort: Any) -> Finding:

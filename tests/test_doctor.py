@@ -118,7 +118,9 @@ def test_compiling_for_cuda_without_cuda_judges_on_the_cpu_and_keeps_that_in_the
 
 def test_an_artifact_for_the_cpu_asks_for_no_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("dispc.validate.judge.cuda_problem", lambda: pytest.fail("asked"))
-    manifest = '{"target": "onnx-cpu", "dispc": "", "model_type": "", "dtype": "float32", "padding": "", "lowering": {},'
+    manifest = (
+        '{"target": "onnx-cpu", "dispc": "", "model_type": "", "dtype": "float32", "padding": "", "lowering": {},'
+    )
     manifest += '"attention": "", "positions": 1, "stop_tokens": [], "norm_scope": "", "masks_sha256": "",'
     (tmp_path / "dispc.json").write_text(
         manifest + '"config_sha256": "", "block_parameters": {}, "bytes": 1, "nodes": 1}'

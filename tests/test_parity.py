@@ -129,8 +129,10 @@ def test_a_planted_fault_fails_the_checks_that_can_see_it_and_is_named(case: str
     fault, padding, where, checks = FAULTS[case]
     broken = faults.plant(fault, artifact(padding=padding), tmp_path / "broken")
     report = judged(broken)
-    assert checks <= failed(report) <= EVERYTHING | {"greedy tokens", "top-1 tokens", "padding of the other side"} | (
-        {"KL divergence"}
+    assert (
+        checks
+        <= failed(report)
+        <= EVERYTHING | {"greedy tokens", "top-1 tokens", "padding of the other side"} | ({"KL divergence"})
     )
     if len(checks) == 1:
         assert not failed(report) & (EVERYTHING - checks - {"KL divergence"})
@@ -241,9 +243,10 @@ def test_an_artifact_that_says_nan_fails_with_these_words(tmp_path: Path) -> Non
     assert "NaN or infinity" in report.checks[0].detail
 
 
-@given(
-    st.lists(st.floats(-30, 30), min_size=2, max_size=6), st.lists(st.floats(-30, 30), min_size=6, max_size=6), st.floats(-9, 9)
-)  # fmt: skip
+LOGITS = st.floats(-30, 30)
+
+
+@given(st.lists(LOGITS, min_size=2, max_size=6), st.lists(LOGITS, min_size=6, max_size=6), st.floats(-9, 9))
 def test_divergence_is_zero_for_equal_distributions_and_positive_otherwise(
     first: list[float], second: list[float], shift: float
 ) -> None:

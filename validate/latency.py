@@ -81,9 +81,9 @@ def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provide
     names = {"artifact": artifact} | ({"dense": dense} if dense else {})
     rows: list[dict[str, Any]] = []
     loaded: dict[str, list[_Session]] = {}
-    peaks = {}
+    longest, peaks = max(*options.prompts, *options.pasts), {}
     for name, path in names.items():
-        loaded[name] = [_Session(path, provider, options.threads, graph) for graph in _graphs(path, provider)]
+        loaded[name] = [_Session(path, provider, options.threads, graph, longest) for graph in _graphs(path, provider)]
         for batch in options.batches:  # once, so that the peak is known before the next artifact is loaded
             for session in loaded[name]:
                 session.prefill(batch, max(options.prompts))()
@@ -115,9 +115,11 @@ def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provide
 class _Session:
     """An artifact loaded for timing, and what one call of it reads from memory."""
 
-    def __init__(self, path: Path, provider: str, threads: int, graph: bool) -> None:
+    def __init__(self, path: Path, provider: str, threads: int, graph: bool, longest: int) -> None:
         options = {"enable_cuda_graph": "1"} if graph else {}
         self.artifact = Artifact(path, threads, provider=provider, provider_options=options)
+        if longest >= self.artifact.positions:
+            raise ArtifactError(f"{path}: latency behind {longest} tokens, the model takes {self.artifact.positions}")
         self.graph = graph
         self.shared = shares_buffer(self.artifact)
         self.weights = bytes_read(path / "model.onnx") * (2 if self.artifact.widened else 1)
@@ -174,10 +176,6 @@ def _row(
     cases: list[tuple[str, str, _Session, Callable[[], None]]] = []
     for name, sessions in loaded.items():
         for session in sessions:
-            if length >= session.artifact.positions:
-                raise ArtifactError(
-                    f"{session.artifact.directory}: {length} tokens, it takes {session.artifact.positions}"
-                )
             if kind == "first token" and session.graph:
                 continue  # a prefill is never captured
             title = f"{kind}, batch {batch}, {'prompt' if kind == 'first token' else 'past'} {length}"

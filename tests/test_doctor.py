@@ -12,6 +12,7 @@ import harness
 import pytest
 
 from dispc.compiler import CompileOptions, compile_model
+from dispc.manifest import FIELDS, write_json
 from dispc.validate import doctor
 from dispc.validate.judge import choose_provider
 from dispc.validate.session import CPU
@@ -118,13 +119,9 @@ def test_compiling_for_cuda_without_cuda_judges_on_the_cpu_and_keeps_that_in_the
 
 def test_an_artifact_for_the_cpu_asks_for_no_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("dispc.validate.judge.cuda_problem", lambda: pytest.fail("asked"))
-    manifest = (
-        '{"target": "onnx-cpu", "dispc": "", "model_type": "", "dtype": "float32", "padding": "", "lowering": {},'
-    )
-    manifest += '"attention": "", "positions": 1, "stop_tokens": [], "norm_scope": "", "masks_sha256": "",'
-    (tmp_path / "dispc.json").write_text(
-        manifest + '"config_sha256": "", "block_parameters": {}, "bytes": 1, "nodes": 1}'
-    )
+    empty = {str: "", dict: {}, list: [], int: 1}
+    manifest = {name: empty[kind] for name, kind in FIELDS.items()} | {"target": "onnx-cpu", "dtype": "float32"}
+    write_json(tmp_path / "dispc.json", manifest)
     assert choose_provider(tmp_path, "target") == (CPU, "")
 
 

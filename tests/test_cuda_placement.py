@@ -16,7 +16,7 @@ from dispc.export.trace import trace
 from dispc.masks import Masks
 from dispc.passes.pipeline import build_pipeline, run_pipeline
 from dispc.targets import make_plan
-from dispc.validate.placement import judge_placement
+from dispc.validate.placement import check_placement
 
 SHAPE_NODES = ("/lengths/Cast_total", "Squeeze_total", "Squeeze_new", "/Sub")
 """total_sequence_length, which GroupQueryAttention wants on the CPU, and the bounds of the mask's ranges."""
@@ -35,7 +35,7 @@ def placed(variant: str, stub: Path, tmp_path: Path, **options: Any) -> Placemen
 def assert_on_cuda(placement: Placement) -> None:
     elsewhere = [name for name, (_, provider) in placement.assigned.items() if provider != CUDA]
     assert all(name.endswith(SHAPE_NODES) and "layers." not in name for name in elsewhere), elsewhere
-    check = judge_placement(placement, "onnx-cuda", CUDA)
+    check = check_placement(placement)
     assert check.passed, check.detail
 
 
@@ -69,7 +69,7 @@ def test_a_node_that_falls_back_and_a_copy_are_named(cuda_stub: Path, tmp_path: 
         assigned=placement.assigned | {fallen: ("MatMul", CPU)},
         optimised=placement.optimised | {copied: "MemcpyToHost"},
     )
-    check = judge_placement(broken, "onnx-cuda", CUDA)
+    check = check_placement(broken)
     assert (check.status, check.figure) == ("failed", 2.0)
     assert fallen in check.detail and copied in check.detail
     assert broken.nodes[CPU] == placement.nodes.get(CPU, 0) + 1

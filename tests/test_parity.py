@@ -7,6 +7,7 @@ from typing import Any
 import faults
 import harness
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from hypothesis import given
@@ -165,9 +166,58 @@ def test_a_model_that_onnx_runtime_cannot_run_has_failed(tmp_path: Path) -> None
         values = faults.initializer(model, "model.layers.1.mlp.read")
         faults.replace(model, "model.layers.1.mlp.read", values + 1000)
 
-    report = judged(faults.plant(misread, artifact(padding="right"), tmp_path / "broken"), quick=True)
-    assert not report.passed
-    assert all("cannot run" in check.detail for check in report.checks)
+    broken = faults.plant(misread, artifact(padding="right"), tmp_path / "broken")
+    assert all("cannot run" in check.detail for check in judged(broken, quick=True).checks)
+    report = judged(broken)
+    assert failed(report) >= {scenario.name for scenario in SCENARIOS} - NOT_HERE
+    assert "same bits" in failed(report)
+
+
+def test_a_graph_whose_stream_cannot_be_followed_is_still_judged(tmp_path: Path) -> None:
+    def reroute(model: Any) -> None:
+        """An Add of nothing into the stream: right, and a sub-layer too many."""
+        first = next(node for node in model.graph if node.name == "/model/layers.1/input_layernorm/LayerNormalization")
+        stream = first.inputs[0]
+        twin = ir.node("Sub", [stream, stream], name="nothing")
+        added = ir.node("Add", [stream, twin.outputs[0]], name="more")
+        model.graph.insert_before(first, [twin, added])
+        first.replace_input_with(0, added.outputs[0])
+        for use in [use for use in stream.uses() if use.node not in (twin, added, first)]:
+            use.node.replace_input_with(use.idx, added.outputs[0])
+
+    report = judged(faults.plant(reroute, artifact(padding="right"), tmp_path / "broken"), drill=True)
+    assert report.passed
+    assert report.drill is not None and "no drill:" in report.drill["verdict"]
+
+
+def fuse_adds_into_norms(model: ir.Model) -> None:
+    """Every residual Add and the norm behind it as one node, as ONNX Runtime spells it."""
+    for add in [node for node in model.graph if (node.name or "").endswith("/write/Add")]:
+        stream, update = add.inputs
+        (norm,) = [use.node for use in add.outputs[0].uses() if use.node.op_type == "RMSNormalization"]
+        last = len(add.outputs[0].uses()) == 1  # nothing else reads the sum: the fourth output is left out
+        fused = ir.node(
+            "SkipSimplifiedLayerNormalization", [update, stream, norm.inputs[1]], domain="com.microsoft",
+            attributes={"epsilon": norm.attributes["epsilon"].as_float()}, num_outputs=1 if last else 4, name=norm.name,
+        )  # fmt: skip
+        for number, value in enumerate(fused.outputs):
+            value.name = f"{norm.name}_fused_{number}" if number in (0, 3) else ""
+        model.graph.insert_before(norm, fused)
+        ir.convenience.replace_all_uses_with(norm.outputs[0], fused.outputs[0])
+        if not last:
+            ir.convenience.replace_all_uses_with(add.outputs[0], fused.outputs[3])
+        model.graph.remove([norm, add], safe=True)
+
+
+def test_streams_are_found_where_adds_are_fused_into_norms(tmp_path: Path) -> None:
+    path = faults.plant(fuse_adds_into_norms, artifact("llama"), tmp_path / "fused")
+    report = judged(path, "llama", drill=True)
+    assert report.passed and report.drill is not None
+    assert [stage["name"] for stage in report.drill["stages"]] == [
+        "embedding", *(f"block {block} {part}" for block in range(3) for part in ("attention", "mlp")),
+        "final norm and head",
+    ]  # fmt: skip
+    assert all(0 < stage["ratio"] <= 4 for stage in report.drill["stages"][1:])
 
 
 # The truth, and what is made of it

@@ -90,14 +90,24 @@ def drill_down(
 ) -> dict[str, Any]:
     """Play `scenario` again with all streams exposed, and find the first sub-layer over its budget.
 
-    Returns the `verdict`, the `scenario`, and one entry of `stages` for the embedding, each living sub-layer and the
-    logits: `name`, `error`, `own_error`, `ratio`, and for sub-layers their widths and the worst dimensions.
+    Returns the `verdict` (None: no sub-layer is over it), the `scenario`, and one entry of `stages` for the embedding,
+    each living sub-layer and the logits: `name`, `error`, `own_error`, `ratio`, and for sub-layers their widths and the
+    worst dimensions. Where the streams cannot be had, there are no stages and the verdict says why.
     """
+    try:
+        return _drill_down(stage, scenario, masks, answer, limit)
+    except ArtifactError as error:  # the checks have failed already, or not: that must not be lost
+        return {"verdict": f"no drill: {error}", "scenario": scenario.name, "limit": limit, "stages": []}
+
+
+def _drill_down(
+    stage: Stage, scenario: Scenario, masks: Masks, answer: Callable[..., Answers], limit: float
+) -> dict[str, Any]:
     directory = stage.artifact.directory
     artifact = Artifact(directory, provider=stage.artifact.provider, edit=expose)
     rows, detail = scenario.play(Stage(artifact, stage.vocabulary, stage.seed))
-    if "stream.0" not in rows[0].outputs:  # a scenario with bindings of its own knows no further outputs
-        return {"verdict": None, "scenario": scenario.name, "stages": []}
+    if "stream.0" not in rows[0].outputs:
+        raise ArtifactError(f"{scenario.name} runs with buffers of its own, which know no further outputs")
     answers = answer(rows, streams=True)
     lowering = artifact.manifest["lowering"]["name"]
     names = sub_layers(masks)

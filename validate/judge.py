@@ -21,12 +21,12 @@ from dispc.validate.baseline import compare
 from dispc.validate.doctor import cuda_problem
 from dispc.validate.drill import drill_down
 from dispc.validate.latency import LatencyOptions, judge_latency, measure_latency
-from dispc.validate.memory import require_memory_for_reference
+from dispc.validate.memory import fits_memory, require_memory_for_reference
 from dispc.validate.parity import Thresholds
 from dispc.validate.perplexity import ArtifactScorer, TorchScorer, measure_perplexity
-from dispc.validate.placement import judge_placement, place
-from dispc.validate.report import Check, Report
-from dispc.validate.scenarios import PREFILL, Row, Stage, differing_bits, play
+from dispc.validate.placement import Placement, judge_placement
+from dispc.validate.report import Report
+from dispc.validate.scenarios import PREFILL, Row, Stage, judge_bits, play
 from dispc.validate.session import CPU, CUDA, Artifact
 from dispc.validate.static import judge_file
 from dispc.validate.truth import Answers, ask, truth_dtype
@@ -74,15 +74,13 @@ def check(
     say("asking the reference")
     answers = trial.answers([row for turn in played for row in turn.rows])
     checks = parity.judge(played, answers, thresholds)
-    placement = None
+    placement: Placement | None = None
     drilled = measured = times = None
     if not quick:
         checks.insert(0, judge_file(artifact / "model.onnx", trial.target))
-        bits = float(differing_bits(stage))
-        detail = "the same prompt and step twice"
-        checks.append(Check.against("same bits", "parity", bits, 0.0, "numbers that differ", detail))
-        placement = None if trial.artifact.widened else place(artifact / "model.onnx", trial.artifact.provider)
-        checks.append(judge_placement(placement, trial.target, trial.artifact.provider))
+        checks.append(judge_bits(stage))
+        placement, judged = judge_placement(trial.artifact)
+        checks.append(judged)
         failed = [check.name for check in checks if not check.passed]
         scenario = next((turn.scenario for turn in played if turn.rows and turn.scenario.name in failed), None)
         if drill or scenario:
@@ -133,7 +131,7 @@ class Trial:
         if checkpoint.config_sha256 != artifact.manifest["config_sha256"]:
             raise ArtifactError(f"{directory}: was not compiled from {reference} (config.json differs)")
         parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-        truth = truth_dtype(parameters, reference_dtype)
+        truth = truth_dtype(parameters, reference_dtype, room=fits_memory(checkpoint, torch.float64.itemsize))
         require_memory_for_reference(checkpoint, truth.itemsize)
         return Trial(artifact, checkpoint, masks, truth, remark)
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from dispc.errors import ArtifactError
 from dispc.targets import TARGETS
 from dispc.validate.report import Check
-from dispc.validate.session import CPU, load_graph, open_session
+from dispc.validate.session import CPU, Artifact, load_graph, open_session
 
 NAMED = 8
 """Nodes named in a check; all of them are in the report."""
@@ -95,13 +95,24 @@ def shape_arithmetic(model: ir.Model) -> set[str]:
     return names
 
 
-def judge_placement(found: Placement | None, target: str, provider: str) -> Check:
-    """Every node on the target's provider, and no copy between devices."""
-    if found is None:
-        return Check.skipped("placement", "placement", "the weights were widened: what ran is not what is stored")
-    wanted = TARGETS[target].provider if target in TARGETS else CPU
-    if wanted != provider:
-        return Check.skipped("placement", "placement", f"judged on {provider}; the target's is {wanted}")
+def judge_placement(artifact: Artifact) -> tuple[Placement | None, Check]:
+    """Where the nodes of a loaded artifact are, and whether they may be there."""
+    target = TARGETS.get(artifact.manifest["target"])
+    wanted = target.provider if target else CPU
+    if artifact.widened or wanted != artifact.provider:
+        reason = f"judged on {artifact.provider}; the target's is {wanted}"
+        if wanted == artifact.provider:
+            reason = "the weights were widened: what ran is not what is stored"
+        return None, Check.skipped("placement", "placement", reason)
+    try:
+        found = place(artifact.directory / "model.onnx", artifact.provider)
+    except ArtifactError as error:
+        return None, Check.failed("placement", "placement", str(error))
+    return found, check_placement(found)
+
+
+def check_placement(found: Placement) -> Check:
+    """Every node on the provider, and no copy between devices."""
     nodes = ", ".join(f"{count} nodes on {name}" for name, count in found.nodes.items())
     troubles = [("not on the provider", found.strays), ("copies", found.copies)]
     detail = "; ".join([nodes, *(f"{what}: {_names(names)}" for what, names in troubles if names)])

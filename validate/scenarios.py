@@ -13,6 +13,8 @@ from dispc.validate.session import CUDA, Array, Artifact, Runner, Tokens
 from dispc.validate.truth import Text
 
 STEPS = 64
+SHORTEST = 16
+"""Tokens that the longer scenarios need."""
 PROMPT_LENGTHS = (9, 1, 17, 5)
 LONGEST_PROMPT = 4096
 """Tokens that are really run to come near the model's limit, where positions cannot be given."""
@@ -242,13 +244,18 @@ def greedy(stage: Stage) -> Played:
     return feeder.said(prompt - 1), f"{steps} steps of the artifact's own continuation"
 
 
-def differing_bits(stage: Stage) -> int:
-    """Numbers that differ when the same prompt, and a step behind it, is run twice."""
+def judge_bits(stage: Stage) -> Check:
+    """The same prompt, and a step behind it, run twice, gives the same bits."""
     runs = []
-    for _ in range(2):
-        (row,) = stage.feed([stage.text]).prefill([stage.length - 1]).extend().said()
-        runs.append(row.outputs["logits"])
-    return int((runs[0].view(np.uint32) != runs[1].view(np.uint32)).sum())
+    try:
+        for _ in range(2):
+            (row,) = stage.feed([stage.text]).prefill([stage.length - 1]).extend().said()
+            runs.append(row.outputs["logits"])
+    except ArtifactError as error:
+        return Check.failed("same bits", "parity", str(error))
+    differing = float((runs[0].view(np.uint32) != runs[1].view(np.uint32)).sum())
+    detail = "the same prompt and step twice"
+    return Check.against("same bits", "parity", differing, 0.0, "numbers that differ", detail)
 
 
 PREFILL = Scenario("prefill", prefill, quick=True)
@@ -286,6 +293,8 @@ def play(stage: Stage, *, quick: bool) -> list[Turn]:
         if quick and not scenario.quick:
             continue
         try:
+            if not scenario.quick and stage.length < SHORTEST:
+                raise Skip(f"a context of {stage.artifact.positions} positions is too short")
             rows, detail = scenario.play(stage)
             turns.append(Turn(scenario, rows, detail, told=scenario.documented(stage)))
         except Skip as reason:

@@ -63,15 +63,15 @@ class Answers:
         return self.floors[name]
 
 
-def truth_dtype(parameters: int, wanted: str | None) -> torch.dtype:
-    """float64, or float32 for large models; `wanted` decides where it is given.
+def truth_dtype(parameters: int, wanted: str | None, *, room: bool = True) -> torch.dtype:
+    """float64, or float32 for models that are large or leave no `room`; `wanted` decides where it is given.
 
     Raises:
         ArtifactError: when `wanted` is neither.
     """
     if wanted not in (None, "float64", "float32"):
         raise ArtifactError(f"--reference-dtype {wanted}: choose float64 or float32")
-    large = parameters > LARGE if wanted is None else wanted == "float32"
+    large = parameters > LARGE or not room if wanted is None else wanted == "float32"
     return torch.float32 if large else torch.float64
 
 

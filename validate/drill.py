@@ -63,9 +63,9 @@ def _next(stream: ir.Value) -> ir.Value | None:
         if node.op_type in SKIP_NORMS:
             if len(node.outputs) < 4:
                 node.resize_outputs(4)
-            total = node.outputs[3]
-            total.name = total.name or f"{node.name}_output_3"
-            return total
+            for number, value in enumerate(node.outputs):  # a name of nothing is how ONNX leaves an output out
+                value.name = value.name or (f"{node.name}_output_3" if number == 3 else "")
+            return node.outputs[3]
         if node.op_type == "Transpose":
             scatter = next((n for n in consumers(node.outputs[0]) if n.op_type == "ScatterND"), None)
             if scatter is not None:

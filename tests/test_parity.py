@@ -18,10 +18,10 @@ from dispc.errors import ArtifactError
 from dispc.masks import Masks
 from dispc.reference import load_reference
 from dispc.validate import Report, Thresholds, check
-from dispc.validate.parity import LIMITS, divergence, logit_error
+from dispc.validate.parity import LIMITS, logit_error
 from dispc.validate.scenarios import SCENARIOS, Stage
 from dispc.validate.session import Artifact, refuse_left_padding
-from dispc.validate.truth import LARGE, TOLERANCE, Answers, Text, ask, truth_dtype
+from dispc.validate.truth import LARGE, TOLERANCE, Answers, Text, ask, divergence, truth_dtype
 
 NOT_HERE = {"CUDA graph replay"}
 
@@ -241,9 +241,9 @@ def test_the_truth_is_closer_to_float64_than_float32_can_be(variant: str) -> Non
     truth = answers.truth[text]["logits"]
     assert truth.dtype == np.float64
     assert np.abs(truth - logits(torch.float64)).max() < 1e-12
-    own = answers.own_error(text, "logits").max()
-    assert 1e-8 < own < 1e-4
-    assert np.abs(truth - logits(torch.float32)).max() == own
+    own = answers.own_error(text, "logits")
+    assert (np.abs(truth - logits(torch.float32)).max(axis=-1) <= own).all()  # the first draw is torch's own float32
+    assert 1e-8 < own.max() < 1e-4
 
 
 def test_the_own_error_of_halves_is_that_of_their_precision() -> None:

@@ -13,7 +13,7 @@ from dispc.validate.perplexity import Perplexity
 from dispc.validate.report import Check
 from dispc.validate.scenarios import GREEDY, Row, Turn
 from dispc.validate.session import Array
-from dispc.validate.truth import TINY, Answers
+from dispc.validate.truth import TINY, Answers, divergence
 
 LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest error of a dtype as a share of the logits' range: for graphs between passes, and where no truth is finer."""
@@ -151,27 +151,11 @@ def judge_divergence(rows: Sequence[Row], answers: Answers, limit: float) -> Che
     for row in rows:
         truth = answers.truth[row.text]["logits"][row.at]
         ours.append(divergence(truth, row.outputs["logits"]))
-        if answers.rounded is None:
-            own.append(0.5 * distance(row, answers).own ** 2)
-        else:
-            own.append(divergence(truth, answers.rounded[row.text]["logits"][row.at]))
+        own.append(answers.own_divergence(row.text)[row.at])
     mean, cost = float(np.concatenate(ours).mean()), float(np.concatenate(own).mean())
     figure = mean / max(cost, KL_FLOOR) if np.isfinite(mean) else float("inf")
     detail = f"mean {mean:.1e} nats over {sum(map(len, ours))} positions, own {cost:.1e}"
     return Check.against("KL divergence", "parity", figure, limit, "x own divergence", detail, nats=mean, own_nats=cost)
-
-
-def divergence(truth: Array, found: Array) -> Array:
-    """KL of the token distributions under logits [n,V], in nats [n]; not below zero."""
-    p, q = _log_softmax(truth), _log_softmax(found)
-    result: Array = np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0)
-    return result
-
-
-def _log_softmax(logits: Array) -> Array:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
 
 
 def logit_error(found: Array, expected: Array) -> float:

@@ -15,6 +15,8 @@ from dispc.families import Family
 from dispc.validate.session import Array
 
 TINY = float(np.finfo(np.float64).tiny)
+DRAWS = 3
+"""Times that the reference is read in the artifact's dtype: one error is a sample, and may be small by luck."""
 LARGE = 1_000_000_000
 """Parameters above which the truth is float32 unless asked otherwise: a float64 model takes 8 bytes for each."""
 
@@ -38,22 +40,26 @@ TOLERANCE = {"float32": 2.5e-5, "float16": 2.5e-3, "bfloat16": 1.25e-2}
 class Answers:
     """By text: the outputs of the truth, and how far the reference in the artifact's dtype is from them.
 
-    Outputs are arrays [S, width] by name: `logits`, and where streams were asked for `stream.0` to `stream.N`.
+    Outputs are arrays [S, width] by name: `logits`, and where streams were asked for `stream.0` to `stream.N`. `own`
+    has the largest error of any draw at each position [S] by name, and under `KL` the mean divergence of the logits.
     """
 
     def __init__(
-        self, truth: dict[Text, dict[str, Array]], rounded: dict[Text, dict[str, Array]] | None, dtype: str
+        self, truth: dict[Text, dict[str, Array]], own: dict[Text, dict[str, Array]] | None, dtype: str
     ) -> None:
-        self.truth, self.rounded, self.dtype = truth, rounded, dtype
+        self.truth, self.own, self.dtype = truth, own, dtype
         self.floors: dict[str, float] = {}
 
     def own_error(self, text: Text, name: str) -> Array:
         """Largest error that the dtype itself makes at each position [S]."""
+        if self.own is not None:
+            return self.own[text][name]
         truth = self.truth[text][name]
-        if self.rounded is None:
-            return np.full(len(truth), TOLERANCE[self.dtype] * max(float(np.ptp(truth)), TINY))
-        error: Array = np.abs(self.rounded[text][name].astype(np.float64) - truth).max(axis=-1)
-        return error
+        return np.full(len(truth), TOLERANCE[self.dtype] * max(float(np.ptp(truth)), TINY))
+
+    def own_divergence(self, text: Text) -> Array:
+        """KL divergence, in nats, that the dtype itself makes at each position [S]."""
+        return 0.5 * self.own_error(text, "logits") ** 2 if self.own is None else self.own[text]["KL"]
 
     def floor(self, name: str) -> float:
         """The own error that nine of ten positions do not exceed: less than this is luck of the position."""
@@ -78,7 +84,7 @@ def truth_dtype(parameters: int, wanted: str | None, *, room: bool = True) -> to
 def ask(
     load: Callable[[], Any], family: Family, texts: Sequence[Text], truth: torch.dtype, dtype: str, *, streams: bool
 ) -> Answers:
-    """Read all `texts` twice with the model that `load` gives in float32, which is kept no longer than needed.
+    """Read all `texts` with the model that `load` gives in float32, once for the truth and DRAWS times in `dtype`.
 
     On the CPU a half-precision dtype is imitated: weights and every module's inputs and outputs are rounded to it and
     products are summed in float32, as GPU kernels do. torch's own float16 is ten times as slow there.
@@ -93,9 +99,33 @@ def ask(
         if own == truth:
             return Answers(found, None, dtype)
         _round_weights(model, own)
-        with _rounded_activations(model, own):
-            rounded = {text: read(model, family, text) for text in texts}
-    return Answers(found, rounded, dtype)
+        errors: dict[Text, dict[str, Array]] = {text: {} for text in texts}
+        for draw in range(DRAWS):
+            with _rounded_activations(model, own, draw):
+                for text in texts:
+                    _take(errors[text], found[text], read(model, family, text))
+    return Answers(found, errors, dtype)
+
+
+def _take(errors: dict[str, Array], truth: dict[str, Array], rounded: dict[str, Array]) -> None:
+    """Add one draw to the errors of a text: the largest of each output, the mean of the divergence."""
+    for name, value in rounded.items():
+        error = np.abs(value.astype(np.float64) - truth[name]).max(axis=-1)
+        errors[name] = np.maximum(errors.get(name, 0.0), error)
+    errors["KL"] = errors.get("KL", 0.0) + divergence(truth["logits"], rounded["logits"]) / DRAWS
+
+
+def divergence(truth: Array, found: Array) -> Array:
+    """KL of the token distributions under logits [n,V], in nats [n]; not below zero."""
+    p, q = _log_softmax(truth), _log_softmax(found)
+    result: Array = np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0)
+    return result
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
 
 
 @contextmanager
@@ -120,20 +150,35 @@ def _round_weights(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def _rounded_activations(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Round what goes into and comes out of every module without parts, and of every block."""
+def _rounded_activations(model: nn.Module, dtype: torch.dtype, draw: int) -> Iterator[None]:
+    """Round what goes into and comes out of every module without parts.
+
+    From the second draw on, what goes in is off by up to half a unit in the last place as well, at random: rounding
+    that falls out another way, as it does in other kernels.
+    """
+    generator = torch.Generator().manual_seed(draw)
+
+    def before(module: nn.Module, inputs: Any) -> Any:
+        return tuple(_rounded(_shaken(value, dtype, generator) if draw else value, dtype) for value in inputs)
+
     handles: list[Any] = []
-    if dtype != torch.float32:
+    if dtype != torch.float32 or draw:
         for module in model.modules():
             if any(True for _ in module.children()):
                 continue
-            handles.append(module.register_forward_pre_hook(lambda m, x: tuple(_rounded(v, dtype) for v in x)))
+            handles.append(module.register_forward_pre_hook(before))
             handles.append(module.register_forward_hook(lambda m, x, y: _rounded(y, dtype)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _shaken(value: Any, dtype: torch.dtype, generator: torch.Generator) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value * (1 + (torch.rand(value.shape, generator=generator) - 0.5) * torch.finfo(dtype).eps)
 
 
 def _rounded(value: Any, dtype: torch.dtype) -> Any:

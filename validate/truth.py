@@ -17,6 +17,9 @@ from dispc.validate.session import Array
 TINY = float(np.finfo(np.float64).tiny)
 DRAWS = 3
 """Times that the reference is read in the artifact's dtype: one error is a sample, and may be small by luck."""
+ULPS = {"float32": 2.0, "float16": 0.5, "bfloat16": 0.5}
+"""Units in the last place by which later draws are off: float32 kernels approximate exp and sigmoid to a few units,
+those of halves compute in float32 and round once."""
 LARGE = 1_000_000_000
 """Parameters above which the truth is float32 unless asked otherwise: a float64 model takes 8 bytes for each."""
 
@@ -153,7 +156,7 @@ def _round_weights(model: nn.Module, dtype: torch.dtype) -> None:
 def _rounded_activations(model: nn.Module, dtype: torch.dtype, draw: int) -> Iterator[None]:
     """Round what goes into and comes out of every module without parts.
 
-    From the second draw on, what goes in is off by up to half a unit in the last place as well, at random: rounding
+    From the second draw on, what goes in is off by up to ULPS units in the last place as well, at random: arithmetic
     that falls out another way, as it does in other kernels.
     """
     generator = torch.Generator().manual_seed(draw)
@@ -178,7 +181,8 @@ def _rounded_activations(model: nn.Module, dtype: torch.dtype, draw: int) -> Ite
 def _shaken(value: Any, dtype: torch.dtype, generator: torch.Generator) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
-    return value * (1 + (torch.rand(value.shape, generator=generator) - 0.5) * torch.finfo(dtype).eps)
+    reach = ULPS[str(dtype).removeprefix("torch.")] * torch.finfo(dtype).eps
+    return value * (1 + (2 * torch.rand(value.shape, generator=generator) - 1) * reach)
 
 
 def _rounded(value: Any, dtype: torch.dtype) -> Any:

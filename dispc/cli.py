@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from dispc import __version__, cli_learn
+from dispc import __version__, cli_learn, cli_validate
 from dispc.console import JsonFlag, err, out, print_error, print_json
 from dispc.errors import DispcError
 
@@ -101,32 +101,6 @@ def compile(
 
 
 @app.command()
-def validate(
-    artifact: Annotated[Path, typer.Argument(help="Artifact directory.")],
-    reference: Annotated[Path, typer.Option("--reference", "-r", help="The model it was compiled from.")],
-    json_file: Annotated[Path | None, typer.Option("--json-file", help="Write the report to this file too.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Judge an artifact against the masked torch reference. Exit code 1 when a check fails, 2 when it cannot run.
-
-    Example: [bold]dispc validate model-cuda/ --reference model/ --json-file report.json[/bold]
-    """
-    from dispc.console import parity_table
-    from dispc.manifest import write_json
-    from dispc.validate.parity import check_parity
-
-    report = check_parity(artifact, reference).as_dict()
-    if json_file:
-        write_json(json_file, report)
-    if as_json:
-        print_json(report)
-    else:
-        out.print(parity_table(report))
-    if not report["passed"]:
-        raise typer.Exit(1)
-
-
-@app.command()
 def generate(
     artifact: Annotated[Path, typer.Argument(help="Artifact directory.")],
     prompt: Annotated[str, typer.Argument(help="The prompt; a chat template is applied where the tokenizer has one.")],
@@ -200,6 +174,8 @@ def demo(
 
 
 for command, name in (
+    (cli_validate.validate, "validate"),
+    (cli_validate.doctor, "doctor"),
     (cli_learn.learn, "learn"),
     (cli_learn.evaluate, "eval"),
     (cli_learn.import_masks, "import-masks"),

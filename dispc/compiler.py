@@ -104,10 +104,10 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
         manifest["compile_seconds"] = round(time.perf_counter() - started, 3)
         write_json(stage / MANIFEST, manifest)
         if options.validate:
-            from dispc.validate.parity import check_parity
+            from dispc.validate.judge import check
 
             progress("validating", 0, 1)
-            report = check_parity(stage, options.model)
+            report = check(stage, options.model, quick=True, device="available")
             manifest["validation"] = report.as_dict()
             write_json(stage / MANIFEST, manifest)
             if not report.passed:

@@ -140,13 +140,18 @@ def facts_table(facts: Mapping[str, str]) -> Table:
 
 
 def parity_table(report: Mapping[str, Any]) -> Table:
-    verdict = "[green]passed[/green]" if report["passed"] else "[red]FAILED[/red]"
-    table = Table(title=f"Parity {verdict}, judged on {report['judged_on']}", title_justify="left")
-    for column in ("check", "error", "limit", "", "over"):
-        table.add_column(column, justify="right" if column in ("error", "limit") else "left")
+    """The headline, and a row per check; the drill's verdict and the truth's precision below."""
+    from dispc.validate.report import figure_and_limit
+
+    marks = {"passed": "[green]ok[/green]", "failed": "[red]FAIL[/red]", "skipped": "skip", "noted": "note"}
+    table = Table(title=escape(report["headline"]), title_justify="left", caption_justify="left")
+    for column in ("check", "figure", "limit", "", "over"):
+        table.add_column(column, justify="right" if column in ("figure", "limit") else "left")
     for check in report["checks"]:
-        mark = "[green]ok[/green]" if check["passed"] else "[red]FAIL[/red]"
-        table.add_row(check["name"], f"{check['figure']:.2e}", f"{check['limit']:.0e}", mark, check["detail"])
+        cells = (escape(cell) for cell in (check["name"], *figure_and_limit(check)))
+        table.add_row(*cells, marks[check["status"]], escape(check["detail"]))
+    if report["drill"] and report["drill"]["verdict"]:
+        table.caption = escape(report["drill"]["verdict"])
     return table
 
 

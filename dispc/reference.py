@@ -17,15 +17,33 @@ from dispc.masks import Indices, Masks, NormScope, set_width
 
 
 def load_reference(directory: Path, family: Family, masks: Masks | None, dtype: torch.dtype = torch.float32) -> Any:
-    """The model of `directory` in `dtype`, masked (dense with None), ready to call like any transformers model."""
+    """The model of `directory` in `dtype`, masked (dense with None), ready to call like any transformers model.
+
+    In float64 its norms compute in float64 too; rotary angles are float32 in any dtype, as the model was trained.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # transformers 5 would draw one into the command's own output
     model = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, trust_remote_code=False).eval()
+    _widen_norms(model)
     if masks is not None:
         apply_masks(model, family, masks)
     return model
+
+
+def _widen_norms(model: nn.Module) -> None:
+    """Let RMS norms compute in float64 where the model does; those of transformers always go through float32."""
+    for norm in model.modules():
+        if hasattr(norm, "variance_epsilon"):
+            norm.forward = partial(_rms_norm, norm, norm.forward)
+
+
+def _rms_norm(norm: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if x.dtype != torch.float64:
+        return forward(x)
+    wide: Tensor = norm.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon))
+    return wide
 
 
 def apply_masks(model: nn.Module, family: Family, masks: Masks) -> None:
@@ -110,9 +128,10 @@ class _ReadNorm:
 
     def selected(self, x: Tensor) -> Tensor:
         read = self.read().to(x)
-        kept = read.float()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        kept = read.to(wide)
         count = kept.sum().clamp(min=1)
-        h: Tensor = x.float() * kept
+        h: Tensor = x.to(wide) * kept
         if isinstance(self.norm, nn.LayerNorm):
             h = (h - h.sum(-1, keepdim=True) / count) * kept
         epsilon = self.norm.eps if isinstance(self.norm, nn.LayerNorm) else self.norm.variance_epsilon

@@ -1,31 +1,23 @@
-"""Where ONNX Runtime places each node of a model in a CUDA session.
+"""Where ONNX Runtime places each node of a model in a CUDA session, asked on the stand-ins of cuda_stub.py.
 
-ONNX Runtime records providers when it partitions the graph: after its basic optimisations (constant folding,
-removal of identities), before its fusions and before it inserts copies. What the session finally runs is in
-the optimised graph, which names no providers. So both are told.
-
-`python placement.py MODEL` prints the two as JSON, in a process of its own, because LD_LIBRARY_PATH (the
-stand-ins of cuda_stub.py) counts only when a process starts.
+`python placement.py MODEL` prints it as JSON, in a process of its own, because LD_LIBRARY_PATH counts only when a
+process starts.
 """
 
 import json
 import subprocess
 import sys
-import tempfile
-from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cuda_stub
 
-CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+from dispc.errors import ArtifactError
+from dispc.validate import placement
+from dispc.validate.placement import Placement
+from dispc.validate.session import CPU, CUDA
 
-
-class Placement(NamedTuple):
-    """Node name -> (operator, provider) as partitioned; node name -> operator as run (copies are Memcpy*)."""
-
-    assigned: dict[str, tuple[str, str]]
-    optimised: dict[str, str]
+__all__ = ["CPU", "CUDA", "Placement", "place"]
 
 
 def place(model: Path, stub: Path) -> Placement:
@@ -39,33 +31,16 @@ def place(model: Path, stub: Path) -> Placement:
     if done.returncode != 0:
         raise RuntimeError(f"no CUDA session for {model} (exit {done.returncode}):\n{done.stderr}")
     found: dict[str, Any] = json.loads(done.stdout)
-    return Placement({name: (op, provider) for name, (op, provider) in found["assigned"].items()}, found["optimised"])
+    assigned = {name: (op, provider) for name, (op, provider) in found["assigned"].items()}
+    return Placement(CUDA, assigned, found["optimised"], frozenset(found["expected"]))
 
 
 def main(model: str) -> None:
-    import onnx
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    with tempfile.TemporaryDirectory() as directory:
-        options.optimized_model_filepath = f"{directory}/optimised.onnx"
-        session = onnxruntime.InferenceSession(model, options, providers=[CUDA, CPU])
-        if CUDA not in session.get_providers():
-            sys.exit("ONNX Runtime fell back to the CPU: the CUDA provider did not load")
-        optimised = onnx.load(options.optimized_model_filepath, load_external_data=False)
-    assigned = [
-        (node.name, (node.op_type, part.ep_name))
-        for part in session.get_provider_graph_assignment_info()
-        for node in part.get_nodes()
-    ]
-    run = [(node.name, node.op_type) for node in optimised.graph.node]
-    for names in ([name for name, _ in assigned], [name for name, _ in run]):
-        shared = [name for name, uses in Counter(names).items() if uses > 1 or not name]
-        if shared:
-            sys.exit(f"nodes without a name of their own: {shared}")
-    print(json.dumps({"assigned": dict(assigned), "optimised": dict(run)}))
+    try:
+        found = placement.place(Path(model), CUDA)
+    except ArtifactError as error:
+        sys.exit(str(error))
+    print(json.dumps({"assigned": found.assigned, "optimised": found.optimised, "expected": sorted(found.expected)}))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dispc.checkpoint import Checkpoint
 from dispc.compiler import CompileOptions, ParityFailure, compile_model
 from dispc.masks import SETS, Masks, set_width
-from dispc.validate.parity import LIMITS, logit_error
+from dispc.validate.parity import LIMITS, Thresholds, logit_error
 
 FULL_MATRIX = [
     (v, s, t) for v in tiny.VARIANTS for s in ("full", "selected") for t in ("onnx-cpu", "onnx-cuda", "onnx")
@@ -44,13 +44,10 @@ def test_an_artifact_computes_what_the_masked_reference_computes(
     manifest = compile_variant(variant, Masks.random(config, 0.5, 3, norm_scope=norm_scope), tmp_path, target)
     validation = manifest["validation"]
     assert validation["passed"]
-    assert {check["name"] for check in validation["checks"]} == {
-        "prefill",
-        "decode",
-        "padded batch",
-        "greedy tokens",
-    }
-    assert "64 steps" in validation["checks"][-1]["detail"]
+    checks = {check["name"]: check for check in validation["checks"]}
+    parts = {"prefill", "decode", "padded batch", "greedy logits", "greedy tokens", "KL divergence", "top-1 tokens"}
+    assert set(checks) == parts
+    assert "64 steps" in checks["greedy tokens"]["detail"]
 
 
 @pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen2-mixed-window", "phi", "opt"])
@@ -225,7 +222,7 @@ def test_the_manifest_describes_the_artifact(tmp_path: Path) -> None:
 
 
 def test_an_artifact_that_fails_validation_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LIMITS, "float32", 1e-12)
+    monkeypatch.setattr("dispc.validate.parity.DEFAULTS", Thresholds(error=1e-9))
     masks = Masks.random(harness.checkpoint("llama").config, 0.5, 1)
     with pytest.raises(ParityFailure):
         compile_variant("llama", masks, tmp_path, "onnx-cpu")

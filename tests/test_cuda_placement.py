@@ -1,5 +1,7 @@
 """Where an `onnx-cuda` artifact runs: every node on the CUDA provider, but for the shape arithmetic listed here."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from dispc.masks import Masks
 from dispc.passes.pipeline import build_pipeline, run_pipeline
 from dispc.quantisation import Quantisation
 from dispc.targets import Choices, make_plan
+from dispc.validate.placement import check_placement
 
 SHAPE_NODES = ("/lengths/Cast_total", "Squeeze_total", "Squeeze_new", "/Sub")
 """total_sequence_length, which GroupQueryAttention wants on the CPU, and the bounds of the mask's ranges."""
@@ -32,9 +35,9 @@ def placed(variant: str, stub: Path, tmp_path: Path, **options: Any) -> Placemen
 
 def assert_on_cuda(placement: Placement) -> None:
     elsewhere = [name for name, (_, provider) in placement.assigned.items() if provider != CUDA]
-    unexpected = [name for name in elsewhere if not name.endswith(SHAPE_NODES) or "layers." in name]
-    assert not unexpected
-    assert not [name for name, op_type in placement.optimised.items() if op_type.startswith("Memcpy")]
+    assert all(name.endswith(SHAPE_NODES) and "layers." not in name for name in elsewhere), elsewhere
+    check = check_placement(placement)
+    assert check.passed, check.detail
 
 
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
@@ -78,12 +81,19 @@ def test_quantised_weights_run_on_cuda(
     assert "MatMul" not in operators
 
 
-def test_a_node_that_falls_back_is_noticed(cuda_stub: Path, tmp_path: Path) -> None:
+def test_a_node_that_falls_back_and_a_copy_are_named(cuda_stub: Path, tmp_path: Path) -> None:
     placement = placed("llama", cuda_stub, tmp_path)
-    name = "/model/layers.1/mlp/down_proj/MatMul"
-    fallen = placement._replace(assigned=placement.assigned | {name: ("MatMul", CPU)})
-    with pytest.raises(AssertionError, match="down_proj"):
-        assert_on_cuda(fallen)
+    fallen, copied = "/model/layers.1/mlp/down_proj/MatMul", "Memcpy_token_7"
+    broken = replace(
+        placement,
+        assigned=placement.assigned | {fallen: ("MatMul", CPU)},
+        optimised=placement.optimised | {copied: "MemcpyToHost"},
+    )
+    check = check_placement(broken)
+    assert (check.status, check.figure) == ("failed", 2.0)
+    assert fallen in check.detail and copied in check.detail
+    assert broken.nodes[CPU] == placement.nodes.get(CPU, 0) + 1
+    assert json.loads(json.dumps(broken.as_dict()))["unexpected"] == [fallen]
 
 
 def test_a_llama_block_has_the_operators_it_needs_and_no_more(cuda_stub: Path, tmp_path: Path) -> None:

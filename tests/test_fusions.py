@@ -206,3 +206,23 @@ def test_an_alignment_that_misses_a_width_fails(monkeypatch: pytest.MonkeyPatch)
 def test_choices_that_cannot_be_met_are_refused(choices: Choices, says: str) -> None:
     with pytest.raises(CompileError, match=says):
         make_plan("onnx-cuda", choices)
+
+
+@pytest.mark.parametrize(("target", "padding"), [("onnx-cpu", "right"), ("onnx-cpu", "left"), ("onnx-cuda", "right")])
+def test_an_artifact_with_last_logits_is_judged_at_every_position_and_as_it_is(
+    target: str, padding: str, tmp_path: Any
+) -> None:
+    from dispc.compiler import CompileOptions, compile_model
+
+    checkpoint = harness.checkpoint("llama-tied-biased")
+    half("llama-tied-biased").save(tmp_path / "masks.safetensors", checkpoint.config)
+    manifest = compile_model(
+        CompileOptions(
+            model=checkpoint.directory, masks=tmp_path / "masks.safetensors", output=tmp_path / "out", target=target,
+            padding=padding, last_logits=True, verify_each=True,
+        )
+    )  # fmt: skip
+    checks = {check["name"]: check for check in manifest["validation"]["checks"]}
+    assert manifest["validation"]["passed"]
+    assert manifest["logits"] == "last"
+    assert {"prefill", "last logits"} <= set(checks)

@@ -28,7 +28,8 @@ ALLOWED = {
     "rest": LIBRARY,
     "compiler": LIBRARY,
     "demo": LIBRARY | {"compiler"},
-    "cli": LIBRARY | {"compiler", "demo"},
+    "cli_validate": LIBRARY | {"compiler"},
+    "cli": LIBRARY | {"compiler", "demo", "cli_validate"},
     "__main__": {"cli"},
 }
 """Layer -> the layers it may import from. `rest` is every other module of dispc/, subpackages included."""

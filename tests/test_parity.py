@@ -1,110 +1,277 @@
-"""The judge itself: planted faults are found, limits bite, and what cannot be compared is refused."""
+"""The judge itself: good artifacts pass in every scenario, planted faults are found and named, thresholds decide."""
 
-import shutil
+import functools
 from pathlib import Path
+from typing import Any
 
+import faults
 import harness
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dispc.compiler import CompileOptions, compile_model
+from dispc.errors import ArtifactError
 from dispc.masks import Masks
-from dispc.validate.parity import LIMITS, Report, check_parity, logit_error
+from dispc.reference import load_reference
+from dispc.validate import Report, Thresholds, check
+from dispc.validate.parity import LIMITS, logit_error
+from dispc.validate.scenarios import SCENARIOS, Stage
+from dispc.validate.session import Artifact, refuse_left_padding
+from dispc.validate.truth import LARGE, TOLERANCE, Answers, Text, ask, divergence, truth_dtype
+
+NOT_HERE = {"CUDA graph replay"}
 
 
-@pytest.fixture(scope="module", params=["right", "left"])
-def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("artifact")
-    checkpoint = harness.checkpoint("phi")
-    Masks.random(checkpoint.config, 0.5, 4).save(directory / "masks.safetensors", checkpoint.config)
-    options = CompileOptions(
-        model=checkpoint.directory, masks=directory / "masks.safetensors", output=directory / "out",
-        target="onnx-cpu", padding=request.param,
+@functools.cache
+def artifact(variant: str = "phi", target: str = "onnx-cpu", **options: Any) -> Path:
+    checkpoint = harness.checkpoint(variant)
+    name = "-".join((variant, target, *map(str, options.values())))
+    path = harness.scratch() / "artifacts" / name
+    masks = Masks.random(checkpoint.config, 0.5, 4)
+    if options.pop("norm_scope", "full") == "selected":
+        masks = Masks.random(checkpoint.config, 0.5, 4, norm_scope="selected")
+    file = harness.scratch() / f"{name}.safetensors"
+    masks.save(file, checkpoint.config)
+    compile_model(
+        CompileOptions(
+            model=checkpoint.directory, masks=file, output=path, target=target, validate=False, **options
+        )
     )  # fmt: skip
-    compile_model(options)
-    return directory / "out"
+    return path
 
 
-def swap_read_indices(model: ir.Model) -> None:
-    values = initializer(model, "model.layers.1.mlp.read")
-    values[[0, 1]] = values[[1, 0]]
-    replace(model, "model.layers.1.mlp.read", values)
+def judged(path: Path, variant: str = "phi", **options: Any) -> Report:
+    return check(path, harness.checkpoint(variant).directory, **options)
 
 
-def zero_weight_row(model: ir.Model) -> None:
-    values = initializer(model, "model.layers.2.self_attn.dense.weight")
-    values[3] = 0
-    replace(model, "model.layers.2.self_attn.dense.weight", values)
+def failed(report: Report) -> set[str]:
+    return {check.name for check in report.checks if not check.passed}
 
 
-def shift_inverse_index(model: ir.Model) -> None:
-    values = initializer(model, "model.layers.0.mlp.write.inverse")
-    replace(model, "model.layers.0.mlp.write.inverse", np.roll(values, 1))
+@functools.cache
+def good(padding: str) -> Report:
+    return judged(artifact(padding=padding))
 
 
-def drop_bias(model: ir.Model) -> None:
-    replace(model, "model.layers.1.mlp.fc1.bias", 0 * initializer(model, "model.layers.1.mlp.fc1.bias"))
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_a_good_artifact_passes_every_scenario_that_applies(padding: str) -> None:
+    report = good(padding)
+    assert report.passed, failed(report)
+    names = {check.name: check for check in report.checks}
+    assert {scenario.name for scenario in SCENARIOS} <= set(names)
+    skipped = {name for name, check in names.items() if check.status == "skipped"}
+    assert skipped == (NOT_HERE if padding == "right" else NOT_HERE | {"shared past and present"})
+    assert all(names[name].detail for name in skipped)
+    assert "64 steps" in names["greedy tokens"].detail
+    assert int(names["decode"].detail.split()[0]) >= 64
 
 
-def forget_padding(model: ir.Model) -> None:
-    """Attend to padding, the classic of exporters: only the padded batch can notice."""
-    for node in model.graph:
-        if node.op_type in ("Or", "ReduceSum"):
-            ones = ir.node("Max", [node.inputs[0], *node.inputs[:1]])
-            if node.op_type == "Or":
-                always = ir.node("Not", [ones.outputs[0]])
-                made = ir.node("Or", [node.inputs[0], always.outputs[0]])
-                ones = ir.node("Identity", [node.inputs[0]])
-                always.replace_input_with(0, ones.outputs[0])
-                nodes = [ones, always, made]
-            else:
-                like = ir.node("Equal", [node.inputs[0], node.inputs[0]])
-                cast = ir.node("Cast", [like.outputs[0]], attributes={"to": ir.DataType.INT64})
-                made = ir.node("ReduceSum", [cast.outputs[0], node.inputs[1]], attributes={"keepdims": 0})
-                nodes = [like, cast, made]
-            model.graph.insert_before(node, nodes)
-            ir.convenience.replace_all_uses_with(node.outputs[0], made.outputs[0])
+def test_padding_of_the_other_side_is_wrong_where_documented_and_right_where_the_mask_rules() -> None:
+    right, left = ({check.name: check for check in good(side).checks} for side in ("right", "left"))
+    told, judged = right["padding of the other side"], left["padding of the other side"]
+    assert (told.status, judged.status) == ("noted", "passed")
+    assert told.figure is not None and told.figure > 1e4
 
 
-def initializer(model: ir.Model, name: str) -> harness.Array:
-    tensor = model.graph.initializers[name].const_value
-    assert tensor is not None
-    return tensor.numpy().copy()
-
-
-def replace(model: ir.Model, name: str, values: harness.Array) -> None:
-    model.graph.initializers[name].const_value = ir.tensor(values, name=name)
+def test_where_dispc_feeds_an_artifact_padding_of_the_other_side_is_an_error() -> None:
+    stage = Stage(Artifact(artifact(padding="right")), 131)
+    with pytest.raises(ArtifactError, match=r"row 1 .*--padding left"):
+        stage.feed([stage.tokens(0, 4), stage.tokens(1, 3)], padding="left").prefill([4, 3])
+    refuse_left_padding(np.array([[1, 1, 0], [1, 1, 1], [0, 0, 0]]))
 
 
 @pytest.mark.parametrize(
-    ("fault", "checks"),
+    ("variant", "target", "options"),
     [
-        (swap_read_indices, {"prefill", "decode", "padded batch"}),
-        (zero_weight_row, {"prefill", "decode", "padded batch"}),
-        (shift_inverse_index, {"prefill", "decode", "padded batch"}),
-        (drop_bias, {"prefill", "decode", "padded batch"}),
-        (forget_padding, {"padded batch"}),
+        ("llama", "onnx-cpu", {"norm_scope": "selected"}),
+        ("mistral-window", "onnx-cpu", {"lowering": "canonical"}),
+        ("qwen3", "onnx", {"dtype": "float16"}),
+        ("opt", "onnx-cuda", {"dtype": "bfloat16"}),
+        ("llama", "onnx-cuda", {"dtype": "float16", "padding": "left"}),
     ],
 )
-def test_a_planted_fault_fails_the_checks_that_can_see_it(artifact: Path, fault, checks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    broken = tmp_path / "broken"
-    shutil.copytree(artifact, broken)
-    model = ir.load(artifact / "model.onnx")
-    fault(model)
-    ir.save(model, broken / "model.onnx", external_data="model.onnx.data")
-    report = check_parity(broken, harness.checkpoint("phi").directory)
-    assert not report.passed
-    assert {check.name for check in report.checks if not check.passed} - {"greedy tokens"} == checks
+def test_every_kind_of_artifact_passes_and_its_streams_are_found(
+    variant: str, target: str, options: dict[str, Any]
+) -> None:
+    path = artifact(variant, target, **options)
+    report = judged(path, variant, device="cpu", drill=True)
+    assert report.passed, failed(report)
+    assert report.drill is not None and report.drill["verdict"] is None
+    stages = report.drill["stages"]
+    assert [stage["name"] for stage in stages[1:3]] == ["block 0 attention", "block 0 mlp"]
+    assert len(stages) == 2 * 3 + 2
+    assert all(stage["ratio"] <= 4 for stage in stages)
+    assert ("instead of CUDAExecutionProvider (chosen)" in report.headline) == (target == "onnx-cuda")
+    assert ("widened" in report.judged_on) == (options.get("dtype") == "bfloat16")
 
 
-def test_the_limit_decides(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = harness.checkpoint("phi").directory
-    report: Report = check_parity(artifact, model)
+EVERYTHING = {
+    "prefill", "one token", "decode", "cache from long to short", "cache from short to long", "padded batch",
+    "positions near the limit", "shared past and present", "greedy logits", "KL divergence",
+}  # fmt: skip
+FAULTS: dict[str, tuple[faults.Fault, str, str, set[str]]] = {
+    "an index swapped": (faults.swap_read_indices, "right", "block 1 mlp (read ", EVERYTHING),
+    "a row zeroed": (faults.zero_weight_row, "right", "block 2 attention (read ", EVERYTHING),
+    "a wrong inverse index": (faults.shift_inverse_index, "right", "block 0 mlp (read ", EVERYTHING),
+    "a missing bias": (faults.drop_bias, "right", "block 1 mlp (read ", EVERYTHING),
+    "another block's mask": (faults.read_with_the_mask_of_another_block, "right", "block 1 attention", EVERYTHING),
+    "a column of the head": (faults.spoil_the_head, "right", "final norm and head", EVERYTHING),
+    "padding attended to": (faults.forget_padding, "right", "block 0 attention", {"padded batch"}),
+    "padding attended to, left": (faults.forget_padding, "left", "block 0 attention", {"padded batch"}),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_planted_fault_fails_the_checks_that_can_see_it_and_is_named(case: str, tmp_path: Path) -> None:
+    fault, padding, where, checks = FAULTS[case]
+    broken = faults.plant(fault, artifact(padding=padding), tmp_path / "broken")
+    report = judged(broken)
+    assert (
+        checks
+        <= failed(report)
+        <= EVERYTHING | {"greedy tokens", "top-1 tokens", "padding of the other side"} | ({"KL divergence"})
+    )
+    if len(checks) == 1:
+        assert not failed(report) & (EVERYTHING - checks - {"KL divergence"})
+    assert report.drill is not None
+    verdict = report.drill["verdict"]
+    assert f"the first to be wrong is {where}" in verdict
+    assert "lowering inverse-gather" in verdict or "head" in where
+    if where.startswith("block"):
+        block, part = int(where.split()[1]), where.split()[2]
+        widths = report.widths[block]
+        assert f"read {widths[f'{part}.read']}" in verdict and f"write {widths[f'{part}.write']}" in verdict
+
+
+def test_compiling_finds_every_fault_too(tmp_path: Path) -> None:
+    for case, (fault, padding, _, _) in FAULTS.items():
+        broken = faults.plant(fault, artifact(padding=padding), tmp_path / case)
+        assert not judged(broken, quick=True).passed, case
+
+
+@pytest.mark.parametrize("name", ["error", "kl"])
+def test_a_threshold_below_the_figure_fails(name: str) -> None:
+    checks = {check.name: check for check in good("right").checks}
+    figure = checks["prefill" if name == "error" else "KL divergence"].figure
+    assert figure is not None
+    assert not judged(artifact(padding="right"), thresholds=Thresholds(**{name: 0.9 * figure}), quick=True).passed
+
+
+def test_a_model_that_onnx_runtime_cannot_run_has_failed(tmp_path: Path) -> None:
+    def misread(model: Any) -> None:
+        values = faults.initializer(model, "model.layers.1.mlp.read")
+        faults.replace(model, "model.layers.1.mlp.read", values + 1000)
+
+    broken = faults.plant(misread, artifact(padding="right"), tmp_path / "broken")
+    assert all("cannot run" in check.detail for check in judged(broken, quick=True).checks)
+    report = judged(broken)
+    assert failed(report) >= {scenario.name for scenario in SCENARIOS} - NOT_HERE
+    assert "same bits" in failed(report)
+
+
+def test_a_graph_whose_stream_cannot_be_followed_is_still_judged(tmp_path: Path) -> None:
+    def reroute(model: Any) -> None:
+        """An Add of nothing into the stream: right, and a sub-layer too many."""
+        first = next(node for node in model.graph if node.name == "/model/layers.1/input_layernorm/LayerNormalization")
+        stream = first.inputs[0]
+        twin = ir.node("Sub", [stream, stream], name="nothing")
+        added = ir.node("Add", [stream, twin.outputs[0]], name="more")
+        model.graph.insert_before(first, [twin, added])
+        first.replace_input_with(0, added.outputs[0])
+        for use in [use for use in stream.uses() if use.node not in (twin, added, first)]:
+            use.node.replace_input_with(use.idx, added.outputs[0])
+
+    report = judged(faults.plant(reroute, artifact(padding="right"), tmp_path / "broken"), drill=True)
     assert report.passed
-    worst = max(check.figure for check in report.checks)
-    monkeypatch.setitem(LIMITS, "float32", worst * 0.99)
-    assert not check_parity(artifact, model).passed
+    assert report.drill is not None and "no drill:" in report.drill["verdict"]
+
+
+def fuse_adds_into_norms(model: ir.Model) -> None:
+    """Every residual Add and the norm behind it as one node, as ONNX Runtime spells it."""
+    for add in [node for node in model.graph if (node.name or "").endswith("/write/Add")]:
+        stream, update = add.inputs
+        (norm,) = [use.node for use in add.outputs[0].uses() if use.node.op_type == "RMSNormalization"]
+        last = len(add.outputs[0].uses()) == 1  # nothing else reads the sum: the fourth output is left out
+        fused = ir.node(
+            "SkipSimplifiedLayerNormalization", [update, stream, norm.inputs[1]], domain="com.microsoft",
+            attributes={"epsilon": norm.attributes["epsilon"].as_float()}, num_outputs=1 if last else 4, name=norm.name,
+        )  # fmt: skip
+        for number, value in enumerate(fused.outputs):
+            value.name = f"{norm.name}_fused_{number}" if number in (0, 3) else ""
+        model.graph.insert_before(norm, fused)
+        ir.convenience.replace_all_uses_with(norm.outputs[0], fused.outputs[0])
+        if not last:
+            ir.convenience.replace_all_uses_with(add.outputs[0], fused.outputs[3])
+        model.graph.remove([norm, add], safe=True)
+
+
+def test_streams_are_found_where_adds_are_fused_into_norms(tmp_path: Path) -> None:
+    path = faults.plant(fuse_adds_into_norms, artifact("llama"), tmp_path / "fused")
+    report = judged(path, "llama", drill=True)
+    assert report.passed and report.drill is not None
+    assert [stage["name"] for stage in report.drill["stages"]] == [
+        "embedding", *(f"block {block} {part}" for block in range(3) for part in ("attention", "mlp")),
+        "final norm and head",
+    ]  # fmt: skip
+    assert all(0 < stage["ratio"] <= 4 for stage in report.drill["stages"][1:])
+
+
+# The truth, and what is made of it
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "opt"])
+def test_the_truth_is_closer_to_float64_than_float32_can_be(variant: str) -> None:
+    checkpoint = harness.checkpoint(variant)
+    masks = Masks.random(checkpoint.config, 0.5, 1, norm_scope="selected")
+    text = Text(tuple(harness.TOKENS.tolist()))
+
+    def logits(dtype: torch.dtype) -> harness.Array:
+        model = load_reference(checkpoint.directory, checkpoint.family, masks, dtype)
+        with torch.inference_mode():
+            return model(input_ids=torch.from_numpy(text.array)[None]).logits[0].numpy()  # type: ignore[no-any-return]
+
+    def load() -> Any:
+        return load_reference(checkpoint.directory, checkpoint.family, masks)
+
+    answers = ask(load, checkpoint.family, [text], torch.float64, "float32", streams=True)
+    truth = answers.truth[text]["logits"]
+    assert truth.dtype == np.float64
+    assert np.abs(truth - logits(torch.float64)).max() < 1e-12
+    own = answers.own_error(text, "logits")
+    assert (np.abs(truth - logits(torch.float32)).max(axis=-1) <= own).all()  # the first draw is torch's own float32
+    assert 1e-8 < own.max() < 1e-4
+
+
+def test_the_own_error_of_halves_is_that_of_their_precision() -> None:
+    checkpoint = harness.checkpoint("llama")
+    masks, text = Masks.random(checkpoint.config, 0.5, 1), Text(tuple(harness.TOKENS.tolist()))
+    own = {}
+    for dtype in ("float32", "float16", "bfloat16"):
+        answers = ask(
+            lambda: load_reference(checkpoint.directory, checkpoint.family, masks),
+            checkpoint.family, [text], torch.float64, dtype, streams=False,
+        )  # fmt: skip
+        own[dtype] = answers.own_error(text, "logits").mean()
+    assert 1000 < own["float16"] / own["float32"] < 30000  # 13 bits
+    assert 2 < own["bfloat16"] / own["float16"] < 32  # 3 bits
+
+
+def test_a_truth_no_finer_than_the_artifact_is_judged_by_a_tolerance() -> None:
+    report = judged(artifact(padding="right"), reference_dtype="float32")
+    assert report.passed
+    assert report.truth == "reference in float32"
+    assert truth_dtype(LARGE + 1, None) == torch.float32
+    assert truth_dtype(LARGE, None) == truth_dtype(LARGE + 1, "float64") == torch.float64
+    text = Text((1, 2))
+    answers = Answers({text: {"logits": np.array([[0.0, 4.0], [1.0, 2.0]])}}, None, "float16")
+    assert answers.own_error(text, "logits") == pytest.approx(4 * TOLERANCE["float16"])
+    assert all(4 * TOLERANCE[dtype] == limit for dtype, limit in LIMITS.items())
+    with pytest.raises(ArtifactError, match="float64 or float32"):
+        truth_dtype(1, "float8")
 
 
 def test_nan_is_an_infinite_error() -> None:
@@ -113,3 +280,30 @@ def test_nan_is_an_infinite_error() -> None:
     assert logit_error(np.array([0.0, np.inf]), expected) == float("inf")
     assert logit_error(np.array([0.5, 1.0]), expected) == 0.5
     assert logit_error(np.array([-0.5, 1.0]), expected) == 0.5
+
+
+def test_an_artifact_that_says_nan_fails_with_these_words(tmp_path: Path) -> None:
+    def poison(model: Any) -> None:
+        values = faults.initializer(model, "lm_head.weight")
+        values[0, 0] = np.nan
+        faults.replace(model, "lm_head.weight", values)
+
+    report = judged(faults.plant(poison, artifact(padding="right"), tmp_path / "broken"), quick=True)
+    assert {"prefill", "decode", "padded batch", "KL divergence"} <= failed(report)
+    assert "NaN or infinity" in report.checks[0].detail
+
+
+LOGITS = st.floats(-30, 30)
+
+
+@given(st.lists(LOGITS, min_size=2, max_size=6), st.lists(LOGITS, min_size=6, max_size=6), st.floats(-9, 9))
+def test_divergence_is_zero_for_equal_distributions_and_positive_otherwise(
+    first: list[float], second: list[float], shift: float
+) -> None:
+    p, q = np.array([first]), np.array([second[: len(first)]])
+    assert divergence(p, p + shift)[0] == pytest.approx(0, abs=1e-9)
+    assert divergence(p, q)[0] >= 0
+    expected = torch.nn.functional.kl_div(
+        torch.from_numpy(q).log_softmax(-1), torch.from_numpy(p).log_softmax(-1), log_target=True, reduction="sum"
+    )
+    assert divergence(p, q)[0] == pytest.approx(max(float(expected), 0), abs=1e-9, rel=1e-9)

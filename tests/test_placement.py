@@ -59,5 +59,5 @@ def test_a_session_without_the_cuda_provider_is_an_error(tmp_path: Path) -> None
     nodes = [helper.make_node("MatMul", ["x", "weight"], ["y"], name="matmul")]
     model = save_graph(tmp_path / "m.onnx", nodes, {"y": TensorProto.FLOAT16})
     (tmp_path / "libcublas.so.13").touch()
-    with pytest.raises(RuntimeError, match="fell back to the CPU"):
+    with pytest.raises(RuntimeError, match="fell back from CUDAExecutionProvider to the CPU"):
         place(model, tmp_path)

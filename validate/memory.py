@@ -1,4 +1,4 @@
-"""Will the dense float32 reference fit into memory? Asked before the work, not after it."""
+"""Will the dense reference fit into memory? Asked before the work, not after it."""
 
 import math
 from pathlib import Path
@@ -9,18 +9,29 @@ from dispc.errors import ArtifactError
 SPARE_BYTES = 2**30
 
 
-def require_memory_for_reference(checkpoint: Checkpoint) -> None:
-    """Refuse to start what cannot finish.
+def needed_memory(checkpoint: Checkpoint, bytes_each: int) -> int:
+    """Bytes for the reference, at `bytes_each` for a parameter, and an artifact beside it."""
+    parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    return (bytes_each + 4) * parameters + SPARE_BYTES
+
+
+def fits_memory(checkpoint: Checkpoint, bytes_each: int) -> bool:
+    """Whether the reference and an artifact fit into free memory together, as far as the system says."""
+    free = available_memory()
+    return free is None or needed_memory(checkpoint, bytes_each) <= free
+
+
+def require_memory_for_reference(checkpoint: Checkpoint, bytes_each: int = 4) -> None:
+    """Refuse to start what cannot finish. `bytes_each` is what a parameter of the reference takes.
 
     Raises:
-        ArtifactError: when the model in float32, twice (reference and artifact), does not fit into free memory.
+        ArtifactError: when the reference and the artifact do not fit into free memory together.
     """
-    parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    needed, free = 8 * parameters + SPARE_BYTES, available_memory()
+    needed, free = needed_memory(checkpoint, bytes_each), available_memory()
     if free is not None and needed > free:
         raise ArtifactError(
-            f"validation needs about {needed / 2**30:.1f} GiB of memory for the float32 reference and the artifact, "
-            f"{free / 2**30:.1f} GiB are free; pass --no-validate, and validate on a larger machine"
+            f"validation needs about {needed / 2**30:.1f} GiB of memory for the float{8 * bytes_each} reference and "
+            f"the artifact, {free / 2**30:.1f} GiB are free; pass --no-validate, and validate on a larger machine"
         )
 
 

@@ -20,7 +20,7 @@ from dispc.errors import DataError
 from dispc.manifest import MANIFEST
 from dispc.masks import Masks
 from dispc.reference import load_reference
-from dispc.validate.session import Array, Artifact
+from dispc.validate.session import CPU, Array, Artifact
 
 Tokens = npt.NDArray[np.int64]
 DEFAULT_WINDOW = 2048
@@ -46,11 +46,13 @@ class TorchScorer:
 
 
 class ArtifactScorer:
-    """An artifact in ONNX Runtime on the CPU."""
+    """An artifact in ONNX Runtime, on the CPU unless told otherwise."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, provider: str = CPU) -> None:
         self.directory = directory
-        self.artifact = Artifact(directory)
+        self.artifact = Artifact(directory, provider=provider)
+        if self.artifact.last_logits:
+            raise DataError(f"{directory}: compiled with --last-logits; scoring a text needs the logits of every token")
         self.positions = self.artifact.positions
 
     def logits(self, tokens: Tokens) -> Array:

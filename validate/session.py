@@ -1,7 +1,7 @@
 """An artifact in ONNX Runtime: tokens in, logits and caches out, padded on the side that the artifact declares."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,46 +12,72 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from dispc.errors import ArtifactError
+from dispc.errors import ArtifactError, first_line
 from dispc.manifest import read_manifest
 
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
+Edit = Callable[[ir.Model], None]
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+ELEMENTS = {
+    "tensor(float)": ir.DataType.FLOAT, "tensor(float16)": ir.DataType.FLOAT16, "tensor(bfloat16)": ir.DataType.BFLOAT16
+}  # fmt: skip
+"""How ONNX Runtime spells the types of caches."""
+SCATTERING = ("canonical", "scatter-elements")
+"""The lowerings whose operators the CPU has in float32 only."""
 
 
 class Artifact:
-    """A loaded artifact.
+    """A loaded artifact, on the CPU or on CUDA.
 
     bfloat16 graphs, and float16 graphs with ScatterND(add), have no CPU kernels: on the CPU they are run with every
     weight widened to float32 (`widened` says so); that keeps the rounding of the weights, not that of the arithmetic.
-    With `exact`, a graph with int8 activations is run with floating-point ones, whose results can be compared closely.
+    `edit` may change the graph before it is loaded (the drill adds outputs); the files stay as they are. `exact` loads
+    the graph that can be compared closely at every position: without int8 activations, and with all logits.
 
     Raises:
         ArtifactError: when the directory is no artifact, or ONNX Runtime cannot load it.
     """
 
-    def __init__(self, directory: Path, threads: int = 0, *, exact: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        threads: int = 0,
+        *,
+        provider: str = CPU,
+        edit: Edit | None = None,
+        exact: bool = False,
+        **options: Any,
+    ) -> None:
         self.directory = directory
         self.manifest = read_manifest(directory)
         self.padding: str = self.manifest["padding"]
         self.dtype: str = self.manifest["dtype"]
         self.positions: int = self.manifest["positions"]
         self.stop_tokens = frozenset(self.manifest["stop_tokens"])
-        half_scatter = self.dtype != "float32" and self.manifest["lowering"]["name"] == "canonical"
-        self.widened = self.dtype == "bfloat16" or half_scatter
+        half_scatter = self.dtype != "float32" and self.manifest["lowering"]["name"] in SCATTERING
+        self.provider = provider
+        self.widened = provider == CPU and (self.dtype == "bfloat16" or half_scatter)
         path = directory / "model.onnx"
         if not path.is_file():
             raise ArtifactError(f"{path}: no such file")
         self.int8_activations = bool((self.manifest.get("quantisation") or {}).get("int8_activations"))
-        if self.widened or (exact and self.int8_activations):
+        self.last_logits = self.manifest.get("logits") == "last"
+        if exact and (self.int8_activations or self.last_logits):
+            edit = _exactly(edit)
+        if self.dtype == "bfloat16" and not self.widened:
+            edit = _with_float32_outputs(edit)
+        options |= {"threads": threads, "provider": provider}
+        if self.widened:
             with tempfile.TemporaryDirectory(prefix="dispc-widened-") as scratch:
-                wide = Path(scratch) / "model.onnx"
-                change = widen if self.widened else without_int8_activations
-                ir.save(change(ir.load(path)), wide, external_data="model.onnx.data")
-                self.session = open_session(wide, threads=threads)
+                wide, model = Path(scratch) / "model.onnx", widen(load_graph(path))
+                if edit:
+                    edit(model)
+                ir.save(model, wide, external_data="model.onnx.data")
+                self.session = open_session(wide, **options)
         else:
-            self.session = open_session(path, threads=threads)
-        self.runner = Runner(self.session)
+            self.session = open_session(path, edit=edit, **options)
+        self.runner = Runner(self.session, self.padding)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Array, "State"]:
         """Run prompts of any lengths as one batch; logits [B,V] of each row's last token, and the state to go on."""
@@ -65,6 +91,7 @@ class Artifact:
         logits, caches = self.runner.run(ids, mask, positions, self.runner.empty_caches(len(prompts)))
         state = State(caches, mask, lengths)
         last = np.full(len(prompts), width - 1) if self.padding == "left" else lengths - 1
+        last = np.minimum(last, logits.shape[1] - 1)  # with --last-logits there is one position
         return logits[np.arange(len(prompts)), last], state
 
     def step(self, tokens: Tokens, state: "State") -> tuple[Array, "State"]:
@@ -89,56 +116,162 @@ class State:
 
 
 class Runner:
-    """Feeds a session by the names of the artifact's interface."""
+    """Feeds a session by the names of the artifact's interface. With `padding`, masks of the other side are refused."""
 
-    def __init__(self, session: Any) -> None:
+    def __init__(self, session: Any, padding: str | None = None) -> None:
         self.session = session
+        self.padding = padding
         self.inputs = {value.name: value for value in session.get_inputs()}
         self.outputs = [value.name for value in session.get_outputs()]
+        self.caches = [name for name in self.inputs if name.startswith("past_key_values.")]
 
-    def empty_caches(self, batch: int) -> dict[str, Array]:
-        types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-        return {
-            name: np.zeros((batch, value.shape[1], 0, value.shape[3]), dtype=types[value.type])
-            for name, value in self.inputs.items()
-            if name.startswith("past_key_values.")
-        }
+    def empty_caches(self, batch: int) -> dict[str, Any]:
+        """Caches without a position: arrays, or OrtValues where numpy does not know the dtype (bfloat16)."""
+        caches: dict[str, Any] = {}
+        for name in self.caches:
+            value = self.inputs[name]
+            shape, element = [batch, value.shape[1], 0, value.shape[3]], ELEMENTS[value.type]
+            if element == ir.DataType.BFLOAT16:
+                caches[name] = ort.OrtValue.ortvalue_from_shape_and_type(shape, int(element))
+            else:
+                caches[name] = np.zeros(shape, dtype=element.numpy())
+        return caches
 
-    def run(
-        self, ids: Tokens, mask: Tokens, positions: Tokens, caches: dict[str, Array]
-    ) -> tuple[Array, dict[str, Array]]:
+    def run(self, ids: Tokens, mask: Tokens, positions: Tokens, caches: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
         """float32 logits [B,S,V], and the caches for the next call.
 
         Raises:
-            ArtifactError: when ONNX Runtime fails.
+            ArtifactError: when ONNX Runtime fails, or the mask is padded on the side that the artifact does not take.
         """
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions} | caches
+        outputs, caches = self.run_all(ids, mask, positions, caches)
+        return outputs["logits"], caches
+
+    def run_all(
+        self, ids: Tokens, mask: Tokens, positions: Tokens, caches: dict[str, Any]
+    ) -> tuple[dict[str, Array], dict[str, Any]]:
+        """As `run`, with everything but the caches by name, in float32."""
+        if self.padding == "right":
+            refuse_left_padding(mask)
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions} | caches
+        feeds = {name: value for name, value in given.items() if name in self.inputs}
         try:
-            results = self.session.run(None, {name: value for name, value in feeds.items() if name in self.inputs})
+            if any(isinstance(value, ort.OrtValue) for value in feeds.values()):
+                wrapped = {name: _ort_value(value) for name, value in feeds.items()}
+                results = self.session.run_with_ort_values(None, wrapped)
+            else:
+                results = self.session.run(None, feeds)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise ArtifactError(f"ONNX Runtime cannot run the model: {str(error).splitlines()[0]}") from error
+            raise ArtifactError(f"ONNX Runtime cannot run the model: {first_line(error)}") from error
         named = dict(zip(self.outputs, results, strict=True))
-        logits = named.pop("logits").astype(np.float32)
-        return logits, {name.replace("present.", "past_key_values."): value for name, value in named.items()}
+        presents = {name: named.pop(name) for name in self.outputs if name.startswith("present.")}
+        return (
+            {name: _array(value).astype(np.float32) for name, value in named.items()},
+            {name.replace("present.", "past_key_values."): value for name, value in presents.items()},
+        )
 
 
-def open_session(path: Path, *, optimise: bool = True, threads: int = 0) -> Any:
-    """An ONNX Runtime session on the CPU.
+def refuse_left_padding(mask: Tokens) -> None:
+    """A mask [B,T] must be ones, then zeros: `GroupQueryAttention` counts the ones and would read the wrong positions.
 
     Raises:
-        ArtifactError: when the model cannot be loaded.
+        ArtifactError: naming the first row that is padded on the left.
+    """
+    rows = np.flatnonzero((mask[:, 1:] > mask[:, :-1]).any(axis=1))
+    if len(rows):
+        raise ArtifactError(
+            f"attention_mask: row {rows[0]} has a zero in front of a one; this artifact takes padding on the right "
+            "(compile with --padding left for the other side)"
+        )
+
+
+def _ort_value(value: Any) -> Any:
+    return value if isinstance(value, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+
+
+def _array(value: Any) -> Array:
+    array: Array = value.numpy() if isinstance(value, ort.OrtValue) else value
+    return array
+
+
+def open_session(
+    path: Path,
+    *,
+    optimise: bool = True,
+    threads: int = 0,
+    provider: str = CPU,
+    provider_options: dict[str, str] | None = None,
+    config: dict[str, str] | None = None,
+    profile: Path | None = None,
+    optimised_model: Path | None = None,
+    edit: Edit | None = None,
+) -> Any:
+    """An ONNX Runtime session on one provider, with the CPU behind it where that is CUDA.
+
+    `config` are session config entries; `profile` is the prefix of a profile, `optimised_model` the file for the graph
+    that is run. With `edit`, the changed graph is loaded from memory and its weights from where they lie.
+
+    Raises:
+        ArtifactError: when the model cannot be loaded, or not on that provider.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    entries = dict(config or {})
     if not threads:  # nobody times this session: let waiting threads sleep, others may want the cores
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        entries["session.intra_op.allow_spinning"] = "0"
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    if optimised_model:
+        options.optimized_model_filepath = str(optimised_model)
+    source: str | bytes = str(path)
+    if edit:
+        model = load_graph(path)
+        edit(model)
+        source = ir.to_proto(model).SerializeToString()
+        entries["session.model_external_initializers_file_folder_path"] = str(path.parent)
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    providers = [CPU] if provider == CPU else [(provider, provider_options or {}), CPU]
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(source, options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
-        raise ArtifactError(f"{path}: ONNX Runtime cannot load the model: {str(error).splitlines()[0]}") from error
+        raise ArtifactError(f"{path}: ONNX Runtime cannot load the model: {first_line(error)}") from error
+    if provider not in session.get_providers():
+        raise ArtifactError(f"{path}: ONNX Runtime fell back from {provider} to the CPU; dispc doctor says why")
+    return session
+
+
+def load_graph(path: Path) -> ir.Model:
+    """The graph of an artifact, its weights still in their file.
+
+    Raises:
+        ArtifactError: when it is no ONNX model.
+    """
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf's and onnx_ir's share no base class
+        raise ArtifactError(f"{path}: ONNX Runtime cannot load the model: {first_line(error)}") from error
+
+
+def _with_float32_outputs(edit: Edit | None) -> Edit:
+    """numpy has no bfloat16, so that every output but the caches is cast (exactly) in the graph."""
+
+    def widened(model: ir.Model) -> None:
+        if edit:
+            edit(model)
+        outputs = model.graph.outputs
+        for index, value in enumerate(outputs):
+            if value.dtype == ir.DataType.BFLOAT16 and not (value.name or "").startswith("present."):
+                name, value.name = value.name, f"{value.name}.bfloat16"
+                cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{name}/Cast")
+                cast.outputs[0].name, cast.outputs[0].dtype = name, ir.DataType.FLOAT
+                cast.outputs[0].shape = value.shape
+                model.graph.append(cast)
+                outputs[index] = cast.outputs[0]
+
+    return widened
 
 
 def widen(model: ir.Model) -> ir.Model:
@@ -160,11 +293,34 @@ def widen(model: ir.Model) -> ir.Model:
     return model
 
 
-def without_int8_activations(model: ir.Model) -> ir.Model:
+def _exactly(edit: Edit | None) -> Edit:
+    """Undo what cannot be compared closely or everywhere: int8 activations, and logits of the last token only."""
+
+    def exactly(model: ir.Model) -> None:
+        without_int8_activations(model)
+        with_all_logits(model)
+        if edit:
+            edit(model)
+
+    return exactly
+
+
+def without_int8_activations(model: ir.Model) -> None:
     """Let every MatMulNBits of `model` multiply in floating point, in place."""
     for node in model.graph:
         node.attributes.pop("accuracy_level", None)
-    return model
+
+
+def with_all_logits(model: ir.Model) -> None:
+    """Let the LM head of a `--last-logits` graph see every position, in place."""
+    for node in model.graph:
+        for position, value in enumerate(node.inputs):
+            producer = value.producer() if value is not None else None
+            if producer is not None and (producer.name or "").startswith("/last/Gather"):
+                node.replace_input_with(position, producer.inputs[0])
+    logits = next(value for value in model.graph.outputs if value.name == "logits")
+    if logits.shape is not None:
+        logits.shape = ir.Shape([logits.shape[0], "sequence_length", logits.shape[2]])
 
 
 def _as_float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

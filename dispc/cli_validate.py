@@ -1,0 +1,176 @@
+"""The commands that judge: validate, doctor."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from dispc.console import JsonFlag, err, out, parity_table, print_json
+from dispc.errors import DispcError
+
+
+def validate(
+    artifact: Annotated[Path, typer.Argument(help="Artifact directory.")],
+    reference: Annotated[Path, typer.Option("--reference", "-r", help="The model it was compiled from.")],
+    on_cpu: Annotated[bool, typer.Option("--on-cpu", help="Judge parity on the CPU, whatever the target.")] = False,
+    drill: Annotated[bool, typer.Option("--drill", help="Compare block by block even when nothing failed.")] = False,
+    data: Annotated[str | None, typer.Option(help="Text for perplexity: a file, or a dataset as NAME:SPLIT.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Window for perplexity [2048, or the limit].")] = None,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Read no more windows than this.")] = None,
+    reference_dtype: Annotated[
+        str | None, typer.Option(help="Truth: float64 or float32 [float64 up to a billion parameters].")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random tokens.")] = 0,
+    max_error: Annotated[float | None, typer.Option(help="Logit error, in units of the dtype's own [4].")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="KL divergence, in units of the dtype's own [4].")] = None,
+    max_top1: Annotated[float | None, typer.Option(help="Share of other top tokens beyond ties [0.01].")] = None,
+    max_greedy: Annotated[float | None, typer.Option(help="Share of other greedy tokens beyond ties [0].")] = None,
+    max_perplexity: Annotated[float | None, typer.Option(help="Relative difference of perplexity [0.01].")] = None,
+    latency: Annotated[bool, typer.Option("--latency", help="Measure times, memory and operators too.")] = False,
+    dense: Annotated[Path | None, typer.Option(help="A dense artifact to compare with; implies --latency.")] = None,
+    build_dense: Annotated[
+        bool, typer.Option("--build-dense", help="Compile the dense artifact on the fly; implies --latency.")
+    ] = False,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch size to time; several times [1].")] = None,
+    prompt: Annotated[list[int] | None, typer.Option(help="Prompt length to time; several times [128].")] = None,
+    past: Annotated[list[int] | None, typer.Option(help="Past length to time one token at [128].")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each case.")] = 20,
+    threads: Annotated[int, typer.Option(min=0, help="Threads for timing; 0 leaves it to ONNX Runtime.")] = 0,
+    baseline: Annotated[
+        Path | None, typer.Option(help="An earlier report (--json-file) that must not be better.")
+    ] = None,
+    max_regression: Annotated[str, typer.Option(help="By how much a figure may be worse than --baseline.")] = "5%",
+    json_file: Annotated[Path | None, typer.Option("--json-file", help="Write the report as JSON.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the checks as JUnit XML, one test case for each.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one self-contained page.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write a summary for a CI job.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Does the artifact compute what the masked model computes? Exit code 0 passed, 1 failed, 2 could not run.
+
+    Example: [bold]dispc validate model-cuda/ --reference model/ --junit report.xml --html report.html[/bold]
+    """
+    from dispc.manifest import write_json
+    from dispc.validate.html import page
+    from dispc.validate.judge import check
+    from dispc.validate.latency import LatencyOptions
+    from dispc.validate.parity import Thresholds
+    from dispc.validate.report import write_text
+
+    limits = {
+        "error": max_error, "kl": max_kl, "top1": max_top1, "greedy": max_greedy, "perplexity": max_perplexity
+    }  # fmt: skip
+    options: dict[str, Any] = {
+        "thresholds": Thresholds(**{name: limit for name, limit in limits.items() if limit is not None}),
+        "device": "cpu" if on_cpu else "target", "drill": drill or html is not None, "data": data,
+        "sequence_length": sequence_length, "max_windows": max_windows, "reference_dtype": reference_dtype,
+        "seed": seed, "baseline": baseline, "max_regression": share(max_regression),
+    }  # fmt: skip
+    if latency or dense or build_dense:
+        options["latency"] = LatencyOptions(
+            batches=tuple(batch or (1,)), prompts=tuple(prompt or (128,)), pasts=tuple(past or (128,)),
+            rounds=rounds, threads=threads,
+        )  # fmt: skip
+    with dense_artifact(artifact, reference, dense, build_dense) as dense_path, err.status("") as status:
+        report = check(artifact, reference, dense=dense_path, say=lambda what: status.update(f"{what} ..."), **options)
+    found = report.as_dict()
+    if json_file:
+        write_json(json_file, found)
+    for path, render in ((junit, report.junit), (markdown, report.markdown), (html, lambda: page(found))):
+        if path:
+            write_text(path, render())
+    if as_json:
+        print_json(found)
+    else:
+        out.print(parity_table(found))
+        for table in latency_tables(found):
+            out.print(table)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def dense_artifact(artifact: Path, reference: Path, dense: Path | None, build: bool) -> Iterator[Path | None]:
+    """The dense artifact to compare with: the one named, one compiled for this as `artifact` was, or None."""
+    if dense or not build:
+        yield dense
+        return
+    from dispc.compiler import CompileOptions, compile_model
+    from dispc.manifest import read_manifest
+
+    manifest = read_manifest(artifact)
+    with TemporaryDirectory(prefix="dispc-dense-") as scratch:
+        path = Path(scratch) / "dense"
+        options = CompileOptions(
+            model=reference, output=path, target=manifest["target"], dense=True, dtype=manifest["dtype"],
+            padding=manifest["padding"], lowering=manifest["lowering"]["name"], validate=False,
+        )  # fmt: skip
+        compile_model(options)
+        yield path
+
+
+def share(text: str) -> float:
+    """`5%` or `0.05` as a share of one.
+
+    Raises:
+        DispcError: for anything else.
+    """
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise DispcError(f"--max-regression {text}: give a share such as 5% or 0.05")
+    return value
+
+
+def latency_tables(report: dict[str, Any]) -> list[Table]:
+    """Times of both artifacts, and time by operator type; nothing where nothing was timed."""
+    latency = report["latency"]
+    if latency is None:
+        return []
+    facts = f"{latency['threads']} threads, {latency['rounds']} runs behind {latency['warmup']}"
+    if latency["peak_bytes"]:
+        facts += f", peak memory {latency['peak_bytes'] / 2**20:,.0f} MiB"
+    facts += f", a copy moves {latency['copy_bytes_per_second'] / 1e9:.1f} GB/s"
+    times = Table(title=f"Latency on {latency['provider']}: {facts}", title_justify="left")
+    for column in ("", "artifact", "p50 ms", "p90", "p99", "tokens/s"):
+        times.add_column(column, justify="left" if column in ("", "artifact") else "right")
+    for row in latency["rows"]:
+        figures = (f"{row[name]:.2f}" for name in ("p50", "p90", "p99"))
+        times.add_row(row["name"], row["artifact"], *figures, f"{row['tokens_per_second']:,.1f}")
+    gathers = 100 * latency["gather_scatter_share"]
+    operators = Table(title=f"Operators while decoding ({gathers:.1f} % Gather and Scatter)", title_justify="left")
+    for column in ("operator", "ms", "share"):
+        operators.add_column(column, justify="left" if column == "operator" else "right")
+    for row in latency["operators"]:
+        operators.add_row(row["operator"], f"{row['milliseconds']:.3f}", f"{100 * row['share']:.1f} %")
+    return [times, operators]
+
+
+def doctor(as_json: JsonFlag = False) -> None:
+    """Does CUDA work here, and if not, which library is missing and what brings it? Exit code 1 when it does not.
+
+    Example: [bold]dispc doctor[/bold]
+    """
+    from dispc.validate.doctor import examine
+
+    diagnosis = examine()
+    if as_json:
+        print_json(diagnosis.as_dict())
+    else:
+        table = Table(title="CUDA works" if diagnosis.problem is None else "CUDA does not work", title_justify="left")
+        for column in ("", "", "found", "what to do"):
+            table.add_column(column)
+        for finding in diagnosis.findings:
+            mark = "[green]ok[/green]" if finding.ok else "[red]FAIL[/red]"
+            table.add_row(escape(finding.name), mark, escape(finding.detail), escape(finding.remedy))
+        out.print(table)
+        out.print(", ".join(f"{name} {number}" for name, number in diagnosis.versions.items()), highlight=False)
+    if diagnosis.problem is not None:
+        raise typer.Exit(1)

@@ -1,0 +1,281 @@
+"""What leaves a validation: exit codes by threshold, JSON, JUnit, Markdown, HTML, comparison with a baseline."""
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import command
+import faults
+import harness
+import numpy as np
+import pytest
+from language import make_student
+
+from dispc.checkpoint import Checkpoint
+from dispc.compiler import CompileOptions, compile_model
+from dispc.errors import ArtifactError, DispcError
+from dispc.masks import Masks
+from dispc.validate import Report, check
+from dispc.validate.baseline import compare
+from dispc.validate.html import page
+from dispc.validate.report import Check
+from dispc.validate.static import judge_file
+
+
+@functools.cache
+def originals() -> tuple[Path, Path, Path]:
+    """A Phi artifact, one with a fault, and their model."""
+    place = harness.scratch() / "reports"
+    place.mkdir()
+    checkpoint = harness.checkpoint("phi")
+    Masks.random(checkpoint.config, 0.5, 4).save(place / "masks.safetensors", checkpoint.config)
+    options = CompileOptions(
+        model=checkpoint.directory, masks=place / "masks.safetensors", output=place / "out", target="onnx-cpu",
+        validate=False,
+    )  # fmt: skip
+    compile_model(options)
+    faults.plant(faults.drop_bias, place / "out", place / "broken")
+    return place / "out", place / "broken", checkpoint.directory
+
+
+@functools.cache
+def reports() -> tuple[Report, Report]:
+    """Of the good artifact with its drill, and of the broken one."""
+    good, broken, model = originals()
+    return check(good, model, drill=True), check(broken, model)
+
+
+# Thresholds
+
+
+def test_each_threshold_below_what_was_measured_is_exit_code_1(tmp_path: Path) -> None:
+    """Over text: a learned model, so that perplexity means something; float16, so that no figure is zero."""
+    model = make_student("llama", tmp_path / "model", steps=20)
+    Masks.random(Checkpoint(model).config, 0.2, 1).save(model / "masks.safetensors", Checkpoint(model).config)
+    (tmp_path / "text.txt").write_text("the sea is salt and deep blue " * 60)
+    compile_model(
+        CompileOptions(model=model, output=tmp_path / "out", target="onnx-cuda", dtype="float16", validate=False)
+    )
+    line: tuple[object, ...] = ("validate", tmp_path / "out", "-r", model, "--on-cpu", "--json")
+    line += ("--data", tmp_path / "text.txt", "--sequence-length", 64, "--max-windows", 4)
+    outcome = command.run(*line)
+    assert outcome.code == 0, outcome
+    found = {check["name"]: check for check in json.loads(outcome.out)["checks"]}
+    options = {"prefill": "--max-error", "KL divergence": "--max-kl", "perplexity": "--max-perplexity"}
+    below: list[object] = []
+    for name, option in options.items():
+        assert found[name]["figure"] > 0, name
+        below += [option, 0.9 * found[name]["figure"]]
+    outcome = command.run(*line, *below)
+    assert outcome.code == 1
+    failed = {check["name"] for check in json.loads(outcome.out)["checks"] if not check["passed"]}
+    assert set(options) <= failed
+    shown = json.loads(outcome.out)["checks"]
+    assert all(c["limit"] is not None for c in shown if c["group"] == "parity" and c["status"] == "passed")
+
+
+def test_choices_have_thresholds_of_their_own() -> None:
+    """Of the broken artifact: with every other limit out of the way, the share of other tokens decides alone."""
+    _, broken, model = originals()
+    found = {check.name: check.figure for check in reports()[1].checks}
+    top1, greedy = found["top-1 tokens"], found["greedy tokens"]
+    assert top1 and greedy
+    open_limits = ("--max-error", 1e12, "--max-kl", 1e30)
+    assert command.run("validate", broken, "-r", model, *open_limits, "--max-top1", 1, "--max-greedy", 1).code == 0
+    # ties are what the error budget says: only a closed budget makes the choices count
+    for option, other in (("--max-top1", "--max-greedy"), ("--max-greedy", "--max-top1")):
+        outcome = command.run(
+            "validate", broken, "-r", model, "--max-error", 4, "--max-kl", 1e30, option, 0, other, 1, "--json"
+        )
+        names = {"--max-top1": "top-1 tokens", "--max-greedy": "greedy tokens"}
+        checks = {check["name"]: check for check in json.loads(outcome.out)["checks"]}
+        assert (outcome.code, checks[names[option]]["status"]) == (1, "failed")
+        assert checks[names[other]]["status"] == "passed"
+
+
+# Forms
+
+
+def test_json_is_strict_and_holds_every_field_of_the_report() -> None:
+    for report in reports():
+        found = json.loads(json.dumps(report.as_dict(), allow_nan=False))
+        assert set(found) == set(report.__dataclass_fields__) | {"passed", "headline"}
+        assert found["passed"] == all(check["passed"] for check in found["checks"])
+    poisoned = Check.against("x", "parity", float("nan"), 4.0, "", "")
+    assert poisoned.status == "failed"
+
+
+def test_junit_has_one_case_per_check_and_the_failures_of_the_report() -> None:
+    for report in reports():
+        root = ElementTree.fromstring(report.junit())
+        cases = {case.get("name"): case for case in root.iter("testcase")}
+        assert list(cases) == [check.name for check in report.checks]
+        for each in report.checks:
+            case = cases[each.name]
+            assert case.get("classname") == f"dispc.validate.{each.group}"
+            assert (case.find("failure") is not None) == (each.status == "failed")
+            assert (case.find("skipped") is not None) == (each.status == "skipped")
+        (suite,) = root
+        failures = sum(not check.passed for check in report.checks)
+        assert suite.get("tests") == root.get("tests") == str(len(report.checks))
+        assert suite.get("failures") == root.get("failures") == str(failures)
+        assert suite.get("skipped") == str(sum(check.status == "skipped" for check in report.checks))
+
+
+def test_text_that_xml_and_tables_cannot_hold_does_no_harm() -> None:
+    good = reports()[0]
+    nasty = Check.failed("a|b <&> \x00\x1b", "parity", "[bold]x[/] | \x07 </td>")
+    report = Report(**{**good.__dict__, "checks": (nasty,), "artifact": "/a<b>&"})
+    assert ElementTree.fromstring(report.junit()).find(".//failure") is not None
+    assert "a\\|b" in report.markdown()
+    assert "</td> <" not in page(report.as_dict()) and "/a&lt;b&gt;&amp;" in page(report.as_dict())
+
+
+def test_markdown_says_what_failed_and_where() -> None:
+    good, broken = (report.markdown() for report in reports())
+    assert good.startswith("## ✅ Validation passed") and "❌" not in good
+    assert broken.startswith("## ❌ Validation FAILED") and "the first to be wrong is block 1 mlp" in broken
+    rows = [line for line in good.splitlines() if line.startswith("| ✅")]
+    assert all(len(re.split(r"(?<!\\)\|", line)) == 7 for line in rows)
+
+
+def test_every_file_is_written_and_none_but_those(tmp_path: Path) -> None:
+    good, _, model = originals()
+    files = {option: tmp_path / "deep" / f"report.{option}" for option in ("junit", "html", "markdown")}
+    options = [part for option, path in files.items() for part in (f"--{option}", path)]
+    outcome = command.run("validate", good, "-r", model, *options)
+    assert outcome.code == 0, outcome
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["report.html", "report.junit", "report.markdown"]
+    assert "Error per block" in files["html"].read_text(encoding="utf-8")  # --html drills
+
+
+# The page
+
+
+def test_the_page_needs_nothing_else_and_shows_everything() -> None:
+    good, broken = (page(report.as_dict()) for report in reports())
+    for text in (good, broken):
+        assert not re.search(r"<script|<link|<img|@import|url\(|https?://|src=", text)
+        assert "prefers-color-scheme: dark" in text
+        for heading in ("Checks", "What was compared", "Error per block", "Widths per block"):
+            assert f"<h2>{heading}</h2>" in text
+    assert "PASSED" in good and "Where it broke" not in good
+    assert "FAILED" in broken and "Where it broke" in broken
+    assert 'class="bad"' in broken and 'class="bad"' not in good
+
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
+
+
+@pytest.mark.extras
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium: apt-get install chromium")
+@pytest.mark.parametrize(("scheme", "bright"), [("light", True), ("dark", False)])
+def test_the_page_is_legible_in_a_browser_in_light_and_dark(scheme: str, bright: bool, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "report.html").write_text(page(reports()[1].as_dict()), encoding="utf-8")
+    shot = tmp_path / "shot.png"
+    subprocess.run(
+        [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--screenshot={shot}",
+            f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,1400",
+            f"--blink-settings=preferredColorScheme={1 if bright else 0}", (tmp_path / "report.html").as_uri(),
+        ],
+        capture_output=True, check=True, timeout=120,
+    )  # fmt: skip
+    pixels = np.asarray(image.open(shot).convert("RGB")).astype(int)
+    background = pixels[5, 5]
+    assert (background.mean() > 200) == bright
+    drawn = np.abs(pixels - background).sum(axis=2) > 60
+    assert 0.01 < drawn.mean() < 0.5
+    assert drawn[:, -8:].mean() == 0  # nothing runs over the right edge
+    red = (pixels[..., 0] - pixels[..., 1:].max(axis=2) > 60).sum()
+    assert red > 500  # the verdict and the failed checks
+
+
+# Against an earlier report
+
+
+def saved(report: dict[str, Any], path: Path) -> Path:
+    path.write_text(json.dumps(report))
+    return path
+
+
+def test_a_report_is_no_worse_than_itself_and_worse_than_a_better_one(tmp_path: Path) -> None:
+    good = reports()[0]
+    same = compare(good, saved(good.as_dict(), tmp_path / "same.json"), 0.0)
+    added = {check.name: check for check in same.checks if check.group == "baseline"}
+    assert same.passed and {"baseline: prefill", "baseline: KL divergence", "baseline: bytes"} <= set(added)
+    assert "baseline: padding of the other side" not in added  # never judged, so never worse
+    for name, change in (("bytes", lambda r: r.update(bytes=r["bytes"] // 2)), ("prefill", halve_prefill)):
+        better = good.as_dict()
+        change(better)
+        worse = compare(good, saved(better, tmp_path / "better.json"), 0.05)
+        assert [check.name for check in worse.checks if not check.passed] == [f"baseline: {name}"]
+        assert compare(good, tmp_path / "better.json", 1.1).passed
+
+
+def halve_prefill(report: dict[str, Any]) -> None:
+    row = next(check for check in report["checks"] if check["name"] == "prefill")
+    row["figure"] /= 2
+
+
+def test_latency_and_perplexity_are_compared_where_both_reports_have_them(tmp_path: Path) -> None:
+    def report(p50: float, perplexity: float) -> Report:
+        row = {"artifact": "artifact", "name": "one token", "p50": p50}
+        extra = {"latency": {"rows": [row]}, "perplexity": {"artifact": {"perplexity": perplexity}}}
+        return Report(**{**reports()[0].__dict__, **extra})
+
+    older = saved(report(10.0, 20.0).as_dict(), tmp_path / "older.json")
+    for p50, perplexity, failing in (
+        (10.4, 20.9, []), (10.6, 20.0, ["baseline: one token p50"]), (10.0, 21.1, ["baseline: perplexity"])
+    ):  # fmt: skip
+        compared = compare(report(p50, perplexity), older, 0.05)
+        assert [check.name for check in compared.checks if not check.passed] == failing
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"checks": 1}'])
+def test_what_is_no_report_cannot_be_a_baseline(content: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"x\.json: is no report"):
+        compare(reports()[0], tmp_path / "x.json", 0.05)
+    with pytest.raises(ArtifactError, match="no such report"):
+        compare(reports()[0], tmp_path / "lost.json", 0.05)
+
+
+def test_regression_is_exit_code_1_and_nonsense_2(tmp_path: Path) -> None:
+    good, _, model = originals()
+    better = reports()[0].as_dict()
+    better["bytes"] = better["bytes"] * 9 // 10
+    file = saved(better, tmp_path / "report.json")
+    line = ("validate", good, "-r", model, "--baseline", file)
+    assert command.run(*line, "--max-regression", "1000%").code == 0
+    outcome = command.run(*line, "--max-regression", "5%", "--json")
+    failed = [check["name"] for check in json.loads(outcome.out)["checks"] if not check["passed"]]
+    assert (outcome.code, failed) == (1, ["baseline: bytes"])
+    for text in ("much", "-5%", "inf"):
+        command.assert_refused(tmp_path, *line, "--max-regression", text, says=("--max-regression", "5%"))
+
+
+# Without running anything
+
+
+def test_operators_of_foreign_domains_fail(tmp_path: Path) -> None:
+    good, _, _ = originals()
+    assert judge_file(good / "model.onnx", "onnx-cpu").passed
+    standard = judge_file(good / "model.onnx", "onnx")  # GroupQueryAttention is ONNX Runtime's own
+    assert not standard.passed and "com.microsoft" in standard.detail
+    (tmp_path / "model.onnx").write_bytes((good / "model.onnx").read_bytes()[:200])
+    assert not judge_file(tmp_path / "model.onnx", "onnx").passed
+
+
+def test_unknown_truth_dtypes_are_refused() -> None:
+    good, _, model = originals()
+    with pytest.raises(DispcError, match="float64 or float32"):
+        check(good, model, reference_dtype="float8")

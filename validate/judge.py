@@ -1,0 +1,192 @@
+"""`dispc.validate.check`: run an artifact in every way that matters, and judge it against the masked reference."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dispc import __version__
+from dispc.checkpoint import Checkpoint
+from dispc.errors import ArtifactError, MasksError
+from dispc.manifest import read_manifest
+from dispc.masks import SETS, Masks, set_width
+from dispc.quantised_reference import match_quantisation
+from dispc.reference import load_reference
+from dispc.targets import TARGETS
+from dispc.validate import parity
+from dispc.validate.baseline import compare
+from dispc.validate.doctor import cuda_problem
+from dispc.validate.drill import drill_down
+from dispc.validate.latency import LatencyOptions, judge_latency, measure_latency
+from dispc.validate.memory import fits_memory, require_memory_for_reference
+from dispc.validate.parity import Thresholds
+from dispc.validate.perplexity import ArtifactScorer, TorchScorer, measure_perplexity
+from dispc.validate.placement import Placement, judge_placement
+from dispc.validate.report import Report
+from dispc.validate.scenarios import PREFILL, Row, Stage, judge_bits, play
+from dispc.validate.session import CPU, CUDA, Artifact
+from dispc.validate.static import judge_file
+from dispc.validate.truth import Answers, ask, truth_dtype
+
+Device = Literal["target", "cpu", "available"]
+PACKAGES = ("onnxruntime-gpu", "torch", "transformers")
+
+
+def check(
+    artifact: Path,
+    reference: Path,
+    *,
+    thresholds: Thresholds | None = None,
+    device: Device = "target",
+    quick: bool = False,
+    drill: bool = False,
+    data: str | None = None,
+    sequence_length: int | None = None,
+    max_windows: int | None = None,
+    latency: LatencyOptions | None = None,
+    dense: Path | None = None,
+    baseline: Path | None = None,
+    max_regression: float = 0.05,
+    reference_dtype: str | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda what: None,
+) -> Report:
+    """Judge `artifact` against the model of `reference` with the artifact's own masks.
+
+    `device`: the provider of the artifact's `target`; `cpu` whatever the target; `available` falls back to the CPU, and
+    the report says so. `quick` runs what a compilation runs: the scenarios that find most faults, and nothing else.
+    `drill` compares block by block even when nothing failed. `data` adds perplexity, in windows of `sequence_length`.
+    `latency` adds times, beside those of the artifact `dense`. `baseline` is an earlier report: no figure may be worse
+    by more than the share `max_regression`. `say` is told what is being done.
+
+    Raises:
+        DispcError: when the comparison cannot be made; nothing was judged then.
+    """
+    artifact, reference = Path(artifact), Path(reference)
+    thresholds = thresholds or parity.DEFAULTS
+    trial = Trial.prepare(artifact, reference, device, reference_dtype)
+    stage = Stage(trial.artifact, trial.checkpoint.config.vocab_size, seed)
+    say("running the artifact")
+    played = play(stage, quick=quick)
+    say("asking the reference")
+    answers = trial.answers([row for turn in played for row in turn.rows])
+    checks = parity.judge(played, answers, thresholds)
+    if trial.artifact.last_logits or trial.artifact.int8_activations:
+        checks.append(parity.judge_shipped(Artifact(artifact, provider=trial.artifact.provider), trial.artifact, stage))
+    placement: Placement | None = None
+    drilled = measured = times = None
+    if not quick:
+        checks.insert(0, judge_file(artifact / "model.onnx", trial.target))
+        checks.append(judge_bits(stage))
+        placement, judged = judge_placement(trial.artifact)
+        checks.append(judged)
+        failed = [check.name for check in checks if not check.passed]
+        scenario = next((turn.scenario for turn in played if turn.rows and turn.scenario.name in failed), None)
+        if drill or scenario:
+            say("drilling down")
+            drilled = drill_down(stage, scenario or PREFILL, trial.masks, trial.answers, thresholds.error)
+    if data is not None:
+        say("measuring perplexity")
+        windows: dict[str, Any] = {"sequence_length": sequence_length, "max_windows": max_windows}
+        ours = measure_perplexity(ArtifactScorer(artifact, trial.artifact.provider), data, **windows)
+        theirs = measure_perplexity(TorchScorer(reference, artifact / "masks.safetensors"), data, **windows)
+        measured = {"artifact": ours.as_dict(), "reference": theirs.as_dict()}
+        checks.append(parity.judge_perplexity(ours, theirs, thresholds.perplexity))
+    if latency is not None:
+        say("measuring latency")
+        times = measure_latency(artifact, dense, latency, trial.artifact.provider)
+        checks += judge_latency(times)
+    report = Report(
+        **trial.facts(), checks=tuple(checks), drill=drilled, perplexity=measured,
+        placement=placement.as_dict() if placement else None, latency=times, quick=quick,
+    )  # fmt: skip
+    return report if baseline is None else compare(report, baseline, max_regression)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An artifact, loaded, and the model that it must agree with."""
+
+    artifact: Artifact
+    checkpoint: Checkpoint
+    masks: Masks
+    truth: torch.dtype
+    remark: str
+
+    @staticmethod
+    def prepare(directory: Path, reference: Path, device: Device, reference_dtype: str | None) -> "Trial":
+        """Load what is to be compared, and make sure that it can be.
+
+        Raises:
+            DispcError: when one of the two is unusable, or the artifact was made from another model.
+        """
+        checkpoint = Checkpoint(reference)
+        provider, remark = choose_provider(directory, device)
+        artifact = Artifact(directory, provider=provider, exact=True)
+        masks = Masks.load(directory / "masks.safetensors")
+        masks.check(checkpoint.config, directory / "masks.safetensors")
+        if masks.sha256() != artifact.manifest["masks_sha256"]:
+            raise MasksError(f"{directory}: masks.safetensors is not the file that the artifact was compiled with")
+        if checkpoint.config_sha256 != artifact.manifest["config_sha256"]:
+            raise ArtifactError(f"{directory}: was not compiled from {reference} (config.json differs)")
+        parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+        truth = truth_dtype(parameters, reference_dtype, room=fits_memory(checkpoint, torch.float64.itemsize))
+        require_memory_for_reference(checkpoint, truth.itemsize)
+        return Trial(artifact, checkpoint, masks, truth, remark)
+
+    @property
+    def target(self) -> str:
+        return str(self.artifact.manifest["target"])
+
+    def answers(self, rows: Sequence[Row], *, streams: bool = False) -> Answers:
+        """What the reference says about the texts of `rows`."""
+        family, texts = self.checkpoint.family, [row.text for row in rows]
+        return ask(self.load, family, texts, self.truth, self.artifact.dtype, streams=streams)
+
+    def load(self) -> Any:
+        """The masked reference, in float32, with the weights rounded that the artifact stores as integers."""
+        family = self.checkpoint.family
+        reference = load_reference(self.checkpoint.directory, family, self.masks)
+        match_quantisation(reference, family, self.masks, self.artifact.manifest)
+        return reference
+
+    def facts(self) -> dict[str, Any]:
+        """The part of a report that tells what was compared, and where."""
+        artifact, masks, manifest = self.artifact, self.masks, self.artifact.manifest
+        precision = "weights widened to float32" if artifact.widened else f"{artifact.dtype} as is"
+        return {
+            "artifact": str(artifact.directory), "reference": str(self.checkpoint.directory), "target": self.target,
+            "dtype": artifact.dtype, "padding": artifact.padding, "lowering": manifest["lowering"]["name"],
+            "judged_on": f"{artifact.provider}{self.remark}, {precision}",
+            "truth": f"reference in {str(self.truth).removeprefix('torch.')}",
+            "versions": {"dispc": __version__} | {name: version(name) for name in PACKAGES},
+            "bytes": manifest["bytes"],
+            "widths": tuple({name: len(v) for name, v in block.sets().items()} for block in masks.blocks),
+            "full_widths": {name: set_width(name, masks.hidden_size, masks.intermediate_size) for name in SETS},
+        }  # fmt: skip
+
+
+def choose_provider(artifact: Path, device: Device) -> tuple[str, str]:
+    """The execution provider to judge on, and the remark that its name needs in the report's first line.
+
+    Raises:
+        ArtifactError: when the target's provider does not load here and the CPU was not asked for.
+    """
+    target = TARGETS.get(read_manifest(artifact)["target"])
+    if target is None or target.provider == CPU:
+        return CPU, ""
+    if device == "cpu":
+        return CPU, f" instead of {target.provider} (chosen)"
+    problem = cuda_problem()
+    if problem is None:
+        return CUDA, ""
+    if device == "target":
+        raise ArtifactError(
+            f"{artifact}: is for CUDA, which does not load here: {problem}; "
+            "dispc doctor tells more, --on-cpu judges parity on the CPU"
+        )
+    return CPU, f" instead of {target.provider} (not here: {problem})"

@@ -1,0 +1,334 @@
+"""How fast an artifact is, beside a dense one: measured in a process of its own, with nothing else in its memory.
+
+`python -m dispc.validate.latency` reads a request as JSON from standard input and prints what it measured as JSON.
+Inputs and outputs stay on the device (IO binding). The two artifacts are timed in turns, so that a machine that slows
+down slows both.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from dispc.errors import ArtifactError, DispcError
+from dispc.validate.bound import BoundDecoder
+from dispc.validate.report import Check
+from dispc.validate.session import CUDA, Artifact, load_graph, open_session
+
+COPY_BYTES = 2**28
+GATHERS = ("Gather", "GatherElements", "GatherND", "ScatterND", "ScatterElements")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyOptions:
+    """What to time: every batch with every prompt length (time to first token) and every past length (one token).
+
+    `threads` 0 leaves their number to ONNX Runtime. `rounds` counts timed runs behind `warmup` others.
+    """
+
+    batches: tuple[int, ...] = (1,)
+    prompts: tuple[int, ...] = (128,)
+    pasts: tuple[int, ...] = (128,)
+    rounds: int = 20
+    warmup: int = 3
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if min(*self.batches, *self.prompts, *self.pasts, self.rounds) < 1 or min(self.threads, self.warmup) < 0:
+            raise ArtifactError("latency: batches, prompts, pasts and rounds are 1 or more, threads 0 or more")
+
+
+def measure_latency(artifact: Path, dense: Path | None, options: LatencyOptions, provider: str) -> dict[str, Any]:
+    """Run the measurement in a process of its own; see `measure` for what it returns.
+
+    Raises:
+        ArtifactError: with the last line of what that process said.
+    """
+    request = {"artifact": str(artifact), "dense": dense and str(dense), "provider": provider} | asdict(options)
+    command = [sys.executable, "-m", "dispc.validate.latency"]
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ArtifactError(f"{artifact}: latency could not be measured: {reason}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provider: str) -> dict[str, Any]:
+    """Times in milliseconds, a row for each artifact, batch and length; with CUDA graphs too where there is CUDA.
+
+    Returns `rows` (`p50`, `p90`, `p99`, `tokens_per_second`, for decoding `bytes_per_token` and `bytes_per_second`),
+    `copy_bytes_per_second` of the device, `peak_bytes`, `operators` (share of time by type while decoding) and
+    `gather_scatter_share`, `speedup` over the dense artifact by row name, and the threads.
+    """
+    if provider == CUDA:
+        from dispc.validate.doctor import preload
+
+        preload()
+    names = {"artifact": artifact} | ({"dense": dense} if dense else {})
+    rows: list[dict[str, Any]] = []
+    loaded: dict[str, list[_Session]] = {}
+    longest, peaks = max(*options.prompts, *options.pasts), {}
+    for name, path in names.items():
+        loaded[name] = [_Session(path, provider, options.threads, graph, longest) for graph in _graphs(path, provider)]
+        for batch in options.batches:  # once, so that the peak is known before the next artifact is loaded
+            for session in loaded[name]:
+                session.prefill(batch, max(options.prompts))()
+                session.step(batch, max(options.pasts))()
+        peaks[name] = peak_bytes(provider)
+    for batch in options.batches:
+        for kind, lengths in (("first token", options.prompts), ("one token", options.pasts)):
+            for length in lengths:
+                rows += _row(loaded, kind, batch, length, options)
+    copy = copy_speed(provider, options.threads)
+    operators = operator_times(artifact, provider, options)
+    gathers = sum(entry["share"] for entry in operators if entry["operator"] in GATHERS)
+    speedup = {}
+    for row in rows:
+        base = next((r for r in rows if r["artifact"] == "dense" and r["name"] == row["name"]), None)
+        if row["artifact"] == "artifact" and base:
+            speedup[row["name"]] = base["p50"] / row["p50"]
+        if "bytes_per_second" in row:
+            row["share_of_copy"] = row["bytes_per_second"] / copy
+    return {
+        "rows": rows, "speedup": speedup, "copy_bytes_per_second": copy, "peak_bytes": peaks["artifact"],
+        "operators": operators, "gather_scatter_share": gathers, "provider": provider,
+        "threads": options.threads or os.cpu_count(),
+        "threads_chosen_by": "option" if options.threads else "ONNX Runtime",
+        "rounds": options.rounds, "warmup": options.warmup, "dense": dense and str(dense),
+    }  # fmt: skip
+
+
+class _Session:
+    """An artifact loaded for timing, and what one call of it reads from memory."""
+
+    def __init__(self, path: Path, provider: str, threads: int, graph: bool, longest: int) -> None:
+        options = {"enable_cuda_graph": "1"} if graph else {}
+        self.artifact = Artifact(path, threads, provider=provider, provider_options=options)
+        if longest >= self.artifact.positions:
+            raise ArtifactError(f"{path}: latency behind {longest} tokens, the model takes {self.artifact.positions}")
+        self.graph = graph
+        self.shared = shares_buffer(self.artifact)
+        self.weights = bytes_read(path / "model.onnx") * (2 if self.artifact.widened else 1)
+        self.rng = np.random.default_rng(0)
+
+    def prefill(self, batch: int, length: int) -> Callable[[], None]:
+        """A call that runs a prompt of `length` tokens on an empty cache."""
+        decoder = self._decoder(batch, length)
+        decoder.prepare(self._tokens(batch, length))
+        return decoder.run
+
+    def step(self, batch: int, past: int) -> Callable[[], None]:
+        """A call that runs one token behind `past` others, always the same one."""
+        decoder = self._decoder(batch, past + 1)
+        decoder.feed(self._tokens(batch, past))
+        decoder.prepare(self._tokens(batch, 1))
+        return decoder.run
+
+    def step_bytes(self, batch: int, past: int) -> int:
+        """Weights once, and the caches of `past` positions."""
+        caches = [self.artifact.runner.inputs[name] for name in self.artifact.runner.caches]
+        size = 2 if caches and "16" in caches[0].type else 4
+        positions = sum(value.shape[1] * value.shape[3] for value in caches)
+        return int(self.weights + batch * past * positions * size)
+
+    def _decoder(self, batch: int, capacity: int) -> BoundDecoder:
+        room = min(self.artifact.positions, capacity)
+        return BoundDecoder(self.artifact, batch=batch, capacity=room, shared=self.shared, graph=self.graph)
+
+    def _tokens(self, batch: int, length: int) -> Any:
+        return self.rng.integers(0, 100, (batch, length))
+
+
+def shares_buffer(artifact: Artifact) -> bool:
+    """Past and present may be one buffer."""
+    return artifact.padding == "right" and artifact.manifest["attention"] == "GroupQueryAttention"
+
+
+def _graphs(path: Path, provider: str) -> tuple[bool, ...]:
+    """CUDA graphs off, and on where they can be."""
+    if provider != CUDA:
+        return (False,)
+    from dispc.manifest import read_manifest
+
+    manifest = read_manifest(path)
+    can = manifest["padding"] == "right" and manifest["attention"] == "GroupQueryAttention"
+    return (False, True) if can else (False,)
+
+
+def _row(
+    loaded: dict[str, list[_Session]], kind: str, batch: int, length: int, options: LatencyOptions
+) -> list[dict[str, Any]]:
+    """Time one case on every session, in turns."""
+    cases: list[tuple[str, str, _Session, Callable[[], None]]] = []
+    for name, sessions in loaded.items():
+        for session in sessions:
+            if kind == "first token" and session.graph:
+                continue  # a prefill is never captured
+            title = f"{kind}, batch {batch}, {'prompt' if kind == 'first token' else 'past'} {length}"
+            title += ", CUDA graph" if session.graph else ""
+            case = session.prefill(batch, length) if kind == "first token" else session.step(batch, length)
+            cases.append((name, title, session, case))
+    times: list[list[float]] = [[] for _ in cases]
+    for _ in range(options.warmup + options.rounds):
+        for number, (_, _, _, case) in enumerate(cases):
+            start = time.perf_counter()
+            case()
+            times[number].append(1000 * (time.perf_counter() - start))
+    rows = []
+    for (name, title, session, _), found in zip(cases, times, strict=True):
+        p50, p90, p99 = np.percentile(found[options.warmup :], (50, 90, 99))
+        tokens = batch * (length if kind == "first token" else 1)
+        row = {
+            "artifact": name, "name": title, "p50": float(p50), "p90": float(p90), "p99": float(p99),
+            "tokens_per_second": 1000 * tokens / float(p50), "cuda_graph": session.graph,
+        }  # fmt: skip
+        if kind == "one token":
+            read = session.step_bytes(batch, length)
+            row |= {"bytes_per_token": read, "bytes_per_second": 1000 * read / float(p50)}
+        rows.append(row)
+    return rows
+
+
+def bytes_read(path: Path) -> int:
+    """Bytes of the weights that a step reads in full: all but tables that only a Gather of rows looks up."""
+    total = 0
+    for value in load_graph(path).graph.initializers.values():
+        looked_up = all(
+            (use.node.op_type == "Gather" and use.idx == 0) or use.node.op_type.endswith("RotaryEmbedding")
+            for use in value.uses()
+        )
+        if value.const_value is not None and not looked_up:
+            total += value.const_value.nbytes
+    return total
+
+
+def copy_speed(provider: str, threads: int) -> float:
+    """Bytes per second, read and written, of the fastest of ten copies of 256 MiB on the device."""
+    import torch
+
+    if provider == CUDA:
+        return _cuda_copy_speed()
+    if threads:
+        torch.set_num_threads(threads)
+    source, target = torch.zeros(COPY_BYTES, dtype=torch.uint8), torch.ones(COPY_BYTES, dtype=torch.uint8)
+    return 2 * COPY_BYTES / min(_timed(lambda: target.copy_(source)) for _ in range(10))
+
+
+def _cuda_copy_speed() -> float:
+    """An Identity node between two buffers on the device: ONNX Runtime copies, and torch need not know CUDA."""
+    size = COPY_BYTES // 4
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [size]) for name in "xy"]
+    node = onnx.helper.make_node("Identity", ["x"], ["y"], name="copy")
+    graph = onnx.helper.make_graph([node], "copy", value[:1], value[1:])
+    with tempfile.TemporaryDirectory(prefix="dispc-copy-") as scratch:
+        path = Path(scratch) / "copy.onnx"
+        onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10), path)
+        session = open_session(path, optimise=False, provider=CUDA)
+    buffers = [ort.OrtValue.ortvalue_from_shape_and_type([size], np.float32, "cuda") for _ in range(2)]
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("x", buffers[0])
+    binding.bind_ortvalue_output("y", buffers[1])
+
+    def copy() -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    return 2 * COPY_BYTES / min(_timed(copy) for _ in range(10))
+
+
+def _timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def operator_times(path: Path, provider: str, options: LatencyOptions) -> list[dict[str, Any]]:
+    """Time by operator type over single steps, by ONNX Runtime's profiler.
+
+    Entries have `operator`, `milliseconds` (the median over the steps) and `share`.
+    """
+    with tempfile.TemporaryDirectory(prefix="dispc-profile-") as scratch:
+        prefix = Path(scratch) / "profile"
+        artifact = Artifact(path, options.threads, provider=provider, profile=prefix)
+        shared, past = shares_buffer(artifact), max(options.pasts)
+        batch = max(options.batches)
+        decoder = BoundDecoder(artifact, batch=batch, capacity=past + 1, shared=shared)
+        decoder.feed(np.ones((batch, past), dtype=np.int64))
+        decoder.prepare(np.ones((batch, 1), dtype=np.int64))
+        for _ in range(options.rounds):
+            decoder.run()
+        events = json.loads(Path(artifact.session.end_profiling()).read_text(encoding="utf-8"))
+    starts = sorted(event["ts"] for event in events if event["name"] == "model_run")[1:]  # the first is the prefill
+    spent: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(starts))
+    for event in events:
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+            run = bisect_right(starts, event["ts"]) - 1
+            if run >= 0:
+                spent[event["args"]["op_name"]][run] += event["dur"] / 1000
+    middle = {name: statistics.median(times) for name, times in spent.items()}
+    total = sum(middle.values()) or 1.0
+    return [
+        {"operator": name, "milliseconds": duration, "share": duration / total}
+        for name, duration in sorted(middle.items(), key=lambda entry: -entry[1])
+    ]
+
+
+def peak_bytes(provider: str) -> int | None:
+    """Peak memory of this process: of the GPU as nvidia-smi has it, else resident; None where nobody says."""
+    if provider == CUDA:
+        query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+        try:
+            lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        own = [line.split(",")[1] for line in lines if line.split(",")[0].strip() == str(os.getpid())]
+        return int(own[0]) * 2**20 if own and own[0].strip().isdigit() else None
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:")), None)
+
+
+def judge_latency(found: dict[str, Any]) -> list[Check]:
+    """What was measured, told and not judged: `--baseline` and `--min-speedup` judge."""
+    checks = []
+    for row in found["rows"]:
+        if row["artifact"] == "artifact":
+            detail = f"p90 {row['p90']:.2f}, p99 {row['p99']:.2f} ms, {row['tokens_per_second']:,.1f} tokens/s"
+            if row["name"] in found["speedup"]:
+                detail += f", {found['speedup'][row['name']]:.2f}x as fast as dense"
+            if "share_of_copy" in row:
+                detail += f", {row['bytes_per_second'] / 1e9:.1f} GB/s ({100 * row['share_of_copy']:.0f} % of a copy)"
+            checks.append(Check.against(row["name"], "latency", row["p50"], None, "ms", detail))
+    return checks
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    artifact, dense, provider = (request.pop(name) for name in ("artifact", "dense", "provider"))
+    lengths: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in request.items()}
+    options = LatencyOptions(**lengths)
+    try:
+        found = measure(Path(artifact), Path(dense) if dense else None, options, provider)
+    except DispcError as error:
+        sys.exit(str(error))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

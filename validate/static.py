@@ -1,0 +1,35 @@
+"""What can be said of an artifact without running it: onnx.checker, and the operator sets it asks for."""
+
+from collections import Counter
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from dispc.errors import first_line
+from dispc.graph import MICROSOFT
+from dispc.validate.report import Check
+
+DOMAINS = {"onnx": {""}}
+"""Target -> the operator domains that its runtimes know; other targets are for ONNX Runtime."""
+ONNX_RUNTIME = {"", MICROSOFT}
+
+
+def judge_file(path: Path, target: str) -> Check:
+    """onnx.checker with full shape inference, and no operator from a domain that the target's runtimes lack."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+        model = onnx.load(path, load_external_data=False)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, DecodeError) as error:
+        return Check.failed("onnx.checker", "static", f"refuses the model: {first_line(error)}")
+    operators = Counter(f"{node.domain}.{node.op_type}".removeprefix(".") for node in model.graph.node)
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    unknown = sorted({node.domain for node in model.graph.node} - DOMAINS.get(target, ONNX_RUNTIME))
+    unlisted = sorted({node.domain for node in model.graph.node} - set(opsets))
+    spelled = ", ".join(f"{domain or 'ai.onnx'} {number}" for domain, number in opsets.items())
+    detail = f"IR {model.ir_version}; opsets {spelled}; {len(model.graph.node)} nodes"
+    for domains, fault in ((unknown, f"target {target} does not know"), (unlisted, "opset_import lacks")):
+        if domains:
+            return Check.failed("onnx.checker", "static", f"{fault} the domain {', '.join(domains)}; {detail}")
+    figures = {"ir_version": model.ir_version, "opsets": opsets, "operators": dict(operators.most_common())}
+    return Check(name="onnx.checker", group="static", status="passed", detail=detail, figures=figures)

@@ -2,10 +2,12 @@
 
     .venv/bin/python benchmarks/learned_masks.py run ~/.cache/dispc/demo/SmolLM2-135M-Instruct \\
         --train wiki.train.tokens --test wiki.test.raw
+    .venv/bin/python benchmarks/learned_masks.py judge MODEL --masks DIR --test wiki.test.raw --max-windows 16
     .venv/bin/python benchmarks/learned_masks.py table
 
 A cell that has its JSON file in benchmarks/results/learned/ is not run again, and one that was interrupted goes on from
-its checkpoint. `table` writes docs/results.md from those files.
+its checkpoint. `judge` makes cells of masks that are there, named METHOD-RATIO-SEED.safetensors. `table` writes
+docs/results.md from the cells.
 """
 
 import json
@@ -85,21 +87,66 @@ def run_grid(
             masks.parent.mkdir(parents=True, exist_ok=True)
             run(dispc(*map(str, learning), "--resume" if resume else "--force"))
         seconds = time.perf_counter() - start
-        judging = ["eval", model, "--data", test, "--sequence-length", window, "--json"]
-        judging += ["--masks", masks] if learning else []
-        report = json.loads(run(dispc(*map(str, judging))).output)
-        write_result(
-            file,
-            {
-                "method": cell.method, "ratio": cell.ratio, "seed": cell.seed, "learn_seconds": round(seconds, 1),
-                "tokens": steps * sequence_length if cell.method in LEARNED else 0,
-                "perplexity": report["perplexity"][0], "train": train.name,
-                "command": " ".join(["dispc", *map(str, learning)]).replace(f"{model.parent}/", ""),
-                "environment": environment(),
-            },
-        )  # fmt: skip
-        if learning:
-            shutil.copy(masks, results / masks.name)
+        judge_cell(cell, model, masks if learning else None, test, window, None, results, {
+            "learn_seconds": round(seconds, 1), "tokens": steps * sequence_length if cell.method in LEARNED else 0,
+            "train": train.name, "command": shown(learning, model),
+        })  # fmt: skip
+
+
+@app.command("judge")
+def judge_masks(
+    model: Annotated[Path, typer.Argument(help="Hugging Face model directory.")],
+    masks: Annotated[Path, typer.Option(help="Directory of mask files METHOD-RATIO-SEED.safetensors.")],
+    test: Annotated[Path, typer.Option(help="Text to judge on.")],
+    window: Annotated[int, typer.Option(help="Perplexity window.")] = 2048,
+    max_windows: Annotated[int | None, typer.Option(help="Read no more windows than this.")] = None,
+    results: Annotated[Path, typer.Option(help="Where the cells' results go.")] = RESULTS,
+) -> None:
+    """Judge masks that are there, and the dense model."""
+    judge_cell(Cell("dense", 0), model, None, test, window, max_windows, results, {"tokens": 0, "command": ""})
+    slugs = {method.lower().replace(" ", "-"): method for method in METHODS}
+    for file in sorted(masks.glob("*.safetensors")):
+        slug, ratio, seed = file.stem.rsplit("-", 2)
+        facts = json.loads(run(dispc("inspect", str(file), "--json")).output)["facts"]
+        tokens = int(facts.get("steps", 0)) * int(facts.get("sequence_length", 0)) * int(facts.get("batch_size", 1))
+        cell = Cell(slugs[slug], int(ratio), int(seed))
+        options = [
+            "learn", model, "--data", facts.get("data", "-"), "-r", facts["pruning_ratio"], "--seed", seed,
+            *METHODS[cell.method],
+        ]  # fmt: skip
+        if cell.method in LEARNED:
+            options += ["--steps", facts["steps"], "--sequence-length", facts["sequence_length"]]
+            options += ["--learning-rate", facts["learning_rate"], "--precision", "bfloat16"]
+        record = {"tokens": tokens, "command": shown(options, model), "train": facts.get("data", "")}
+        metrics = file.with_suffix(".learn") / "metrics.jsonl"
+        if metrics.exists():
+            steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+            record["learn_seconds"] = round(sum(tokens / len(steps) / step["tokens_per_second"] for step in steps), 1)
+        judge_cell(cell, model, file, test, window, max_windows, results, record)
+
+
+def shown(options: list[Any], model: Path) -> str:
+    """A command line as the page shows it."""
+    return " ".join(["dispc", *map(str, options)]).replace(f"{model.parent}/", "") if options else ""
+
+
+def judge_cell(
+    cell: Cell, model: Path, masks: Path | None, test: Path, window: int, max_windows: int | None, results: Path,
+    record: dict[str, Any],
+) -> None:  # fmt: skip
+    """Measure the perplexity of a cell and write its result, and its masks beside it."""
+    file = results / f"{cell.name}.json"
+    if file.exists():
+        return
+    console.print(f"judging {cell.name} ...", highlight=False)
+    judging: list[Any] = ["eval", model, "--data", test, "--sequence-length", window, "--json"]
+    judging += ["--max-windows", max_windows] if max_windows else []
+    judging += ["--masks", masks] if masks else []
+    report = json.loads(run(dispc(*map(str, judging))).output)
+    head = {"method": cell.method, "ratio": cell.ratio, "seed": cell.seed}
+    write_result(file, head | record | {"perplexity": report["perplexity"][0], "environment": environment()})
+    if masks:
+        shutil.copy(masks, results / masks.name)
 
 
 @app.command()
@@ -115,9 +162,10 @@ def table(
     lines = ["# Results", "", "Written by `benchmarks/learned_masks.py table`, not by hand.", ""]
     if dense:
         text = dense["perplexity"]
+        learned_on = ", ".join(sorted({cell["train"] for cell in cells if cell.get("train")}))
         lines += [
             f"Perplexity on {text['data']}, {text['windows']} windows of {text['sequence_length']} tokens, "
-            f"learned on {dense['train']}; dense {text['perplexity']:.2f}.",
+            f"learned on {learned_on}; dense {text['perplexity']:.2f}.",
             "",
         ]
     lines += ["| method | " + " | ".join(f"{ratio} %" for ratio in ratios) + " |", "|---" * (len(ratios) + 1) + "|"]
@@ -127,8 +175,9 @@ def table(
         lines.append(f"| {method} | " + " | ".join(shown) + " |")
     lines += ["", "| cell | tokens | minutes to learn | command |", "|---|---|---|---|"]
     for cell in cells:
+        minutes = f"{cell['learn_seconds'] / 60:.1f}" if "learn_seconds" in cell else "-"
         name = f"{cell['method']}, {cell['ratio']} %, seed {cell['seed']}"
-        lines.append(f"| {name} | {cell['tokens']:,} | {cell['learn_seconds'] / 60:.1f} | `{cell['command']}` |")
+        lines.append(f"| {name} | {cell['tokens']:,} | {minutes} | `{cell['command']}` |")
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
     console.print(f"{page}: {len(cells)} cells", highlight=False)
 

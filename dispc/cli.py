@@ -132,6 +132,7 @@ def generate(
 def inspect(
     path: Annotated[Path, typer.Argument(help="A mask file, an artifact, or a model directory.")],
     plot: Annotated[Path | None, typer.Option(help="Draw the widths per block into this file (png, svg, pdf).")] = None,
+    ops: Annotated[bool, typer.Option("--ops", help="List the operators of each block of an artifact.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Show widths per block, parameters kept, bytes and operators.
@@ -149,7 +150,7 @@ def inspect(
     if as_json:
         print_json(facts)
         return
-    for table in inspect_tables(facts):
+    for table in inspect_tables(facts, ops=ops):
         out.print(table)
 
 

@@ -155,8 +155,8 @@ def parity_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def inspect_tables(facts: Mapping[str, Any]) -> list[Table]:
-    """Facts of the whole, widths per block, and operators where the graph is known."""
+def inspect_tables(facts: Mapping[str, Any], *, ops: bool = False) -> list[Table]:
+    """Facts of the whole, widths per block, and operators where the graph is known; with `ops` those of each block."""
     tables = [facts_table({name: str(value) for name, value in facts["facts"].items()})]
     if facts.get("widths"):
         full = facts["full_widths"]
@@ -174,6 +174,14 @@ def inspect_tables(facts: Mapping[str, Any]) -> list[Table]:
         for name, count in facts["operators"].items():
             operators.add_row(name, str(count))
         tables.append(operators)
+    if ops and facts.get("block_operators"):
+        blocks = Table(title="Operators per block", title_justify="left")
+        blocks.add_column("block", justify="right")
+        blocks.add_column("operators")
+        *rows, outside = facts["block_operators"]
+        for number, counts in [*enumerate(rows), ("outside", outside)]:
+            blocks.add_row(str(number), ", ".join(f"{count} {name}" for name, count in counts.items()))
+        tables.append(blocks)
     return tables
 
 

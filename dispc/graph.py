@@ -9,6 +9,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 MICROSOFT = "com.microsoft"
+HEAD = "lm_head.weight"
+"""The LM head in every family; a tied one is cut from the embedding under this name."""
 WINDOW = "dispc.window"
 """Metadata key of Attention nodes: the sliding window in tokens, 0 for none."""
 READS, WRITES = "dispc.reads", "dispc.writes"

@@ -1,6 +1,8 @@
 """The facts of a mask file, an artifact or a model directory, as one dictionary for tables and for --json."""
 
 import math
+import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -78,8 +80,18 @@ def _artifact(path: Path) -> dict[str, Any]:
         "widths": widths,
         "full_widths": full,
         "operators": dict(operators.most_common()),
+        "block_operators": _block_operators(graph),
         "manifest": manifest,
     }
+
+
+def _block_operators(graph: onnx.GraphProto) -> list[dict[str, int]]:
+    """Operators of each block, by the names of its nodes, and in a last row those of all other nodes."""
+    rows: dict[int, Counter[str]] = {}
+    for node in graph.node:
+        block = re.search(r"/layers\.(\d+)/", node.name)
+        rows.setdefault(int(block[1]) if block else sys.maxsize, Counter())[node.op_type] += 1
+    return [dict(rows[number].most_common()) for number in sorted(rows)]
 
 
 def _model(path: Path) -> dict[str, Any]:

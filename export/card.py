@@ -13,6 +13,7 @@ import yaml
 
 from dispc.checkpoint import Checkpoint
 from dispc.masks import SETS, Masks, set_width
+from dispc.quantisation import Quantisation
 from dispc.targets import TARGETS
 
 CARRIED = ("license", "license_name", "license_link", "language")
@@ -111,6 +112,8 @@ def write_card(checkpoint: Checkpoint, masks: Masks, manifest: Mapping[str, Any]
         "block parameters kept": f"{blocks['kept']:,} of {blocks['dense']:,} ({share})",
         "size of model.onnx and its data": f"{manifest['bytes']:,} bytes",
     }
+    if manifest["quantisation"]:
+        facts["quantised"] = str(Quantisation(**manifest["quantisation"]))
     full = [f"{part} of {set_width(part, config.hidden_size, config.intermediate_size)}" for part in SETS]
     widths = ((str(i), *(str(row[part]) for part in SETS)) for i, row in enumerate(manifest["widths"]))
     usual_heads = config.head_dim == config.hidden_size // config.num_attention_heads

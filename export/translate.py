@@ -14,11 +14,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from dispc.checkpoint import Checkpoint
 from dispc.errors import CompileError
 from dispc.export.operators import HANDLERS, POSITION_WISE, Node
-from dispc.graph import add_initializer, make_node, scope
+from dispc.graph import HEAD, add_initializer, make_node, scope
 from dispc.weights import DTYPES, LazyWeight
 
 OPSET = 23
-HEAD = "lm_head.weight"
 
 
 def translate(

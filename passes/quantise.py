@@ -9,11 +9,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dispc.errors import CompileError
-from dispc.graph import MICROSOFT, add_initializer, drop_unused_initializers, make_node
+from dispc.graph import HEAD, MICROSOFT, add_initializer, drop_unused_initializers, make_node
 from dispc.passes.base import RewritePass
 from dispc.quantisation import Quantisation
 
-HEAD = "lm_head.weight"
 INT8_ACTIVATIONS = 4
 """The `accuracy_level` that lets kernels round activations to int8."""
 PIECE = 2**22
@@ -53,7 +52,8 @@ class QuantisePass(RewritePass):
         """Every MatMul that is left in a decoder is a projection; the LM head and the embedding count when asked."""
         matmuls = sum(node.op_type == "MatMul" for node in model.graph)
         lookups = sum(node.op_type == "Gather" and _name(node.inputs[1]) == "input_ids" for node in model.graph)
-        return matmuls - (not self.quantisation.head) + lookups * self.quantisation.embedding
+        spared = HEAD in model.graph.initializers and not self.quantisation.head  # a tied head is no MatMul any more
+        return matmuls - spared + lookups * self.quantisation.embedding
 
     def rewrite(self, model: ir.Model) -> int:
         graph, count = model.graph, 0

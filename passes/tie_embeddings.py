@@ -3,10 +3,8 @@
 import onnx_ir as ir
 
 from dispc.errors import CompileError
-from dispc.graph import MICROSOFT, drop_unused_initializers, make_node
+from dispc.graph import HEAD, MICROSOFT, drop_unused_initializers, make_node
 from dispc.passes.base import RewritePass
-
-HEAD = "lm_head.weight"
 
 
 class TieEmbeddingsPass(RewritePass):

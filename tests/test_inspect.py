@@ -70,6 +70,18 @@ def test_the_facts_of_an_artifact_are_those_of_its_files(place: Path) -> None:
     assert f"{kept:,} of {config.block_parameters * 3:,}" in found["facts"]["block parameters"]
 
 
+def test_operators_are_listed_block_by_block(place: Path) -> None:
+    found = inspect_path(place / "artifact")
+    *blocks, outside = found["block_operators"]
+    assert len(blocks) == 3
+    assert all(block["GroupQueryAttention"] == 1 for block in blocks)
+    assert sum(sum(row.values()) for row in (*blocks, outside)) == found["manifest"]["nodes"]
+    shown = command.run("inspect", place / "artifact", "--ops")
+    assert shown.code == 0
+    assert "Operators per block" in shown.out
+    assert "Operators per block" not in command.run("inspect", place / "artifact").out
+
+
 def test_the_facts_of_a_model_are_those_of_its_weights(place: Path) -> None:
     facts = inspect_path(place / "model")["facts"]
     state = load_file(place / "model" / "model.safetensors")

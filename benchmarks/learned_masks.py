@@ -174,7 +174,7 @@ def table(
         shown = [f"{cell['perplexity']['perplexity']:.2f}" if cell else "not run" for cell in figures]
         lines.append(f"| {method} | " + " | ".join(shown) + " |")
     lines += ["", "| cell | tokens | minutes to learn | command |", "|---|---|---|---|"]
-    for cell in cells:
+    for cell in (cell for cell in cells if cell["command"]):
         minutes = f"{cell['learn_seconds'] / 60:.1f}" if "learn_seconds" in cell else "-"
         name = f"{cell['method']}, {cell['ratio']} %, seed {cell['seed']}"
         lines.append(f"| {name} | {cell['tokens']:,} | {minutes} | `{cell['command']}` |")

@@ -30,8 +30,9 @@ SCATTERING = ("canonical", "scatter-elements")
 class Artifact:
     """A loaded artifact, on the CPU or on CUDA.
 
-    bfloat16 graphs, and float16 graphs with ScatterND(add), have no CPU kernels: on the CPU they are run with every
-    weight widened to float32 (`widened` says so); that keeps the rounding of the weights, not that of the arithmetic.
+    bfloat16 graphs, and float16 graphs with ScatterND(add), have no CPU kernels, and the CPU's float16 kernels round
+    otherwise than CUDA's: on the CPU such artifacts are run with every weight widened to float32 (`widened` says so);
+    that keeps the rounding of the weights, not that of the arithmetic.
     `edit` may change the graph before it is loaded (the drill adds outputs); the files stay as they are. `exact` loads
     the graph that can be compared closely at every position: without int8 activations, and with all logits.
 
@@ -55,9 +56,10 @@ class Artifact:
         self.dtype: str = self.manifest["dtype"]
         self.positions: int = self.manifest["positions"]
         self.stop_tokens = frozenset(self.manifest["stop_tokens"])
-        half_scatter = self.dtype != "float32" and self.manifest["lowering"]["name"] in SCATTERING
+        half = self.dtype != "float32"
+        elsewhere = self.manifest["target"] == "onnx-cuda" or self.manifest["lowering"]["name"] in SCATTERING
         self.provider = provider
-        self.widened = provider == CPU and (self.dtype == "bfloat16" or half_scatter)
+        self.widened = provider == CPU and (self.dtype == "bfloat16" or (half and elsewhere))
         path = directory / "model.onnx"
         if not path.is_file():
             raise ArtifactError(f"{path}: no such file")

@@ -179,8 +179,8 @@ def inspect_tables(facts: Mapping[str, Any], *, ops: bool = False) -> list[Table
         blocks.add_column("block", justify="right")
         blocks.add_column("operators")
         *rows, outside = facts["block_operators"]
-        for number, counts in [*enumerate(rows), ("outside", outside)]:
-            blocks.add_row(str(number), ", ".join(f"{count} {name}" for name, count in counts.items()))
+        for title, counts in [*((str(index), row) for index, row in enumerate(rows)), ("outside", outside)]:
+            blocks.add_row(title, ", ".join(f"{count} {name}" for name, count in counts.items()))
         tables.append(blocks)
     return tables
 

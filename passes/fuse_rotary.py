@@ -22,9 +22,8 @@ class FuseRotaryPass(RewritePass):
         query, key, value, ..., cos, sin -> GroupQueryAttention(do_rotary=1)
 
     1. Partial rotary is told by the width of the caches.
-    2. The operator counts positions itself, from the length of each row. With padding on the right those are the
-       position_ids; with padding on the left they are shifted by a row's padding, which changes nothing: attention
-       sees only differences of positions. The input position_ids goes when nothing else reads it.
+    2. For padding on the right only: there the operator, which counts positions from the length of each row, counts as
+       position_ids do. A mask with zeros anywhere (`--padding left`) needs them. The input goes when nothing reads it.
     3. Where the head size is no multiple of 16, or the rotary dimensions none, the kernels cannot: the nodes stay.
     """
 

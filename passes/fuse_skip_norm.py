@@ -11,8 +11,9 @@ from dispc.passes.patterns import PatternPass
 
 
 class _SkipNorm(RewriteRuleClassBase):  # type: ignore[misc]
-    def check(self, context: Any, stream: ir.Value, update: ir.Value, **_: Any) -> bool:
-        return not (stream.is_initializer() or update.is_initializer())
+    def check(self, context: Any, normed: ir.Value, **_: Any) -> bool:
+        norm = normed.producer()
+        return norm is not None and _reads_a_write(norm)
 
 
 class _SkipRms(_SkipNorm):
@@ -39,6 +40,12 @@ class _SkipLayer(_SkipNorm):
             stream, update, gamma, beta, epsilon=_epsilon(normed), _domain=MICROSOFT, _outputs=4
         )
         return outputs[0], outputs[3]
+
+
+def _reads_a_write(norm: ir.Node) -> bool:
+    """Whether a norm reads the add of a sub-layer's output (not that of OPT's positions, in front of all blocks)."""
+    add = norm.inputs[0].producer() if norm.inputs[0] is not None else None
+    return add is not None and (add.name or "").endswith("/write/Add")
 
 
 def _epsilon(normed: ir.Value) -> float:
@@ -71,7 +78,6 @@ class FuseSkipNormPass(PatternPass):
         return [kind.rule() for kind in (_SkipRms, _SkipLayer)]
 
     def expected(self, model: ir.Model) -> int:
-        """Every norm that reads the output of an Add."""
+        """Every norm that reads the add of a write."""
         norms = [node for node in model.graph if node.op_type in ("RMSNormalization", "LayerNormalization")]
-        before = [norm.inputs[0].producer() for norm in norms if norm.inputs[0] is not None]
-        return sum(node is not None and node.op_type == "Add" for node in before)
+        return sum(_reads_a_write(norm) for norm in norms)

@@ -54,7 +54,10 @@ def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[Rew
         (plan.lowering == "inverse-gather", lambda: LowerScatterPass("inverse-gather", config.hidden_size, multiple)),
         (plan.lowering == "scatter-elements", lambda: LowerScatterPass("scatter-elements", config.hidden_size)),
         (plan.group_query, lambda: LowerAttentionPass(plan.padding, config.head_dim)),
-        (plan.group_query and "fuse-rotary" in plan.fusions, lambda: FuseRotaryPass(config.head_dim)),
+        (
+            plan.group_query and plan.padding == "right" and "fuse-rotary" in plan.fusions,
+            lambda: FuseRotaryPass(config.head_dim),
+        ),
         (plan.group_query and "fuse-qkv" in plan.fusions, lambda: FuseQkvPass()),
         ("fuse-gate-up" in plan.fusions, lambda: FuseGateUpPass(config)),
         ("fuse-activations" in plan.fusions, lambda: FuseActivationsPass()),

@@ -138,6 +138,6 @@ def test_with_stand_ins_validation_runs_on_cuda_and_places_every_node_there(
     assert report["judged_on"] == f"CUDAExecutionProvider, {dtype} as is"
     checks = {check["name"]: check for check in report["checks"]}
     assert checks["placement"]["status"] == "passed", checks["placement"]
-    assert report["placement"]["nodes"]["CUDAExecutionProvider"] > 50
+    assert report["placement"]["nodes"]["CUDAExecutionProvider"] > 30
     assert checks["CUDA graph replay"]["status"] == "failed"  # it ran: nothing was skipped
     assert "NaN or infinity" in checks["CUDA graph replay"]["detail"] or checks["CUDA graph replay"]["figure"] > 4

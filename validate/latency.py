@@ -203,12 +203,18 @@ def _row(
     return rows
 
 
+ROTARY_CACHES = (7, 8)
+"""Inputs of GroupQueryAttention: cosines and sines of every position."""
+
+
 def bytes_read(path: Path) -> int:
     """Bytes of the weights that a step reads in full: all but tables that only a Gather of rows looks up."""
     total = 0
     for value in load_graph(path).graph.initializers.values():
         looked_up = all(
-            (use.node.op_type == "Gather" and use.idx == 0) or use.node.op_type.endswith("RotaryEmbedding")
+            (use.node.op_type.startswith("Gather") and use.idx == 0)
+            or use.node.op_type.endswith("RotaryEmbedding")
+            or (use.node.op_type == "GroupQueryAttention" and use.idx in ROTARY_CACHES)
             for use in value.uses()
         )
         if value.const_value is not None and not looked_up:

@@ -106,7 +106,8 @@ def test_every_kind_of_artifact_passes_and_its_streams_are_found(
     assert len(stages) == 2 * 3 + 2
     assert all(stage["ratio"] <= 4 for stage in stages)
     assert ("instead of CUDAExecutionProvider (chosen)" in report.headline) == (target == "onnx-cuda")
-    assert ("widened" in report.judged_on) == (target == "onnx-cuda" and report.dtype != "float32")
+    half_for_cuda = target == "onnx-cuda" and report.dtype != "float32"
+    assert ("widened" in report.judged_on) == (half_for_cuda or report.dtype == "bfloat16")
 
 
 EVERYTHING = {

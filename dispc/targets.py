@@ -18,9 +18,8 @@ class Target:
 
     `group_query` lists the dtypes for which ONNX Runtime has a GroupQueryAttention kernel on this provider (opset 23's
     Attention serves the others), `scatter_add` those for which it can run ScatterND(add) and ScatterElements(add).
-    `contrib` says whether operators of com.microsoft may be used, `fusions` which passes pay. Measured defaults:
-    written widths are padded to `write_multiple`, sets that keep at least `fill_share` of the stream are filled with
-    zeros (above 1: never). `cuda_graph` says whether a run can be captured.
+    `contrib` says whether operators of com.microsoft may be used, `fusions` which passes pay. Written
+    widths are padded to `write_multiple`. `cuda_graph` says whether a run can be captured.
     """
 
     name: str
@@ -31,7 +30,6 @@ class Target:
     contrib: bool
     fusions: tuple[str, ...]
     write_multiple: int
-    fill_share: float
     cuda_graph: bool = False
 
 
@@ -47,7 +45,6 @@ TARGETS: dict[str, Target] = {
             contrib=True,
             fusions=FUSIONS,
             write_multiple=8,
-            fill_share=2.0,
             cuda_graph=True,
         ),
         Target(
@@ -59,7 +56,6 @@ TARGETS: dict[str, Target] = {
             contrib=True,
             fusions=FUSIONS,
             write_multiple=1,
-            fill_share=2.0,
         ),
         Target(
             name="onnx",
@@ -70,7 +66,6 @@ TARGETS: dict[str, Target] = {
             contrib=False,
             fusions=("tie-embeddings",),
             write_multiple=1,
-            fill_share=2.0,
         ),
     )
 }

@@ -41,7 +41,6 @@ class PassRecord:
 def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[RewritePass]:
     """The passes from the traced graph to the target's graph."""
     config, target = checkpoint.config, plan.target
-    fill_share = 0.0 if plan.lowering == "zero-filled" else target.fill_share
     multiple = max(target.write_multiple, plan.align)
     quantisation = plan.quantisation
     apart = quantisation is not None and (quantisation.head or quantisation.embedding)  # rounded apart, stored apart
@@ -50,7 +49,7 @@ def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[Rew
         (True, lambda: UnrollPass(checkpoint)),
         (True, lambda: PruneBlocksPass(config, masks)),
         (plan.align > 1, lambda: AlignWidthsPass(config, plan.align)),
-        (fill_share <= 1.0, lambda: FillZerosPass(config.hidden_size, fill_share)),
+        (plan.lowering == "zero-filled", lambda: FillZerosPass(config.hidden_size, share=0.0)),
         (plan.lowering == "inverse-gather", lambda: LowerScatterPass("inverse-gather", config.hidden_size, multiple)),
         (plan.lowering == "scatter-elements", lambda: LowerScatterPass("scatter-elements", config.hidden_size)),
         (plan.group_query, lambda: LowerAttentionPass(plan.padding, config.head_dim)),

@@ -167,7 +167,7 @@ class LazyWeight(ir.LazyTensor):
             raise CheckpointError(
                 f"{self.source.file}: tensor {self.source.name} cannot be read ({str(error).splitlines()[0]})"
             ) from error
-        if not _finite(value):
+        if self.torch_dtype != stored.dtype and not _finite(value):
             dtype = str(self.torch_dtype).removeprefix("torch.")
             raise CheckpointError(
                 f"{self.source.file}: tensor {self.source.name} overflows {dtype}; use a wider --dtype"

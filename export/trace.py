@@ -112,10 +112,31 @@ class Wrapper(nn.Module):
         return (logits, *presents)
 
 
+def auto_model() -> Any:
+    """transformers' AutoModelForCausalLM, imported without scikit-learn and scipy.
+
+    Where they are installed, transformers imports them with every model, for assisted generation and object detection:
+    a fifth of a small compilation.
+    """
+    from transformers import utils
+
+    questions = ("is_sklearn_available", "is_scipy_available")
+    answers = {name: getattr(utils, name) for name in questions}
+    try:
+        for name in questions:
+            setattr(utils, name, lambda: False)
+        import transformers.modeling_utils  # noqa: F401 - where scipy would be imported
+        from transformers import AutoModelForCausalLM
+    finally:
+        for name, answer in answers.items():
+            setattr(utils, name, answer)
+    return AutoModelForCausalLM
+
+
 @contextmanager
 def semantic_model(config: Any, dtype: torch.dtype) -> Iterator[tuple[nn.Module, Recorder]]:
     """A fake model of `config` whose attention, rotary and norm calls are the operators above."""
-    from transformers import AutoModelForCausalLM
+    auto_class = auto_model()
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
@@ -123,7 +144,7 @@ def semantic_model(config: Any, dtype: torch.dtype) -> Iterator[tuple[nn.Module,
     AttentionInterface.register("dispc", recorder.attend)
     AttentionMaskInterface.register("dispc", lambda *args, **kwargs: None)
     try:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="dispc", dtype=dtype).eval()
+        model = auto_class.from_config(config, attn_implementation="dispc", dtype=dtype).eval()
     except Exception as error:  # what transformers raises for nonsense shares no base class
         reason = f"{type(error).__name__} {error}".splitlines()[0]
         where = f"{config.name_or_path}/config.json"
@@ -152,9 +173,7 @@ def semantic_model(config: Any, dtype: torch.dtype) -> Iterator[tuple[nn.Module,
 
 def rotary_caches(config: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """cos and sin of every position, each [positions, rotary dimensions / 2], scaling included; None without rotary."""
-    from transformers import AutoModelForCausalLM
-
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    model_class = auto_model()._model_mapping[type(config)]
     namespace = vars(sys.modules[model_class.__module__])
     rotary_class = next((v for k, v in namespace.items() if k.endswith("RotaryEmbedding")), None)
     if rotary_class is None:

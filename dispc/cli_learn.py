@@ -29,7 +29,10 @@ def learn(
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 10_000,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Sequences per step, over all processes.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="AdamW, constant.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="AdamW.")] = 1e-3,
+    decay: Annotated[
+        bool, typer.Option("--decay", help="Let the rate fall linearly to 0 (the paper: constant); for short runs.")
+    ] = False,
     weight_decay: Annotated[float, typer.Option(help="AdamW.")] = 0.05,
     regulariser_weight: Annotated[
         float, typer.Option(help="Lambda: the weight of the distance from the budget.")
@@ -81,7 +84,7 @@ def learn(
         assert data is not None
         options = LearnOptions(
             model=model, data=data, output=file, pruning_ratio=pruning_ratio, ratio_of=ratio_of, steps=steps,  # type: ignore[arg-type]
-            sequence_length=sequence_length, batch_size=batch_size, learning_rate=learning_rate,
+            sequence_length=sequence_length, batch_size=batch_size, learning_rate=learning_rate, decay=decay,
             weight_decay=weight_decay, regulariser_weight=regulariser_weight, estimator=estimator,  # type: ignore[arg-type]
             hypernetwork=not no_hypernetwork, gru=not no_gru, constrained=constrained, norm_scope=norm_scope,  # type: ignore[arg-type]
             align=align, seed=seed, device=device, precision=precision, compile=compile_model,  # type: ignore[arg-type]

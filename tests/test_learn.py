@@ -77,7 +77,7 @@ def test_learned_masks_meet_the_budget_and_beat_every_instant_method(tmp_path: P
     "changes",
     [
         dict(hypernetwork=False), dict(gru=False), dict(constrained=True), dict(estimator="gumbel"),
-        dict(norm_scope="selected"), dict(align=8), dict(ratio_of="model", pruning_ratio=0.2),
+        dict(norm_scope="selected"), dict(align=8), dict(decay=True), dict(ratio_of="model", pruning_ratio=0.2),
     ],
     ids=str,
 )  # fmt: skip
@@ -141,6 +141,21 @@ def test_resuming_gives_the_same_bits(tmp_path: Path) -> None:
     ]
     for name, value in states[0]["source"].items():
         assert torch.equal(value, states[1]["source"][name])
+
+
+def test_a_falling_rate_is_resumed_where_it_was(tmp_path: Path) -> None:
+    def stop_at_step_7(record: dict[str, float], steps: int) -> None:
+        if record["step"] == 7:
+            raise InterruptedError
+
+    whole, _ = learn(options(tmp_path / "whole", decay=True))
+    with pytest.raises(InterruptedError):
+        learn(options(tmp_path / "parts", decay=True), stop_at_step_7)
+    resumed, _ = learn(options(tmp_path / "parts", decay=True), resume=True)
+    assert resumed.sha256() == whole.sha256()
+    assert resumed.sha256() != learn(options(tmp_path / "constant"))[0].sha256()
+    with pytest.raises(LearnError, match=r"steps=12, this one 20"):
+        learn(options(tmp_path / "parts", decay=True, steps=20), resume=True)
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:

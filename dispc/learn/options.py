@@ -27,6 +27,7 @@ class LearnOptions:
     sequence_length: int = 2048
     batch_size: int = 1
     learning_rate: float = 1e-3
+    decay: bool = False
     weight_decay: float = 0.05
     regulariser_weight: float = 6.0
     estimator: EstimatorName = "reinmax"
@@ -75,10 +76,15 @@ class LearnOptions:
         """Plain values, for the run's options.json."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
+    def rate(self, step: int) -> float:
+        """The learning rate of step number `step`, counted from 0: constant, or falling linearly to zero."""
+        return self.learning_rate * (1.0 - step / self.steps if self.decay else 1.0)
+
     def check_same(self, recorded: dict[str, Any]) -> None:
         """Raise LearnError naming the first option in which a recorded run differs from this one."""
         for name, value in self.as_dict().items():
-            if name not in CHANGEABLE and recorded.get(name, value) != value:
+            changeable = name in CHANGEABLE and not (name == "steps" and self.decay)
+            if not changeable and recorded.get(name, value) != value:
                 raise LearnError(
                     f"{self.folder}: that run has {name}={recorded[name]}, this one {value}; "
                     "resume with the same options, or start anew with --force"

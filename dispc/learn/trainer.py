@@ -175,6 +175,8 @@ class Trainer:
             raise LearnError(f"step {self.step + 1}: the loss or its gradient is not a number; {remedy}")
         self.optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward([gates, options.regulariser_weight * penalty], [figures[:-1], torch.ones_like(penalty)])
+        for group in self.optimiser.param_groups:
+            group["lr"] = options.rate(self.step)
         self.optimiser.step()
         self.step += 1
         return record
@@ -192,7 +194,7 @@ class Trainer:
             "method": options.method, "pruning_ratio": str(options.pruning_ratio), "ratio_of": options.ratio_of,
             "data": Path(options.data).name, "steps": str(self.step), "seed": str(options.seed),
             "sequence_length": str(options.sequence_length), "batch_size": str(options.batch_size),
-            "learning_rate": str(options.learning_rate), "align": str(options.align),
+            "learning_rate": str(options.learning_rate), "decay": str(options.decay).lower(), "align": str(options.align),
         }  # fmt: skip
         return dataclasses.replace(masks, metadata=metadata)
 

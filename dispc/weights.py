@@ -144,7 +144,7 @@ class LazyWeight(ir.LazyTensor):
                     rows = torch.from_numpy(recipe.rows[rows])
             if recipe.columns is not None:
                 piece = _take(piece, recipe.columns, 1)
-            piece = piece.to(self.torch_dtype)
+            piece = _cast(piece, self.torch_dtype)
             if columns is None or isinstance(columns, slice):
                 target[(rows, columns) if columns is not None else rows] = piece
             else:
@@ -229,6 +229,12 @@ def _take(tensor: torch.Tensor, indices: Indices, axis: int) -> torch.Tensor:
     """index_select by numpy, which is several times as fast as torch's on the last axis."""
     bits = tensor.view(BITS[tensor.element_size()]).numpy()
     return torch.from_numpy(bits.take(indices, axis)).view(tensor.dtype)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor.to(dtype)`; bfloat16 and float16 meet in float32, three times as fast and with the same bits."""
+    both = {tensor.dtype, dtype}
+    return (tensor.float() if both == {torch.bfloat16, torch.float16} else tensor).to(dtype)
 
 
 @contextmanager

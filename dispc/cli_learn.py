@@ -40,6 +40,9 @@ def learn(
     estimator: Annotated[
         str, typer.Option(help="reinmax (the paper), gumbel (the authors' published code).")
     ] = "reinmax",
+    offset: Annotated[
+        float, typer.Option(help="What a latent starts above: at 3, the paper's, 5 % of all gates are off at first.")
+    ] = 3.0,
     no_hypernetwork: Annotated[bool, typer.Option("--no-hypernetwork", help="Ablation: free latents.")] = False,
     no_gru: Annotated[bool, typer.Option("--no-gru", help="Ablation: a linear layer for the GRU.")] = False,
     constrained: Annotated[bool, typer.Option("--constrained", help="Ablation: one set for S1, S2, S3, S5.")] = False,
@@ -86,8 +89,8 @@ def learn(
             model=model, data=data, output=file, pruning_ratio=pruning_ratio, ratio_of=ratio_of, steps=steps,  # type: ignore[arg-type]
             sequence_length=sequence_length, batch_size=batch_size, learning_rate=learning_rate, decay=decay,
             weight_decay=weight_decay, regulariser_weight=regulariser_weight, estimator=estimator,  # type: ignore[arg-type]
-            hypernetwork=not no_hypernetwork, gru=not no_gru, constrained=constrained, norm_scope=norm_scope,  # type: ignore[arg-type]
-            align=align, seed=seed, device=device, precision=precision, compile=compile_model,  # type: ignore[arg-type]
+            offset=offset, hypernetwork=not no_hypernetwork, gru=not no_gru, constrained=constrained,
+            norm_scope=norm_scope, align=align, seed=seed, device=device, precision=precision, compile=compile_model,  # type: ignore[arg-type]
             activation_checkpointing=activation_checkpointing, checkpoint_every=checkpoint_every,
             tensorboard=tensorboard,
         )  # fmt: skip

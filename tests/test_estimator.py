@@ -18,7 +18,7 @@ def expected_gradient(x: float, function: tuple[float, float, float], tau: float
     keep = torch.sigmoid(torch.tensor(x + OFFSET, dtype=torch.float64)).item()
     for noise, odds in ((0.0, keep), (1.0, 1.0 - keep)):  # noise below the odds keeps, noise above drops
         latent = torch.tensor([x], dtype=torch.float64, requires_grad=True)
-        gate, _ = reinmax(latent, torch.tensor([noise]), tau)
+        gate, _ = reinmax(latent, torch.tensor([noise]), tau=tau)
         (linear * gate + square * gate.square()).sum().backward()
         assert latent.grad is not None
         total += odds * latent.grad.item()
@@ -66,7 +66,7 @@ def test_reinmax_gates_are_zero_or_one_and_kept_by_the_noise(values: list[float]
 def test_extreme_latents_give_finite_gradients() -> None:
     for name, estimate in ESTIMATORS.items():
         latents = torch.tensor([-80.0, -20.0, 0.0, 20.0, 80.0], requires_grad=True)
-        gates, counted = estimate(latents, torch.tensor([0.0, 0.5, 0.99999994, 0.5, 0.0]))
+        gates, counted = estimate(latents, torch.tensor([0.0, 0.5, 0.99999994, 0.5, 0.0]), OFFSET)
         (gates.sum() + counted.sum()).backward()
         assert latents.grad is not None and bool(torch.isfinite(latents.grad).all()), name
 
@@ -83,5 +83,5 @@ def test_the_median_of_the_noise_is_where_a_gate_is_on_half_of_the_time() -> Non
     noise = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
     for name, estimate in ESTIMATORS.items():
         latents = torch.full_like(noise, -OFFSET - MEDIAN_OF_NOISE[name])
-        gates: Tensor = estimate(latents, noise)[0]
+        gates: Tensor = estimate(latents, noise, OFFSET)[0]
         assert float((gates > 0.5).float().mean()) == pytest.approx(0.5, abs=0.01), name

@@ -77,7 +77,8 @@ def test_learned_masks_meet_the_budget_and_beat_every_instant_method(tmp_path: P
     "changes",
     [
         dict(hypernetwork=False), dict(gru=False), dict(constrained=True), dict(estimator="gumbel"),
-        dict(norm_scope="selected"), dict(align=8), dict(decay=True), dict(ratio_of="model", pruning_ratio=0.2),
+        dict(norm_scope="selected"), dict(align=8), dict(decay=True), dict(offset=6.0),
+        dict(ratio_of="model", pruning_ratio=0.2),
     ],
     ids=str,
 )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from dispc.errors import LearnError
 from dispc.learn.budget import RatioOf
-from dispc.learn.estimator import EstimatorName
+from dispc.learn.estimator import OFFSET, EstimatorName
 from dispc.masks import NormScope
 
 Precision = Literal["float32", "bfloat16"]
@@ -31,6 +31,7 @@ class LearnOptions:
     weight_decay: float = 0.05
     regulariser_weight: float = 6.0
     estimator: EstimatorName = "reinmax"
+    offset: float = OFFSET
     hypernetwork: bool = True
     gru: bool = True
     constrained: bool = False

@@ -155,7 +155,7 @@ class Trainer:
         """
         options = self.options
         latents = self.layout.expand(self.source())
-        gates, counted = ESTIMATORS[options.estimator](latents, self._noise())
+        gates, counted = ESTIMATORS[options.estimator](latents, self._noise(), options.offset)
         leaf = gates.detach().requires_grad_()  # the model's part of the gradient ends here, and is averaged here
         loss = self.gated.loss(leaf, ids)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -194,7 +194,8 @@ class Trainer:
             "method": options.method, "pruning_ratio": str(options.pruning_ratio), "ratio_of": options.ratio_of,
             "data": Path(options.data).name, "steps": str(self.step), "seed": str(options.seed),
             "sequence_length": str(options.sequence_length), "batch_size": str(options.batch_size),
-            "learning_rate": str(options.learning_rate), "decay": str(options.decay).lower(), "align": str(options.align),
+            "learning_rate": str(options.learning_rate), "decay": str(options.decay).lower(),
+            "offset": str(options.offset), "align": str(options.align),
         }  # fmt: skip
         return dataclasses.replace(masks, metadata=metadata)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -109,12 +110,15 @@ def compile_artifact(model: Path, output: Path, target: str, masks: Path | None,
 def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int, calls: int, warm: int = 2) -> dict[str, list[float]]:
     """Milliseconds of a call to each of `runs`: for every round the median of `calls`, the runs taking turns.
 
-    Whenever a run's turn comes it is called `warm` times before, uncounted. A whole uncounted round comes first.
+    The turns are shuffled, so that no run always follows the same other. Whenever a run's turn comes it is called
+    `warm` times before, uncounted. A whole uncounted round comes first.
     """
     found: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
     for number in range(rounds + 1):
-        for name, call in runs.items():
-            times = []
+        random.Random(number).shuffle(names)
+        for name in names:
+            call, times = runs[name], []
             for _ in range(warm + calls):
                 start = time.perf_counter()
                 call()

@@ -38,6 +38,7 @@ def compile(
         str | None,
         typer.Option(help="How writes are spelled: inverse-gather, canonical, scatter-elements, zero-filled."),
     ] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="Choose the lowering by timing all on this machine.")] = False,
     align: Annotated[int, typer.Option(help="Pad widths with zeros to a multiple of this (8, 16, 64).")] = 1,
     last_logits: Annotated[
         bool, typer.Option("--last-logits", help="Logits of each row's last token only (for generation).")
@@ -77,8 +78,7 @@ def compile(
         model=model, output=directory, target=target, masks=masks, dense=dense, dtype=dtype, padding=padding,
         lowering=lowering, align=align, last_logits=last_logits, cuda_graph=not no_cuda_graph,
         without=tuple(without.split(",")) if without else (), quantisation=quantisation, force=force, dump_ir=dump_ir,
-        verify_each=verify_each,
-        validate=not no_validate,
+        verify_each=verify_each, tune=tune, validate=not no_validate,
     )  # fmt: skip
     try:
         with compile_progress(err) as progress:

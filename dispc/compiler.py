@@ -40,6 +40,7 @@ class CompileOptions(Choices):
     force: bool = False
     dump_ir: Path | None = None
     verify_each: bool = False
+    tune: bool = False
     validate: bool = True
 
 
@@ -76,31 +77,17 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
         verifier = make_verifier(checkpoint, masks, plan.quantisation)
         run_pipeline(trace(checkpoint, torch.float32), build_pipeline(plan.exact, checkpoint, masks), verifier)
 
-    progress("tracing", 0, 1)
-    model = trace(checkpoint, getattr(torch, plan.dtype))
-    traced = time.perf_counter()
-    passes = build_pipeline(plan, checkpoint, masks)
-    if options.dump_ir:
-        dump_graph(model, options.dump_ir / "00-trace.onnx")
-    records = run_pipeline(model, passes, _dumper(options.dump_ir))
+    tuned: dict[str, Any] = {}
+    if options.tune:
+        from dispc.tune import tune
+
+        progress("timing lowerings", 0, 1)
+        plan, record = tune(checkpoint, masks, options.target, options)
+        tuned["tuned"] = record
 
     with staged_directory(options.output, options.force) as stage:
-        manifest = describe(checkpoint, masks, plan, model, records) | {"trace_seconds": round(traced - started, 4)}
-        model.metadata_props.update(
-            {
-                "dispc.version": __version__,
-                "dispc.target": plan.target.name,
-                "dispc.padding": plan.padding,
-                "dispc.passes": pipeline_line(passes),
-                "dispc.masks_sha256": masks.sha256(),
-            }
-        )
-        save_model(model, stage / "model.onnx", progress)
-        check_file(stage / "model.onnx")
-        inputs = [value.name or "" for value in model.graph.inputs]
-        write_companions(checkpoint, plan, manifest["cache_layers"], inputs, stage)
-        masks.save(stage / "masks.safetensors", checkpoint.config)
-        manifest["bytes"] = sum(file.stat().st_size for file in stage.glob("model.onnx*"))
+        manifest = build_artifact(checkpoint, masks, plan, stage, progress, options.dump_ir)
+        manifest["lowering"] |= tuned
         manifest["compile_seconds"] = round(time.perf_counter() - started, 3)
         write_json(stage / MANIFEST, manifest)
         if options.validate:
@@ -113,6 +100,48 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
             if not report.passed:
                 raise ParityFailure(manifest["validation"])
         write_card(checkpoint, masks, manifest, stage)
+    return manifest
+
+
+def build_artifact(
+    checkpoint: Checkpoint,
+    masks: Masks,
+    plan: Plan,
+    stage: Path,
+    progress: Progress = lambda what, done, total: None,
+    dump_ir: Path | None = None,
+) -> dict[str, Any]:
+    """Trace, rewrite and write everything but the model card into the empty directory `stage`; the manifest.
+
+    Raises:
+        DispcError: for every problem with the input.
+        OSError: when something cannot be written.
+    """
+    started = time.perf_counter()
+    progress("tracing", 0, 1)
+    model = trace(checkpoint, getattr(torch, plan.dtype))
+    traced = time.perf_counter()
+    passes = build_pipeline(plan, checkpoint, masks)
+    if dump_ir:
+        dump_graph(model, dump_ir / "00-trace.onnx")
+    records = run_pipeline(model, passes, _dumper(dump_ir))
+    manifest = describe(checkpoint, masks, plan, model, records) | {"trace_seconds": round(traced - started, 4)}
+    model.metadata_props.update(
+        {
+            "dispc.version": __version__,
+            "dispc.target": plan.target.name,
+            "dispc.padding": plan.padding,
+            "dispc.passes": pipeline_line(passes),
+            "dispc.masks_sha256": masks.sha256(),
+        }
+    )
+    save_model(model, stage / "model.onnx", progress)
+    check_file(stage / "model.onnx")
+    inputs = [value.name or "" for value in model.graph.inputs]
+    write_companions(checkpoint, plan, manifest["cache_layers"], inputs, stage)
+    masks.save(stage / "masks.safetensors", checkpoint.config)
+    manifest["bytes"] = sum(file.stat().st_size for file in stage.glob("model.onnx*"))
+    write_json(stage / MANIFEST, manifest)
     return manifest
 
 

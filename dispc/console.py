@@ -113,7 +113,16 @@ def compile_tables(manifest: Mapping[str, Any]) -> list[Table]:
             record["name"], str(record["rewrites"]), str(record["nodes_before"]), str(record["nodes_after"]),
             f"{record['seconds']:.3f}",
         )  # fmt: skip
-    return [passes, facts_table(summary(manifest))]
+    tables = [passes, facts_table(summary(manifest))]
+    if tuned := manifest["lowering"].get("tuned"):
+        blocks = ", ".join(map(str, tuned["blocks"]))
+        times = Table(title=f"blocks {blocks} on {escape(tuned['device'])}", title_justify="left")
+        for column in ("lowering", "one token, ms", "first token, ms"):
+            times.add_column(column, justify="left" if column == "lowering" else "right")
+        for name, found in tuned["milliseconds"].items():
+            times.add_row(name, f"{found['one_token']:.3f}", f"{found['first_token']:.2f}")
+        tables.append(times)
+    return tables
 
 
 def summary(manifest: Mapping[str, Any]) -> dict[str, str]:

@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from dispc.compiler import CompileOptions, compile_model
+from dispc import __version__
+from dispc.checkpoint import Checkpoint
+from dispc.compiler import CompileOptions, compile_model, load_masks
 from dispc.errors import DispcError
 from dispc.generate import Sampler, generate_text
 from dispc.manifest import MANIFEST, read_manifest
-from dispc.masks import Masks
+from dispc.passes.pipeline import build_pipeline
+from dispc.targets import make_plan
 from dispc.validate.session import Artifact
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -125,15 +128,18 @@ def gguf_licence(file: Path) -> str:
 
 
 def compile_once(model: Path, masks: Path | None, artifact: Path, say: Callable[[str], None]) -> None:
-    """Compile and validate, unless the artifact of these masks is there already."""
-    if (artifact / MANIFEST).is_file():
-        wanted = Masks.load(masks).sha256() if masks else None
-        if wanted is None or read_manifest(artifact)["masks_sha256"] == wanted:
-            return
-    say(f"compiling and validating {artifact}")
+    """Compile and validate, unless the artifact of these masks is there already, made by the same passes."""
     options = CompileOptions(
         model=model, output=artifact, target="onnx-cpu", masks=masks, dense=masks is None, force=True
     )
+    if (artifact / MANIFEST).is_file():
+        checkpoint, manifest = Checkpoint(model), read_manifest(artifact)
+        wanted = load_masks(checkpoint, options)
+        passes = build_pipeline(make_plan(options.target, options), checkpoint, wanted)
+        found = (manifest["dispc"], manifest["masks_sha256"], [done["name"] for done in manifest["passes"]])
+        if found == (__version__, wanted.sha256(), [one.name for one in passes]):
+            return
+    say(f"compiling and validating {artifact}")
     compile_model(options)
 
 

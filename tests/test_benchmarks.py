@@ -127,7 +127,7 @@ def test_operations_of_a_prompt_are_those_of_its_matrices() -> None:
     assert two - 2 * one == 4 * config.num_hidden_layers * config.query_size  # one pair of positions more
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     shape=st.sampled_from(["llama-2-7b", "llama-2-13b"]),
     kept=st.sampled_from([0.5, 0.6, 0.7, 0.8]),

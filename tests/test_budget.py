@@ -4,7 +4,7 @@ import harness
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dispc.errors import MasksError
@@ -81,7 +81,6 @@ def draw_latents(seed: int, spread: float) -> np.ndarray:
     return np.concatenate([rng.normal(mean, 1, width) for mean, width in zip(per_set, set_widths(CONFIG), strict=True)])
 
 
-@settings(deadline=None)
 @given(st.integers(0, 99), st.floats(0, 4), st.floats(0.02, 0.95), st.sampled_from([1, 8, 16, 64]))
 def test_final_sets_fit_the_budget_are_aligned_and_hold_the_highest_latents(
     seed: int, spread: float, ratio: float, align: int

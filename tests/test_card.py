@@ -109,7 +109,7 @@ def test_a_dense_artifact_is_not_called_pruned(tmp_path: Path) -> None:
 
 
 @given(st.dictionaries(st.sampled_from(["method", "data", "seed", "perplexity"]), st.text(), min_size=1))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_no_metadata_breaks_a_table_or_the_front_matter(metadata: dict[str, str]) -> None:
     directory = harness.scratch() / "card-metadata"
     directory.mkdir(exist_ok=True)

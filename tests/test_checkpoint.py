@@ -168,7 +168,7 @@ def test_code_that_lies_in_the_directory_is_never_run(tmp_path: Path) -> None:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_damaged_weight_file_is_an_error_and_never_a_crash(data: st.DataObject) -> None:
     """Cut it anywhere, or change bytes of the header: listing either works or raises CheckpointError."""
     whole = (harness.checkpoint("llama").directory / "model.safetensors").read_bytes()
@@ -208,7 +208,7 @@ KEYS = (*SIZES, "ffn_dim", "tie_word_embeddings", "layer_types", "rms_norm_eps",
 
 @pytest.mark.parametrize("variant", ["llama", "qwen3", "phi", "opt"])
 @given(changes=st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=2))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_config_of_nonsense_is_an_error_that_names_the_file(variant: str, changes: dict[str, Any]) -> None:
     directory = harness.scratch() / f"nonsense-{variant}"
     directory.mkdir(exist_ok=True)

@@ -104,7 +104,7 @@ def widths(draw: st.DrawFn, variant: str) -> Masks:
 
 @pytest.mark.parametrize("variant", ["llama-tied-biased", "phi", "opt", "qwen3"])
 @given(data=st.data())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_any_widths_keep_the_function(variant: str, data: st.DataObject) -> None:
     masks = data.draw(widths(variant))
     options = data.draw(

@@ -42,7 +42,7 @@ def test_a_model_without_one_of_the_fusions_computes_the_same(variant: str, with
 
 @pytest.mark.parametrize(("variant", "lowering"), product(("llama-tied-biased", "phi", "opt", "qwen3"), LOWERINGS))
 @given(data=st.data())
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 def test_any_widths_and_any_options_keep_the_function(variant: str, lowering: str, data: st.DataObject) -> None:
     masks = data.draw(widths(variant))
     options = {

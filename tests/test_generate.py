@@ -121,7 +121,7 @@ def test_a_prompt_that_does_not_fit_is_refused(length: int, artifact: Artifact) 
 
 @pytest.mark.parametrize("clean_up", [False, True])
 @given(tokens=st.lists(st.sampled_from([*TRICKY, *PUNCTUATION]) | st.integers(0, 130), max_size=30))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_the_pieces_make_the_whole_text_and_no_piece_ends_in_half_a_character(
     clean_up: bool, tokens: list[int]
 ) -> None:

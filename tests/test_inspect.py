@@ -101,7 +101,7 @@ def test_a_validated_artifact_says_so(place: Path, tmp_path: Path) -> None:
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=20) | st.just("[/b] :smile:"))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_any_metadata_can_be_shown(text: str) -> None:
     config, path = harness.checkpoint("llama").config, harness.scratch() / "shown.safetensors"
     Masks.from_indices([{}] * 3, config, metadata={"data": text, text or "note": "x"}).save(path, config)

@@ -14,7 +14,8 @@ from dispc.errors import ArtifactError
 from dispc.masks import Masks
 from dispc.validate import LatencyOptions
 from dispc.validate.bound import BoundDecoder
-from dispc.validate.latency import bytes_read, measure, shares_buffer
+from dispc.validate.latency import measure
+from dispc.validate.profile import bytes_read, shares_buffer
 from dispc.validate.session import CPU, Artifact
 
 

@@ -61,7 +61,6 @@ def retensored(path: Path, **changes: Any) -> Path:
 
 
 @given(masks())
-@settings(deadline=None)
 def test_a_file_gives_back_the_sets_the_scope_and_the_metadata(before: Masks) -> None:
     path = harness.scratch() / "round-trip.safetensors"
     before.save(path, CONFIG)
@@ -77,7 +76,6 @@ def test_a_file_gives_back_the_sets_the_scope_and_the_metadata(before: Masks) ->
 
 
 @given(masks())
-@settings(deadline=None)
 def test_the_same_masks_make_the_same_bytes(made: Masks) -> None:
     paths = [harness.scratch() / f"same-{i}.safetensors" for i in range(2)]
     for path in paths:
@@ -118,7 +116,6 @@ def test_dense_masks_keep_everything() -> None:
 
 
 @given(masks(), st.data())
-@settings(deadline=None)
 def test_the_digest_changes_with_any_index_and_with_the_scope_only(before: Masks, data: st.DataObject) -> None:
     sets = [block.sets() for block in before.blocks]
     scope: Any = before.norm_scope
@@ -238,7 +235,7 @@ def test_wrong_tensors_are_refused_with_the_file_and_the_tensor(
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_a_damaged_file_is_an_error_and_never_a_crash(data: st.DataObject) -> None:
     """Cut anywhere or changed anywhere: it loads as well-formed masks, or MasksError names the file."""
     path = saved(harness.scratch() / "damaged.safetensors")

@@ -73,7 +73,6 @@ def read_back(parts: dict[str, harness.Array], quantisation: Quantisation, input
     sizes=st.tuples(st.integers(1, 150), st.integers(1, 9)), quantisation=QUANTISATIONS,
     dtype=st.sampled_from(list(DTYPES)), rows=st.booleans(), coarse=st.booleans(), seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
-@settings(deadline=None)
 def test_torch_rounds_every_weight_exactly_as_the_quantiser_does(
     sizes: tuple[int, int], quantisation: Quantisation, dtype: str, rows: bool, coarse: bool, seed: int
 ) -> None:
@@ -100,7 +99,7 @@ def quantised_model(variant: str, masks: Masks, quantisation: Quantisation, **op
 
 @pytest.mark.parametrize("variant", ["llama-tied-biased", "phi", "opt"])
 @given(data=st.data())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_the_graph_computes_the_rounded_reference_whatever_the_widths(variant: str, data: st.DataObject) -> None:
     masks, quantisation = data.draw(widths(variant)), data.draw(QUANTISATIONS)
     options = data.draw(st.sampled_from([{}, {"padding": "left"}, {"lowering": "canonical"}]))

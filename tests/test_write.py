@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from command import fingerprint
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dispc.checkpoint import CheckpointTensor
@@ -214,7 +214,6 @@ def test_a_parent_that_is_a_file_or_cannot_be_written_is_named(tmp_path: Path, m
 
 
 @given(st.lists(st.integers(1, 600), min_size=1, max_size=5), st.booleans())
-@settings(deadline=None)
 def test_a_saved_model_holds_every_weight_bit_for_bit(widths: list[int], through_checkpoint: bool) -> None:
     directory = harness.scratch() / "saved"
     shutil.rmtree(directory, ignore_errors=True)

@@ -7,28 +7,22 @@ down slows both.
 
 import json
 import os
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from bisect import bisect_right
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 
 from dispc.errors import ArtifactError, DispcError
 from dispc.validate.bound import BoundDecoder
+from dispc.validate.profile import bytes_read, copy_speed, operator_times, peak_bytes, shares_buffer
 from dispc.validate.report import Check
-from dispc.validate.session import CUDA, Artifact, load_graph, open_session
+from dispc.validate.session import CUDA, Artifact
 
-COPY_BYTES = 2**28
 GATHERS = ("Gather", "GatherElements", "GatherND", "ScatterND", "ScatterElements")
 
 
@@ -80,10 +74,12 @@ def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provide
         preload()
     names = {"artifact": artifact} | ({"dense": dense} if dense else {})
     rows: list[dict[str, Any]] = []
-    loaded: dict[str, list[_Session]] = {}
+    loaded: dict[str, list[TimedArtifact]] = {}
     longest, peaks = max(*options.prompts, *options.pasts), {}
     for name, path in names.items():
-        loaded[name] = [_Session(path, provider, options.threads, graph, longest) for graph in _graphs(path, provider)]
+        loaded[name] = [
+            TimedArtifact(path, provider, options.threads, graph, longest) for graph in _graphs(path, provider)
+        ]
         for batch in options.batches:  # once, so that the peak is known before the next artifact is loaded
             for session in loaded[name]:
                 session.prefill(batch, max(options.prompts))()
@@ -92,9 +88,12 @@ def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provide
     for batch in options.batches:
         for kind, lengths in (("first token", options.prompts), ("one token", options.pasts)):
             for length in lengths:
-                rows += _row(loaded, kind, batch, length, options)
+                rows += time_case(loaded, kind, batch, length, options)
     copy = copy_speed(provider, options.threads)
-    operators = operator_times(artifact, provider, options)
+    operators = operator_times(
+        artifact, provider, threads=options.threads, batch=max(options.batches), past=max(options.pasts),
+        rounds=options.rounds,
+    )  # fmt: skip
     gathers = sum(entry["share"] for entry in operators if entry["operator"] in GATHERS)
     speedup = {}
     for row in rows:
@@ -112,7 +111,7 @@ def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provide
     }  # fmt: skip
 
 
-class _Session:
+class TimedArtifact:
     """An artifact loaded for timing, and what one call of it reads from memory."""
 
     def __init__(self, path: Path, provider: str, threads: int, graph: bool, longest: int) -> None:
@@ -153,11 +152,6 @@ class _Session:
         return self.rng.integers(0, 100, (batch, length))
 
 
-def shares_buffer(artifact: Artifact) -> bool:
-    """Past and present may be one buffer."""
-    return artifact.padding == "right" and artifact.manifest["attention"] == "GroupQueryAttention"
-
-
 def _graphs(path: Path, provider: str) -> tuple[bool, ...]:
     """CUDA graphs off, and on where they can be."""
     if provider != CUDA:
@@ -169,11 +163,11 @@ def _graphs(path: Path, provider: str) -> tuple[bool, ...]:
     return (False, True) if can else (False,)
 
 
-def _row(
-    loaded: dict[str, list[_Session]], kind: str, batch: int, length: int, options: LatencyOptions
+def time_case(
+    loaded: Mapping[str, list[TimedArtifact]], kind: str, batch: int, length: int, options: LatencyOptions
 ) -> list[dict[str, Any]]:
-    """Time one case on every session, in turns."""
-    cases: list[tuple[str, str, _Session, Callable[[], None]]] = []
+    """Time one case (`first token` of a prompt, or `one token` behind others) on every session, in turns."""
+    cases: list[tuple[str, str, TimedArtifact, Callable[[], None]]] = []
     for name, sessions in loaded.items():
         for session in sessions:
             if kind == "first token" and session.graph:
@@ -201,113 +195,6 @@ def _row(
             row |= {"bytes_per_token": read, "bytes_per_second": 1000 * read / float(p50)}
         rows.append(row)
     return rows
-
-
-ROTARY_CACHES = (7, 8)
-"""Inputs of GroupQueryAttention: cosines and sines of every position."""
-
-
-def bytes_read(path: Path) -> int:
-    """Bytes of the weights that a step reads in full: all but tables that only a Gather of rows looks up."""
-    total = 0
-    for value in load_graph(path).graph.initializers.values():
-        looked_up = all(
-            (use.node.op_type.startswith("Gather") and use.idx == 0)
-            or use.node.op_type.endswith("RotaryEmbedding")
-            or (use.node.op_type == "GroupQueryAttention" and use.idx in ROTARY_CACHES)
-            for use in value.uses()
-        )
-        if value.const_value is not None and not looked_up:
-            total += value.const_value.nbytes
-    return total
-
-
-def copy_speed(provider: str, threads: int) -> float:
-    """Bytes per second, read and written, of the fastest of ten copies of 256 MiB on the device."""
-    import torch
-
-    if provider == CUDA:
-        return _cuda_copy_speed()
-    if threads:
-        torch.set_num_threads(threads)
-    source, target = torch.zeros(COPY_BYTES, dtype=torch.uint8), torch.ones(COPY_BYTES, dtype=torch.uint8)
-    return 2 * COPY_BYTES / min(_timed(lambda: target.copy_(source)) for _ in range(10))
-
-
-def _cuda_copy_speed() -> float:
-    """An Identity node between two buffers on the device: ONNX Runtime copies, and torch need not know CUDA."""
-    size = COPY_BYTES // 4
-    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [size]) for name in "xy"]
-    node = onnx.helper.make_node("Identity", ["x"], ["y"], name="copy")
-    graph = onnx.helper.make_graph([node], "copy", value[:1], value[1:])
-    with tempfile.TemporaryDirectory(prefix="dispc-copy-") as scratch:
-        path = Path(scratch) / "copy.onnx"
-        onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10), path)
-        session = open_session(path, optimise=False, provider=CUDA)
-    buffers = [ort.OrtValue.ortvalue_from_shape_and_type([size], np.float32, "cuda") for _ in range(2)]
-    binding = session.io_binding()
-    binding.bind_ortvalue_input("x", buffers[0])
-    binding.bind_ortvalue_output("y", buffers[1])
-
-    def copy() -> None:
-        session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
-
-    return 2 * COPY_BYTES / min(_timed(copy) for _ in range(10))
-
-
-def _timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def operator_times(path: Path, provider: str, options: LatencyOptions) -> list[dict[str, Any]]:
-    """Time by operator type over single steps, by ONNX Runtime's profiler.
-
-    Entries have `operator`, `milliseconds` (the median over the steps) and `share`.
-    """
-    with tempfile.TemporaryDirectory(prefix="dispc-profile-") as scratch:
-        prefix = Path(scratch) / "profile"
-        artifact = Artifact(path, options.threads, provider=provider, profile=prefix)
-        shared, past = shares_buffer(artifact), max(options.pasts)
-        batch = max(options.batches)
-        decoder = BoundDecoder(artifact, batch=batch, capacity=past + 1, shared=shared)
-        decoder.feed(np.ones((batch, past), dtype=np.int64))
-        decoder.prepare(np.ones((batch, 1), dtype=np.int64))
-        for _ in range(options.rounds):
-            decoder.run()
-        events = json.loads(Path(artifact.session.end_profiling()).read_text(encoding="utf-8"))
-    starts = sorted(event["ts"] for event in events if event["name"] == "model_run")[1:]  # the first is the prefill
-    spent: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(starts))
-    for event in events:
-        if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
-            run = bisect_right(starts, event["ts"]) - 1
-            if run >= 0:
-                spent[event["args"]["op_name"]][run] += event["dur"] / 1000
-    middle = {name: statistics.median(times) for name, times in spent.items()}
-    total = sum(middle.values()) or 1.0
-    return [
-        {"operator": name, "milliseconds": duration, "share": duration / total}
-        for name, duration in sorted(middle.items(), key=lambda entry: -entry[1])
-    ]
-
-
-def peak_bytes(provider: str) -> int | None:
-    """Peak memory of this process: of the GPU as nvidia-smi has it, else resident; None where nobody says."""
-    if provider == CUDA:
-        query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-        try:
-            lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        own = [line.split(",")[1] for line in lines if line.split(",")[0].strip() == str(os.getpid())]
-        return int(own[0]) * 2**20 if own and own[0].strip().isdigit() else None
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:")), None)
 
 
 def judge_latency(found: dict[str, Any]) -> list[Check]:

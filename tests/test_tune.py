@@ -1,0 +1,116 @@
+"""Tuning times what a target can run, keeps the fastest, and says so; which one that is, no test asserts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import command
+import harness
+import numpy as np
+import pytest
+
+from dispc import tune
+from dispc.errors import CompileError
+from dispc.masks import Masks
+from dispc.quantisation import Quantisation
+from dispc.targets import Choices
+
+LOWERINGS = {"inverse-gather", "canonical", "scatter-elements", "zero-filled"}
+
+
+def masks_of(variant: str) -> Masks:
+    return Masks.random(harness.checkpoint(variant).config, 0.5, 3)
+
+
+def fake_times(monkeypatch: pytest.MonkeyPatch, **faster: float) -> None:
+    """Every lowering takes 1 ms per token, but for those given (`_` for `-`)."""
+
+    def times(artifacts: dict[str, Path], provider: str, positions: int) -> dict[str, dict[str, float]]:
+        return {
+            name: {"first_token": 1.0, "one_token": faster.get(name.replace("-", "_"), 1.0)}
+            for name, path in artifacts.items()
+            if (path / "model.onnx").is_file()
+        }
+
+    monkeypatch.setattr(tune, "time_lowerings", times)
+
+
+def test_the_command_times_every_lowering_and_the_artifact_is_right(tmp_path: Path) -> None:
+    checkpoint = harness.checkpoint("llama")
+    masks_of("llama").save(tmp_path / "m.safetensors", checkpoint.config)
+    line = ("compile", checkpoint.directory, "--masks", tmp_path / "m.safetensors", "-t", "onnx-cpu", "--tune")
+    outcome = command.run(*line, "-o", tmp_path / "out", "--json")
+    assert outcome.code == 0, outcome
+    manifest = json.loads((tmp_path / "out" / "dispc.json").read_text())
+    tuned = manifest["lowering"]["tuned"]
+    assert set(tuned["milliseconds"]) == LOWERINGS
+    assert all(found[key] > 0 for found in tuned["milliseconds"].values() for key in ("one_token", "first_token"))
+    assert manifest["lowering"]["name"] in LOWERINGS and "--tune" in manifest["lowering"]["reason"]
+    assert manifest["validation"]["passed"] and tuned["device"]
+    outcome = command.run(*line, "-o", tmp_path / "out", "--force", "--no-validate")
+    assert "one token, ms" in outcome.out and "scatter-elements" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("faster", "expected"),
+    [
+        (dict(canonical=0.5), "canonical"),
+        (dict(zero_filled=0.9, canonical=0.95), "zero-filled"),
+        (dict(canonical=0.99), "inverse-gather"),
+        ({}, "inverse-gather"),
+    ],
+    ids=str,
+)
+def test_the_fastest_is_chosen_unless_it_is_only_noise(
+    faster: dict[str, float], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_times(monkeypatch, **faster)
+    plan, record = tune.tune(harness.checkpoint("llama"), masks_of("llama"), "onnx-cpu", Choices())
+    assert plan.lowering == expected
+    assert set(record["milliseconds"]) == LOWERINGS
+
+
+def test_only_what_the_target_can_run_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_times(monkeypatch)
+    checkpoint, masks = harness.checkpoint("llama"), masks_of("llama")
+
+    def timed(target: str, **choices: Any) -> set[str]:
+        return set(tune.tune(checkpoint, masks, target, Choices(**choices))[1]["milliseconds"])
+
+    assert timed("onnx-cuda", dtype="bfloat16") == {"inverse-gather", "zero-filled"}
+    assert timed("onnx", dtype="float16") == {"inverse-gather", "zero-filled"}
+    quantisation = Quantisation(bits=4, block_size=32, symmetric=True, head=False, embedding=False)
+    assert timed("onnx-cpu", quantisation=quantisation) == LOWERINGS - {"zero-filled"}
+
+
+def test_some_blocks_hold_the_weights_of_those_blocks() -> None:
+    whole = harness.checkpoint("llama")
+    last = whole.config.num_hidden_layers - 1
+    part = tune.SomeBlocks(whole, (last,))
+    assert part.config.num_hidden_layers == 1
+    for name in ("self_attn.q_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight"):
+        assert part.find(f"model.layers.0.{name}") is whole.find(f"model.layers.{last}.{name}")
+    assert part.find("model.embed_tokens.weight") is whole.find("model.embed_tokens.weight")
+
+
+def test_blocks_without_work_are_not_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_times(monkeypatch)
+    checkpoint = harness.checkpoint("llama")
+    count = checkpoint.config.num_hidden_layers
+    none, some = dict.fromkeys(("attention.read", "mlp.read"), np.array([], dtype=np.int64)), {"mlp.read": [1, 5]}
+    masks = Masks.from_indices([none] * (count - 1) + [some], checkpoint.config)
+    assert tune.tune(checkpoint, masks, "onnx-cpu", Choices())[1]["blocks"] == [count - 1]
+    with pytest.raises(CompileError, match="no block anything to do"):
+        tune.tune(checkpoint, Masks.from_indices([none] * count, checkpoint.config), "onnx-cpu", Choices())
+
+
+def test_what_cannot_be_tuned_is_refused_in_one_line(tmp_path: Path) -> None:
+    line = ("compile", harness.checkpoint("llama").directory, "--dense", "--tune", "-o", tmp_path / "out")
+    for more, said in (
+        (("-t", "onnx-cpu", "--lowering", "canonical"), "leave out --lowering"),
+        (("-t", "onnx-cuda"), "--tune times the lowerings on CUDA, which is not here"),
+    ):
+        outcome = command.run(*line, *more)
+        assert outcome.code == 2
+        assert said in outcome.err and len(outcome.err.splitlines()) == 1
+        assert not (tmp_path / "out").exists()

@@ -1,9 +1,11 @@
 """`--tune`: time the lowerings that a target can run on this machine, on a few of the model's own blocks.
 
 Which lowering is fastest depends on the device and on the widths. Each candidate becomes a small artifact of some
-blocks of the model, with their own weights and sets; all are loaded, and take turns at a prompt and at single tokens.
+blocks of the model, with their own weights and sets but next to no vocabulary (the head would hide the difference); all
+are loaded, and take turns at a prompt and at single tokens.
 """
 
+import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ from dispc.families import DecoderConfig
 from dispc.masks import Masks
 from dispc.targets import Choices, Lowering, Plan, make_plan
 
-BLOCKS = 4
+BLOCKS, VOCABULARY = 4, 128
 PROMPT, PAST = 128, 64
 MARGIN = 0.02
 """Another lowering must decode faster than the default by more than this share, which is noise."""
@@ -29,18 +31,29 @@ DECODING, PREFILL = "one_token", "first_token"
 
 
 class SomeBlocks(Checkpoint):
-    """Some blocks of a checkpoint, numbered from 0, between its embedding and its head."""
+    """Some blocks of a checkpoint, numbered from 0, with the first tokens of its vocabulary: all there is to time."""
 
     def __init__(self, whole: Checkpoint, chosen: tuple[int, ...]) -> None:
         super().__init__(whole.directory)
         self.whole, self.chosen = whole, chosen
 
     @cached_property
+    def pretrained_config(self) -> Any:
+        config = copy.deepcopy(self.whole.pretrained_config)
+        config.vocab_size, config.pad_token_id = self.config.vocab_size, None
+        return config
+
+    @cached_property
     def config(self) -> DecoderConfig:
-        kinds = tuple(self.whole.config.layer_kinds[block] for block in self.chosen)
-        return replace(self.whole.config, num_hidden_layers=len(kinds), layer_kinds=kinds)
+        whole = self.whole.config
+        kinds = tuple(whole.layer_kinds[block] for block in self.chosen)
+        vocabulary = min(VOCABULARY, whole.vocab_size)
+        return replace(whole, num_hidden_layers=len(kinds), layer_kinds=kinds, vocab_size=vocabulary)
 
     def find(self, name: str) -> CheckpointTensor:
+        if name.startswith(("lm_head.", f"{self.family.embedding}.")):
+            tensor, count = self.whole.find(name), self.config.vocab_size
+            return replace(tensor, shape=(count, *tensor.shape[1:]), read=lambda: tensor.read()[:count])
         for number, block in enumerate(self.chosen):
             prefix = f"{self.family.block(number)}."
             if name.startswith(prefix):

@@ -36,7 +36,10 @@ def compile(
     padding: Annotated[str | None, typer.Option(help="Side on which batches are padded: left or right.")] = None,
     lowering: Annotated[
         str | None,
-        typer.Option(help="How writes are spelled: inverse-gather, canonical, scatter-elements, zero-filled."),
+        typer.Option(
+            help="How subsets are read and written: inverse-gather, canonical (ScatterND), scatter-elements, or "
+            "zero-filled (sets of nine tenths and more become zeros in the weights)."
+        ),
     ] = None,
     tune: Annotated[bool, typer.Option("--tune", help="Choose the lowering by timing all on this machine.")] = False,
     align: Annotated[int, typer.Option(help="Pad widths with zeros to a multiple of this (8, 16, 64).")] = 1,

@@ -26,6 +26,9 @@ from dispc.passes.tie_embeddings import TieEmbeddingsPass
 from dispc.passes.unroll import UnrollPass
 from dispc.targets import Plan
 
+NEARLY_EVERYTHING = 0.9
+"""Share of the stream from which `zero-filled` gives a set its full width back."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PassRecord:
@@ -49,8 +52,11 @@ def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[Rew
         (True, lambda: UnrollPass(checkpoint)),
         (True, lambda: PruneBlocksPass(config, masks)),
         (plan.align > 1, lambda: AlignWidthsPass(config, plan.align)),
-        (plan.lowering == "zero-filled", lambda: FillZerosPass(config.hidden_size, share=0.0)),
-        (plan.lowering == "inverse-gather", lambda: LowerScatterPass("inverse-gather", config.hidden_size, multiple)),
+        (plan.lowering == "zero-filled", lambda: FillZerosPass(config.hidden_size, NEARLY_EVERYTHING)),
+        (
+            plan.lowering in ("inverse-gather", "zero-filled"),
+            lambda: LowerScatterPass("inverse-gather", config.hidden_size, multiple),
+        ),
         (plan.lowering == "scatter-elements", lambda: LowerScatterPass("scatter-elements", config.hidden_size)),
         (plan.group_query, lambda: LowerAttentionPass(plan.padding, config.head_dim)),
         (

@@ -16,7 +16,7 @@ from dispc.errors import CompileError
 from dispc.masks import Masks
 from dispc.passes.align_widths import AlignWidthsPass
 from dispc.passes.canonical import find_writes
-from dispc.passes.pipeline import build_pipeline, run_pipeline
+from dispc.passes.pipeline import NEARLY_EVERYTHING, build_pipeline, run_pipeline
 from dispc.targets import FUSIONS, Choices, make_plan
 from dispc.validate.parity import logit_error
 
@@ -37,7 +37,8 @@ def error(variant: str, masks: Masks, **options: Any) -> float:
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
 @pytest.mark.parametrize("without", FUSIONS)
 def test_a_model_without_one_of_the_fusions_computes_the_same(variant: str, without: str) -> None:
-    assert error(variant, half(variant), without=(without,)) <= TOLERANCE
+    for target in ("onnx-cpu", "onnx-cuda"):  # of the latter the graph in float32, which the CPU can run
+        assert error(variant, half(variant), target=target, without=(without,)) <= TOLERANCE
 
 
 @pytest.mark.parametrize(("variant", "lowering"), product(("llama-tied-biased", "phi", "opt", "qwen3"), LOWERINGS))
@@ -46,24 +47,26 @@ def test_a_model_without_one_of_the_fusions_computes_the_same(variant: str, with
 def test_any_widths_and_any_options_keep_the_function(variant: str, lowering: str, data: st.DataObject) -> None:
     masks = data.draw(widths(variant))
     options = {
-        "target": data.draw(st.sampled_from(["onnx-cpu", "onnx"])),
+        "target": data.draw(st.sampled_from(["onnx-cpu", "onnx-cuda", "onnx"])),
         "align": data.draw(st.sampled_from([1, 8, 16])),
         "last_logits": data.draw(st.booleans()),
         "without": tuple(sorted(data.draw(st.sets(st.sampled_from(FUSIONS), max_size=3)))),
     }
-    if options["target"] == "onnx-cpu":
+    if options["target"] != "onnx":
         options["padding"] = data.draw(st.sampled_from(["left", "right"]))
     assert error(variant, masks, lowering=lowering, **options) <= TOLERANCE
 
 
+@pytest.mark.parametrize("target", ["onnx-cuda", "onnx-cpu"])
 @pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen2"])
-def test_a_gated_block_is_left_with_what_it_needs(variant: str) -> None:
-    operators = harness.operators(harness.rewritten(variant, half(variant)), "layers.1/")
+def test_a_gated_block_is_left_with_what_it_needs(variant: str, target: str) -> None:
+    operators = harness.operators(harness.rewritten(variant, half(variant), target=target), "layers.1/")
+    packed = target == "onnx-cuda"
     counts = {name: operators.count(name) for name in set(operators)} | {"Transpose": operators.count("Transpose")}
     counts.pop("Add", None)  # the biases of Qwen2
     assert counts == {
-        "SkipSimplifiedLayerNormalization": 2, "Gather": 4, "MatMul": 4, "GroupQueryAttention": 1, "Split": 1,
-        "QuickGelu": 1, "Mul": 1, "Transpose": 0,
+        "SkipSimplifiedLayerNormalization": 2, "Gather": 4, "MatMul": 4 if packed else 5, "GroupQueryAttention": 1,
+        "QuickGelu": 1, "Mul": 1, "Transpose": 0, **({"Split": 1} if packed else {}),
     }  # fmt: skip
 
 
@@ -130,7 +133,7 @@ def test_an_embedding_that_is_not_tied_is_left_alone() -> None:
 @pytest.mark.parametrize("multiple", [8, 16])
 def test_aligned_widths_are_multiples(multiple: int) -> None:
     masks = half("llama", seed=4)
-    graph = harness.rewritten("llama", masks, align=multiple).graph
+    graph = harness.rewritten("llama", masks, target="onnx-cuda", align=multiple).graph
     config = harness.checkpoint("llama").config
     for index in range(config.num_hidden_layers):
         for name in ("self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"):
@@ -139,9 +142,17 @@ def test_aligned_widths_are_multiples(multiple: int) -> None:
             assert int(value.shape[0]) % multiple == 0, name
 
 
-def test_filling_with_zeros_gives_every_index_node_back() -> None:
-    graph = harness.rewritten("llama", half("llama"), lowering="zero-filled").graph
-    assert not [node for node in graph if node.op_type in ("Gather", "ScatterND") and "layers." in (node.name or "")]
+@pytest.mark.parametrize("missing", [1, 2, 6, 7, 20])
+@pytest.mark.parametrize("variant", ["llama", "phi", "opt"])
+def test_sets_that_keep_nearly_everything_are_filled_with_zeros_and_no_others(variant: str, missing: int) -> None:
+    config = harness.checkpoint(variant).config
+    kept = np.arange(missing, config.hidden_size)
+    full = dict.fromkeys(("attention.read", "attention.write", "mlp.read", "mlp.write"), kept)
+    masks = Masks.from_indices([full] * config.num_hidden_layers, config)
+    graph = harness.rewritten(variant, masks, lowering="zero-filled").graph
+    gathers = [node for node in graph if node.op_type == "Gather" and "layers." in (node.name or "")]
+    assert bool(gathers) == (len(kept) < NEARLY_EVERYTHING * config.hidden_size)
+    assert error(variant, masks, lowering="zero-filled") < TOLERANCE
 
 
 @pytest.mark.parametrize("variant", ["llama-tied-biased", "phi", "opt"])

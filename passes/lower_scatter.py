@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from dispc.graph import add_initializer, drop_unused_initializers, make_node
@@ -77,8 +78,8 @@ class LowerScatterPass(RewritePass):
         ]
 
 
-def inverse_index(write: Indices, width: int) -> Indices:
-    """[width] int64: position j of `write` where write[j] is the position, len(write) (a zero column) elsewhere."""
-    inverse = np.full(width, len(write), dtype=np.int64)
+def inverse_index(write: Indices, width: int) -> npt.NDArray[np.int32]:
+    """[width] int32: position j of `write` where write[j] is the position, len(write) (a zero column) elsewhere."""
+    inverse = np.full(width, len(write), dtype=np.int32)
     inverse[write] = np.arange(len(write))
     return inverse

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import numpy as np
 import onnx_ir as ir
 
 from dispc.errors import CompileError
@@ -129,7 +130,7 @@ class _BlockPruner:
             projection.matmul.replace_input_with(0, source)
 
     def _gather(self, source: ir.Value, parts: SubLayerParts, read: Indices, anchor: ir.Node) -> ir.Value:
-        indices = add_initializer(self.graph, f"{parts.module}.read", read)
+        indices = add_initializer(self.graph, f"{parts.module}.read", read.astype(np.int32))
         node = make_node("Gather", [source, indices], f"{scope(parts.module)}/read/Gather", attributes={"axis": -1})
         self.graph.insert_before(anchor, node)
         return node.outputs[0]

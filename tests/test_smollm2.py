@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from runtimes import EXAMPLES, say
 
+from dispc.checkpoint import Checkpoint
 from dispc.compiler import CompileOptions, compile_model
 from dispc.demo import GGUF, MASKS, run_demo, unpack_gguf
 from dispc.generate import Sampler, generate_text, generate_tokens, load_tokenizer
+from dispc.manifest import read_manifest
 from dispc.quantisation import Quantisation
 from dispc.validate.session import Artifact
 
@@ -50,6 +52,14 @@ def artifact(
     return out
 
 
+def size_over_kept(artifact: Path, model: Path, element_bytes: int) -> float:
+    """Bytes on the disk over those of the kept block parameters and of one embedding."""
+    config = Checkpoint(model).config
+    kept = read_manifest(artifact)["block_parameters"]["kept"]
+    written = sum(file.stat().st_size for file in artifact.glob("model.onnx*"))
+    return float(written / (element_bytes * (kept + config.vocab_size * config.hidden_size)))
+
+
 def chat_tokens(tokenizer: Any, prompt: str) -> list[int]:
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
@@ -59,15 +69,10 @@ def chat_tokens(tokenizer: Any, prompt: str) -> list[int]:
 
 def test_float16_and_bfloat16_artifacts_of_real_weights_pass(model: Path, masks: Path, tmp_path: Path) -> None:
     for dtype in ("float16", "bfloat16"):
-        options = CompileOptions(
-            model=model,
-            masks=masks,
-            output=tmp_path / dtype,
-            target="onnx-cuda",
-            dtype=dtype,
-            padding="right",
-        )
+        out = tmp_path / dtype
+        options = CompileOptions(model=model, masks=masks, output=out, target="onnx-cuda", dtype=dtype, padding="right")
         assert compile_model(options)["validation"]["passed"]
+        assert abs(size_over_kept(out, model, 2) - 1) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -85,28 +90,22 @@ def test_the_licence_that_the_gguf_names_reaches_the_artifacts_card(artifact: Pa
     assert (artifact / "README.md").read_text(encoding="utf-8").startswith("---\nlicense: apache-2.0\n")
 
 
-def test_left_padded_batches_generate_through_optimum_what_each_prompt_generates_alone(
-    model: Path, masks: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("artifact", ["right", "left"], indirect=True)
+def test_an_artifact_is_as_large_as_what_it_keeps(artifact: Path, model: Path) -> None:
+    assert abs(size_over_kept(artifact, model, 4) - 1) < 0.01
+
+
+@pytest.mark.parametrize("artifact", ["left"], indirect=True)
+def test_left_padded_batches_generate_through_optimum_what_each_prompt_generates_alone(artifact: Path) -> None:
     optimum = pytest.importorskip("optimum.onnxruntime")
-    compile_model(
-        CompileOptions(
-            model=model,
-            masks=masks,
-            output=tmp_path / "out",
-            target="onnx-cpu",
-            padding="left",
-            validate=False,
-        )
-    )
-    tokenizer = load_tokenizer(tmp_path / "out")
+    tokenizer = load_tokenizer(artifact)
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
     batch = tokenizer(list(PROMPTS), padding=True, return_tensors="pt")
-    ort_model = optimum.ORTModelForCausalLM.from_pretrained(tmp_path / "out")
+    ort_model = optimum.ORTModelForCausalLM.from_pretrained(artifact)
     out = ort_model.generate(**batch, max_new_tokens=12, min_new_tokens=12, do_sample=False)
-    artifact = Artifact(tmp_path / "out")
+    loaded = Artifact(artifact)
     for row, prompt in zip(out[:, batch["input_ids"].shape[1] :].tolist(), PROMPTS, strict=True):
-        alone = list(generate_tokens(artifact, tokenizer.encode(prompt), 12, Sampler(), frozenset()))
+        alone = list(generate_tokens(loaded, tokenizer.encode(prompt), 12, Sampler(), frozenset()))
         assert row[: len(alone)] == alone or tokenizer.eos_token_id in alone
 
 

@@ -85,6 +85,19 @@ def remove_dead(graph: ir.Graph, roots: Iterable[ir.Node]) -> None:
     graph.remove(dead, safe=True)
 
 
+def replace_node(graph: ir.Graph, node: ir.Node, made: ir.Node) -> None:
+    """Put `made` in the place of `node`: what read the first output of one reads that of the other, named as before
+    where the graph returns it."""
+    made.metadata_props.update(node.metadata_props)
+    graph.insert_before(node, made)
+    old, new = node.outputs[0], made.outputs[0]
+    new.type, new.shape = old.type, old.shape
+    if old.is_graph_output():
+        new.name = old.name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
 def consumers(value: ir.Value) -> list[ir.Node]:
     """The nodes that read `value`, each once."""
     return list(dict.fromkeys(use.node for use in value.uses()))

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dispc.errors import CompileError
-from dispc.graph import HEAD, MICROSOFT, add_initializer, drop_unused_initializers, make_node
+from dispc.graph import HEAD, MICROSOFT, add_initializer, drop_unused_initializers, make_node, replace_node
 from dispc.passes.base import RewritePass
 from dispc.quantisation import Quantisation
 
@@ -62,10 +62,10 @@ class QuantisePass(RewritePass):
             if weight is None:
                 continue
             if node.op_type == "MatMul" and (weight.name != HEAD or self.quantisation.head):
-                self._replace(graph, node, weight, self._matmul(graph, node, weight))
+                replace_node(graph, node, self._matmul(graph, node, weight))
                 count += 1
             elif node.op_type == "Gather" and weight.name == self.embedding and self.quantisation.embedding:
-                self._replace(graph, node, weight, self._gather(graph, node, weight))
+                replace_node(graph, node, self._gather(graph, node, weight))
                 count += 1
         drop_unused_initializers(graph)
         if count:
@@ -105,16 +105,6 @@ class QuantisePass(RewritePass):
 
     def _initializers(self, graph: ir.Graph, weight: ir.Value, quantised: "QuantisedWeight") -> list[ir.Value]:
         return [add_initializer(graph, f"{weight.name}.{part}", t) for part, t in quantised.tensors().items()]
-
-    def _replace(self, graph: ir.Graph, node: ir.Node, weight: ir.Value, made: ir.Node) -> None:
-        made.metadata_props.update(node.metadata_props)
-        graph.insert_before(node, made)
-        old, new = node.outputs[0], made.outputs[0]
-        new.type, new.shape = old.type, old.shape
-        if old.is_graph_output():
-            new.name = old.name
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
 
 
 class QuantisedWeight:

@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from dispc.errors import CompileError
-from dispc.graph import HEAD, MICROSOFT, drop_unused_initializers, make_node
+from dispc.graph import HEAD, MICROSOFT, drop_unused_initializers, make_node, replace_node
 from dispc.passes.base import RewritePass
 
 
@@ -46,13 +46,7 @@ class TieEmbeddingsPass(RewritePass):
                 "FusedMatMul", [matmul.inputs[0], embedding], name, domain=MICROSOFT,
                 attributes={"transB": 1, "alpha": 1.0},
             )  # fmt: skip
-            graph.insert_before(matmul, fused)
-            old, new = matmul.outputs[0], fused.outputs[0]
-            new.type, new.shape = old.type, old.shape
-            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-            if new.is_graph_output():
-                new.name = old.name
-            graph.remove(matmul, safe=True)
+            replace_node(graph, matmul, fused)
             graph.opset_imports[MICROSOFT] = 1
         else:
             turn = make_node("Transpose", [embedding], "/lm_head/Transpose", attributes={"perm": [1, 0]})

@@ -21,6 +21,8 @@ import typer
 from common import WORK, console, dispc, run, write_result
 from machine import REPOSITORY, environment
 
+from dispc.learn.estimator import OFFSET
+
 RESULTS = REPOSITORY / "benchmarks" / "results" / "learned"
 PAGE = REPOSITORY / "docs" / "results.md"
 METHODS: dict[str, tuple[str, ...]] = {
@@ -117,6 +119,8 @@ def judge_masks(
         if cell.method in LEARNED:
             options += ["--steps", facts["steps"], "--sequence-length", facts["sequence_length"]]
             options += ["--learning-rate", facts["learning_rate"], "--precision", "bfloat16"]
+            options += ["--offset", facts["offset"]] if float(facts.get("offset", OFFSET)) != OFFSET else []
+            options += ["--decay"] if facts.get("decay") == "true" else []
         record = {"tokens": tokens, "command": shown(options, model), "train": facts.get("data", "")}
         metrics = file.with_suffix(".learn") / "metrics.jsonl"
         if metrics.exists():

@@ -22,6 +22,7 @@ from dispc.manifest import MANIFEST, write_json
 from dispc.masks import Masks
 from dispc.passes.pipeline import PassRecord, build_pipeline, pipeline_line, run_pipeline
 from dispc.targets import Choices, Plan, make_plan
+from dispc.tune import tune
 from dispc.weights import surface_weight_errors
 
 Progress = Callable[[str, int, int], None]
@@ -79,10 +80,8 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
 
     tuned: dict[str, Any] = {}
     if options.tune:
-        from dispc.tune import tune
-
         progress("timing lowerings", 0, 1)
-        plan, record = tune(checkpoint, masks, options.target, options)
+        plan, record = tune(checkpoint, masks, options.target, options, build_artifact)
         tuned["tuned"] = record
 
     with staged_directory(options.output, options.force) as stage:

@@ -7,7 +7,7 @@ are loaded, and take turns at a prompt and at single tokens.
 
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -17,7 +17,6 @@ from typing import Any, get_args
 import numpy as np
 
 from dispc.checkpoint import Checkpoint, CheckpointTensor
-from dispc.compiler import build_artifact
 from dispc.errors import CompileError
 from dispc.families import DecoderConfig
 from dispc.masks import Masks
@@ -27,6 +26,8 @@ BLOCKS, VOCABULARY = 4, 128
 PROMPT, PAST = 128, 64
 MARGIN = 0.02
 """Another lowering must decode faster than the default by more than this share, which is noise."""
+Build = Callable[[Checkpoint, Masks, Plan, Path], object]
+"""Compiles a checkpoint with masks by a plan into a directory that is empty."""
 DECODING, PREFILL = "one_token", "first_token"
 
 
@@ -61,7 +62,9 @@ class SomeBlocks(Checkpoint):
         return self.whole.find(name)
 
 
-def tune(checkpoint: Checkpoint, masks: Masks, target: str, choices: Choices) -> tuple[Plan, dict[str, Any]]:
+def tune(
+    checkpoint: Checkpoint, masks: Masks, target: str, choices: Choices, build: Build
+) -> tuple[Plan, dict[str, Any]]:
     """The plan with the lowering that decodes fastest here, and the record of how it was chosen.
 
     The record has `blocks` (those that were timed), `device`, `threads` (0: ONNX Runtime's choice) and `milliseconds`:
@@ -82,7 +85,7 @@ def tune(checkpoint: Checkpoint, masks: Masks, target: str, choices: Choices) ->
     blocks = tuple(alive[place] for place in places)
     part = SomeBlocks(checkpoint, blocks)
     kept = replace(masks, blocks=tuple(masks.blocks[block] for block in blocks))
-    with _artifacts(part, kept, plans) as artifacts:
+    with _artifacts(part, kept, plans, build) as artifacts:
         milliseconds = time_lowerings(artifacts, provider, checkpoint.config.max_positions)
     best = min(milliseconds, key=lambda name: milliseconds[name][DECODING])
     default = make_plan(target, choices).lowering
@@ -105,12 +108,12 @@ def _candidates(target: str, choices: Choices) -> Iterator[tuple[str, Plan]]:
 
 
 @contextmanager
-def _artifacts(part: Checkpoint, masks: Masks, plans: dict[str, Plan]) -> Iterator[dict[str, Path]]:
+def _artifacts(part: Checkpoint, masks: Masks, plans: dict[str, Plan], build: Build) -> Iterator[dict[str, Path]]:
     with tempfile.TemporaryDirectory(prefix="dispc-tune-") as scratch:
         artifacts = {name: Path(scratch) / name for name in plans}
         for name, plan in plans.items():
             artifacts[name].mkdir()
-            build_artifact(part, masks, plan, artifacts[name])
+            build(part, masks, plan, artifacts[name])
         yield artifacts
 
 

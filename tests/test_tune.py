@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dispc import tune
+from dispc.compiler import build_artifact
 from dispc.errors import CompileError
 from dispc.masks import Masks
 from dispc.quantisation import Quantisation
@@ -54,7 +55,7 @@ def test_the_command_times_every_lowering_and_the_artifact_is_right(tmp_path: Pa
 
 @pytest.mark.parametrize("variant", ["opt", "phi", "qwen2"])
 def test_other_families_are_sampled_too(variant: str) -> None:
-    plan, record = tune.tune(harness.checkpoint(variant), masks_of(variant), "onnx-cpu", Choices())
+    plan, record = tune.tune(harness.checkpoint(variant), masks_of(variant), "onnx-cpu", Choices(), build_artifact)
     assert plan.lowering in LOWERINGS and set(record["milliseconds"]) == LOWERINGS
 
 
@@ -72,7 +73,7 @@ def test_the_fastest_is_chosen_unless_it_is_only_noise(
     faster: dict[str, float], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_times(monkeypatch, **faster)
-    plan, record = tune.tune(harness.checkpoint("llama"), masks_of("llama"), "onnx-cpu", Choices())
+    plan, record = tune.tune(harness.checkpoint("llama"), masks_of("llama"), "onnx-cpu", Choices(), build_artifact)
     assert plan.lowering == expected
     assert set(record["milliseconds"]) == LOWERINGS
 
@@ -82,7 +83,7 @@ def test_only_what_the_target_can_run_is_timed(monkeypatch: pytest.MonkeyPatch) 
     checkpoint, masks = harness.checkpoint("llama"), masks_of("llama")
 
     def timed(target: str, **choices: Any) -> set[str]:
-        return set(tune.tune(checkpoint, masks, target, Choices(**choices))[1]["milliseconds"])
+        return set(tune.tune(checkpoint, masks, target, Choices(**choices), build_artifact)[1]["milliseconds"])
 
     assert timed("onnx-cuda", dtype="bfloat16") == {"inverse-gather", "zero-filled"}
     assert timed("onnx", dtype="float16") == {"inverse-gather", "zero-filled"}
@@ -107,9 +108,11 @@ def test_blocks_without_work_are_not_sampled(monkeypatch: pytest.MonkeyPatch) ->
     count = checkpoint.config.num_hidden_layers
     none, some = dict.fromkeys(("attention.read", "mlp.read"), np.array([], dtype=np.int64)), {"mlp.read": [1, 5]}
     masks = Masks.from_indices([none] * (count - 1) + [some], checkpoint.config)
-    assert tune.tune(checkpoint, masks, "onnx-cpu", Choices())[1]["blocks"] == [count - 1]
+    assert tune.tune(checkpoint, masks, "onnx-cpu", Choices(), build_artifact)[1]["blocks"] == [count - 1]
     with pytest.raises(CompileError, match="no block anything to do"):
-        tune.tune(checkpoint, Masks.from_indices([none] * count, checkpoint.config), "onnx-cpu", Choices())
+        tune.tune(
+            checkpoint, Masks.from_indices([none] * count, checkpoint.config), "onnx-cpu", Choices(), build_artifact
+        )
 
 
 def test_what_cannot_be_tuned_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -67,6 +67,11 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
     checkpoint = Checkpoint(options.model)
     plan = make_plan(options.target, options)
     masks = load_masks(checkpoint, options)
+    tuned: dict[str, Any] = {}
+    if options.tune:
+        progress("timing lowerings", 0, 1)
+        plan, record = tune(checkpoint, masks, options.target, options, build_artifact)
+        tuned["tuned"] = record
     if options.validate or options.verify_each:
         from dispc.validate.memory import require_memory_for_reference
 
@@ -77,12 +82,6 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
         # The passes do not look at dtypes: their float32 graphs are compared, whatever the target's dtype is.
         verifier = make_verifier(checkpoint, masks, plan.quantisation)
         run_pipeline(trace(checkpoint, torch.float32), build_pipeline(plan.exact, checkpoint, masks), verifier)
-
-    tuned: dict[str, Any] = {}
-    if options.tune:
-        progress("timing lowerings", 0, 1)
-        plan, record = tune(checkpoint, masks, options.target, options, build_artifact)
-        tuned["tuned"] = record
 
     with staged_directory(options.output, options.force) as stage:
         manifest = build_artifact(checkpoint, masks, plan, stage, progress, options.dump_ir)

@@ -16,7 +16,7 @@ import numpy as np
 from dispc import __version__
 from dispc.checkpoint import Checkpoint
 from dispc.compiler import CompileOptions, compile_model, load_masks
-from dispc.errors import DispcError
+from dispc.errors import ArtifactError, DispcError
 from dispc.generate import Sampler, generate_text
 from dispc.manifest import MANIFEST, read_manifest
 from dispc.passes.pipeline import build_pipeline
@@ -128,19 +128,27 @@ def gguf_licence(file: Path) -> str:
 
 
 def compile_once(model: Path, masks: Path | None, artifact: Path, say: Callable[[str], None]) -> None:
-    """Compile and validate, unless the artifact of these masks is there already, made by the same passes."""
+    """Compile and validate, unless the artifact of these masks is there already, made by the same dispc and passes."""
     options = CompileOptions(
         model=model, output=artifact, target="onnx-cpu", masks=masks, dense=masks is None, force=True
     )
-    if (artifact / MANIFEST).is_file():
-        checkpoint, manifest = Checkpoint(model), read_manifest(artifact)
-        wanted = load_masks(checkpoint, options)
-        passes = build_pipeline(make_plan(options.target, options), checkpoint, wanted)
-        found = (manifest["dispc"], manifest["masks_sha256"], [done["name"] for done in manifest["passes"]])
-        if found == (__version__, wanted.sha256(), [one.name for one in passes]):
-            return
+    if (artifact / MANIFEST).is_file() and _same(artifact, options):
+        return
     say(f"compiling and validating {artifact}")
     compile_model(options)
+
+
+def _same(artifact: Path, options: CompileOptions) -> bool:
+    """The artifact is what this dispc would make; one that cannot be read is not."""
+    try:
+        manifest = read_manifest(artifact)
+    except ArtifactError:
+        return False
+    checkpoint = Checkpoint(options.model)
+    masks = load_masks(checkpoint, options)
+    passes = [one.name for one in build_pipeline(make_plan(options.target, options), checkpoint, masks)]
+    made = [record["name"] for record in manifest.get("passes", [])]
+    return (manifest["dispc"], manifest["masks_sha256"], made) == (__version__, masks.sha256(), passes)
 
 
 def time_alternately(artifacts: dict[str, Path]) -> dict[str, float]:

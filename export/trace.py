@@ -116,14 +116,14 @@ def auto_model() -> Any:
     """transformers' AutoModelForCausalLM, imported without scikit-learn and scipy.
 
     Where they are installed, transformers imports them with every model, for assisted generation and object detection:
-    a fifth of a small compilation.
+    a fifth of a small compilation. A process that has called this first does without those two for good.
     """
     from transformers import utils
 
     questions = ("is_sklearn_available", "is_scipy_available")
-    answers = {name: getattr(utils, name) for name in questions}
+    answers = {name: getattr(utils, name) for name in questions if hasattr(utils, name)}
     try:
-        for name in questions:
+        for name in answers:
             setattr(utils, name, lambda: False)
         import transformers.modeling_utils  # noqa: F401 - where scipy would be imported
         from transformers import AutoModelForCausalLM

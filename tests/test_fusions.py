@@ -156,7 +156,7 @@ def test_sets_that_keep_nearly_everything_are_filled_with_zeros_and_no_others(va
 
 
 @pytest.mark.parametrize("variant", ["llama-tied-biased", "phi", "opt"])
-@pytest.mark.parametrize("target", ["onnx-cpu", "onnx"])
+@pytest.mark.parametrize("target", ["onnx-cuda", "onnx-cpu", "onnx"])
 def test_passes_that_have_nothing_left_to_do_change_nothing(variant: str, target: str) -> None:
     masks = half(variant)
     model = harness.rewritten(variant, masks, target=target)

@@ -7,6 +7,7 @@ down slows both.
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -123,6 +124,8 @@ class TimedArtifact:
         self.shared = shares_buffer(self.artifact)
         self.weights = bytes_read(path / "model.onnx") * (2 if self.artifact.widened else 1)
         self.rng = np.random.default_rng(0)
+        logits = next(value for value in self.artifact.session.get_outputs() if value.name == "logits")
+        self.vocabulary = int(logits.shape[-1])
 
     def prefill(self, batch: int, length: int) -> Callable[[], None]:
         """A call that runs a prompt of `length` tokens on an empty cache."""
@@ -149,7 +152,7 @@ class TimedArtifact:
         return BoundDecoder(self.artifact, batch=batch, capacity=room, shared=self.shared, graph=self.graph)
 
     def _tokens(self, batch: int, length: int) -> Any:
-        return self.rng.integers(0, 100, (batch, length))
+        return self.rng.integers(0, self.vocabulary, (batch, length))
 
 
 def _graphs(path: Path, provider: str) -> tuple[bool, ...]:
@@ -177,11 +180,13 @@ def time_case(
             case = session.prefill(batch, length) if kind == "first token" else session.step(batch, length)
             cases.append((name, title, session, case))
     times: list[list[float]] = [[] for _ in cases]
-    for _ in range(options.warmup + options.rounds):
-        for number, (_, _, _, case) in enumerate(cases):
+    order = list(range(len(cases)))
+    for number in range(options.warmup + options.rounds):
+        random.Random(number).shuffle(order)  # no case always follows the same other
+        for index in order:
             start = time.perf_counter()
-            case()
-            times[number].append(1000 * (time.perf_counter() - start))
+            cases[index][3]()
+            times[index].append(1000 * (time.perf_counter() - start))
     rows = []
     for (name, title, session, _), found in zip(cases, times, strict=True):
         p50, p90, p99 = np.percentile(found[options.warmup :], (50, 90, 99))

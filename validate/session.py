@@ -219,8 +219,10 @@ def open_session(
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     entries = dict(config or {})
-    if not threads:  # nobody times this session: let waiting threads sleep, others may want the cores
-        entries["session.intra_op.allow_spinning"] = "0"
+    if threads:  # somebody times this session, perhaps in turns with others: spin, but only while it runs
+        entries.setdefault("session.force_spinning_stop", "1")
+    else:  # let waiting threads sleep, others may want the cores
+        entries.setdefault("session.intra_op.allow_spinning", "0")
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if profile:

@@ -1,6 +1,7 @@
 """What a learning run is asked for. The defaults are the paper's."""
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,7 +12,7 @@ from dispc.masks import NormScope
 
 Precision = Literal["float32", "bfloat16"]
 CHANGEABLE = ("steps", "output", "device", "checkpoint_every", "tensorboard", "activation_checkpointing", "compile")
-"""Options that may differ when a run is resumed: they do not change what a step computes."""
+"""Options that may differ when a run is resumed: they do not change what a step computes (but `steps` with `decay`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class LearnOptions:
         for name in ("steps", "batch_size", "checkpoint_every", "align"):
             if getattr(self, name) < 1:
                 raise LearnError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not math.isfinite(self.offset):
+            raise LearnError(f"offset is {self.offset}; it must be a number")
         if self.sequence_length < 2:
             raise LearnError(f"sequence_length is {self.sequence_length}; it must be at least 2")
         for name, kind in (("ratio_of", RatioOf), ("estimator", EstimatorName), ("norm_scope", NormScope)):
@@ -85,8 +88,13 @@ class LearnOptions:
         """Raise LearnError naming the first option in which a recorded run differs from this one."""
         for name, value in self.as_dict().items():
             changeable = name in CHANGEABLE and not (name == "steps" and self.decay)
-            if not changeable and recorded.get(name, value) != value:
+            then = recorded.get(name, DEFAULTS.get(name))
+            if not changeable and then != value:
                 raise LearnError(
-                    f"{self.folder}: that run has {name}={recorded[name]}, this one {value}; "
+                    f"{self.folder}: that run has {name}={then}, this one {value}; "
                     "resume with the same options, or start anew with --force"
                 )
+
+
+DEFAULTS = {field.name: field.default for field in fields(LearnOptions)}
+"""What an option was in runs from before it existed."""

@@ -8,15 +8,18 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import tiny
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_compile import widths
 
 from dispc.errors import CompileError
+from dispc.export.trace import trace
 from dispc.masks import Masks
 from dispc.passes.align_widths import AlignWidthsPass
 from dispc.passes.canonical import find_writes
 from dispc.passes.pipeline import NEARLY_EVERYTHING, build_pipeline, run_pipeline
+from dispc.reference import load_reference
 from dispc.targets import FUSIONS, Choices, make_plan
 from dispc.validate.parity import logit_error
 
@@ -237,3 +240,18 @@ def test_an_artifact_with_last_logits_is_judged_at_every_position_and_as_it_is(
     assert manifest["validation"]["passed"]
     assert manifest["logits"] == "last"
     assert {"prefill", "last logits"} <= set(checks)
+
+
+@pytest.mark.parametrize("variant", ["llama", "phi", "opt"])
+@pytest.mark.parametrize("without", [(), *((name,) for name in FUSIONS)], ids=str)
+def test_in_float16_no_fusion_costs_more_than_float16_itself(variant: str, without: tuple[str, ...]) -> None:
+    """The graph for CUDA, run by the CPU's float16 kernels; the budget is torch's error in float16, four times."""
+    checkpoint, masks = harness.checkpoint(variant), half(variant)
+    model = trace(checkpoint, torch.float16)
+    plan = make_plan("onnx-cuda", Choices(without=without))
+    run_pipeline(model, build_pipeline(plan, checkpoint, masks))
+    expected = harness.reference_logits(variant, masks)
+    halves = load_reference(checkpoint.directory, checkpoint.family, masks, torch.float16)
+    with torch.inference_mode():
+        own = halves(input_ids=torch.from_numpy(harness.TOKENS)[None]).logits[0].float().numpy()
+    assert logit_error(harness.model_logits(model), expected) <= 4 * logit_error(own, expected)

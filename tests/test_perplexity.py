@@ -14,9 +14,10 @@ from command import assert_refused, run
 
 from dispc.compiler import CompileOptions, compile_model
 from dispc.corpus import load_tokens
+from dispc.errors import DataError
 from dispc.generate import load_tokenizer
 from dispc.masks import Masks
-from dispc.validate.perplexity import measure_perplexity, open_scorer
+from dispc.validate.perplexity import TorchScorer, measure_perplexity, open_scorer
 from dispc.validate.zero_shot import score_continuation
 
 
@@ -60,6 +61,17 @@ def test_torch_and_artifact_agree_within_a_thousandth(place: Path) -> None:
     dense = measure_perplexity(open_scorer(place / "model"), text).perplexity
     assert compiled == pytest.approx(masked, rel=1e-3)
     assert abs(dense - masked) > 0.01 * dense  # the masks matter, so agreement says something
+
+
+def test_a_scorer_of_a_loaded_model_scores_with_that_model(place: Path) -> None:
+    model, text = harness._dense_reference("llama"), str(place / "text.txt")
+    scorer = TorchScorer.of(model, place / "model", 40)
+    assert scorer.model is model
+    with pytest.raises(DataError, match="takes 2 to 40"):
+        measure_perplexity(scorer, text, sequence_length=41)
+    found = measure_perplexity(scorer, text)
+    assert found.sequence_length == 40
+    assert found == measure_perplexity(open_scorer(place / "model"), text, sequence_length=40)
 
 
 def test_a_continuation_is_scored_behind_its_context_alone(place: Path) -> None:

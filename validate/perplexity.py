@@ -34,8 +34,21 @@ class TorchScorer:
         chosen = Masks.load(masks) if masks else None
         if chosen is not None:
             chosen.check(checkpoint.config, masks)
-        self.directory, self.positions, self.device = directory, checkpoint.config.max_positions, device
-        self.model = load_reference(directory, checkpoint.config.family, chosen).to(device)
+        model = load_reference(directory, checkpoint.config.family, chosen).to(device)
+        self._set(model, directory, checkpoint.config.max_positions, device)
+
+    @classmethod
+    def of(cls, model: Any, directory: Path, positions: int, device: str = "cpu") -> "TorchScorer":
+        """A scorer around a `model` that is loaded already and on `device`: nothing is read, nothing is masked.
+
+        `directory` holds its tokenizer; `positions` is the longest sequence that it takes.
+        """
+        scorer = cls.__new__(cls)
+        scorer._set(model, directory, positions, device)
+        return scorer
+
+    def _set(self, model: Any, directory: Path, positions: int, device: str) -> None:
+        self.model, self.directory, self.positions, self.device = model, directory, positions, device
 
     @torch.no_grad()
     def logits(self, tokens: Tokens) -> Array:

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from dispc.errors import CheckpointError, UnsupportedModelError
 from dispc.families import DecoderConfig, Family, find_family
+from dispc.masks import Masks
+from dispc.narrow import is_published_model, masks_of_directory, widen
 
 SAFETENSORS_DTYPES = {
     "F32": torch.float32,
@@ -102,8 +104,24 @@ class Checkpoint:
         return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
     @cached_property
+    def published_masks(self) -> Masks | None:
+        """The sets of a pruned model that the authors' published code saved; None for any other model.
+
+        Raises:
+            MasksError: when they do not fit the model's config.
+        """
+        return masks_of_directory(self.directory, self.config) if is_published_model(self.directory) else None
+
+    @cached_property
     def tensors(self) -> Mapping[str, CheckpointTensor]:
-        """Every tensor of the checkpoint by name; headers are read, values are not."""
+        """Every tensor of the checkpoint by name; headers are read, values are not.
+
+        The narrow projections of a published pruned model stand here at full width, with zeros in what it left out.
+        """
+        stored = self._stored()
+        return stored if self.published_masks is None else widen(stored, self.published_masks, self.config)
+
+    def _stored(self) -> dict[str, CheckpointTensor]:
         for index, single, list_tensors in (
             ("model.safetensors.index.json", "model.safetensors", _list_safetensors),
             ("pytorch_model.bin.index.json", "pytorch_model.bin", _list_torch_file),

@@ -31,7 +31,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class CompileOptions(Choices):
-    """What to compile, for what, and where to. `masks` None means MODEL/masks.safetensors; `dense` means no masks."""
+    """What to compile, for what, and where to.
+
+    `masks` None means those of a published pruned model, else MODEL/masks.safetensors; `dense` means no masks.
+    """
 
     model: Path
     output: Path
@@ -144,7 +147,7 @@ def build_artifact(
 
 
 def load_masks(checkpoint: Checkpoint, options: CompileOptions) -> Masks:
-    """The masks to compile with, checked against the model's config.
+    """The masks to compile with, checked against the model's config; a published pruned model brings its own.
 
     Raises:
         MasksError: when they are missing, malformed, or belong to another model.
@@ -153,6 +156,8 @@ def load_masks(checkpoint: Checkpoint, options: CompileOptions) -> Masks:
         if options.masks:
             raise CompileError("--dense and --masks exclude each other")
         return Masks.dense(checkpoint.config)
+    if options.masks is None and checkpoint.published_masks is not None:
+        return checkpoint.published_masks
     path = options.masks or options.model / "masks.safetensors"
     masks = Masks.load(path)
     masks.check(checkpoint.config, path)

@@ -262,3 +262,8 @@ def _sort_header(content: bytes) -> bytes:
 def set_width(name: str, hidden_size: int, intermediate_size: int) -> int:
     """Full width of the set called `name`, one of `SETS`."""
     return intermediate_size if name == "mlp.mid" else hidden_size
+
+
+def set_widths(config: DecoderConfig) -> list[int]:
+    """Full widths of all sets, block after block in the order of `SETS`."""
+    return [set_width(name, config.hidden_size, config.intermediate_size) for name in SETS] * config.num_hidden_layers

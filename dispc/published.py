@@ -1,29 +1,24 @@
 """Masks out of what the authors' published code leaves behind. Nothing of it is executed.
 
-Two forms: the state of its hypernetwork (`hn-ckpt-final-0.50.pt`), and a pruned model directory whose modelling file
-holds the selection vectors as a list literal (`self.cfgs = [[1.0, 0.0, ...], ...]`). Either has five vectors per
-block: attention in, attention out, MLP in, MLP middle, MLP out.
+Two forms: the state of its hypernetwork (`hn-ckpt-final-0.50.pt`), and a pruned model directory (`dispc.narrow`).
+Either has five vectors per block: attention in, attention out, MLP in, MLP middle, MLP out.
 """
 
-import ast
 import pickle
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dispc.errors import MasksError, first_line
 from dispc.families import DecoderConfig
-from dispc.learn.budget import set_widths
 from dispc.learn.estimator import MEDIAN_OF_NOISE, OFFSET
 from dispc.learn.hypernetwork import HyperNetwork
-from dispc.masks import SETS, Masks
+from dispc.masks import Masks, set_widths
+from dispc.narrow import masks_of_directory, masks_of_vectors
 
-MODELLING_FILES = "modeling_*pruned*.py"
 RENAMED = (
     (r"^(module\.)?bi_GRU\.", "gru."),
     (r"^(module\.)?ln_tp\.", "norm."),
@@ -31,11 +26,6 @@ RENAMED = (
     (r"^(module\.)?inputs$", "inputs"),
 )
 """Names of the published hypernetwork to those of `HyperNetwork`."""
-
-
-def is_published_model(directory: Path) -> bool:
-    """Whether a directory holds a pruned model of the published code."""
-    return any(_vectors_literal(path) is not None for path in directory.glob(MODELLING_FILES))
 
 
 def import_published(source: Path, config: DecoderConfig) -> Masks:
@@ -81,57 +71,7 @@ def masks_of_hypernetwork(file: Path, config: DecoderConfig) -> Masks:
     with torch.no_grad():
         gates = network() + OFFSET + MEDIAN_OF_NOISE["gumbel"] > 0
     vectors = [piece.numpy() for piece in torch.split(gates, set_widths(config))]
-    return _masks(vectors, config, file.name, "published hypernetwork")
-
-
-def masks_of_directory(directory: Path, config: DecoderConfig) -> Masks:
-    """The sets written into the modelling file of a pruned model directory, read as data."""
-    for path in sorted(directory.glob(MODELLING_FILES)):
-        literal = _vectors_literal(path)
-        if literal is None:
-            continue
-        widths = set_widths(config)
-        if len(literal) != len(widths):
-            raise MasksError(f"{path}: holds {len(literal)} selection vectors, this model has {len(widths)}")
-        for number, (vector, width) in enumerate(zip(literal, widths, strict=True)):
-            if len(vector) != width or not set(vector) <= {0, 1}:
-                raise MasksError(f"{path}: selection vector {number} must be {width} numbers 0 or 1")
-        return _masks([np.array(vector) for vector in literal], config, directory.name, "published pruned model")
-    raise MasksError(f"{directory}: no {MODELLING_FILES} with selection vectors in it (self.cfgs = [[...], ...])")
-
-
-def _vectors_literal(path: Path) -> list[list[float]] | None:
-    """The list of lists assigned to `cfgs` in a Python file, parsed and never run; None when there is none."""
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
-        return None
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Assign):
-            continue
-        names = {getattr(target, "attr", getattr(target, "id", None)) for target in node.targets}
-        if "cfgs" not in names:
-            continue
-        try:
-            value = ast.literal_eval(node.value)
-        except (ValueError, TypeError):
-            continue
-        if isinstance(value, list) and value and all(_is_vector(item) for item in value):
-            return value
-    return None
-
-
-def _is_vector(item: object) -> bool:
-    return isinstance(item, list) and all(isinstance(number, int | float) for number in item)
-
-
-def _masks(vectors: Sequence[Any], config: DecoderConfig, source: str, method: str) -> Masks:
-    indices = [np.flatnonzero(vector) for vector in vectors]
-    blocks = [dict(zip(SETS, indices[at : at + len(SETS)], strict=True)) for at in range(0, len(indices), len(SETS))]
-    masks = Masks.from_indices(blocks, config)
-    pruned = 1.0 - masks.kept_parameters(config) / (config.block_parameters * config.num_hidden_layers)
-    metadata = {"method": method, "imported_from": source, "pruning_ratio": f"{pruned:.4f}", "ratio_of": "blocks"}
-    return Masks(masks.blocks, masks.hidden_size, masks.intermediate_size, masks.norm_scope, metadata)
+    return masks_of_vectors(vectors, config, file, "published hypernetwork")
 
 
 def _difference(network: HyperNetwork, state: dict[str, Tensor]) -> str:

@@ -1,7 +1,8 @@
 """The masked reference: the dense torch model with the sets applied as 0/1 multiplications. This defines right.
 
-Nothing here is shared with the compiler but the table of names and the masks: weights come through transformers, and
-attention, caches and activations are those of transformers.
+Nothing here is shared with the compiler but the table of names and the masks: weights come through transformers (those
+of a published pruned model, which transformers could load only by running its code, from the checkpoint's widened
+tensors), and attention, caches and activations are those of transformers.
 """
 
 from collections.abc import Callable
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dispc.checkpoint import Checkpoint
 from dispc.families import Family
 from dispc.masks import Indices, Masks, NormScope, set_width
+from dispc.narrow import is_published_model
 
 
 def load_reference(directory: Path, family: Family, masks: Masks | None, dtype: torch.dtype = torch.float32) -> Any:
@@ -25,10 +28,26 @@ def load_reference(directory: Path, family: Family, masks: Masks | None, dtype: 
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # transformers 5 would draw one into the command's own output
-    model = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, trust_remote_code=False).eval()
+    if is_published_model(directory):
+        model = _load_widened(Checkpoint(directory), dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, trust_remote_code=False)
+    model.eval()
     _widen_norms(model)
     if masks is not None:
         apply_masks(model, family, masks)
+    return model
+
+
+def _load_widened(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The model of a published pruned directory, in the code of transformers."""
+    from transformers import AutoModelForCausalLM
+
+    config = checkpoint.pretrained_config
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    state = {name: checkpoint.find(name).read().to(dtype) for name, _ in model.named_parameters()}
+    model.load_state_dict(state, strict=False, assign=True)  # buffers are computed, not stored
+    model.tie_weights()
     return model
 
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dispc.errors import MasksError
-from dispc.learn.budget import block_budget, final_sets, kept_parameters, model_parameters, regulariser, set_widths
+from dispc.learn.budget import block_budget, final_sets, kept_parameters, model_parameters, regulariser
 from dispc.learn.hypernetwork import Layout
-from dispc.masks import SETS, Masks
+from dispc.masks import SETS, Masks, set_widths
 
 VARIANTS = ("llama", "phi", "opt", "llama-tied-biased")
 CONFIG = harness.checkpoint("llama").config

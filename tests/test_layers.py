@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"dispc": "dispc", "passes": "dispc.passes", "export": "dispc.export", "validate": "dispc.validate"}
 FOUNDATIONS = {
-    "checkpoint", "corpus", "errors", "extras", "families", "graph", "manifest", "masks", "quantisation",
-    "signals", "targets", "weights",
+    "checkpoint", "corpus", "errors", "extras", "families", "graph", "manifest", "masks", "narrow",
+    "quantisation", "signals", "targets", "weights",
 }  # fmt: skip
 LIBRARY = {
     "foundations", "passes", "export", "reference", "quantised_reference", "validate", "learn", "published", "rest",

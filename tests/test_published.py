@@ -1,5 +1,6 @@
 """Masks from what the authors' published code writes: both forms made here, by the description of their layout."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,16 @@ import harness
 import numpy as np
 import pytest
 import torch
-from command import run
+from command import assert_refused, run
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
 from dispc.errors import MasksError
-from dispc.learn.budget import set_widths
-from dispc.masks import SETS, Masks
-from dispc.published import import_published, is_published_model
+from dispc.masks import SETS, Masks, set_widths
+from dispc.narrow import is_published_model
+from dispc.published import import_published
+from dispc.validate.perplexity import ArtifactScorer, TorchScorer
 
 CONFIG = harness.checkpoint("llama").config
 WIDTHS = set_widths(CONFIG)
@@ -79,6 +82,71 @@ def test_a_pruned_model_directory_is_read_and_not_run(tmp_path: Path) -> None:
     assert is_published_model(directory)
     assert import_published(directory, CONFIG).sha256() == masks.sha256()
     assert not trap.exists()
+
+
+def write_pruned(variant: str, masks: Masks, directory: Path, trap: Path) -> Path:
+    """What the published code saves: every projection sliced, the class of its modelling file named in config.json."""
+    dense = harness.checkpoint(variant)
+    state = load_file(dense.directory / "model.safetensors")
+    for index, block in enumerate(masks.blocks):
+        sets = {name: torch.from_numpy(kept) for name, kept in block.sets().items()}
+        at, rows, columns = f"model.layers.{index}", {}, {}
+        columns |= {f"self_attn.{name}_proj": sets["attention.read"] for name in "qkv"}
+        rows["self_attn.o_proj"] = sets["attention.write"]
+        rows |= {f"mlp.{name}_proj": sets["mlp.mid"] for name in ("gate", "up")}
+        columns |= {f"mlp.{name}_proj": sets["mlp.read"] for name in ("gate", "up")}
+        rows["mlp.down_proj"], columns["mlp.down_proj"] = sets["mlp.write"], sets["mlp.mid"]
+        for name, kept in rows.items():
+            for kind in ("weight", "bias"):
+                if f"{at}.{name}.{kind}" in state:
+                    state[f"{at}.{name}.{kind}"] = state[f"{at}.{name}.{kind}"][kept]
+        for name, kept in columns.items():
+            state[f"{at}.{name}.weight"] = state[f"{at}.{name}.weight"][:, kept].contiguous()
+    vectors = [vector.astype(float).tolist() for vector in vectors_of(masks)]
+    write_model(directory, vectors, f"open({str(trap)!r}, 'w').write('executed')")
+    save_file(state, directory / "model.safetensors", {"format": "pt"})
+    config = dense.raw_config | {"auto_map": {"AutoModelForCausalLM": "modeling_llama_pruned.LlamaForCausalLM"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def uneven_masks(variant: str) -> Masks:
+    """Random sets, but one that is full, one that is empty and one of a single index."""
+    config = harness.checkpoint(variant).config
+    blocks = [dict(block.sets()) for block in Masks.random(config, 0.5, 3).blocks]
+    blocks[0]["mlp.mid"], blocks[1]["attention.read"] = np.arange(config.intermediate_size), np.array([7])
+    blocks[2]["attention.write"] = np.array([], dtype=np.int64)
+    return Masks.from_indices(blocks, config)
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-tied-biased"])
+def test_a_pruned_model_directory_compiles_as_the_dense_model_with_its_masks(tmp_path: Path, variant: str) -> None:
+    masks, trap = uneven_masks(variant), tmp_path / "trap"
+    directory = write_pruned(variant, masks, tmp_path / "pruned", trap)
+    outcome = run("compile", directory, "--target", "onnx-cpu", "-o", tmp_path / "out", "--json")
+    assert outcome.code == 0, outcome.err  # validated against the reference that is made of the narrow weights
+    assert json.loads(outcome.out)["masks_sha256"] == masks.sha256()
+    expected = harness.reference_logits(variant, masks)
+    scorers = (
+        ArtifactScorer(tmp_path / "out"),
+        TorchScorer(directory),
+        TorchScorer(directory, tmp_path / "out" / "masks.safetensors"),
+    )
+    for scorer in scorers:
+        np.testing.assert_allclose(scorer.logits(harness.TOKENS), expected, atol=2e-4)
+    assert np.abs(expected - harness.reference_logits(variant, None)).max() > 0.1
+    assert run("validate", tmp_path / "out", "--reference", directory).code == 0
+    assert not trap.exists()
+
+
+def test_a_pruned_model_whose_weights_are_not_those_of_its_vectors_is_refused(tmp_path: Path) -> None:
+    masks = Masks.random(CONFIG, 0.5, 3)
+    directory = write_pruned("llama", masks, tmp_path / "pruned", tmp_path / "trap")
+    blocks = [dict(block.sets()) for block in masks.blocks]
+    blocks[1]["mlp.write"] = blocks[1]["mlp.write"][1:]
+    write_model(directory, [v.astype(float).tolist() for v in vectors_of(Masks.from_indices(blocks, CONFIG))])
+    says = ("model.layers.1.mlp.down_proj.weight has shape", f"keep {len(blocks[1]['mlp.write'])} of 48")
+    assert_refused(tmp_path, "compile", directory, "-t", "onnx-cpu", "-o", tmp_path / "out", says=says)
 
 
 @pytest.mark.parametrize("shift", [1, 3])

@@ -12,7 +12,7 @@ from torch import Tensor
 from dispc.checkpoint import Checkpoint
 from dispc.errors import MasksError
 from dispc.families import DecoderConfig
-from dispc.masks import SETS, Masks, NormScope, set_width
+from dispc.masks import SETS, Masks, NormScope, set_widths
 
 RatioOf = Literal["blocks", "model"]
 
@@ -55,11 +55,6 @@ def kept_parameters(gates: Tensor, config: DecoderConfig) -> Tensor:
 def regulariser(kept: Tensor, budget: float) -> Tensor:
     """R(T(s), p T) = log(max / min): zero at the budget, as steep below as above it."""
     return torch.log(kept.clamp(min=1.0) / budget).abs()
-
-
-def set_widths(config: DecoderConfig) -> list[int]:
-    """Full widths of all sets, block after block in the order of `SETS`."""
-    return [set_width(name, config.hidden_size, config.intermediate_size) for name in SETS] * config.num_hidden_layers
 
 
 def final_sets(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dispc.checkpoint import Checkpoint
 from dispc.corpus import load_tokens, windows
 from dispc.families import DecoderConfig
-from dispc.learn.budget import RatioOf, block_budget, final_sets, set_widths
-from dispc.masks import SETS, Masks, NormScope
+from dispc.learn.budget import RatioOf, block_budget, final_sets
+from dispc.masks import SETS, Masks, NormScope, set_widths
 from dispc.reference import load_reference
 
 InstantMethod = Literal["random", "magnitude", "activation"]

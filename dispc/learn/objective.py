@@ -11,8 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from dispc.families import DecoderConfig
-from dispc.learn.budget import set_widths
-from dispc.masks import SETS, NormScope
+from dispc.masks import SETS, NormScope, set_widths
 from dispc.reference import apply_gates
 
 

@@ -5,27 +5,33 @@ and by PyTorch; made, loaded and checked against each other.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 from algorithm1 import Algorithm1
-from common import GIB, BenchmarkError, compile_artifact, dispc, make_masks, remove, run
+from common import GIB, BenchmarkError, compile_artifact, console, make_masks, remove, run
 from decoder import Decoder
+from machine import environment
 from make_checkpoint import make_checkpoint, write_tokenizer
 from shapes import SHAPES
 
 from dispc.checkpoint import Checkpoint
 from dispc.masks import Masks
+from dispc.quantisation import make_quantisation
+from dispc.targets import TARGETS
 from dispc.validate.memory import available_memory
 from dispc.validate.parity import LIMITS, logit_error
 
+TARGET = "onnx-cpu"
 DENSE, PRUNED, BUILDER, PYTORCH = "dispc, dense", "dispc, pruned", "builder, dense", "PyTorch, pruned"
 BUILDER_PACKAGES = ("onnxruntime-genai", "transformers", "torch", "onnx-ir")
 INT4_LIMIT = 0.1
 """Of the logits' range, for the same 4-bit weights: activations are rounded to 8 bits on the way."""
-AS_THE_BUILDER = ("--quantize-head", "--quantize-embedding", "--int8-activations")
+AS_THE_BUILDER: dict[str, Any] = dict(
+    block_size=None, asymmetric=False, head=True, embedding=True, int8_activations=True
+)
 """What the builder does for int4 on a CPU, besides symmetric blocks of 32, which are both sides' default."""
 CHECKED_TOKENS = 16
 
@@ -33,16 +39,16 @@ ModelOption = Annotated[Path | None, typer.Option(help="Hugging Face directory o
 ShapeOption = Annotated[str | None, typer.Option(help="Make a model of random weights instead: tiny, 7b-4.")]
 MasksOption = Annotated[Path | None, typer.Option(help="Mask file [random, half of the block parameters].")]
 BuilderOption = Annotated[Path | None, typer.Option(help="Python that has the builder.")]
+LoweringOption = Annotated[str | None, typer.Option(help="Lowering of the pruned graph [the default of onnx-cpu].")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contenders:
-    """The loaded models by name; `missing` says which there are not, and why."""
+    """The loaded models by name, and by how much those differ that should compute the same."""
 
     checkpoint: Checkpoint
     masks: Masks
     models: Mapping[str, Decoder | Algorithm1]
-    missing: Mapping[str, str]
     differences: Mapping[str, float]
     ballast: Decoder
     """Never run: what is loaded first was seen to be 2 to 4 % slower, whichever model it was."""
@@ -50,6 +56,36 @@ class Contenders:
     @property
     def dense(self) -> list[str]:
         return [name for name in (DENSE, BUILDER) if name in self.models]
+
+
+def begin(
+    benchmark: str, *, model: Path | None, shape: str | None, masks: Path | None, lowering: str | None,
+    builder_python: Path | None, threads: int, rounds: int, calls: int, work: Path, smoke: bool,
+    quantize: str | None = None,
+) -> tuple[dict[str, Any], Contenders]:  # fmt: skip
+    """What a benchmark is about to measure, and what its result says about that; warns of changes not committed.
+
+    Raises:
+        BenchmarkError, typer.BadParameter: as `prepare` and `find_model` do.
+    """
+    if smoke:
+        shape = None if model else "tiny"
+    work.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {
+        "benchmark": benchmark, "quantize": quantize, "lowering": lowering or TARGETS[TARGET].lowering,
+        "threads": threads, "rounds": rounds, "calls": calls, "smoke": smoke, "environment": environment(),
+        "builder_packages": builder_packages(builder_python),
+    }  # fmt: skip
+    if changed := result["environment"]["dispc_changed_files"]:
+        console.print(f"WARNING: {changed} files of dispc differ from the revision that the result will name")
+    source = find_model(model, shape, work)
+    contenders = prepare(
+        source, masks, work, threads=threads, builder_python=builder_python, quantize=quantize, lowering=lowering
+    )
+    config = contenders.checkpoint.config
+    kept = contenders.masks.kept_parameters(config) / (config.block_parameters * config.num_hidden_layers)
+    result |= {"model": shape or source.name, "masks": masks.name if masks else "random", "kept": round(kept, 4)}
+    return result | {"logit_differences": contenders.differences}, contenders
 
 
 def find_model(model: Path | None, shape: str | None, work: Path) -> Path:
@@ -72,7 +108,7 @@ def find_model(model: Path | None, shape: str | None, work: Path) -> Path:
 
 def prepare(
     model: Path, masks: Path | None, work: Path, *, threads: int, builder_python: Path | None,
-    quantize: str | None = None,
+    quantize: str | None = None, lowering: str | None = None,
 ) -> Contenders:  # fmt: skip
     """Make, load and check everything; what was made stays in `work`.
 
@@ -86,7 +122,7 @@ def prepare(
         make_masks(model, masks)
     loaded = Masks.load(masks)
     loaded.check(checkpoint.config, masks)
-    graphs, missing = make_graphs(model, masks, work, builder_python, quantize)
+    graphs = make_graphs(model, masks, work, builder_python, quantize, lowering)
     require_memory(graphs)
     ballast = Decoder(graphs[PRUNED], checkpoint.config, threads=threads)
     models: dict[str, Decoder | Algorithm1] = {
@@ -101,37 +137,23 @@ def prepare(
             differences[f"{first} / {second}"] = found
             if not found <= (INT4_LIMIT if quantize else LIMITS["float32"]):
                 raise BenchmarkError(f"{first} and {second}: logits differ by {found:.1e} of their range")
-    return Contenders(
-        checkpoint=checkpoint, masks=loaded, models=models, missing=missing, differences=differences, ballast=ballast
-    )
+    return Contenders(checkpoint=checkpoint, masks=loaded, models=models, differences=differences, ballast=ballast)
 
 
 def make_graphs(
-    model: Path, masks: Path, work: Path, builder_python: Path | None, quantize: str | None
-) -> tuple[dict[str, Path], dict[str, str]]:
-    """The model.onnx of every contender, and why some are missing."""
-    graphs, missing = {}, {}
-    for name, path in ((DENSE, None), (PRUNED, masks)):
-        graph = work / name.replace(", ", "-") / "model.onnx"
-        if quantize is None:
-            compile_artifact(model, graph.parent, "onnx-cpu", path)
-        else:
-            which: list[str | Path] = ["--masks", path] if path else ["--dense"]
-            command = dispc("compile", model, "-t", "onnx-cpu", "-o", graph.parent, "--force", "--no-validate", *which)
-            try:
-                run([*command, "--quantize", quantize, *AS_THE_BUILDER])
-            except BenchmarkError as error:
-                if "No such option" not in str(error):
-                    raise
-                missing[name] = "not available: this dispc compile has no --quantize"
-                continue
-        graphs[name] = graph
+    model: Path, masks: Path, work: Path, builder_python: Path | None, quantize: str | None, lowering: str | None
+) -> dict[str, Path]:
+    """The model.onnx of every contender; `lowering` is the pruned one's, the dense one reads and writes everything."""
+    graphs = {name: work / name.replace(", ", "-") / "model.onnx" for name in (DENSE, PRUNED)}
+    quantisation = make_quantisation(quantize, TARGET, **AS_THE_BUILDER) if quantize else None
+    compile_artifact(model, graphs[DENSE].parent, TARGET, None, quantisation=quantisation)
+    compile_artifact(model, graphs[PRUNED].parent, TARGET, masks, quantisation=quantisation, lowering=lowering)
     if builder_python is not None:
         graphs[BUILDER] = work / "builder" / "model.onnx"
         remove(graphs[BUILDER].parent)
         builder: list[str | Path] = [builder_python, "-m", "onnxruntime_genai.models.builder", "-e", "cpu"]
         run([*builder, "-p", quantize or "fp32", "-c", work / "cache", "-i", model, "-o", graphs[BUILDER].parent])
-    return graphs, missing
+    return graphs
 
 
 def builder_packages(python: Path | None) -> dict[str, str]:
@@ -148,7 +170,7 @@ def require_memory(graphs: Mapping[str, Path]) -> None:
     sizes = {
         name: sum(file.stat().st_size for file in path.parent.glob("model.onnx*")) for name, path in graphs.items()
     }
-    needed, free = sum(sizes.values()) + 2 * sizes.get(PRUNED, 0), available_memory()
+    needed, free = sum(sizes.values()) + 2 * sizes[PRUNED], available_memory()
     if free is not None and needed > free:
         raise BenchmarkError(f"the weights need {needed / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free")
 

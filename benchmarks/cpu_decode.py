@@ -4,6 +4,7 @@
         --builder-python OTHER_VENV/bin/python --json benchmarks/results/cpu_decode.json
     .venv/bin/python benchmarks/cpu_decode.py --shape 7b-4 --builder-python OTHER_VENV/bin/python
     .venv/bin/python benchmarks/cpu_decode.py --model SMOLLM2_DIR --quantize int4 --builder-python ...
+    .venv/bin/python benchmarks/cpu_decode.py --model SMOLLM2_DIR --lowering canonical
 
 SMOLLM2_DIR is a Hugging Face directory of SmolLM2-135M; `7b-4` is four blocks of LLaMA-2-7B with random weights, and
 needs about 16 GB of memory; OTHER_VENV has transformers 5 and onnxruntime-genai, which the builder wants. Rows, all in
@@ -24,21 +25,20 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from common import WORK, alternate, console, median_ratio, remove, report, summary, write_result
+from common import WORK, alternate, median_ratio, remove, report, summary, write_result
 from contenders import (
     BUILDER,
     DENSE,
     PRUNED,
     BuilderOption,
     Contenders,
+    LoweringOption,
     MasksOption,
     ModelOption,
     ShapeOption,
-    builder_packages,
-    find_model,
-    prepare,
+    begin,
 )
-from machine import environment, load
+from machine import load
 
 GOAL, GOAL_7B = 0.90, 0.95
 """Share of the ratio of bytes that the speed-up reaches: small and large weights."""
@@ -56,17 +56,15 @@ def measure(contenders: Contenders, past: int, rounds: int, calls: int, goal: fl
         name: {"milliseconds": summary(values), "bytes_read": read[name]} for name, values in times.items()
     }
     goals: dict[str, bool] = {}
-    if contenders.dense:
-        fastest = min(contenders.dense, key=lambda name: statistics.median(times[name]))
-        found["fastest_dense"] = fastest
-        for name in contenders.models:
-            found[name]["speedup"] = round(median_ratio(times[fastest], times[name]), 3)
-    if PRUNED in times and contenders.dense:
-        speedup, ratio = found[PRUNED]["speedup"], read[fastest] / read[PRUNED]
-        found |= {"bytes_ratio": round(ratio, 3), "speedup_over_bytes_ratio": round(speedup / ratio, 3)}
-        said = f"past {past}: {speedup:.2f} times as fast as {fastest}, {speedup / ratio:.2f} of the bytes' {ratio:.2f}"
-        goals[f"{said} (goal {goal:.2f})"] = speedup >= goal * ratio
-    if {DENSE, BUILDER} <= {*times}:
+    fastest = min(contenders.dense, key=lambda name: statistics.median(times[name]))
+    found["fastest_dense"] = fastest
+    for name in contenders.models:
+        found[name]["speedup"] = round(median_ratio(times[fastest], times[name]), 3)
+    speedup, ratio = found[PRUNED]["speedup"], read[fastest] / read[PRUNED]
+    found |= {"bytes_ratio": round(ratio, 3), "speedup_over_bytes_ratio": round(speedup / ratio, 3)}
+    said = f"past {past}: {speedup:.2f} times as fast as {fastest}, {speedup / ratio:.2f} of the bytes' {ratio:.2f}"
+    goals[f"{said} (goal {goal:.2f})"] = speedup >= goal * ratio
+    if BUILDER in times:
         dense = found["dense_over_builder"] = round(median_ratio(times[BUILDER], times[DENSE]), 3)
         goals[f"past {past}: {DENSE}, {dense:.2f} times as fast as {BUILDER} (goal 1.00)"] = dense >= 1
     return found | {"goals": goals}
@@ -76,6 +74,7 @@ def main(
     model: ModelOption = None,
     shape: ShapeOption = None,
     masks: MasksOption = None,
+    lowering: LoweringOption = None,
     builder_python: BuilderOption = None,
     quantize: Annotated[str | None, typer.Option(help="int4: both sides with 4-bit weights.")] = None,
     pasts: Annotated[str, typer.Option(help="Numbers of tokens in the caches.")] = "64,512",
@@ -88,18 +87,11 @@ def main(
 ) -> None:
     """Decoding on the CPU: half pruned against dense."""
     if smoke:
-        model, shape, pasts, rounds, calls = model, None if model else "tiny", "8,16", 1, 2
-    work.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"benchmark": "cpu_decode", "quantize": quantize, "threads": threads, "smoke": smoke}
-    result["environment"] = environment()
-    result["builder_packages"] = builder_packages(builder_python)
-    source = find_model(model, shape, work)
-    contenders = prepare(source, masks, work, threads=threads, builder_python=builder_python, quantize=quantize)
-    config = contenders.checkpoint.config
-    kept = contenders.masks.kept_parameters(config) / (config.block_parameters * config.num_hidden_layers)
-    result |= {"model": shape or source.name, "masks": masks.name if masks else "random", "kept": round(kept, 4)}
-    result |= {"rounds": rounds, "calls": calls, "missing": contenders.missing}
-    result["logit_differences"] = contenders.differences
+        pasts, rounds, calls = "8,16", 1, 2
+    result, contenders = begin(
+        "cpu_decode", model=model, shape=shape, masks=masks, lowering=lowering, builder_python=builder_python,
+        quantize=quantize, threads=threads, rounds=rounds, calls=calls, work=work, smoke=smoke,
+    )  # fmt: skip
     goal = GOAL_7B if shape == "7b-4" else GOAL
     rows, goals = [], {}
     for past in (int(past) for past in pasts.split(",")):
@@ -108,7 +100,7 @@ def main(
         for name in contenders.models:
             row = found[name]
             milliseconds = [f"{row['milliseconds'][key]:.2f}" for key in ("median", "min", "max")]
-            speedup = f"{row['speedup']:.2f}" if "speedup" in row else ""
+            speedup = f"{row['speedup']:.2f}"
             rate = row["bytes_read"] / row["milliseconds"]["median"] / 10**6
             rows.append([name, str(past), *milliseconds, speedup, f"{row['bytes_read'] / 1e6:.1f}", f"{rate:.1f}"])
     result["load_after"] = load()
@@ -116,10 +108,8 @@ def main(
     remove(work)
     result["goals"] = {} if smoke else goals
     columns = ("", "past", "median ms", "min ms", "max ms", "speed-up", "MB read", "GB/s")
-    title = f"{result['model']}, {quantize or 'float32'}, {100 * kept:.1f} % kept, {threads} threads, {rounds} rounds"
-    report(title, columns, rows, result["goals"])
-    for name, why in result["missing"].items():
-        console.print(f"{name}: {why}", highlight=False)
+    what = f"{result['model']}, {quantize or 'float32'}, {result['lowering']}, {100 * result['kept']:.1f} % kept"
+    report(f"{what}, {threads} threads, {rounds} rounds", columns, rows, result["goals"])
     write_result(json_file, result)
 
 

@@ -19,14 +19,13 @@ from contenders import (
     PRUNED,
     BuilderOption,
     Contenders,
+    LoweringOption,
     MasksOption,
     ModelOption,
     ShapeOption,
-    builder_packages,
-    find_model,
-    prepare,
+    begin,
 )
-from machine import environment, load
+from machine import load
 
 from dispc.families import DecoderConfig
 from dispc.masks import Masks
@@ -71,6 +70,7 @@ def main(
     model: ModelOption = None,
     shape: ShapeOption = None,
     masks: MasksOption = None,
+    lowering: LoweringOption = None,
     builder_python: BuilderOption = None,
     lengths: Annotated[str, typer.Option(help="Tokens per prompt.")] = "128,512,2048",
     threads: Annotated[int, typer.Option(help="Threads within a node, of ONNX Runtime and of PyTorch.")] = 2,
@@ -82,16 +82,11 @@ def main(
 ) -> None:
     """Prefill on the CPU: half pruned against dense."""
     if smoke:
-        shape, lengths, rounds, calls = None if model else "tiny", "8,32", 1, 1
-    work.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"benchmark": "prefill", "threads": threads, "smoke": smoke, "environment": environment()}
-    result["builder_packages"] = builder_packages(builder_python)
-    source = find_model(model, shape, work)
-    contenders = prepare(source, masks, work, threads=threads, builder_python=builder_python)
-    config = contenders.checkpoint.config
-    kept = contenders.masks.kept_parameters(config) / (config.block_parameters * config.num_hidden_layers)
-    result |= {"model": shape or source.name, "masks": masks.name if masks else "random", "kept": round(kept, 4)}
-    result |= {"rounds": rounds, "calls": calls, "logit_differences": contenders.differences}
+        lengths, rounds, calls = "8,32", 1, 1
+    result, contenders = begin(
+        "prefill", model=model, shape=shape, masks=masks, lowering=lowering, builder_python=builder_python,
+        threads=threads, rounds=rounds, calls=calls, work=work, smoke=smoke,
+    )  # fmt: skip
     rows, goals = [], {}
     for length in (int(length) for length in lengths.split(",")):
         found = result[f"length_{length}"] = measure(contenders, length, rounds, calls)
@@ -115,8 +110,8 @@ def main(
     remove(work)
     result["goals"] = {} if smoke else goals
     columns = ("", "tokens", "median ms", "min ms", "max ms", "speed-up", "Gflop", "Gflop/s")
-    title = f"{result['model']}, prefill, {100 * kept:.1f} % kept, {threads} threads, {rounds} rounds"
-    report(title, columns, rows, result["goals"])
+    what = f"{result['model']}, prefill, {result['lowering']}, {100 * result['kept']:.1f} % kept"
+    report(f"{what}, {threads} threads, {rounds} rounds", columns, rows, result["goals"])
     write_result(json_file, result)
 
 

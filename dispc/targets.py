@@ -1,7 +1,8 @@
 """The targets: what an artifact is for decides its dtype, its attention operator and how writes are spelled."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from dispc.errors import CompileError
 from dispc.quantisation import Quantisation
@@ -18,8 +19,9 @@ class Target:
 
     `group_query` lists the dtypes for which ONNX Runtime has a GroupQueryAttention kernel on this provider (opset 23's
     Attention serves the others), `scatter_add` those for which it can run ScatterND(add) and ScatterElements(add).
-    `contrib` says whether operators of com.microsoft may be used, `fusions` which passes pay. Written
-    widths are padded to `write_multiple`. `cuda_graph` says whether a run can be captured.
+    `lowering` is the default, which must run in every dtype. `contrib` says whether operators of com.microsoft may be
+    used, `fusions` which passes pay. Written widths are padded to `write_multiple`. `cuda_graph` says whether a run can
+    be captured.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Target:
     dtypes: tuple[str, ...]
     group_query: tuple[str, ...]
     scatter_add: tuple[str, ...]
+    lowering: Lowering
     contrib: bool
     fusions: tuple[str, ...]
     write_multiple: int
@@ -42,6 +45,7 @@ TARGETS: dict[str, Target] = {
             dtypes=("float16", "bfloat16", "float32"),
             group_query=("float16", "bfloat16"),
             scatter_add=("float16", "float32"),
+            lowering="inverse-gather",
             contrib=True,
             fusions=FUSIONS,
             write_multiple=8,
@@ -53,6 +57,7 @@ TARGETS: dict[str, Target] = {
             dtypes=("float32",),
             group_query=("float32",),
             scatter_add=("float32",),
+            lowering="inverse-gather",
             contrib=True,
             fusions=tuple(name for name in FUSIONS if name != "fuse-gate-up"),  # its Split costs more than it saves
             write_multiple=1,
@@ -63,6 +68,7 @@ TARGETS: dict[str, Target] = {
             dtypes=("float32", "float16", "bfloat16"),
             group_query=(),
             scatter_add=("float32",),
+            lowering="inverse-gather",
             contrib=False,
             fusions=("tie-embeddings",),
             write_multiple=1,
@@ -86,6 +92,18 @@ class Choices:
     cuda_graph: bool = True
     without: tuple[str, ...] = ()
     quantisation: Quantisation | None = None
+
+
+def choices_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The target and the `Choices` that an artifact was compiled with, from its dispc.json, as keyword arguments."""
+    fusions = manifest.get("fusions", TARGETS[manifest["target"]].fusions)
+    return {
+        "target": manifest["target"], "dtype": manifest["dtype"], "padding": manifest["padding"],
+        "lowering": manifest["lowering"]["name"], "align": manifest.get("align", 1),
+        "last_logits": manifest.get("logits") == "last", "cuda_graph": manifest.get("cuda_graph", False),
+        "without": tuple(name for name in FUSIONS if name not in fusions),
+        "quantisation": Quantisation(**manifest["quantisation"]) if manifest.get("quantisation") else None,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +186,7 @@ def _padding(row: Target, dtype: str, padding: str | None) -> Padding:
 
 def _lowering(row: Target, dtype: str, lowering: str | None) -> tuple[Lowering, str]:
     if lowering is None:
-        return "inverse-gather", "default: runs in every dtype, without atomics"
+        return row.lowering, f"the default of {row.name}"
     for known in get_args(Lowering):
         if lowering != known:
             continue

@@ -11,6 +11,7 @@ import cpu_decode
 import gpu
 import gpu_cells
 import harness
+import machine
 import numpy as np
 import onnx_ir as ir
 import prefill
@@ -27,6 +28,7 @@ from shapes import SHAPES
 
 from dispc.families import FAMILIES, DecoderConfig
 from dispc.masks import Masks
+from dispc.targets import TARGETS
 from dispc.validate.parity import LIMITS, logit_error
 
 CPU = {"threads": 1, "rounds": 1, "calls": 1}
@@ -169,19 +171,36 @@ def smoke(script: Any, directory: Path, **options: Any) -> dict[str, Any]:
     return found
 
 
-def test_cpu_decode_runs(tmp_path: Path) -> None:
+def test_cpu_decode_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(machine, "_git", lambda *arguments: " M dispc/cli.py\n?? passes/new.py")
     found = smoke(cpu_decode, tmp_path, threads=1)
+    assert "WARNING: 2 files of dispc differ from the revision" in " ".join(capsys.readouterr().out.split())
+    assert found["lowering"] == TARGETS["onnx-cpu"].lowering
     assert found["past_8"][contenders.PRUNED]["bytes_read"] < found["past_8"][contenders.DENSE]["bytes_read"]
     assert found["past_8"]["bytes_ratio"] > 1 and found["goals"] == {}
     assert set(found["logit_differences"]) == {f"{contenders.PRUNED} / {contenders.PYTORCH}"}
+
+
+def test_a_lowering_is_measured_as_asked_with_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_decode, "remove", lambda path: None)
+    script = {"json_file": tmp_path / "result.json", "work": tmp_path, "threads": 1, "smoke": True}
+    for quantize in (None, "int4"):
+        cpu_decode.main(lowering="canonical", quantize=quantize, **script)
+        found = json.loads((tmp_path / "result.json").read_text())
+        assert found["lowering"] == "canonical" and found["past_8"]["bytes_ratio"] > 1
+        graphs = {name: ir.load(tmp_path / f"dispc-{name}" / "model.onnx").graph for name in ("dense", "pruned")}
+        operators = {name: [node.op_type for node in graph] for name, graph in graphs.items()}
+        assert "ScatterND" in operators["pruned"] and "ScatterND" not in operators["dense"]
+        assert all(("MatMulNBits" in names) == (quantize is not None) for names in operators.values())
 
 
 def test_prefill_runs(tmp_path: Path) -> None:
     config = decoder_config("tiny")
     masks = tmp_path / "masks.safetensors"
     Masks.random(config, 0.5, 1).save(masks, config)
-    found = smoke(prefill, tmp_path, threads=1, masks=masks)
+    found = smoke(prefill, tmp_path, threads=1, masks=masks, lowering="scatter-elements")
     assert found["length_32"]["operations_ratio"] > 1 and found["masks"] == masks.name
+    assert found["lowering"] == "scatter-elements"
 
 
 def test_nothing_is_timed_when_two_models_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from placement import CPU, CUDA, Placement, place
+from test_tune import masks_of
 
 from dispc.export.trace import trace
 from dispc.masks import Masks
@@ -23,9 +24,9 @@ SHAPE_NODES = ("/lengths/Cast_total", "Squeeze_total", "Squeeze_new", "/Sub")
 """total_sequence_length, which GroupQueryAttention wants on the CPU, and the bounds of the mask's ranges."""
 
 
-def placed(variant: str, stub: Path, tmp_path: Path, **options: Any) -> Placement:
+def placed(variant: str, stub: Path, tmp_path: Path, masks: Masks | None = None, **options: Any) -> Placement:
     checkpoint = harness.checkpoint(variant)
-    masks = Masks.random(checkpoint.config, 0.5, 1)
+    masks = masks or Masks.random(checkpoint.config, 0.5, 1)
     plan = make_plan("onnx-cuda", Choices(**options))
     model = trace(checkpoint, getattr(torch, plan.dtype))
     run_pipeline(model, build_pipeline(plan, checkpoint, masks))
@@ -55,7 +56,6 @@ def test_every_family_runs_on_cuda(variant: str, padding: str, cuda_stub: Path, 
         {"lowering": "canonical"},
         {"dtype": "float32", "lowering": "canonical"},
         {"lowering": "scatter-elements"},
-        {"dtype": "bfloat16", "lowering": "zero-filled"},
         {"dtype": "bfloat16", "last_logits": True},
     ],
 )
@@ -63,6 +63,19 @@ def test_every_dtype_and_lowering_runs_on_cuda(
     variant: str, options: dict[str, Any], cuda_stub: Path, tmp_path: Path
 ) -> None:
     assert_on_cuda(placed(variant, cuda_stub, tmp_path, **options))
+
+
+@pytest.mark.parametrize("variant", ["llama", "phi", "opt"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_zero_filled_sets_need_no_gather_and_run_on_cuda(
+    variant: str, dtype: str, cuda_stub: Path, tmp_path: Path
+) -> None:
+    """What every MLP reads is filled (masks_of); the attentions still gather."""
+    placement = placed(variant, cuda_stub, tmp_path, masks_of(variant), dtype=dtype, lowering="zero-filled")
+    assert_on_cuda(placement)
+    gathers = [name for name, (operator, _) in placement.assigned.items() if operator == "Gather" and "layers." in name]
+    assert [name for name in gathers if "self_attn/read" in name]
+    assert not [name for name in gathers if "mlp/read" in name]
 
 
 @pytest.mark.parametrize("variant", ["llama-tied-biased", "opt"])

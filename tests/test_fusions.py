@@ -1,6 +1,5 @@
 """The passes that make it fast: the same result with and without each, and each does what its docstring shows."""
 
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -20,13 +19,11 @@ from dispc.masks import Masks
 from dispc.passes.align_widths import AlignWidthsPass
 from dispc.passes.canonical import find_writes
 from dispc.passes.pipeline import NEARLY_EVERYTHING, build_pipeline, run_pipeline
-from dispc.quantisation import Quantisation
 from dispc.reference import load_reference
-from dispc.targets import FUSIONS, TARGETS, Choices, make_plan
+from dispc.targets import FUSIONS, Choices, make_plan
 from dispc.validate.parity import logit_error
 
 TOLERANCE = 1e-5
-INT4 = Quantisation(bits=4, block_size=32, symmetric=True, head=False, embedding=False)
 LOWERINGS = ("inverse-gather", "canonical", "scatter-elements", "zero-filled")
 
 
@@ -208,36 +205,6 @@ def test_an_alignment_that_misses_a_width_fails(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(AlignWidthsPass, "rewrite", lambda self, model: 1)
     with pytest.raises(CompileError, match="align-widths made 1 rewrites"):
         rewrite(model)
-
-
-@pytest.mark.parametrize(
-    ("choices", "says"),
-    [
-        (Choices(without=("unroll",)), "unknown pass 'unroll'"),
-        (Choices(align=0), "cannot be aligned to 0"),
-        (Choices(dtype="bfloat16", lowering="canonical"), "ScatterND"),
-        (Choices(dtype="bfloat16", lowering="scatter-elements"), "ScatterElements"),
-    ],
-    ids=str,
-)
-def test_choices_that_cannot_be_met_are_refused(choices: Choices, says: str) -> None:
-    with pytest.raises(CompileError, match=says):
-        make_plan("onnx-cuda", choices)
-
-
-def test_the_default_lowering_of_a_target_runs_in_every_dtype_quantised_too() -> None:
-    for target in TARGETS.values():
-        for dtype in target.dtypes:
-            assert make_plan(target.name, Choices(dtype=dtype)).lowering == target.lowering
-            make_plan(target.name, Choices(dtype=dtype, lowering=target.lowering))
-            if target.contrib:
-                make_plan(target.name, Choices(dtype=dtype, quantisation=INT4))
-
-
-def test_a_default_lowering_is_a_column_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TARGETS, "onnx-cpu", replace(TARGETS["onnx-cpu"], lowering="canonical"))
-    assert make_plan("onnx-cpu").lowering == "canonical"
-    assert make_plan("onnx").lowering == TARGETS["onnx"].lowering != "canonical"
 
 
 @pytest.mark.parametrize(("target", "padding"), [("onnx-cpu", "right"), ("onnx-cpu", "left"), ("onnx-cuda", "right")])

@@ -44,6 +44,29 @@ def test_a_model_without_one_of_the_fusions_computes_the_same(variant: str, with
         assert error(variant, half(variant), target=target, without=(without,)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("variant", tiny.RARE)
+@pytest.mark.parametrize("without", [(), ("fuse-activations",), ("fuse-rotary",)], ids=str)
+def test_rare_activations_and_rotary_scalings_too(variant: str, without: tuple[str, ...]) -> None:
+    for target in ("onnx-cpu", "onnx-cuda"):
+        assert error(variant, half(variant), target=target, without=without) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("variant", "like"),
+    [("llama-linear-rope", "llama"), ("llama-yarn", "llama"), ("phi-gelu", "phi"), ("opt-gelu", "opt")],
+)
+def test_a_rare_variant_is_what_its_name_says(variant: str, like: str) -> None:
+    """Otherwise the test above would not try what it seems to."""
+    rare, usual = (harness.rewritten(name, half(like)) for name in (variant, like))
+    if "rope" in variant or "yarn" in variant:
+        tables = [np.asarray(model.graph.initializers["cos_cache"].const_value) for model in (rare, usual)]
+        assert tables[0].shape == tables[1].shape and not np.allclose(tables[0][1:], tables[1][1:])
+        assert "RotaryEmbedding" not in harness.operators(rare)
+    else:
+        assert harness.operators(rare).count("BiasGelu") == harness.checkpoint(variant).config.num_hidden_layers
+        assert not {"Gelu", "FastGelu", "Relu"} & {*harness.operators(rare)}
+
+
 @pytest.mark.parametrize(("variant", "lowering"), product(("llama-tied-biased", "phi", "opt", "qwen3"), LOWERINGS))
 @given(data=st.data())
 @settings(max_examples=4)

@@ -17,6 +17,8 @@ OPT: dict[str, Any] = dict(
     hidden_size=64, ffn_dim=88, num_hidden_layers=3, num_attention_heads=4, vocab_size=131, init_std=0.2,
     max_position_embeddings=160, word_embed_proj_dim=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
+LINEAR_ROPE = dict(rope_type="linear", factor=4.0)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=40)
 LLAMA3_ROPE = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=64, rope_theta=10000.0,
@@ -40,6 +42,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi-wide-rotary": ("phi", PHI | dict(num_attention_heads=2, num_key_value_heads=2)),
     "opt": ("opt", OPT),
 }
+RARE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-linear-rope": ("llama", LLAMA | dict(rope_scaling=LINEAR_ROPE)),
+    "llama-yarn": ("llama", LLAMA | dict(rope_scaling=YARN)),
+    "phi-gelu": ("phi", PHI | dict(hidden_act="gelu")),
+    "opt-gelu": ("opt", OPT | dict(activation_function="gelu")),
+}
+"""Variants that differ from one above in a single operator or table: too little for the whole test matrix."""
 
 
 def make_model(
@@ -48,7 +57,7 @@ def make_model(
     """Write a random model of `variant` into `directory`; biases and norms are random too, so that none is trivial."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, options = VARIANTS[variant]
+    model_type, options = (VARIANTS | RARE)[variant]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options)).eval()
     with torch.no_grad():

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from dispc import __version__, cli_learn, cli_validate
 from dispc.console import JsonFlag, err, out, print_error, print_json
-from dispc.errors import DispcError
+from dispc.errors import DispcError, Interrupted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -215,6 +215,10 @@ def main() -> None:
         if stop.code == 130:
             print_error("interrupted; nothing was written")
         raise
+    except Interrupted as stop:
+        if str(stop):
+            print_error(str(stop))
+        sys.exit(128 + stop.signum)
     except (DispcError, OSError) as error:
         if debug:
             raise

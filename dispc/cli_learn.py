@@ -1,5 +1,6 @@
 """The commands that make masks and say what they are worth: learn, eval, import-masks."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,6 +8,8 @@ import typer
 
 from dispc.console import JsonFlag, count_progress, err, eval_table, facts_table, learn_progress, out, print_json
 from dispc.errors import DataError, LearnError
+from dispc.extras import need
+from dispc.masks import Masks
 
 Data = Annotated[str | None, typer.Option(help="Text, JSON lines or parquet file, or a dataset as NAME:SPLIT.")]
 Ratio = Annotated[float, typer.Option("--pruning-ratio", "-r", help="Share of the parameters to prune.")]
@@ -14,10 +17,21 @@ RatioOf = Annotated[str, typer.Option(help="What the ratio is of: blocks (their 
 Align = Annotated[int, typer.Option(min=1, help="Make every width a multiple of this (8, 16, 64), or full.")]
 Scope = Annotated[str, typer.Option(help="What norms see: full (the whole stream) or selected (the read set).")]
 ModelArgument = Annotated[Path, typer.Argument(help="Hugging Face model directory.")]
-INSTANT = ("random", "magnitude", "activation")
+EVERY_METHOD = {
+    "model", "data", "output", "pruning_ratio", "ratio_of", "method", "norm_scope", "align", "seed", "force", "as_json",
+}  # fmt: skip
+INSTANT: dict[str, set[str]] = {
+    "random": EVERY_METHOD,
+    "magnitude": EVERY_METHOD,
+    "activation": EVERY_METHOD | {"sequence_length", "device"},
+}
+"""Methods that need no learning, and the options that they have."""
+MISSED = 0.001
+"""How far the share pruned may be from what was asked for before a warning says so."""
 
 
 def learn(
+    context: typer.Context,
     model: ModelArgument,
     data: Data = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Mask file [MODEL/masks.safetensors].")] = None,
@@ -75,12 +89,13 @@ def learn(
     if data is None and method not in ("random", "magnitude"):
         raise DataError(f"--method {method} needs a text: give --data FILE")
     if method in INSTANT:
+        _refuse_what_does_not_apply(context, method)
         if file.exists() and not force:
             raise LearnError(f"{file}: exists; replace it with --force")
         with count_progress(err, "reading windows") as count:
             masks = instant_masks(
                 model, method, pruning_ratio, ratio_of=ratio_of, data=data, sequence_length=sequence_length,  # type: ignore[arg-type]
-                align=align, seed=seed, norm_scope=norm_scope, progress=count,  # type: ignore[arg-type]
+                align=align, seed=seed, norm_scope=norm_scope, device=device, progress=count,  # type: ignore[arg-type]
             )  # fmt: skip
         masks.save(file, Checkpoint(model).config)
     elif method == "disp-llm":
@@ -94,20 +109,38 @@ def learn(
             activation_checkpointing=activation_checkpointing, checkpoint_every=checkpoint_every,
             tensorboard=tensorboard,
         )  # fmt: skip
-        with learn_progress(err) as progress:
+        need("matplotlib", "learn")  # for the pictures at the end: known now, not after the last step
+        with learn_progress(err, shown=os.environ.get("RANK", "0") == "0") as progress:
             masks, main = run_learning(options, progress, resume=resume, force=force)
         if not main:
             return
         plot_run(options.folder, masks)
     else:
         raise LearnError(f"--method {method}: choose disp-llm, {', '.join(INSTANT)}")
+    _warn_of_a_missed_budget(masks)
     report_masks(file, model, as_json)
+
+
+def _refuse_what_does_not_apply(context: typer.Context, method: str) -> None:
+    """Raise LearnError naming the first option on the command line that the instant `method` does not have."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE" and parameter.name not in INSTANT[method]:
+            raise LearnError(f"{parameter.opts[0]}: does not apply to --method {method}; leave it out")
+
+
+def _warn_of_a_missed_budget(masks: Masks) -> None:
+    facts = masks.metadata
+    asked, reached = float(facts["pruning_ratio"]), float(facts["ratio_reached"])
+    if abs(asked - reached) > MISSED:
+        remedy = "" if facts["align"] == "1" else f"; an --align below {facts['align']} comes closer"
+        what = f"{100 * reached:.2f} % of the {facts['ratio_of']} pruned where {100 * asked:g} % was asked for"
+        err.print(f"warning: {what}{remedy}", highlight=False, soft_wrap=True)
 
 
 def report_masks(file: Path, model: Path, as_json: bool) -> None:
     """Say where the masks are and what they keep."""
     from dispc.checkpoint import Checkpoint
-    from dispc.masks import Masks
 
     masks, config = Masks.load(file), Checkpoint(model).config
     kept, dense = masks.kept_parameters(config), config.block_parameters * config.num_hidden_layers

@@ -68,10 +68,13 @@ def count_progress(console: Console, what: str) -> Iterator[Callable[[int, int],
 
 
 @contextmanager
-def learn_progress(console: Console) -> Iterator[Callable[[Mapping[str, float], int], None]]:
-    """Loss, share pruned, speed and time left; where there is no terminal, a line every hundredth of the way."""
+def learn_progress(console: Console, *, shown: bool = True) -> Iterator[Callable[[Mapping[str, float], int], None]]:
+    """Loss, share pruned, speed and time left; where there is no terminal, a line every hundredth of the way.
+
+    Of several processes one has it `shown`.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
         task = progress.add_task("loading", total=None)
 
         def update(record: Mapping[str, float], steps: int) -> None:

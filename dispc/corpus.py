@@ -148,6 +148,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dispc"
 
 
+def source_name(source: str) -> str:
+    """What masks and reports call a source: a file by its name, a dataset by its whole name."""
+    path = Path(source)
+    return path.name if path.exists() else source
+
+
 def _source_digest(source: str) -> bytes:
     path = Path(source)
     if not path.is_file():

@@ -89,6 +89,8 @@ class Masks:
         Raises:
             MasksError: for an unknown name, an index out of range or twice, or a wrong number of blocks.
         """
+        if norm_scope not in get_args(NormScope):
+            raise MasksError(f"norm_scope {norm_scope!r}; expected one of {get_args(NormScope)}")
         rows = []
         for number, given in enumerate(blocks):
             if unknown := set(given) - set(SETS):
@@ -177,7 +179,7 @@ class Masks:
                 raise MasksError(f"{where}the masks belong to another model: {what} is {ours}, the model has {theirs}")
 
     def save(self, path: Path, config: DecoderConfig) -> None:
-        """Write the mask file, replacing an older one only when it is complete."""
+        """Write the mask file and its folder, replacing an older file only when this one is complete."""
         tensors = {}
         for i, block in enumerate(self.blocks):
             for name, indices in block.sets().items():
@@ -195,6 +197,7 @@ class Masks:
             "dispc_version": __version__,
         }
         partial = path.with_name(path.name + ".partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_bytes(_sort_header(save(tensors, metadata)))
             partial.replace(path)

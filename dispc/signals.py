@@ -4,6 +4,36 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+
+def _handlers() -> dict[int, Callable[..., Any]]:
+    """What Ctrl-C and SIGTERM do now, where Python handles them; nothing in other threads, which get no signals."""
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    return {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
+
+
+@contextmanager
+def note_signals() -> Iterator[Callable[[], int | None]]:
+    """Note Ctrl-C and SIGTERM for a body that asks where it can stop; the value is the first that came, or None.
+
+    The second is for those who do not want to wait: it does what it did outside of the body.
+    """
+    noted: list[int] = []
+    handlers = _handlers()
+
+    def note(number: int, frame: object) -> None:
+        noted.append(number)
+        if len(noted) > 1:
+            handlers[number](number, frame)
+
+    try:
+        for number in handlers:
+            signal.signal(number, note)
+        yield lambda: noted[0] if noted else None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -14,8 +44,7 @@ def hold_signals() -> Iterator[Callable[[], bool]]:
     which everybody waits, in a cleanup it leaves files behind.
     """
     waiting: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    handlers = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
+    handlers = _handlers()
     try:
         for number in handlers:
             signal.signal(number, lambda number, frame: waiting.append(number))

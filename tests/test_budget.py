@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dispc.errors import MasksError
-from dispc.learn.budget import block_budget, final_sets, kept_parameters, model_parameters, regulariser
+from dispc.learn.budget import block_budget, budget_facts, final_sets, kept_parameters, model_parameters, regulariser
 from dispc.learn.hypernetwork import Layout
 from dispc.masks import SETS, Masks, set_widths
 
@@ -52,6 +52,21 @@ def test_a_ratio_of_the_model_takes_as_much_from_the_blocks(variant: str) -> Non
 def test_a_ratio_outside_of_0_and_1_is_refused(ratio: float) -> None:
     with pytest.raises(MasksError, match="between 0 and 1"):
         block_budget(harness.checkpoint("llama"), ratio, "blocks")
+
+
+def test_a_ratio_of_something_else_is_refused() -> None:
+    with pytest.raises(MasksError, match="'block'; choose one of blocks, model"):
+        block_budget(harness.checkpoint("llama"), 0.5, "block")  # type: ignore[arg-type]
+
+
+def test_the_facts_say_what_was_asked_for_and_what_came_out() -> None:
+    checkpoint, masks = harness.checkpoint("llama"), Masks.random(CONFIG, 0.4, 1)
+    kept = masks.kept_parameters(CONFIG)
+    facts = budget_facts(masks, checkpoint, 0.4, "blocks")
+    assert (facts["kept_parameters"], facts["pruning_ratio"], facts["ratio_of"]) == (str(kept), "0.4", "blocks")
+    assert float(facts["ratio_reached"]) == pytest.approx(1 - kept / DENSE, abs=1e-6)
+    of_model = budget_facts(masks, checkpoint, 0.4, "model")["ratio_reached"]
+    assert float(of_model) == pytest.approx((DENSE - kept) / model_parameters(checkpoint), abs=1e-6)
 
 
 def test_a_ratio_of_the_model_beyond_its_blocks_is_refused() -> None:

@@ -91,3 +91,15 @@ def test_windows_do_not_overlap_and_leave_out_the_rest() -> None:
     np.testing.assert_array_equal(rows, [[0, 1, 2, 3], [4, 5, 6, 7]])
     with pytest.raises(DataError, match="too few"):
         windows(np.arange(3, dtype=np.int32), 4, "x")
+
+
+def test_the_order_of_the_data_depends_on_the_seed_alone() -> None:
+    rows = np.arange(20, dtype=np.int32).reshape(10, 2)
+    epoch = np.concatenate([corpus.batch(rows, step, 2, seed=3) for step in range(5)])
+    assert sorted(epoch[:, 0].tolist()) == sorted(rows[:, 0].tolist())
+    np.testing.assert_array_equal(corpus.batch(rows, 3, 2, seed=3), epoch[6:8])
+    np.testing.assert_array_equal(corpus.batch(rows, 0, 10, seed=3), epoch)
+    assert any(
+        not np.array_equal(corpus.batch(rows, step, 2, seed=4), corpus.batch(rows, step, 2, seed=3))
+        for step in range(5)
+    )

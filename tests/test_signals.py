@@ -12,7 +12,7 @@ from command import fingerprint
 from test_write import fill, lazy, model_of, older_artifact
 
 from dispc.export.write import save_model, staged_directory
-from dispc.signals import hold_signals
+from dispc.signals import hold_signals, note_signals
 
 
 def interrupt() -> None:
@@ -26,6 +26,17 @@ def test_an_interrupt_waits_for_the_end_of_the_body_which_can_see_it() -> None:
         interrupt()
         seen.append(interrupted())
     assert seen == [False, True]
+
+
+def test_a_noted_interrupt_is_an_answer_and_the_second_is_an_interrupt() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with note_signals() as noted:
+        assert noted() is None
+        interrupt()
+        assert noted() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_handlers_are_those_of_before_afterwards() -> None:

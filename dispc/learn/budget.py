@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,11 @@ def block_budget(checkpoint: Checkpoint, ratio: float, ratio_of: RatioOf) -> int
     """Block parameters that may stay when `ratio` of the block (or of all) parameters goes.
 
     Raises:
-        MasksError: when the ratio lies outside (0, 1), or is of the whole model and more than all blocks hold.
+        MasksError: when the ratio lies outside (0, 1), is of nothing that has a name here, or is of the whole model
+            and more than all blocks hold.
     """
+    if ratio_of not in get_args(RatioOf):
+        raise MasksError(f"ratio_of is {ratio_of!r}; choose one of {', '.join(get_args(RatioOf))}")
     if not 0.0 < ratio < 1.0:
         raise MasksError(f"the pruning ratio is {ratio:g}; it must lie between 0 and 1, both excluded")
     blocks = checkpoint.config.block_parameters * checkpoint.config.num_hidden_layers
@@ -36,6 +39,22 @@ def block_budget(checkpoint: Checkpoint, ratio: float, ratio_of: RatioOf) -> int
             f"choose less than {blocks / total:.2f}, or --ratio-of blocks"
         )
     return budget
+
+
+def check_fits(config: DecoderConfig, budget: int, align: int) -> None:
+    """Raise MasksError where nothing will fit `budget` whatever is learned: known before the work, not after it."""
+    final_sets(np.zeros(sum(set_widths(config)), dtype=np.float32), config, budget, align=align)
+
+
+def budget_facts(masks: Masks, checkpoint: Checkpoint, ratio: float, ratio_of: RatioOf) -> dict[str, str]:
+    """The metadata that says what was asked for and what came out: `ratio_reached` is of what `pruning_ratio` is of."""
+    config = checkpoint.config
+    kept, blocks = masks.kept_parameters(config), config.block_parameters * config.num_hidden_layers
+    whole = blocks if ratio_of == "blocks" else model_parameters(checkpoint)
+    return {
+        "pruning_ratio": str(ratio), "ratio_of": ratio_of, "ratio_reached": f"{(blocks - kept) / whole:.6f}",
+        "kept_parameters": str(kept),
+    }  # fmt: skip
 
 
 def model_parameters(checkpoint: Checkpoint) -> int:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dispc.errors import LearnError
+from dispc.devices import torch_device
 from dispc.extras import need
 from dispc.families import DecoderConfig
 
@@ -31,22 +31,30 @@ class Processes:
 
     @staticmethod
     def join(device: str | None) -> "Processes":
-        """Join the run that torchrun started, or be alone; `device` is cpu, cuda, or None for cuda if there is one."""
-        if device == "cuda" and not torch.cuda.is_available():
-            raise LearnError("--device cuda: torch sees no CUDA device; choose --device cpu, or install a CUDA build")
-        kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        """Join the run that torchrun started, or be alone, on `device` (see `torch_device`).
+
+        Raises:
+            DispcError: when the device or a package is not there.
+        """
+        found = torch_device(device)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return Processes(0, 1, torch.device(kind))
+            return Processes(0, 1, found)
         need("accelerate", "learn")
         from accelerate import PartialState
 
-        state = PartialState(cpu=kind == "cpu")
+        state = PartialState(cpu=found.type == "cpu")
         return Processes(state.process_index, state.num_processes, state.device)
 
-    def shard(self, model: Any, config: DecoderConfig) -> None:
-        """Split the frozen weights over the processes by FSDP2, block by block; each is whole only while it runs."""
-        if self.count == 1:
-            return
+    def place(self, model: Any, config: DecoderConfig) -> None:
+        """Put the frozen weights on the device; several processes share them by FSDP2, block by block.
+
+        A block is whole on a device only while it is split, and later while it runs: the model may be larger than one.
+        """
+        if self.count > 1:
+            self._shard(model, config)
+        model.to(self.device)  # what is left: with several processes the buffers
+
+    def _shard(self, model: Any, config: DecoderConfig) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 

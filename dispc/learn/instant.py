@@ -1,6 +1,7 @@
 """Masks without learning, for baselines and people in a hurry: scores in place of latents, the same final sets."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dispc.checkpoint import Checkpoint
-from dispc.corpus import load_tokens, windows
+from dispc.corpus import load_tokens, source_name, windows
+from dispc.devices import torch_device
+from dispc.errors import DataError
 from dispc.families import DecoderConfig
-from dispc.learn.budget import RatioOf, block_budget, final_sets
+from dispc.learn.budget import RatioOf, block_budget, budget_facts, check_fits, final_sets
+from dispc.learn.options import check_choices
 from dispc.masks import SETS, Masks, NormScope, set_widths
 from dispc.reference import load_reference
 
@@ -32,6 +36,7 @@ def instant_masks(
     align: int = 1,
     seed: int = 0,
     norm_scope: NormScope = "full",
+    device: str | None = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Masks:
     """Masks that keep the positions with the highest scores of all sets within one budget.
@@ -41,15 +46,17 @@ def instant_masks(
     - `random`: uniform numbers, seeded.
     - `magnitude`: norm of the weights that read or write the position.
     - `activation`: that norm times the norm of what the position carries over `windows_read` windows of `data`; for a
-      write set, whose positions are the output itself, the norm of the output.
+      write set, whose positions are the output itself, the norm of the output. The model runs on `device`.
 
     Raises:
-        DispcError: when the budget or the data is unusable.
+        DispcError: when a choice, the budget or the data is unusable.
     """
+    check_choices(ratio_of=ratio_of, norm_scope=norm_scope, align=align, sequence_length=sequence_length, seed=seed)
     checkpoint = Checkpoint(model)
     config = checkpoint.config
     budget = block_budget(checkpoint, ratio, ratio_of)
-    metadata = {"method": method, "pruning_ratio": str(ratio), "ratio_of": ratio_of, "align": str(align)}
+    check_fits(config, budget, align)
+    metadata = {"method": method, "align": str(align)}
     if method == "random":
         scores = np.random.default_rng(seed).random(sum(set_widths(config)))
         metadata["seed"] = str(seed)
@@ -57,17 +64,20 @@ def instant_masks(
         reference = load_reference(model, config.family, None)
         norms = _weight_norms(reference, config)
         if method == "activation":
-            assert data is not None
+            if data is None:
+                raise DataError("--method activation needs a text: give --data FILE")
+            place = torch_device(device)
             rows = windows(load_tokens(data, model), min(sequence_length, config.max_positions), data)[:windows_read]
-            carried = _activation_norms(reference, config, torch.from_numpy(rows.astype(np.int64)), progress)
+            ids = torch.from_numpy(rows.astype(np.int64)).to(place)
+            carried = _activation_norms(reference.to(place), config, ids, progress)
             norms = [
                 activation if name.endswith("write") else weight * activation
                 for name, weight, activation in zip(SETS * config.num_hidden_layers, norms, carried, strict=True)
             ]
-            metadata |= {"data": Path(data).name, "windows": str(len(rows)), "sequence_length": str(rows.shape[1])}
+            metadata |= {"data": source_name(data), "windows": str(len(rows)), "sequence_length": str(rows.shape[1])}
         scores = np.concatenate([norm / max(norm.mean(), np.finfo(float).tiny) for norm in norms])
     masks = final_sets(scores, config, budget, align=align, norm_scope=norm_scope)
-    return Masks(masks.blocks, masks.hidden_size, masks.intermediate_size, norm_scope, metadata)
+    return replace(masks, metadata=metadata | budget_facts(masks, checkpoint, ratio, ratio_of))
 
 
 def _parts(model: nn.Module, config: DecoderConfig) -> list[tuple[list[Any], bool]]:
@@ -100,7 +110,7 @@ def _activation_norms(
 ) -> list[Scores]:
     """For every set the L2 norm, over all windows of ids [n,S], of what each position carries, [width]."""
     parts = _parts(model, config)
-    sums = [torch.zeros(width, dtype=torch.float64) for width in set_widths(config)]
+    sums = [torch.zeros(width, dtype=torch.float64, device=ids.device) for width in set_widths(config)]
 
     def listen(total: Tensor, inputs: bool) -> Callable[..., None]:
         def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
@@ -113,4 +123,4 @@ def _activation_norms(
     for number, row in enumerate(ids):
         model(input_ids=row[None], use_cache=False, logits_to_keep=1)
         progress(number + 1, len(ids))
-    return [cast(Scores, total.sqrt().numpy()) for total in sums]
+    return [cast(Scores, total.sqrt().cpu().numpy()) for total in sums]

@@ -11,8 +11,25 @@ from dispc.learn.estimator import OFFSET, EstimatorName
 from dispc.masks import NormScope
 
 Precision = Literal["float32", "bfloat16"]
-CHANGEABLE = ("steps", "output", "device", "checkpoint_every", "tensorboard", "activation_checkpointing", "compile")
-"""Options that may differ when a run is resumed: they do not change what a step computes (but `steps` with `decay`)."""
+CHANGEABLE = (
+    "steps", "output", "device", "checkpoint_every", "tensorboard", "activation_checkpointing", "compile", "align",
+    "learning_rate",
+)  # fmt: skip
+"""Options that may differ when a run is resumed.
+
+They do not change what a step computes (but `steps` with `decay`), or mend a run that went wrong: the learning rate
+where the loss is no number, the alignment where the final sets miss the budget.
+"""
+
+
+def check_choices(*, ratio_of: str, norm_scope: str, align: int, sequence_length: int, seed: int) -> None:
+    """Raise LearnError naming the first of the choices that every method has which is none."""
+    for name, value, kind in (("ratio_of", ratio_of, RatioOf), ("norm_scope", norm_scope, NormScope)):
+        if value not in get_args(kind):
+            raise LearnError(f"{name} is {value!r}; choose one of {', '.join(get_args(kind))}")
+    for name, number, least in (("align", align, 1), ("sequence_length", sequence_length, 2), ("seed", seed, 0)):
+        if number < least:
+            raise LearnError(f"{name} is {number}; it must be at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +64,22 @@ class LearnOptions:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every", "align"):
+        check_choices(
+            ratio_of=self.ratio_of, norm_scope=self.norm_scope, align=self.align, seed=self.seed,
+            sequence_length=self.sequence_length,
+        )  # fmt: skip
+        for name in ("steps", "batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise LearnError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not math.isfinite(self.offset):
             raise LearnError(f"offset is {self.offset}; it must be a number")
-        if self.sequence_length < 2:
-            raise LearnError(f"sequence_length is {self.sequence_length}; it must be at least 2")
-        for name, kind in (("ratio_of", RatioOf), ("estimator", EstimatorName), ("norm_scope", NormScope)):
-            if getattr(self, name) not in get_args(kind):
-                raise LearnError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(kind))}")
+        if not 0.0 < self.learning_rate < math.inf:
+            raise LearnError(f"learning_rate is {self.learning_rate}; it must be a number above 0")
+        for name in ("weight_decay", "regulariser_weight"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise LearnError(f"{name} is {getattr(self, name)}; it must be a number, at least 0")
+        if self.estimator not in get_args(EstimatorName):
+            raise LearnError(f"estimator is {self.estimator!r}; choose one of {', '.join(get_args(EstimatorName))}")
         if self.precision not in (None, *get_args(Precision)):
             raise LearnError(f"precision is {self.precision!r}; choose one of {', '.join(get_args(Precision))}")
         if not self.hypernetwork and not self.gru:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dispc.extras import need
-from dispc.learn.trainer import METRICS
+from dispc.learn.folder import METRICS
 from dispc.masks import SETS, Masks, set_width
 
 LABELS = dict(

@@ -5,12 +5,10 @@ Noise and data of a step are functions of the seed and the step's number alone: 
 
 import dataclasses
 import json
-import math
-import os
-import pickle
-import shutil
+import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from dispc.checkpoint import Checkpoint
-from dispc.corpus import Tokens, batch, load_tokens, windows
-from dispc.errors import LearnError, first_line
-from dispc.learn.budget import block_budget, final_sets, kept_parameters, regulariser
+from dispc.corpus import Tokens, batch, load_tokens, source_name, windows
+from dispc.errors import Interrupted, LearnError, first_line
+from dispc.extras import need
+from dispc.learn.budget import block_budget, budget_facts, check_fits, final_sets, kept_parameters, regulariser
 from dispc.learn.distributed import Processes
 from dispc.learn.estimator import ESTIMATORS
+from dispc.learn.folder import RunFolder
 from dispc.learn.hypernetwork import FreeLatents, HyperNetwork, Layout
 from dispc.learn.objective import GatedModel
 from dispc.learn.options import LearnOptions
-from dispc.manifest import write_json
 from dispc.masks import Masks
 from dispc.reference import load_reference
+from dispc.signals import note_signals
 
-CHECKPOINT, METRICS, OPTIONS = "checkpoint.pt", "metrics.jsonl", "options.json"
-FORMAT_VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Progress = Callable[[dict[str, float], int], None]
 """Called after every step with its record (step, loss, regulariser, pruned, tokens_per_second) and the steps in all."""
@@ -42,10 +40,12 @@ def learn(options: LearnOptions, progress: Progress = lambda record, steps: None
           force: bool = False) -> tuple[Masks, bool]:  # fmt: skip
     """Learn masks and write them to `options.output`; the masks, and whether this process is the one that wrote them.
 
-    `resume` goes on from the checkpoint in the run's folder; without it, an earlier run there is kept unless `force`.
+    `resume` goes on from the checkpoint in the run's folder, or from the beginning where it holds none; without it, an
+    earlier run there is kept unless `force`. Nothing is written or removed before the run is known to start.
 
     Raises:
         DispcError: when an input is unusable, the budget cannot be met, or the loss is no number.
+        Interrupted: when a signal ended the run, which is saved.
     """
     checkpoint = Checkpoint(options.model)
     budget = block_budget(checkpoint, options.pruning_ratio, options.ratio_of)
@@ -57,43 +57,44 @@ def learn(options: LearnOptions, progress: Progress = lambda record, steps: None
         )
     processes = Processes.join(options.device)
     if options.batch_size % processes.count:
-        raise LearnError(f"batch_size {options.batch_size} cannot be shared by {processes.count} processes")
-    rows = windows(load_tokens(options.data, options.model), length, options.data)
+        raise LearnError(
+            f"batch_size {options.batch_size} cannot be shared by {processes.count} processes; "
+            f"give --batch-size {processes.count}, or a multiple of it"
+        )
     if processes.main:
-        _prepare_folder(options, resume=resume, force=force)
-    processes.wait()
+        RunFolder(options, checkpoint.config_sha256).check(resume=resume, force=force)
+    if options.tensorboard:
+        need("tensorboard", "tensorboard")
+    check_fits(checkpoint.config, budget, options.align)
+    rows = windows(load_tokens(options.data, options.model), length, options.data)
     trainer = Trainer(options, checkpoint, budget, processes)
     if resume:
         trainer.restore()
-    trainer.run(rows, progress)
+    if processes.main:  # from here on an earlier run is gone, or goes on
+        trainer.folder.prepare(resume=resume)
+        trainer.folder.cut_metrics(trainer.step)
+    processes.wait()
+    try:
+        trainer.run(rows, progress)
+    except KeyboardInterrupt:  # the second one, which does not wait for the step
+        say = f"interrupted in step {trainer.step + 1}; go on from the latest checkpoint with --resume"
+        raise Interrupted(say, signal.SIGINT) from None
     masks = trainer.masks()
     if processes.main:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         masks.save(options.output, checkpoint.config)
     processes.wait()
     return masks, processes.main
-
-
-def _prepare_folder(options: LearnOptions, *, resume: bool, force: bool) -> None:
-    folder = options.folder
-    if resume:
-        if not (folder / CHECKPOINT).is_file():
-            raise LearnError(f"{folder}: holds no checkpoint to resume; start without --resume")
-        options.check_same(json.loads((folder / OPTIONS).read_text(encoding="utf-8")))
-    elif folder.exists() or options.output.exists():
-        if not force:
-            what = folder if folder.exists() else options.output
-            raise LearnError(f"{what}: exists; go on with --resume, or replace it with --force")
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / OPTIONS, options.as_dict())
 
 
 class Trainer:
     """One learning run: the gated model, the source of latents, its optimiser, and the step it is at."""
 
     def __init__(self, options: LearnOptions, checkpoint: Checkpoint, budget: int, processes: Processes) -> None:
-        self.options, self.config, self.budget, self.processes = options, checkpoint.config, budget, processes
+        self.options, self.checkpoint, self.budget, self.processes = options, checkpoint, budget, processes
+        self.config = checkpoint.config
+        self.folder = RunFolder(options, checkpoint.config_sha256)
+        self.noted: Callable[[], int | None] = lambda: None
+        self.stopping = False
         self.dense = self.config.block_parameters * self.config.num_hidden_layers
         self.step = 0
         cuda = processes.device.type == "cuda"
@@ -106,8 +107,7 @@ class Trainer:
             autocast=None if precision is torch.float32 else precision,
             checkpointing=options.activation_checkpointing,
         )
-        model.to(processes.device)
-        processes.shard(model, self.config)
+        processes.place(model, self.config)
         if options.compile:
             model.compile()
         self.layout = Layout.make(self.config, constrained=options.constrained)
@@ -124,13 +124,17 @@ class Trainer:
         )
 
     def run(self, rows: Tokens, progress: Progress) -> None:
-        """All steps that remain, with a checkpoint every so many and at the end."""
-        from contextlib import ExitStack
+        """All steps that remain, with a checkpoint every so many, at the end, and where a signal ends the run.
 
-        options, folder = self.options, self.options.folder
+        Raises:
+            Interrupted: after Ctrl-C or SIGTERM, at the end of the step; nothing is lost.
+            LearnError: when the loss is no number.
+        """
+        options, main = self.options, self.processes.main
         with ExitStack() as stack:
-            log = stack.enter_context(open(folder / METRICS, "a", encoding="utf-8")) if self.processes.main else None
-            board = stack.enter_context(_tensorboard(folder)) if options.tensorboard and self.processes.main else None
+            log = stack.enter_context(open(self.folder.metrics, "a", encoding="utf-8")) if main else None
+            board = stack.enter_context(_tensorboard(self.folder.path)) if options.tensorboard and main else None
+            self.noted = stack.enter_context(note_signals())
             while self.step < options.steps:
                 start = time.perf_counter()
                 record = self.advance(self._share(batch(rows, self.step, options.batch_size, options.seed)))
@@ -138,20 +142,25 @@ class Trainer:
                 record["tokens_per_second"] = options.batch_size * options.sequence_length / seconds
                 if log:
                     log.write(json.dumps(record) + "\n")
+                    progress(record, options.steps)
                 if board:
                     for name, value in record.items():
                         board.add_scalar(name, value, self.step)
-                progress(record, options.steps)
-                if self.step % options.checkpoint_every == 0 or self.step == options.steps:
+                if self.stopping or self.step % options.checkpoint_every == 0 or self.step == options.steps:
                     if log:
                         log.flush()
                     self.save()
+                if self.stopping and self.step < options.steps:
+                    say = f"stopped after step {self.step}; go on with --resume" if main else ""
+                    raise Interrupted(say, self.noted() or signal.SIGTERM)
 
     def advance(self, ids: Tensor) -> dict[str, float]:
         """One step on this process's sequences ids [B,S]; the record of the step.
 
+        Whether a signal has come to any process is agreed on with the gradient, so that all stop after the same step.
+
         Raises:
-            LearnError: when the loss is no number; the latest checkpoint is as good as ever.
+            LearnError: when the loss or a gradient is no number; the latest checkpoint is as good as ever.
         """
         options = self.options
         latents = self.layout.expand(self.source())
@@ -160,26 +169,36 @@ class Trainer:
         loss = self.gated.loss(leaf, ids)
         loss.backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
-        figures = self.processes.mean(torch.cat([leaf.grad, loss.detach().to(leaf)[None]]))
+        facts = torch.stack([loss.detach().to(leaf), leaf.new_tensor(float(self.noted() is not None))])
+        figures = self.processes.mean(torch.cat([leaf.grad, facts]))
+        gradient, mean_loss, self.stopping = figures[:-2], float(figures[-2]), bool(figures[-1] > 0)
         kept = kept_parameters(counted, self.config)
         penalty = regulariser(kept, self.budget)
         record = {
             "step": self.step + 1,
-            "loss": float(figures[-1]),
+            "loss": mean_loss,
             "regulariser": float(penalty.detach()),
             "pruned": 1.0 - float(kept.detach()) / self.dense,
         }
-        if not (math.isfinite(record["loss"]) and bool(torch.isfinite(figures).all())):
-            saved = options.folder / CHECKPOINT
-            remedy = f"go back to {saved} with --resume" if saved.exists() else "there is no checkpoint yet"
-            raise LearnError(f"step {self.step + 1}: the loss or its gradient is not a number; {remedy}")
         self.optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward([gates, options.regulariser_weight * penalty], [figures[:-1], torch.ones_like(penalty)])
+        torch.autograd.backward([gates, options.regulariser_weight * penalty], [gradient, torch.ones_like(penalty)])
+        self._check_numbers(figures)
         for group in self.optimiser.param_groups:
             group["lr"] = options.rate(self.step)
         self.optimiser.step()
         self.step += 1
         return record
+
+    def _check_numbers(self, figures: Tensor) -> None:
+        gradients = (parameter.grad for parameter in self.source.parameters() if parameter.grad is not None)
+        if all(bool(torch.isfinite(values).all()) for values in (figures, *gradients)):
+            return
+        saved = self.folder.checkpoint
+        remedy = f"go back to {saved} with --resume" if saved.exists() else "start again with --resume"
+        raise LearnError(
+            f"step {self.step + 1}: the loss or its gradient is not a number; "
+            f"{remedy} and a --learning-rate below {self.options.learning_rate:g}"
+        )
 
     def masks(self) -> Masks:
         """The final sets at this step; no noise is drawn for them."""
@@ -191,55 +210,36 @@ class Trainer:
             latents, self.config, self.budget, align=options.align, norm_scope=options.norm_scope, groups=groups
         )
         metadata = {
-            "method": options.method, "pruning_ratio": str(options.pruning_ratio), "ratio_of": options.ratio_of,
-            "data": Path(options.data).name, "steps": str(self.step), "seed": str(options.seed),
+            "method": options.method, "data": source_name(options.data),
+            "steps": str(self.step), "seed": str(options.seed),
             "sequence_length": str(options.sequence_length), "batch_size": str(options.batch_size),
             "learning_rate": str(options.learning_rate), "decay": str(options.decay).lower(),
             "offset": str(options.offset), "align": str(options.align),
-        }  # fmt: skip
+        } | budget_facts(masks, self.checkpoint, options.pruning_ratio, options.ratio_of)  # fmt: skip
         return dataclasses.replace(masks, metadata=metadata)
 
     def save(self) -> None:
-        """Write the checkpoint; the older one stays until this one is whole and on the disk."""
-        if not self.processes.main:
-            return
-        content = {
-            "version": FORMAT_VERSION,
-            "step": self.step,
-            "source": self.source.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-        }
-        path = self.options.folder / CHECKPOINT
-        partial = path.with_name(f"{path.name}.partial")
-        try:
-            with open(partial, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except RuntimeError as error:  # torch's zip writer does not say that the disk is full
-            raise LearnError(f"{partial}: cannot be written ({first_line(error)}); is the disk full?") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        """Write the checkpoint, on the main process."""
+        if self.processes.main:
+            self.folder.save(
+                {"step": self.step, "source": self.source.state_dict(), "optimiser": self.optimiser.state_dict()}
+            )
 
     def restore(self) -> None:
-        """Go back to the checkpoint; the metrics of steps after it are dropped."""
-        path = self.options.folder / CHECKPOINT
+        """Go back to the checkpoint, or stay at the beginning where there is none.
+
+        Raises:
+            LearnError: when it is damaged, or of another run.
+        """
+        state = self.folder.load(self.processes.device)
+        if state is None:
+            return
         try:
-            content: dict[str, Any] = torch.load(path, map_location=self.processes.device, weights_only=True)
-            if content["version"] != FORMAT_VERSION:
-                raise LearnError(f"{path}: checkpoint version {content['version']}; this dispc reads {FORMAT_VERSION}")
-            self.source.load_state_dict(content["source"])
-            self.optimiser.load_state_dict(content["optimiser"])
-            self.step = content["step"]
-        except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise LearnError(f"{path}: is no checkpoint of this run ({first_line(error)})") from error
-        if self.processes.main:
-            metrics = self.options.folder / METRICS
-            kept = (
-                metrics.read_text(encoding="utf-8").splitlines(keepends=True)[: self.step] if metrics.exists() else []
-            )
-            metrics.write_text("".join(kept), encoding="utf-8")
+            self.source.load_state_dict(state["source"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.step = state["step"]
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise LearnError(f"{self.folder.checkpoint}: is no checkpoint of this run ({first_line(error)})") from error
 
     def _noise(self) -> Tensor:
         generator = torch.Generator().manual_seed(
@@ -256,9 +256,6 @@ class Trainer:
 
 
 def _tensorboard(folder: Path) -> Any:
-    from dispc.extras import need
-
-    need("tensorboard", "tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,110 @@
+"""The folder of a run: its options, its metrics and its latest checkpoint, each written whole or not at all."""
+
+import json
+import math
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dispc.errors import LearnError, first_line
+from dispc.learn.options import LearnOptions
+from dispc.manifest import write_json, write_whole
+
+CHECKPOINT, METRICS, OPTIONS = "checkpoint.pt", "metrics.jsonl", "options.json"
+FORMAT_VERSION = 1
+
+
+class RunFolder:
+    """`options.folder`, which nothing touches before `prepare`; `config_sha256` says on which model is learned."""
+
+    def __init__(self, options: LearnOptions, config_sha256: str) -> None:
+        self.options, self.config_sha256 = options, config_sha256
+        self.path = options.folder
+        self.checkpoint, self.metrics = self.path / CHECKPOINT, self.path / METRICS
+
+    def check(self, *, resume: bool, force: bool) -> None:
+        """Raise LearnError unless the run may go on (`resume`), or start without losing an earlier one (or `force`)."""
+        recorded = self.path / OPTIONS
+        if resume and recorded.is_file():
+            self.options.check_same(_read_options(recorded))
+        elif resume and self.checkpoint.exists():
+            raise LearnError(f"{recorded}: is missing, and with it what the checkpoint is of; start anew with --force")
+        elif not resume and not force and self.path.exists():
+            raise LearnError(f"{self.path}: exists; go on with --resume, or replace it with --force")
+        elif not force and self.options.output.exists():
+            raise LearnError(f"{self.options.output}: exists; replace it with --force")
+
+    def prepare(self, *, resume: bool) -> None:
+        """Make the folder, empty unless the run goes on, and write down the options."""
+        if not resume:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / OPTIONS, self.options.as_dict())
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the checkpoint; the older one stays until this one is whole and on the disk.
+
+        Raises:
+            LearnError, OSError: when it cannot be written.
+        """
+        partial = self.checkpoint.with_name(f"{CHECKPOINT}.partial")
+        try:
+            with open(partial, "wb") as file:
+                torch.save({"version": FORMAT_VERSION, "config_sha256": self.config_sha256} | state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self.checkpoint)
+        except RuntimeError as error:  # torch's zip writer does not say that the disk is full
+            raise LearnError(f"{partial}: cannot be written ({first_line(error)}); is the disk full?") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def load(self, device: torch.device) -> dict[str, Any] | None:
+        """What `save` wrote last, None before the first time.
+
+        Raises:
+            LearnError: when it is damaged, of another version, or of another model.
+        """
+        if not self.checkpoint.is_file():
+            return None
+        try:
+            state: Any = torch.load(self.checkpoint, map_location=device, weights_only=True)
+            version = state["version"]
+        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise LearnError(f"{self.checkpoint}: is no checkpoint of a run ({first_line(error)})") from error
+        if version != FORMAT_VERSION:
+            raise LearnError(f"{self.checkpoint}: checkpoint version {version}; this dispc reads {FORMAT_VERSION}")
+        if state.get("config_sha256", self.config_sha256) != self.config_sha256:  # older ones do not name their model
+            raise LearnError(
+                f"{self.checkpoint}: is of another model than {self.options.model} (config.json differs); "
+                "start anew with --force"
+            )
+        checkpoint: dict[str, Any] = state
+        return checkpoint
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the metrics of steps behind `step`, and what a kill left of a line."""
+        if self.metrics.exists():
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_whole(self.metrics, "".join(line for line in lines if _step_of(line) <= step))
+
+
+def _read_options(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LearnError(f"{path}: cannot be read ({first_line(error)}); start anew with --force") from error
+    if not isinstance(content, dict):
+        raise LearnError(f"{path}: does not hold the options of a run; start anew with --force")
+    return content
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

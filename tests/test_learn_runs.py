@@ -1,0 +1,333 @@
+"""A run never loses work: it is resumed to the same bits, refuses what is another's, and stops where it can go on."""
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import harness
+import pytest
+import torch
+from command import fingerprint, run
+from student import options, student, text
+
+from dispc.errors import DispcError, LearnError
+from dispc.learn import trainer
+from dispc.learn.distributed import Processes
+from dispc.learn.folder import CHECKPOINT, METRICS, OPTIONS
+from dispc.learn.trainer import Trainer, learn
+
+pytestmark = pytest.mark.xdist_group("learn")  # one worker, so that the student is taught once
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_resuming_gives_the_same_bits(tmp_path: Path) -> None:
+    whole, _ = learn(options(tmp_path / "whole"))
+    learn(options(tmp_path / "parts", steps=5))
+    resumed, _ = learn(options(tmp_path / "parts"), resume=True)
+    assert resumed.sha256() == whole.sha256()
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / part / "masks.learn" / METRICS).read_text().splitlines()]
+        for part in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+    states = [
+        torch.load(tmp_path / part / "masks.learn" / CHECKPOINT, weights_only=True) for part in ("whole", "parts")
+    ]
+    for name, value in states[0]["source"].items():
+        assert torch.equal(value, states[1]["source"][name])
+
+
+def test_a_falling_rate_is_resumed_where_it_was(tmp_path: Path) -> None:
+    def stop_at_step_7(record: dict[str, float], steps: int) -> None:
+        if record["step"] == 7:
+            raise InterruptedError
+
+    whole, _ = learn(options(tmp_path / "whole", decay=True))
+    with pytest.raises(InterruptedError):
+        learn(options(tmp_path / "parts", decay=True), stop_at_step_7)
+    resumed, _ = learn(options(tmp_path / "parts", decay=True), resume=True)
+    assert resumed.sha256() == whole.sha256()
+    assert resumed.sha256() != learn(options(tmp_path / "constant"))[0].sha256()
+    with pytest.raises(LearnError, match=r"steps=12, this one 20"):
+        learn(options(tmp_path / "parts", decay=True, steps=20), resume=True)
+
+
+@pytest.mark.parametrize(("every", "lines"), [("1", 4), ("100000", 0)], ids=["checkpoints", "no checkpoint yet"])
+def test_a_killed_run_goes_on_from_where_it_was_safe(tmp_path: Path, every: str, lines: int) -> None:
+    arguments = [
+        "learn", str(student()), "--data", text("train.txt", 3000, 2),
+        "-o", str(tmp_path / "killed" / "masks.safetensors"),
+        "--sequence-length", "32", "--batch-size", "2", "--learning-rate", "1e-2", "--checkpoint-every", every,
+        "--device", "cpu",
+    ]  # fmt: skip
+    metrics = tmp_path / "killed" / "masks.learn" / METRICS
+    command = [sys.executable, "-m", "dispc", *arguments, "--steps", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= lines):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    checkpoint = metrics.with_name(CHECKPOINT)
+    saved = torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else 0
+    assert (saved > 0) == (every == "1")
+    steps = saved + 2
+    resumed, _ = learn(options(tmp_path / "killed", steps=steps), resume=True)
+    whole, _ = learn(options(tmp_path / "whole", steps=steps))
+    assert resumed.sha256() == whole.sha256()
+    assert steps_of(metrics) == list(range(1, steps + 1))
+
+
+def steps_of(metrics: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+
+
+def test_metrics_are_cut_by_their_step(tmp_path: Path) -> None:
+    learn(options(tmp_path, steps=5))
+    metrics = tmp_path / "masks.learn" / METRICS
+    lines = metrics.read_text().splitlines(keepends=True)
+    del lines[1]
+    metrics.write_text("".join(lines) + lines[-1].replace('"step": 5', '"step": 6') + '{"step": 7, "lo')
+    learn(options(tmp_path, steps=7), resume=True)
+    assert steps_of(metrics) == [1, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("content", ["", '{"steps": 1', "[]", "\udcff"], ids=["empty", "half", "list", "bytes"])
+def test_unreadable_options_are_named(tmp_path: Path, content: str) -> None:
+    learn(options(tmp_path, steps=1))
+    (tmp_path / "masks.learn" / OPTIONS).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(LearnError, match=OPTIONS) as raised:
+        learn(options(tmp_path, steps=2), resume=True)
+    assert "\n" not in str(raised.value) and "--force" in str(raised.value)
+
+
+def test_options_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learn(options(tmp_path, steps=1))
+    recorded = (tmp_path / "masks.learn" / OPTIONS).read_text()
+
+    def torn(self: Path, content: str, **encoding: str) -> int:
+        with self.open("w") as file:
+            file.write(content[:10])
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", torn)
+    with pytest.raises(OSError, match="No space left"):
+        learn(options(tmp_path, steps=2), resume=True)
+    assert (tmp_path / "masks.learn" / OPTIONS).read_text() == recorded
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(student(), tmp_path / "model"))
+    learn(options(tmp_path, model=model, steps=1))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    before = fingerprint(tmp_path)
+    with pytest.raises(LearnError, match=r"checkpoint\.pt: is of another model"):
+        learn(options(tmp_path, model=model, steps=2), resume=True)
+    assert fingerprint(tmp_path) == before
+
+
+def test_a_resumed_run_must_have_the_same_options(tmp_path: Path) -> None:
+    learn(options(tmp_path, steps=1))
+    with pytest.raises(LearnError, match=r"seed=0, this one 5"):
+        learn(options(tmp_path, seed=5), resume=True)
+
+
+def test_an_older_run_is_kept_unless_forced(tmp_path: Path) -> None:
+    learn(options(tmp_path, steps=1))
+    with pytest.raises(LearnError, match="--force"):
+        learn(options(tmp_path, steps=2))
+    learn(options(tmp_path, steps=2), force=True)
+    assert len((tmp_path / "masks.learn" / METRICS).read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("reason", ["no tensorboard", "short data", "no memory"])
+def test_force_keeps_the_older_run_until_the_new_one_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    learn(options(tmp_path, steps=1))
+    before, changes = fingerprint(tmp_path / "masks.learn"), dict[str, Any]()
+    if reason == "no tensorboard":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        changes = dict(tensorboard=True)
+    elif reason == "short data":
+        changes = dict(data=text("short.txt", 2, 2))
+    else:
+        monkeypatch.setattr(trainer, "load_reference", Mock(side_effect=MemoryError))
+    with pytest.raises((DispcError, MemoryError)):
+        learn(options(tmp_path, steps=2, **changes), force=True)
+    assert fingerprint(tmp_path / "masks.learn") == before and (tmp_path / "masks.safetensors").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
+    learn(options(tmp_path, steps=1))
+    (tmp_path / "masks.learn" / CHECKPOINT).write_bytes(content)
+    with pytest.raises(LearnError, match=CHECKPOINT):
+        learn(options(tmp_path, steps=2), resume=True)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = Trainer.advance
+
+    def poisoned(self: Trainer, ids: torch.Tensor) -> dict[str, float]:
+        if self.step == 7:
+            next(self.gated.model.parameters()).data.fill_(float("nan"))
+        return advance(self, ids)
+
+    monkeypatch.setattr(Trainer, "advance", poisoned)
+    with pytest.raises(LearnError, match=r"step 8: .*checkpoint\.pt with --resume and a --learning-rate below 0\.01"):
+        learn(options(tmp_path))
+    assert torch.load(tmp_path / "masks.learn" / CHECKPOINT, weights_only=True)["step"] == 5
+    monkeypatch.undo()
+    mended, _ = learn(options(tmp_path, learning_rate=1e-3), resume=True)  # as the message says
+    assert mended.metadata["learning_rate"] == "0.001"
+
+
+def test_a_gradient_that_is_no_number_reaches_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is a number here, and so is the regulariser: only its gradient is not."""
+    seen: list[Trainer] = []
+    advance = Trainer.advance
+
+    def spied(self: Trainer, ids: torch.Tensor) -> dict[str, float]:
+        seen.append(self)
+        return advance(self, ids)
+
+    monkeypatch.setattr(Trainer, "advance", spied)
+    monkeypatch.setattr(trainer, "regulariser", lambda kept, budget: (kept - kept.detach()).abs().sqrt())
+    with pytest.raises(LearnError, match="step 1: the loss or its gradient is not a number; start again with --resume"):
+        learn(options(tmp_path))
+    assert all(bool(torch.isfinite(value).all()) for value in seen[0].source.state_dict().values())
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    return [
+        "learn", str(student()), "--data", text("train.txt", 3000, 2), "-o", str(folder / "masks.safetensors"),
+        "--steps", "12", "--sequence-length", "32", "--batch-size", "2", "--learning-rate", "1e-2", "--device", "cpu",
+        *more,
+    ]  # fmt: skip
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, calls = torch.save, []
+
+    def full(content: Any, file: Any) -> None:
+        calls.append(content["step"])
+        if len(calls) > 1:
+            file.write(b"half")
+            raise OSError(28, "No space left on device", str(file.name))
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    outcome = run(*arguments(tmp_path, "--checkpoint-every", "5"))
+    errors = [line for line in outcome.err.splitlines() if not line.startswith("step ")]
+    assert outcome.code == 2 and len(errors) == 1 and errors[0].endswith("No space left on device"), outcome.err
+    folder = tmp_path / "masks.learn"
+    assert torch.load(folder / CHECKPOINT, weights_only=True)["step"] == calls[0]
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_file_that_may_not_grow_is_one_line_too(tmp_path: Path) -> None:
+    """The limit is the system's: whatever torch makes of a write that fails is what people see."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dispc", *arguments(tmp_path, "--checkpoint-every", "1")],
+        capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),
+    )  # fmt: skip
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("step ")]
+    assert done.returncode == 2 and len(errors) == 1 and errors[0].startswith("error: "), done.stderr
+    assert CHECKPOINT in errors[0]
+    assert sorted(path.name for path in (tmp_path / "masks.learn").iterdir()) == [METRICS, OPTIONS]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_behind_its_step_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    whole, _ = learn(options(tmp_path / "whole"))
+    advance = Trainer.advance
+
+    def struck(self: Trainer, ids: torch.Tensor) -> dict[str, float]:
+        if self.step == 3:
+            os.kill(os.getpid(), number)
+        return advance(self, ids)
+
+    monkeypatch.setattr(Trainer, "advance", struck)
+    outcome = run(*arguments(tmp_path / "parts"))
+    assert outcome.code == 128 + number
+    assert outcome.err.splitlines()[-1] == "error: stopped after step 4; go on with --resume"
+    assert torch.load(tmp_path / "parts" / "masks.learn" / CHECKPOINT, weights_only=True)["step"] == 4
+    monkeypatch.undo()
+    outcome = run(*arguments(tmp_path / "parts"), "--resume", "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["sha256"] == whole.sha256()
+
+
+def test_a_second_interrupt_does_not_wait_and_says_where_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def struck(self: Trainer, ids: torch.Tensor) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the second one ends the step")
+
+    monkeypatch.setattr(Trainer, "advance", struck)
+    outcome = run(*arguments(tmp_path))
+    assert outcome.code == 130
+    assert outcome.err == "error: interrupted in step 1; go on from the latest checkpoint with --resume\n"
+
+
+def test_several_processes_shard_the_model_before_any_of_it_is_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model larger than one device must never be whole on it."""
+    config, calls = harness.checkpoint("llama").config, list[str]()
+
+    class Model(torch.nn.Module):
+        def get_submodule(self, name: str) -> Any:
+            return name
+
+        def to(self, device: Any) -> Any:
+            calls.append("placed")
+
+    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *_: "mesh")
+    monkeypatch.setattr(
+        "torch.distributed.fsdp.fully_shard",
+        lambda module, mesh: calls.append(module if isinstance(module, str) else "whole"),
+    )
+    Processes(0, 2, torch.device("cpu")).place(Model(), config)
+    assert calls == ["model.layers.0", "model.layers.1", "model.layers.2", "whole", "placed"]
+    calls.clear()
+    Processes(0, 1, torch.device("cpu")).place(Model(), config)
+    assert calls == ["placed"]
+
+
+def test_a_batch_that_cannot_be_shared_names_one_that_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Processes, "join", lambda device: Processes(0, 2, torch.device("cpu")))
+    with pytest.raises(LearnError, match=r"batch_size 3 .* by 2 processes; give --batch-size 2"):
+        learn(options(tmp_path, batch_size=3))
+
+
+def test_another_alignment_may_be_tried_on_what_was_learned(tmp_path: Path) -> None:
+    learn(options(tmp_path, steps=2, align=8))
+    masks, _ = learn(options(tmp_path, steps=2, align=4), resume=True)
+    assert masks.sha256() == learn(options(tmp_path / "once", steps=2, align=4))[0].sha256()
+
+
+def test_options_that_exclude_each_other_are_refused() -> None:
+    with pytest.raises(LearnError, match="--no-gru"):
+        dataclasses.replace(options(Path("x")), hypernetwork=False, gru=False)

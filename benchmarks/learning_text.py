@@ -1,12 +1,13 @@
 """The text that the shipped masks learn from: WikiText-2 without its `<unk>`, half of it without its spaces.
 
-    .venv/bin/python benchmarks/learning_text.py wiki.train.tokens wiki.valid.raw -o benchmarks/work/wikitext-mixed.txt
+    .venv/bin/python benchmarks/learning_text.py wiki.train.tokens wiki.valid.raw -o wikitext-mixed.txt
 
-Masks learn the habits of a text (docs/decisions/0010): of `wiki.train.tokens` that rare words are `<unk>`, of both files
+Masks learn the habits of a text (decision 0010): of `wiki.train.tokens` that rare words are `<unk>`, of both files
 that a hyphen is ` @-@ `. So paragraphs with `<unk>` are left out, and in every second article WikiText's tokenisation
 is undone (lm-evaluation-harness's function for it).
 """
 
+import itertools
 import re
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +22,7 @@ TITLE = re.compile(r"^ = [^=].* = $", re.MULTILINE)
 def articles(text: str) -> list[str]:
     """The articles of a WikiText file, titles included; what stands before the first title is none."""
     starts = [match.start() for match in TITLE.finditer(text)] + [len(text)]
-    return [text[start:end] for start, end in zip(starts, starts[1:], strict=False)]
+    return [text[start:end] for start, end in itertools.pairwise(starts)]
 
 
 def known_words(article: str) -> str:

@@ -60,7 +60,7 @@ def validate(
     from dispc.validate.judge import check
     from dispc.validate.latency import LatencyOptions
     from dispc.validate.parity import Thresholds
-    from dispc.validate.report import write_text
+    from dispc.validate.report import junit_error, markdown_error, write_text
 
     limits = {
         "error": max_error, "kl": max_kl, "top1": max_top1, "greedy": max_greedy, "perplexity": max_perplexity
@@ -76,8 +76,20 @@ def validate(
             batches=tuple(batch or (1,)), prompts=tuple(prompt or (128,)), pasts=tuple(past or (128,)),
             rounds=rounds, threads=threads,
         )  # fmt: skip
-    with dense_artifact(artifact, reference, dense, build_dense) as dense_path, err.status("") as status:
-        report = check(artifact, reference, dense=dense_path, say=lambda what: status.update(f"{what} ..."), **options)
+    for path in (json_file, junit, markdown, html):  # a report of another run would be read as one of this
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+    try:
+        with dense_artifact(artifact, reference, dense, build_dense) as dense_path, err.status("") as status:
+            report = check(
+                artifact, reference, dense=dense_path, say=lambda what: status.update(f"{what} ..."), **options
+            )
+    except DispcError as error:
+        for path, write in ((junit, junit_error), (markdown, markdown_error)):
+            if path:
+                write_text(path, write(str(artifact), str(error)))
+        raise
     found = report.as_dict()
     if json_file:
         write_json(json_file, found)
@@ -96,21 +108,24 @@ def validate(
 
 @contextmanager
 def dense_artifact(artifact: Path, reference: Path, dense: Path | None, build: bool) -> Iterator[Path | None]:
-    """The dense artifact to compare with: the one named, one compiled for this as `artifact` was, or None."""
+    """The dense artifact to compare with: the one named, one compiled for this as `artifact` was, or None.
+
+    Raises:
+        DispcError: when the one named is not dense, or differs from `artifact` in more than its masks.
+    """
+    from dispc.compiler import CompileOptions, compile_model
+    from dispc.manifest import read_manifest, require_comparable
+    from dispc.targets import choices_of
+
+    if dense:
+        require_comparable(artifact, dense)
     if dense or not build:
         yield dense
         return
-    from dispc.compiler import CompileOptions, compile_model
-    from dispc.manifest import read_manifest
-
     manifest = read_manifest(artifact)
     with TemporaryDirectory(prefix="dispc-dense-") as scratch:
         path = Path(scratch) / "dense"
-        options = CompileOptions(
-            model=reference, output=path, target=manifest["target"], dense=True, dtype=manifest["dtype"],
-            padding=manifest["padding"], lowering=manifest["lowering"]["name"], validate=False,
-        )  # fmt: skip
-        compile_model(options)
+        compile_model(CompileOptions(model=reference, output=path, dense=True, validate=False, **choices_of(manifest)))
         yield path
 
 
@@ -131,6 +146,8 @@ def share(text: str) -> float:
 
 def latency_tables(report: dict[str, Any]) -> list[Table]:
     """Times of both artifacts, and time by operator type; nothing where nothing was timed."""
+    from dispc.validate.report import LATENCY_COLUMNS, latency_cells
+
     latency = report["latency"]
     if latency is None:
         return []
@@ -139,11 +156,10 @@ def latency_tables(report: dict[str, Any]) -> list[Table]:
         facts += f", peak memory {latency['peak_bytes'] / 2**20:,.0f} MiB"
     facts += f", a copy moves {latency['copy_bytes_per_second'] / 1e9:.1f} GB/s"
     times = Table(title=f"Latency on {latency['provider']}: {facts}", title_justify="left")
-    for column in ("", "artifact", "p50 ms", "p90", "p99", "tokens/s"):
+    for column in ("", "artifact", *LATENCY_COLUMNS):
         times.add_column(column, justify="left" if column in ("", "artifact") else "right")
     for row in latency["rows"]:
-        figures = (f"{row[name]:.2f}" for name in ("p50", "p90", "p99"))
-        times.add_row(row["name"], row["artifact"], *figures, f"{row['tokens_per_second']:,.1f}")
+        times.add_row(*latency_cells(row, latency))
     gathers = 100 * latency["gather_scatter_share"]
     operators = Table(title=f"Operators while decoding ({gathers:.1f} % Gather and Scatter)", title_justify="left")
     for column in ("operator", "ms", "share"):

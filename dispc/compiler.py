@@ -3,7 +3,7 @@
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,8 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
 
             progress("validating", 0, 1)
             report = check(stage, options.model, quick=True, device="available")
-            manifest["validation"] = report.as_dict()
+            named = replace(report, artifact=options.output.name, reference=options.model.resolve().name)
+            manifest["validation"] = named.as_dict()
             write_json(stage / MANIFEST, manifest)
             if not report.passed:
                 raise ParityFailure(manifest["validation"])
@@ -180,6 +181,7 @@ def describe(
         "padding": plan.padding,
         "lowering": {"name": plan.lowering, "reason": plan.reason},
         "align": plan.align,
+        "fusions": list(plan.fusions),
         "logits": "last" if plan.last_logits else "all",
         "cuda_graph": plan.cuda_graph,
         "quantisation": plan.quantisation.as_dict() if plan.quantisation else None,

@@ -17,8 +17,34 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write readable JSON with a final newline."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Write readable JSON with a final newline, whole or not at all."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file; an older one stays until this one is complete."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+COMPARABLE = ("config_sha256", "target", "dtype", "padding", "quantisation", "logits", "align")
+"""What a dense artifact must have in common with the one that it is the measure for."""
+
+
+def require_comparable(artifact: Path, dense: Path) -> None:
+    """Raise ArtifactError unless `dense` is dense, and otherwise compiled as `artifact` was."""
+    ours, theirs = read_manifest(artifact), read_manifest(dense)
+    blocks = theirs["block_parameters"]
+    if blocks["kept"] != blocks["dense"]:
+        raise ArtifactError(f"{dense}: is pruned; compile one with --dense, or let --build-dense do it")
+    for name in COMPARABLE:
+        if ours.get(name) != theirs.get(name):
+            what = "was compiled from another model" if name == "config_sha256" else f"has {name} {theirs.get(name)}"
+            raise ArtifactError(f"{dense}: {what}, unlike {artifact}; --build-dense compiles the right one")
 
 
 def read_manifest(artifact: Path) -> dict[str, Any]:

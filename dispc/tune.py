@@ -155,7 +155,7 @@ def time_lowerings(artifacts: dict[str, Path], plan: Plan, positions: int) -> di
     prompt, past = min(PROMPT, positions // 2), min(PAST, positions // 2)
 
     def load(path: Path, graph: bool = False) -> TimedArtifact:
-        return TimedArtifact(path, plan.target.provider, options.threads, graph, prompt)
+        return TimedArtifact(path, plan.target.provider, options.threads, graph)
 
     ballast = load(next(iter(artifacts.values())))  # what is loaded first was seen to be 2 to 4 % slower
     loaded = {

@@ -194,16 +194,22 @@ def _masks(masks: Masks) -> str:
 def _parity(validation: Mapping[str, Any] | None) -> str:
     if validation is None:
         return "Not checked when this was written. `dispc validate . --reference MODEL` does it."
-    rows = (
-        (c["name"], f"{c['figure']:.2e}", f"{c['limit']:.0e}", "ok" if c["passed"] else "FAILED", c["detail"])
-        for c in validation["checks"]
-    )
+    rows = ((c["name"], c["status"], _number(c["figure"]), _limit(c), c["detail"]) for c in validation["checks"])
     verdict = "Passed" if validation["passed"] else "FAILED"
     return (
-        f"{verdict}, against the masked PyTorch model in float32, judged on {_cell(validation['judged_on'])}. "
-        "Errors are the largest difference of logits over the range of the reference's; for greedy tokens, how many "
-        "differ.\n\n" + _table(("check", "error", "limit", "", "over"), rows)
+        f"{verdict}, judged on {_cell(validation['judged_on'])}. The truth is the masked PyTorch model: "
+        f"{_cell(validation['truth'])}. Errors are in units of those that the dtype makes by itself in the same model, "
+        "at the worst position.\n\n" + _table(("check", "", "figure", "limit", "over"), rows)
     )
+
+
+def _number(figure: float | None) -> str:
+    """A figure that is not finite is null in JSON."""
+    return "" if figure is None else f"{figure:.3g}"
+
+
+def _limit(check: Mapping[str, Any]) -> str:
+    return "" if check["limit"] is None else f"{check['limit']:.3g} {check['unit']}".strip()
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

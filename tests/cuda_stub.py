@@ -3,7 +3,9 @@
 With them on LD_LIBRARY_PATH, a machine without a GPU can create a real CUDA session: the real graph
 optimisers run, every node is really assigned to an execution provider, and kernels are really constructed (so
 a missing kernel or a bad attribute is reported). No kernel computes anything: device memory is host memory,
-launches do nothing. Good for placement and fusion checks; worthless for numbers and for speed.
+launches do nothing. CUDA graphs are captured and launched, empty: the file that CUDA_STUB_LOG names gets a line
+for each. CUDA_STUB_FAILURE is the error that the device answers with. Good for placement and fusion checks; worthless
+for numbers and for speed.
 
 Needs onnxruntime-gpu (a CUDA 13 build), gcc, binutils, and CUDA 13's headers (the wheels nvidia-cuda-runtime
 and nvidia-cuda-crt, or a toolkit).
@@ -24,7 +26,13 @@ from filelock import FileLock
 
 CUDART = r"""
 #include <driver_types.h>
+#include <stdio.h>
 static void *fatbin[4];
+static int failure(void) { const char *e = getenv("CUDA_STUB_FAILURE"); return e ? atoi(e) : 0; }
+static void note(const char *what, void *graph) {
+  const char *path = getenv("CUDA_STUB_LOG");
+  FILE *file = path ? fopen(path, "a") : 0;
+  if (file) { fprintf(file, "%s %p\n", what, graph); fclose(file); } }
 void **__cudaRegisterFatBinary(void *p) { return (void **)fatbin; }
 int cudaMalloc(void **p, size_t n) { *p = calloc(1, n ? n : 1); return 0; }
 int cudaMallocHost(void **p, size_t n) { *p = calloc(1, n ? n : 1); return 0; }
@@ -39,6 +47,10 @@ int cudaMemset(void *d, int v, size_t n) { memset(d, v, n); return 0; }
 int cudaMemsetAsync(void *d, int v, size_t n, void *s) { memset(d, v, n); return 0; }
 int cudaGetDeviceCount(int *c) { *c = 1; return 0; }
 int cudaGetDevice(int *c) { *c = 0; return 0; }
+int cudaSetDevice(int d) { return failure(); }
+int cudaStreamEndCapture(void *s, void **g) { *g = malloc(64); note("capture", *g); return 0; }
+int cudaGraphInstantiate(void **e, void *g, unsigned long long f) { *e = g; return 0; }
+int cudaGraphLaunch(void *e, void *s) { note("launch", e); return 0; }
 int cudaMemGetInfo(size_t *f, size_t *t) { *f = *t = 80ull << 30; return 0; }
 int cudaDriverGetVersion(int *v) { *v = 13000; return 0; }
 int cudaRuntimeGetVersion(int *v) { *v = 13000; return 0; }

@@ -84,3 +84,45 @@ def initializer(model: ir.Model, name: str) -> harness.Array:
 
 def replace(model: ir.Model, name: str, values: harness.Array) -> None:
     model.graph.initializers[name].const_value = ir.tensor(values, name=name)
+
+
+def zero_a_scale(model: ir.Model) -> None:
+    """One block of a quantised weight is nothing."""
+    values = initializer(model, "model.layers.1.mlp.fc1.weight.scales")
+    values.reshape(-1)[0] = 0
+    replace(model, "model.layers.1.mlp.fc1.weight.scales", values)
+
+
+def spoil_late_positions(model: ir.Model) -> None:
+    """Cosines that are wrong from a position on that short prompts do not reach."""
+    values = initializer(model, "cos_cache")
+    values[140:] *= 1.01
+    replace(model, "cos_cache", values)
+
+
+def spoil_steps(model: ir.Model) -> None:
+    """Logits that are off by a percent wherever there is a past: a prefill on an empty cache is right."""
+    past = next(value for value in model.graph.inputs if value.name == "past_key_values.0.key")
+    length = ir.node("Shape", [past], {"start": 2, "end": 3}, name="fault/length")
+    there = ir.node("Cast", [length.outputs[0]], {"to": ir.DataType.BOOL}, name="fault/there")
+    share = ir.node("Cast", [there.outputs[0]], {"to": ir.DataType.FLOAT}, name="fault/share")
+    percent = ir.node("Mul", [share.outputs[0], constant(model, "fault.percent", 0.01)], name="fault/percent")
+    factor = ir.node("Add", [percent.outputs[0], constant(model, "fault.one", 1.0)], name="fault/factor")
+    model.graph.extend([length, there, share, percent, factor])
+    behind_logits(model, lambda logits: ir.node("Mul", [logits, factor.outputs[0]], name="fault/Mul"))
+
+
+def behind_logits(model: ir.Model, make: Callable[[ir.Value], ir.Node]) -> None:
+    """Let the output `logits` be what `make` makes of it."""
+    index, logits = next((i, v) for i, v in enumerate(model.graph.outputs) if v.name == "logits")
+    logits.name = "logits.right"
+    node = make(logits)
+    model.graph.append(node)
+    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = "logits", logits.dtype, logits.shape
+    model.graph.outputs[index] = node.outputs[0]
+
+
+def constant(model: ir.Model, name: str, number: float) -> ir.Value:
+    value = ir.Value(name=name, const_value=ir.tensor(np.array([number], dtype=np.float32), name=name))
+    model.graph.register_initializer(value)
+    return value

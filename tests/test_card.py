@@ -80,7 +80,11 @@ def test_the_tables_hold_the_widths_parameters_and_errors_of_the_manifest() -> N
     kept = manifest["block_parameters"]["kept"]
     assert f"{kept:,} of" in dict(table(text, "# card-model"))["block parameters kept"]
     checks = manifest["validation"]["checks"]
-    assert [row[:2] for row in table(text, "## Parity")[1:]] == [[c["name"], f"{c['figure']:.2e}"] for c in checks]
+    rows = table(text, "## Parity")[1:]
+    assert [row[:3] for row in rows] == [[c["name"], "passed", f"{c['figure']:.3g}"] for c in checks]
+    assert all(row[3].endswith(c["unit"]) for row, c in zip(rows, checks, strict=True))
+    assert manifest["validation"]["truth"] == "reference in float64" and "reference in float64" in text
+    assert manifest["validation"]["artifact"] == artifact().name  # not a path of the machine that made it
 
 
 def test_nothing_is_said_that_is_not_known(tmp_path: Path) -> None:
@@ -97,11 +101,11 @@ def test_perplexity_comes_from_the_metadata_of_the_masks(tmp_path: Path) -> None
 
 def test_a_failed_check_is_called_one(tmp_path: Path) -> None:
     validation = json.loads(json.dumps(read_manifest(artifact())["validation"])) | {"passed": False}
-    validation["checks"][1]["passed"] = False
+    validation["checks"][1] |= {"passed": False, "status": "failed", "figure": None}
     text = card(tmp_path, validation=validation)
-    assert "FAILED, against" in text
-    marks = [row[3] for row in table(text, "## Parity")[1:]]
-    assert marks == ["FAILED" if number == 1 else "ok" for number in range(len(validation["checks"]))]
+    assert "FAILED, judged on" in text
+    marks = [row[1] for row in table(text, "## Parity")[1:]]
+    assert marks == ["failed" if number == 1 else "passed" for number in range(len(validation["checks"]))]
 
 
 def test_a_dense_artifact_is_not_called_pruned(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ HAVE_CUDA = doctor.cuda_problem() is None
 without_cuda = pytest.mark.skipif(HAVE_CUDA, reason="CUDA loads on this machine")
 
 
-def dispc(*arguments: object, stub: Path) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "dispc", *map(str, arguments)]
-    return subprocess.run(line, env=stub_libraries.environment(stub), capture_output=True, text=True, check=False)
+def dispc(*arguments: object, stub: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    line, env = [sys.executable, "-m", "dispc", *map(str, arguments)], stub_libraries.environment(stub) | variables
+    return subprocess.run(line, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +132,46 @@ def test_with_stand_ins_validation_runs_on_cuda_and_places_every_node_there(
     """No kernel computes anything there, so that parity fails; all else of the road is real."""
     model, out = harness.checkpoint("llama").directory, tmp_path / "out"
     compile_model(CompileOptions(model=model, output=out, target="onnx-cuda", dtype=dtype, dense=True, validate=False))
-    done = dispc("validate", out, "-r", model, "--json", stub=cuda_stub)
+    log = tmp_path / "graphs"
+    done = dispc("validate", out, "-r", model, "--json", stub=cuda_stub, CUDA_STUB_LOG=str(log))
     assert done.returncode == 1, done.stderr
     report = json.loads(done.stdout)
     assert report["judged_on"] == f"CUDAExecutionProvider, {dtype} as is"
     checks = {check["name"]: check for check in report["checks"]}
     assert checks["placement"]["status"] == "passed", checks["placement"]
     assert report["placement"]["nodes"]["CUDAExecutionProvider"] > 30
-    assert checks["CUDA graph replay"]["status"] == "failed"  # it ran: nothing was skipped
-    assert "NaN or infinity" in checks["CUDA graph replay"]["detail"] or checks["CUDA graph replay"]["figure"] > 4
+    assert checks["CUDA graph replay"]["status"] == "failed"
+    assert graphs(log) == [48 + 36]  # captured once, behind the first prompt; every step launches it
+
+
+def graphs(log: Path) -> list[int]:
+    """How often each CUDA graph that was captured has been launched."""
+    lines = [tuple(line.split()) for line in log.read_text().splitlines()]
+    captured = [graph for what, graph in lines if what == "capture"]
+    assert len(captured) == len(set(captured))
+    return [lines.count(("launch", graph)) for graph in captured]
+
+
+def test_every_length_is_timed_with_a_cuda_graph_of_its_own(
+    cuda_artifact: Path, cuda_stub: Path, tmp_path: Path
+) -> None:
+    model, log = harness.checkpoint("llama").directory, tmp_path / "graphs"
+    line = ("validate", cuda_artifact, "-r", model, "--json", "--latency", "--past", 8, "--past", 32, "--rounds", 3)
+    done = dispc(*line, stub=cuda_stub, CUDA_STUB_LOG=str(log))
+    assert done.returncode == 1, done.stderr  # parity; see above
+    rows = [row["name"] for row in json.loads(done.stdout)["latency"]["rows"] if row["cuda_graph"]]
+    assert rows == [f"one token, batch 1, past {past}, CUDA graph" for past in (8, 32)]
+    launched = sorted(graphs(log))
+    assert len(launched) == 4  # the replay check, the warm-up of the longest, and the two that were timed
+    assert launched[1] == launched[2] == 6  # 3 runs behind 3
+
+
+def test_a_device_that_does_not_answer_is_told_with_the_reason(cuda_artifact: Path, cuda_stub: Path) -> None:
+    model = harness.checkpoint("llama").directory
+    done = dispc("doctor", "--json", stub=cuda_stub, CUDA_STUB_FAILURE="35")
+    assert done.returncode == 1
+    problem = json.loads(done.stdout)["problem"]  # nothing else is on standard output
+    assert "CUDA failure 35" in problem and "update the NVIDIA driver" in problem and "onnxruntime_src" not in problem
+    done = dispc("validate", cuda_artifact, "-r", model, stub=cuda_stub, CUDA_STUB_FAILURE="100")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "CUDA failure 100" in done.stderr and "CUDA_VISIBLE_DEVICES" in done.stderr

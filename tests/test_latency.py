@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import command
 import harness
@@ -9,9 +10,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from dispc.cli_validate import dense_artifact
 from dispc.compiler import CompileOptions, compile_model
 from dispc.errors import ArtifactError
+from dispc.manifest import COMPARABLE, read_manifest
 from dispc.masks import Masks
+from dispc.quantisation import Quantisation
 from dispc.validate import LatencyOptions
 from dispc.validate.bound import BoundDecoder
 from dispc.validate.latency import measure
@@ -93,3 +97,48 @@ def test_bound_decoding_says_what_unbound_decoding_says_and_repeats_itself(artif
             assert np.abs(np.concatenate(found, axis=1) - expected).max() < 1e-4
     with pytest.raises(ArtifactError, match="CUDA graph needs"):
         BoundDecoder(loaded, batch=1, capacity=16, shared=True, graph=True)
+
+
+INT4 = Quantisation(bits=4, block_size=16, symmetric=True, head=False, embedding=False)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{"quantisation": INT4}, {"last_logits": True}, {"padding": "left", "without": ("fuse-qkv",)}, {"align": 8}],
+)
+def test_the_dense_artifact_built_for_comparison_differs_in_its_masks_alone(
+    choices: dict[str, Any], tmp_path: Path
+) -> None:
+    checkpoint = harness.checkpoint("llama")
+    Masks.random(checkpoint.config, 0.5, 1).save(tmp_path / "masks.safetensors", checkpoint.config)
+    options = CompileOptions(
+        model=checkpoint.directory, masks=tmp_path / "masks.safetensors", output=tmp_path / "out", target="onnx-cpu",
+        validate=False, **choices,
+    )  # fmt: skip
+    ours = compile_model(options)
+    with dense_artifact(tmp_path / "out", checkpoint.directory, None, True) as path:
+        assert path is not None
+        theirs = read_manifest(path)
+        with dense_artifact(tmp_path / "out", checkpoint.directory, path, False) as named:
+            assert named == path
+    assert all(ours[name] == theirs[name] for name in (*COMPARABLE, "fusions"))
+    assert theirs["block_parameters"]["kept"] == theirs["block_parameters"]["dense"] > ours["block_parameters"]["kept"]
+
+
+@pytest.mark.parametrize(
+    ("choices", "says"),
+    [
+        ({"dense": True, "quantisation": INT4}, "has quantisation"),
+        ({"dense": True, "padding": "left"}, "has padding left"),
+        ({}, "is pruned"),
+    ],
+)
+def test_a_dense_artifact_of_another_kind_is_no_comparison(choices: dict[str, Any], says: str, tmp_path: Path) -> None:
+    checkpoint = harness.checkpoint("llama")
+    masks = tmp_path / "masks.safetensors"
+    Masks.random(checkpoint.config, 0.5, 1).save(masks, checkpoint.config)
+    common: dict[str, Any] = {"model": checkpoint.directory, "target": "onnx-cpu", "validate": False}
+    compile_model(CompileOptions(output=tmp_path / "out", masks=masks, **common))
+    compile_model(CompileOptions(output=tmp_path / "other", masks=None if choices else masks, **common, **choices))
+    line = ("validate", tmp_path / "out", "-r", checkpoint.directory, "--dense", tmp_path / "other")
+    command.assert_refused(tmp_path, *line, says=(says,))

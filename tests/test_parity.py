@@ -1,6 +1,7 @@
 """The judge itself: good artifacts pass in every scenario, planted faults are found and named, thresholds decide."""
 
 import functools
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from hypothesis import strategies as st
 from dispc.compiler import CompileOptions, compile_model
 from dispc.errors import ArtifactError
 from dispc.masks import Masks
+from dispc.quantisation import Quantisation
 from dispc.reference import load_reference
 from dispc.validate import Report, Thresholds, check
 from dispc.validate.parity import LIMITS, logit_error
-from dispc.validate.scenarios import SCENARIOS, Stage
+from dispc.validate.scenarios import SCENARIOS, Stage, judge_bits
 from dispc.validate.session import Artifact, refuse_left_padding
 from dispc.validate.truth import LARGE, TOLERANCE, Answers, Text, ask, divergence, truth_dtype
 
@@ -146,6 +148,98 @@ def test_a_planted_fault_fails_the_checks_that_can_see_it_and_is_named(case: str
         block, part = int(where.split()[1]), where.split()[2]
         widths = report.widths[block]
         assert f"read {widths[f'{part}.read']}" in verdict and f"write {widths[f'{part}.write']}" in verdict
+
+
+INT4 = Quantisation(bits=4, block_size=16, symmetric=True, head=False, embedding=False)
+KINDS: dict[str, dict[str, Any]] = {
+    "float16": {"target": "onnx-cuda", "dtype": "float16"},
+    "bfloat16": {"target": "onnx-cuda", "dtype": "bfloat16"},
+    "bfloat16, left": {"target": "onnx-cuda", "dtype": "bfloat16", "padding": "left"},
+    "canonical": {"lowering": "canonical"},
+    "scatter-elements": {"lowering": "scatter-elements"},
+    "float16, canonical": {"target": "onnx-cuda", "dtype": "float16", "lowering": "canonical"},
+    "int4": {"quantisation": INT4},
+    "float16, int4": {"target": "onnx-cuda", "dtype": "float16", "quantisation": INT4},
+}
+SUBTLE = {
+    "block 1 mlp": faults.drop_bias,
+    "block 1 mlp (": faults.swap_read_indices,
+    "final norm and head": faults.spoil_the_head,
+    "block 2 attention": faults.zero_weight_row,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_kind_of_artifact_hides_a_fault(kind: str, tmp_path: Path) -> None:
+    whole = artifact(**KINDS[kind])
+    assert judged(whole, device="cpu", quick=True).passed
+    quantised = "quantisation" in KINDS[kind]
+    found = SUBTLE | {"block 1 mlp (read": faults.zero_a_scale} if quantised else SUBTLE
+    for number, (where, fault) in enumerate(found.items()):
+        if quantised and fault is faults.zero_weight_row:
+            continue  # there are no rows of floats
+        report = judged(faults.plant(fault, whole, tmp_path / str(number)), device="cpu", quick=True)
+        assert not report.passed, where
+        assert report.drill is not None and f"the first to be wrong is {where}" in report.drill["verdict"], where
+
+
+@pytest.mark.parametrize(
+    ("fault", "seeing"),
+    [
+        (faults.spoil_late_positions, {"positions near the limit", "rotary tables"}),
+        (faults.spoil_steps, EVERYTHING - {"prefill", "one token"}),
+    ],
+)
+def test_a_fault_that_few_scenarios_see_fails_those_alone(
+    fault: faults.Fault, seeing: set[str], tmp_path: Path
+) -> None:
+    report = judged(faults.plant(fault, artifact(padding="right"), tmp_path / "broken"))
+    assert seeing <= failed(report) <= seeing | {"KL divergence", "top-1 tokens", "greedy tokens"}
+
+
+def test_one_bit_that_differs_from_run_to_run_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, runs = Stage(Artifact(artifact(padding="right")), 131), count()
+    assert judge_bits(stage).passed
+    whole = stage.runner.run_all
+
+    def restless(*args: Any) -> Any:
+        outputs, caches = whole(*args)
+        outputs["logits"][0, 0, 0] = np.nextafter(outputs["logits"][0, 0, 0], np.float32(next(runs) % 3 * 100))
+        return outputs, caches
+
+    monkeypatch.setattr(stage.runner, "run_all", restless)
+    assert not judge_bits(stage).passed
+
+
+def test_where_only_the_choices_are_wrong_the_furthest_scenario_is_drilled(tmp_path: Path) -> None:
+    broken = faults.plant(faults.drop_bias, artifact(padding="right"), tmp_path / "broken")
+    report = judged(broken, thresholds=Thresholds(error=1e9, kl=1e30, greedy=-1.0))
+    assert failed(report) == {"greedy tokens"}
+    assert report.drill is not None and report.drill["stages"]
+
+
+def test_a_sliding_window_in_front_of_padding_is_documented(tmp_path: Path) -> None:
+    """Padding on the right of a left-padded artifact stands between a token and its past, and takes up the window."""
+    report = judged(artifact("mistral-window", padding="left"), "mistral-window")
+    assert report.passed
+    told = next(check for check in report.checks if check.name == "padding of the other side")
+    assert told.status == "noted" and "sliding window" in told.detail and told.figure is not None and told.figure > 4
+
+
+def test_widths_of_the_middle_are_in_the_verdict(tmp_path: Path) -> None:
+    report = judged(faults.plant(faults.drop_bias, artifact(padding="right"), tmp_path / "broken"), quick=True)
+    assert report.drill is not None
+    assert f"mid {report.widths[1]['mlp.mid']}" in report.drill["verdict"]
+
+
+def test_rotary_tables_are_compared_where_the_end_of_the_context_is_out_of_reach(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dispc.validate.scenarios.LONGEST_PROMPT", 8)
+    checks = {check.name: check for check in judged(artifact("llama", padding="right"), "llama").checks}
+    assert checks["positions near the limit"].status == "skipped"
+    assert "rotary tables" in checks["positions near the limit"].detail
+    assert (checks["rotary tables"].status, checks["rotary tables"].figure) == ("passed", 0.0)
 
 
 def test_compiling_finds_every_fault_too(tmp_path: Path) -> None:

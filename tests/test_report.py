@@ -1,6 +1,7 @@
 """What leaves a validation: exit codes by threshold, JSON, JUnit, Markdown, HTML, comparison with a baseline."""
 
 import functools
+import io
 import json
 import re
 import shutil
@@ -15,13 +16,15 @@ import harness
 import numpy as np
 import pytest
 from language import make_student
+from rich.console import Console
 
 from dispc.checkpoint import Checkpoint
+from dispc.cli_validate import latency_tables
 from dispc.compiler import CompileOptions, compile_model
 from dispc.errors import ArtifactError, DispcError
 from dispc.masks import Masks
-from dispc.validate import Report, check
-from dispc.validate.baseline import compare
+from dispc.validate import LatencyOptions, Report, check
+from dispc.validate.baseline import compare, read_report
 from dispc.validate.html import page
 from dispc.validate.report import Check
 from dispc.validate.static import judge_file
@@ -99,6 +102,40 @@ def test_choices_have_thresholds_of_their_own() -> None:
 
 
 # Forms
+
+
+def timed() -> Report:
+    """The broken report with latencies of an artifact and a dense one; nobody measured them."""
+
+    def row(which: str, kind: str, p50: float, **more: float) -> dict[str, Any]:
+        speed = {"p50": p50, "p90": p50 + 1, "p99": p50 + 2, "tokens_per_second": 1000 / p50}
+        return {"artifact": which, "name": f"{kind}, batch 1, past 8"} | speed | more
+
+    read = {"bytes_per_token": 5e6, "bytes_per_second": 1e9, "share_of_copy": 0.25}
+    rows = [row("artifact", "one token", 5.0, **read), row("dense", "one token", 11.0, **read)]
+    latency = {
+        "rows": [*rows, row("artifact", "first token", 7.0), row("dense", "first token", 9.0)],
+        "speedup": {"one token, batch 1, past 8": 2.2, "first token, batch 1, past 8": 9 / 7},
+        "operators": [{"operator": "MatMul", "milliseconds": 3.0, "share": 0.6}], "gather_scatter_share": 0.125,
+        "provider": "CPUExecutionProvider", "threads": 2, "threads_chosen_by": "option", "rounds": 3, "warmup": 1,
+        "peak_bytes": 2**28, "copy_bytes_per_second": 4e9, "dense": "other",
+    }  # fmt: skip
+    return Report(**{**reports()[1].__dict__, "latency": latency})
+
+
+def test_every_form_of_the_report_shows_the_latencies() -> None:
+    report = timed()
+    console = Console(width=200, record=True, file=io.StringIO())
+    for table in latency_tables(report.as_dict()):
+        console.print(table)
+    shown = console.export_text()
+    for text in (report.markdown(), page(report.as_dict()), shown):
+        for figure in ("5.00", "11.00", "2.20x", "1.29x", "1.0 (25 %)", "200.0", "one token, batch 1, past 8", "dense"):
+            assert figure in text
+    for text in (page(report.as_dict()), shown):
+        assert "MatMul" in text and "256 MiB" in text
+    lines = [line for line in report.markdown().splitlines() if "past 8" in line]
+    assert [line.split(" | ")[1] for line in lines] == ["artifact", "dense"] * 2
 
 
 def test_json_is_strict_and_holds_every_field_of_the_report() -> None:
@@ -179,7 +216,7 @@ CHROMIUM = next(
 @pytest.mark.parametrize(("scheme", "bright"), [("light", True), ("dark", False)])
 def test_the_page_is_legible_in_a_browser_in_light_and_dark(scheme: str, bright: bool, tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
-    (tmp_path / "report.html").write_text(page(reports()[1].as_dict()), encoding="utf-8")
+    (tmp_path / "report.html").write_text(page(timed().as_dict()), encoding="utf-8")
     shot = tmp_path / "shot.png"
     subprocess.run(
         [
@@ -202,23 +239,27 @@ def test_the_page_is_legible_in_a_browser_in_light_and_dark(scheme: str, bright:
 # Against an earlier report
 
 
-def saved(report: dict[str, Any], path: Path) -> Path:
-    path.write_text(json.dumps(report))
-    return path
+def older(report: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file."""
+    found: dict[str, Any] = json.loads(json.dumps(report))
+    return found
 
 
-def test_a_report_is_no_worse_than_itself_and_worse_than_a_better_one(tmp_path: Path) -> None:
+def regressions(report: Report) -> list[str]:
+    return [check.name for check in report.checks if not check.passed]
+
+
+def test_a_report_is_no_worse_than_itself_and_worse_than_a_better_one() -> None:
     good = reports()[0]
-    same = compare(good, saved(good.as_dict(), tmp_path / "same.json"), 0.0)
+    same = compare(good, older(good.as_dict()), 0.0)
     added = {check.name: check for check in same.checks if check.group == "baseline"}
     assert same.passed and {"baseline: prefill", "baseline: KL divergence", "baseline: bytes"} <= set(added)
     assert "baseline: padding of the other side" not in added  # never judged, so never worse
     for name, change in (("bytes", lambda r: r.update(bytes=r["bytes"] // 2)), ("prefill", halve_prefill)):
         better = good.as_dict()
         change(better)
-        worse = compare(good, saved(better, tmp_path / "better.json"), 0.05)
-        assert [check.name for check in worse.checks if not check.passed] == [f"baseline: {name}"]
-        assert compare(good, tmp_path / "better.json", 1.1).passed
+        assert regressions(compare(good, older(better), 0.05)) == [f"baseline: {name}"]
+        assert compare(good, older(better), 1.1).passed
 
 
 def halve_prefill(report: dict[str, Any]) -> None:
@@ -226,34 +267,101 @@ def halve_prefill(report: dict[str, Any]) -> None:
     row["figure"] /= 2
 
 
-def test_latency_and_perplexity_are_compared_where_both_reports_have_them(tmp_path: Path) -> None:
-    def report(p50: float, perplexity: float) -> Report:
-        row = {"artifact": "artifact", "name": "one token", "p50": p50}
-        extra = {"latency": {"rows": [row]}, "perplexity": {"artifact": {"perplexity": perplexity}}}
-        return Report(**{**reports()[0].__dict__, **extra})
+def measured(p50: float = 10.0, perplexity: float = 20.0, **facts: Any) -> Report:
+    """The good report with a latency and a perplexity that nobody measured."""
+    row = {"artifact": "artifact", "name": "one token", "p50": p50}
+    text = {"data": "t", "windows": 2, "sequence_length": 8, "tokens_scored": 14, "perplexity": perplexity}
+    extra = {"latency": {"rows": [row]}, "perplexity": {"artifact": text}}
+    return Report(**{**reports()[0].__dict__, **extra, **facts})
 
-    older = saved(report(10.0, 20.0).as_dict(), tmp_path / "older.json")
-    for p50, perplexity, failing in (
-        (10.4, 20.9, []), (10.6, 20.0, ["baseline: one token p50"]), (10.0, 21.1, ["baseline: perplexity"])
-    ):  # fmt: skip
-        compared = compare(report(p50, perplexity), older, 0.05)
-        assert [check.name for check in compared.checks if not check.passed] == failing
+
+@pytest.mark.parametrize(
+    ("p50", "perplexity", "failing"),
+    [(10.4, 20.9, []), (10.6, 20.0, ["baseline: one token p50"]), (10.0, 21.1, ["baseline: perplexity"])],
+)
+def test_latency_and_perplexity_are_compared(p50: float, perplexity: float, failing: list[str]) -> None:
+    assert regressions(compare(measured(p50, perplexity), older(measured().as_dict()), 0.05)) == failing
+
+
+def test_what_is_no_longer_measured_has_failed() -> None:
+    assert regressions(compare(reports()[0], older(measured().as_dict()), 0.05)) == [
+        "baseline: perplexity", "baseline: one token p50"
+    ]  # fmt: skip
+    fewer = Report(**{**reports()[0].__dict__, "checks": reports()[0].checks[:2]})
+    assert "baseline: decode" in regressions(compare(fewer, older(reports()[0].as_dict()), 0.05))
+    assert compare(measured(), older(reports()[0].as_dict()), 0.05).passed  # what is new has nothing to be worse than
+
+
+def test_latencies_of_two_processors_are_not_compared() -> None:
+    compared = compare(measured(p50=99.0, device="a fast one"), older(measured(device="a slow one").as_dict()), 0.05)
+    (skipped,) = [check for check in compared.checks if check.name == "baseline: one token p50"]
+    assert compared.passed and (skipped.status, "a slow one" in skipped.detail) == ("skipped", True)
+
+
+@pytest.mark.parametrize("change", [{"dtype": "float16"}, {"judged_on": "elsewhere"}, {"truth": "another"}])
+def test_reports_of_different_things_are_not_compared(change: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError, match="make a new baseline"):
+        compare(measured(), older(measured().as_dict() | change), 0.05)
+
+
+def test_perplexities_of_different_texts_are_not_compared() -> None:
+    another = older(measured().as_dict())
+    another["perplexity"]["artifact"]["windows"] = 3
+    with pytest.raises(ArtifactError, match="perplexity's windows is 3, here 2"):
+        compare(measured(), another, 0.05)
+
+
+@pytest.mark.parametrize(("share", "failing"), [(0.0004, []), (0.002, ["baseline: top-1 tokens"])])
+def test_worse_than_nothing_is_measured_by_the_limit(share: float, failing: list[str]) -> None:
+    def report(figure: float) -> Report:
+        return Report(**{**reports()[0].__dict__, "checks": (top1(figure),)})
+
+    def top1(figure: float) -> Check:
+        return Check.against("top-1 tokens", "parity", figure, 0.01, "of the positions", "")
+
+    assert regressions(compare(report(share), older(report(0.0).as_dict()), 0.05)) == failing
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"checks": 1}'])
 def test_what_is_no_report_cannot_be_a_baseline(content: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ArtifactError, match=r"x\.json: is no report"):
-        compare(reports()[0], tmp_path / "x.json", 0.05)
+        read_report(tmp_path / "x.json")
     with pytest.raises(ArtifactError, match="no such report"):
-        compare(reports()[0], tmp_path / "lost.json", 0.05)
+        read_report(tmp_path / "lost.json")
+
+
+def test_inputs_that_cannot_be_read_are_told_before_anything_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    good, _, model = originals()
+    monkeypatch.setattr("dispc.validate.judge.play", lambda *args, **options: pytest.fail("judged"))
+    for options in ({"data": "lost.txt"}, {"baseline": Path("lost.json")}, {"latency": LatencyOptions(pasts=(999,))}):
+        with pytest.raises(DispcError):
+            check(good, model, **options)  # type: ignore[arg-type]
+
+
+def test_a_validation_that_cannot_run_leaves_no_report_of_an_earlier_one(tmp_path: Path) -> None:
+    good, _, model = originals()
+    names = {option: tmp_path / "reports" / option for option in ("json-file", "junit", "html", "markdown")}
+    line: list[object] = ["validate", good, "-r", model, "--data", tmp_path / "lost.txt"]
+    line += [word for option, path in names.items() for word in (f"--{option}", path)]
+    names["junit"].parent.mkdir()
+    for path in names.values():
+        path.write_text("passed")
+    outcome = command.run(*line)
+    assert outcome.code == 2
+    assert not names["json-file"].exists() and not names["html"].exists()
+    (case,) = ElementTree.parse(names["junit"]).iter("testcase")
+    (error,) = case
+    assert error.tag == "error" and "lost.txt" in error.attrib["message"]
+    assert "could not run" in names["markdown"].read_text() and "lost.txt" in names["markdown"].read_text()
 
 
 def test_regression_is_exit_code_1_and_nonsense_2(tmp_path: Path) -> None:
     good, _, model = originals()
     better = reports()[0].as_dict()
     better["bytes"] = better["bytes"] * 9 // 10
-    file = saved(better, tmp_path / "report.json")
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(better))
     line = ("validate", good, "-r", model, "--baseline", file)
     assert command.run(*line, "--max-regression", "1000%").code == 0
     outcome = command.run(*line, "--max-regression", "5%", "--json")

@@ -10,22 +10,34 @@ from typing import Any
 from dispc.errors import ArtifactError
 from dispc.validate.report import Check, Report
 
+SAME = ("target", "dtype", "judged_on", "truth")
+"""What two reports must agree on for their figures to mean the same."""
+SAME_TEXT = ("data", "windows", "sequence_length", "tokens_scored")
 
-def compare(report: Report, path: Path, max_regression: float) -> Report:
-    """`report` with a check for each figure that it shares with the report in `path`: worse by at most that share.
 
-    Figures are parity errors, perplexity, bytes, and latencies (p50). What only one of the two has is not compared.
+def compare(report: Report, older: dict[str, Any], max_regression: float) -> Report:
+    """`report` with a check for each figure of an `older` one (`read_report`): worse by at most that share of it.
+
+    Figures are parity errors, perplexity, bytes, and latencies (p50). One that this report lacks has failed: nobody
+    looked. Latencies of another processor are not compared. What only this report has is new, and not compared.
 
     Raises:
-        ArtifactError: when `path` holds no report.
+        ArtifactError: when the two are of different things, such as another dtype or another text.
     """
-    older = dict(_figures(read_report(path)))
-    newer = dict(_figures(report.as_dict()))
-    shared = [name for name in newer if name in older]
-    if not shared:
-        raise ArtifactError(f"{path}: has no figure in common with this report; nothing could be compared")
-    checks = tuple(_compare(name, older[name], newer[name], max_regression) for name in shared)
-    return replace(report, checks=report.checks + checks)
+    newer = report.as_dict()
+    _require_same(older, newer)
+    figures = dict(_figures(newer))
+    checks = []
+    for name, (before, scale, group) in _figures(older):
+        title = f"baseline: {name}"
+        if group == "latency" and older.get("device") != newer["device"]:
+            reason = f"timed on {older.get('device', 'an unknown processor')}, this report on {newer['device']}"
+            checks.append(Check.skipped(title, "baseline", reason))
+        elif name not in figures:
+            checks.append(Check.failed(title, "baseline", "in the earlier report, and not measured in this one"))
+        else:
+            checks.append(_compare(title, before, figures[name][0], scale, max_regression))
+    return replace(report, checks=report.checks + tuple(checks))
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -36,7 +48,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except OSError as error:
         raise ArtifactError(f"{path}: no such report") from error
     except ValueError as error:
         raise ArtifactError(f"{path}: is no report of dispc validate ({error})") from error
@@ -45,19 +57,32 @@ def read_report(path: Path) -> dict[str, Any]:
     return content
 
 
-def _figures(report: dict[str, Any]) -> Iterator[tuple[str, float]]:
+def _require_same(older: dict[str, Any], newer: dict[str, Any]) -> None:
+    pairs = [(name.replace("_", " "), older.get(name), newer[name]) for name in SAME]
+    texts = [(report.get("perplexity") or {}).get("artifact") for report in (older, newer)]
+    if texts[0] and texts[1]:
+        pairs += [(f"perplexity's {name}", texts[0][name], texts[1][name]) for name in SAME_TEXT]
+    for what, before, now in pairs:
+        if before != now:
+            raise ArtifactError(f"--baseline: its {what} is {before}, here {now}; make a new baseline")
+
+
+def _figures(report: dict[str, Any]) -> Iterator[tuple[str, tuple[float, float, str]]]:
+    """Name -> figure, the scale that a worsening from nothing is measured on, and the group."""
     for check in report["checks"]:
         if check["group"] == "parity" and check["status"] != "skipped" and check["limit"] is not None:
-            yield check["name"], math.inf if check["figure"] is None else float(check["figure"])
+            figure = math.inf if check["figure"] is None else float(check["figure"])
+            yield check["name"], (figure, float(check["limit"]), "parity")
     if report.get("perplexity"):
-        yield "perplexity", float(report["perplexity"]["artifact"]["perplexity"])
-    yield "bytes", float(report["bytes"])
+        yield "perplexity", (float(report["perplexity"]["artifact"]["perplexity"]), 1.0, "perplexity")
+    yield "bytes", (float(report["bytes"]), 1.0, "bytes")
     for row in (report.get("latency") or {}).get("rows", ()):
         if row["artifact"] == "artifact":
-            yield f"{row['name']} p50", float(row["p50"])
+            yield f"{row['name']} p50", (float(row["p50"]), 1.0, "latency")
 
 
-def _compare(name: str, older: float, newer: float, max_regression: float) -> Check:
-    worse = newer / older - 1 if older else (0.0 if newer == 0 else math.inf)
-    detail = f"{older:.6g} before, {newer:.6g} now"
-    return Check.against(f"baseline: {name}", "baseline", worse, max_regression, "worse", detail)
+def _compare(title: str, before: float, now: float, scale: float, max_regression: float) -> Check:
+    """Worse by a share of what it was; what was 0, such as a share of tokens, by a share of its limit."""
+    basis = before or scale
+    worse = 0.0 if now == before else (now - before) / basis if basis and math.isfinite(before) else math.inf
+    return Check.against(title, "baseline", worse, max_regression, "worse", f"{before:.6g} before, {now:.6g} now")

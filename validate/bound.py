@@ -1,5 +1,6 @@
 """A decoder whose inputs and outputs stay where the model runs: IO binding, shared buffers, CUDA graphs."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,8 @@ import onnxruntime as ort
 
 from dispc.errors import ArtifactError, first_line
 from dispc.validate.session import CUDA, ELEMENTS, Array, Artifact, Tokens
+
+_graph_ids = itertools.count(1)  # ONNX Runtime keeps a session's graphs by number, 0 being for those without one
 
 
 class BoundDecoder:
@@ -30,6 +33,7 @@ class BoundDecoder:
         self.device = "cuda" if artifact.provider == CUDA else "cpu"
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.logits_type = next(v.type for v in self.session.get_outputs() if v.name == "logits")
+        self.graph_id = str(next(_graph_ids))
         self.kept: dict[tuple[str, tuple[int, ...]], Any] = {}
         self.reset()
 
@@ -72,7 +76,7 @@ class BoundDecoder:
                 self.binding.bind_output(name, self.device)
         self.options = ort.RunOptions()
         if self.graph:  # -1: neither capture nor replay
-            self.options.add_run_config_entry("gpu_graph_id", "1" if step else "-1")
+            self.options.add_run_config_entry("gpu_graph_id", self.graph_id if step else "-1")
 
     def run(self) -> None:
         """One run of what is bound.

@@ -22,6 +22,11 @@ REMEDIES = (
     (r"lib(cu|nv)", "pip install 'onnxruntime-gpu[cuda,cudnn]'"),
 )
 """Library -> what brings it; the first that matches. [cuda] alone has no cuDNN."""
+DEVICE_REMEDIES = (
+    (r"CUDA failure 35\b|driver version is insufficient", "update the NVIDIA driver"),
+    (r"CUDA failure 100\b|no CUDA-capable device", "no GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES"),
+)
+"""What the CUDA runtime says (cudaErrorInsufficientDriver, cudaErrorNoDevice) -> what to do about it."""
 PT_LOAD, PT_DYNAMIC, DT_NEEDED, DT_STRTAB = 1, 2, 1, 5
 """Numbers of the ELF format (man 5 elf)."""
 PACKAGES = ("onnxruntime-gpu", "onnxruntime", "onnxruntime-genai", "torch", "transformers", "onnx", "onnx-ir")
@@ -112,6 +117,17 @@ def remedy(library: str) -> str:
     return next((what for pattern, what in REMEDIES if re.match(pattern, library)), "")
 
 
+def cuda_reason(message: str) -> str:
+    """What the CUDA runtime said, out of the long line that ONNX Runtime makes of it."""
+    found = re.search(r"CU(?:DA|BLAS|DNN) failure \d+: [^;]+", message)
+    return found[0].strip() if found else message
+
+
+def driver_remedy(reason: str) -> str:
+    """What to do about a device that does not answer, from what the CUDA runtime says of it."""
+    return next((what for pattern, what in DEVICE_REMEDIES if re.search(pattern, reason, re.IGNORECASE)), "")
+
+
 def preload() -> list[str]:
     """Load the CUDA libraries that the provider needs, and return those that cannot be.
 
@@ -152,10 +168,12 @@ def _session() -> Finding:
     ort.set_default_logger_severity(4)
     try:
         session = ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CUDAExecutionProvider", "CPUExecutionProvider"]
-        )
+            model.SerializeToString(), options, providers=["CUDAExecutionProvider", "CPUExecutionProvider"],
+            enable_fallback=0,  # falling back prints to standard output, and loses the reason
+        )  # fmt: skip
     except Exception as error:  # ONNX Runtime's exceptions share no base class
-        return Finding(name="CUDA session", ok=False, detail=first_line(error))
+        reason = cuda_reason(first_line(error))
+        return Finding(name="CUDA session", ok=False, detail=reason, remedy=driver_remedy(reason))
     finally:
         ort.set_default_logger_severity(2)
     if "CUDAExecutionProvider" not in session.get_providers():

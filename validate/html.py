@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
 
-from dispc.validate.report import figure_and_limit
+from dispc.validate.report import LATENCY_COLUMNS, figure_and_limit, latency_cells
 
 WIDTH, PLOT_HEIGHT = 720, 180
 """User units of a chart; it is drawn as wide as the page."""
@@ -127,18 +127,10 @@ def _latency(report: dict[str, Any]) -> str:
         return ""
     rows = []
     for row in latency["rows"]:
-        cells = "".join(f'<td class="number">{row[key]:.2f}</td>' for key in ("p50", "p90", "p99"))
-        speed = f"{latency['speedup'][row['name']]:.2f}x" if _compared(row, latency) else ""
-        copy = ""
-        if "share_of_copy" in row:
-            copy = f"{row['bytes_per_second'] / 1e9:.1f} ({100 * row['share_of_copy']:.0f} %)"
-        rows.append(
-            f"<tr><td>{escape(row['name'])}</td><td>{row['artifact']}</td>{cells}"
-            f'<td class="number">{row["tokens_per_second"]:,.1f}</td><td class="number">{speed}</td>'
-            f'<td class="number">{copy}</td></tr>'
-        )
-    names = ("p50 ms", "p90", "p99", "tokens/s", "over dense", "GB/s (of a copy)")
-    head = "<tr><th></th><th></th>" + "".join(f'<th class="number">{name}</th>' for name in names) + "</tr>"
+        name, which, *figures = latency_cells(row, latency)
+        cells = "".join(f'<td class="number">{figure}</td>' for figure in figures)
+        rows.append(f"<tr><td>{escape(name)}</td><td>{which}</td>{cells}</tr>")
+    head = "<tr><th></th><th></th>" + "".join(f'<th class="number">{name}</th>' for name in LATENCY_COLUMNS) + "</tr>"
     bars = [
         (
             row["name"] if row["artifact"] == "artifact" else "",
@@ -159,10 +151,6 @@ def _latency(report: dict[str, Any]) -> str:
         f'<h2>Latency</h2><p class="quiet">{escape(facts)}</p><p>{key}</p>{chart}'
         f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'
     )
-
-
-def _compared(row: dict[str, Any], latency: dict[str, Any]) -> bool:
-    return row["artifact"] == "artifact" and row["name"] in latency["speedup"]
 
 
 def _operators(report: dict[str, Any]) -> str:

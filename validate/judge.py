@@ -18,19 +18,20 @@ from dispc.quantised_reference import match_quantisation
 from dispc.reference import load_reference
 from dispc.targets import TARGETS
 from dispc.validate import parity
-from dispc.validate.baseline import compare
+from dispc.validate.baseline import compare, read_report
 from dispc.validate.doctor import cuda_problem
 from dispc.validate.drill import drill_down
 from dispc.validate.latency import LatencyOptions, judge_latency, measure_latency
 from dispc.validate.memory import fits_memory, require_memory_for_reference
 from dispc.validate.parity import Thresholds
-from dispc.validate.perplexity import ArtifactScorer, TorchScorer, measure_perplexity
+from dispc.validate.perplexity import ArtifactScorer, TorchScorer, measure_perplexity, text_windows
 from dispc.validate.placement import Placement, judge_placement
-from dispc.validate.report import Report
-from dispc.validate.scenarios import PREFILL, Row, Stage, judge_bits, play
+from dispc.validate.report import Check, Report, device_name
+from dispc.validate.rotary import judge_rotary
+from dispc.validate.scenarios import PREFILL, Row, Scenario, Stage, Turn, judge_bits, play
 from dispc.validate.session import CPU, CUDA, Artifact
 from dispc.validate.static import judge_file
-from dispc.validate.truth import Answers, ask, truth_dtype
+from dispc.validate.truth import Answers, ask, round_storage, truth_dtype
 
 Device = Literal["target", "cpu", "available"]
 PACKAGES = ("onnxruntime-gpu", "torch", "transformers")
@@ -59,7 +60,8 @@ def check(
 
     `device`: the provider of the artifact's `target`; `cpu` whatever the target; `available` falls back to the CPU, and
     the report says so. `quick` runs what a compilation runs: the scenarios that find most faults, and nothing else.
-    `drill` compares block by block even when nothing failed. `data` adds perplexity, in windows of `sequence_length`.
+    `drill` compares block by block even when parity holds; where it does not, that is done anyway. `data` adds
+    perplexity, in windows of `sequence_length`.
     `latency` adds times, beside those of the artifact `dense`. `baseline` is an earlier report: no figure may be worse
     by more than the share `max_regression`. `say` is told what is being done.
 
@@ -68,8 +70,14 @@ def check(
     """
     artifact, reference = Path(artifact), Path(reference)
     thresholds = thresholds or parity.DEFAULTS
+    older = read_report(baseline) if baseline else None
     trial = Trial.prepare(artifact, reference, device, reference_dtype)
-    stage = Stage(trial.artifact, trial.checkpoint.config.vocab_size, seed)
+    if data is not None:  # what cannot be read is told before anything is judged
+        text_windows(data, reference, trial.artifact.positions, sequence_length)
+    if latency is not None:
+        latency.require_room(artifact, trial.artifact.positions)
+    windowed = bool(getattr(trial.checkpoint.pretrained_config, "sliding_window", None))
+    stage = Stage(trial.artifact, trial.checkpoint.config.vocab_size, seed, windowed=windowed)
     say("running the artifact")
     played = play(stage, quick=quick)
     say("asking the reference")
@@ -81,21 +89,19 @@ def check(
     drilled = measured = times = None
     if not quick:
         checks.insert(0, judge_file(artifact / "model.onnx", trial.target))
-        checks.append(judge_bits(stage))
+        checks += [judge_bits(stage), judge_rotary(trial.artifact, trial.checkpoint)]
         placement, judged = judge_placement(trial.artifact)
         checks.append(judged)
-        failed = [check.name for check in checks if not check.passed]
-        scenario = next((turn.scenario for turn in played if turn.rows and turn.scenario.name in failed), None)
-        if drill or scenario:
-            say("drilling down")
-            drilled = drill_down(stage, scenario or PREFILL, trial.masks, trial.answers, thresholds.error)
+    scenario = scenario_to_drill(played, checks) or (PREFILL if drill else None)
+    if scenario is not None:
+        say("drilling down")
+        drilled = drill_down(stage, scenario, trial.masks, trial.answers, thresholds.error)
     if data is not None:
         say("measuring perplexity")
-        windows: dict[str, Any] = {"sequence_length": sequence_length, "max_windows": max_windows}
-        ours = measure_perplexity(ArtifactScorer(artifact, trial.artifact.provider), data, **windows)
-        theirs = measure_perplexity(TorchScorer(reference, artifact / "masks.safetensors"), data, **windows)
-        measured = {"artifact": ours.as_dict(), "reference": theirs.as_dict()}
-        checks.append(parity.judge_perplexity(ours, theirs, thresholds.perplexity))
+        measured, judged_texts = judge_text(
+            trial, thresholds.perplexity, data, sequence_length=sequence_length, max_windows=max_windows
+        )
+        checks += judged_texts
     if latency is not None:
         say("measuring latency")
         times = measure_latency(artifact, dense, latency, trial.artifact.provider)
@@ -104,7 +110,40 @@ def check(
         **trial.facts(), checks=tuple(checks), drill=drilled, perplexity=measured,
         placement=placement.as_dict() if placement else None, latency=times, quick=quick,
     )  # fmt: skip
-    return report if baseline is None else compare(report, baseline, max_regression)
+    return report if older is None else compare(report, older, max_regression)
+
+
+def scenario_to_drill(played: Sequence[Turn], checks: Sequence[Check]) -> Scenario | None:
+    """Where to look for what is wrong: the first scenario that failed by itself, else the one that is furthest off.
+
+    None when no check of parity failed.
+    """
+    found = {check.name: check for check in checks if check.group == "parity"}
+    if all(check.passed for check in found.values()):
+        return None
+    turns = [turn for turn in played if turn.rows and turn.scenario.streams and not turn.told]
+    own = [found[parity.LOGITS_CHECK.get(turn.scenario.name, turn.scenario.name)] for turn in turns]
+    ranked = sorted(zip(own, turns, strict=True), key=lambda pair: (pair[0].passed, -(pair[0].figure or 0)))
+    failed = next((turn.scenario for check, turn in zip(own, turns, strict=True) if not check.passed), None)
+    return failed or (ranked[0][1].scenario if ranked else None)
+
+
+def judge_text(trial: "Trial", limit: float, data: str, **windows: Any) -> tuple[dict[str, Any], list[Check]]:
+    """Perplexities of the artifact and of its reference on `data`; told beside them, that of the model not quantised.
+
+    Both are of what parity is judged on: all logits, no int8 activations, the weights as they are stored.
+    """
+    positions, reference = trial.artifact.positions, trial.checkpoint.directory
+    ours = measure_perplexity(ArtifactScorer.of(trial.artifact), data, **windows)
+    theirs = measure_perplexity(TorchScorer.of(trial.load(), reference, positions), data, **windows)
+    measured = {"artifact": ours.as_dict(), "reference": theirs.as_dict()}
+    checks = [parity.judge_perplexity("perplexity", ours, theirs, limit)]
+    if trial.artifact.manifest.get("quantisation"):
+        whole = load_reference(reference, trial.checkpoint.family, trial.masks)
+        exact = measure_perplexity(TorchScorer.of(whole, reference, positions), data, **windows)
+        measured["unquantised"] = exact.as_dict()
+        checks.append(parity.judge_perplexity("cost of quantisation", ours, exact, None))
+    return measured, checks
 
 
 @dataclass(frozen=True)
@@ -145,12 +184,19 @@ class Trial:
     def answers(self, rows: Sequence[Row], *, streams: bool = False) -> Answers:
         """What the reference says about the texts of `rows`."""
         family, texts = self.checkpoint.family, [row.text for row in rows]
-        return ask(self.load, family, texts, self.truth, self.artifact.dtype, streams=streams)
+        return ask(self.load, family, texts, self.truth, self.computes_in, streams=streams)
+
+    @property
+    def computes_in(self) -> str:
+        """The precision of the arithmetic: a widened artifact has to be as exact as float32 is."""
+        return "float32" if self.artifact.widened else self.artifact.dtype
 
     def load(self) -> Any:
-        """The masked reference, in float32, with the weights rounded that the artifact stores as integers."""
+        """The masked reference, in float32, with the weights rounded as a widened or quantised artifact stores them."""
         family = self.checkpoint.family
         reference = load_reference(self.checkpoint.directory, family, self.masks)
+        if self.artifact.widened:
+            round_storage(reference, getattr(torch, self.artifact.dtype))
         match_quantisation(reference, family, self.masks, self.artifact.manifest)
         return reference
 
@@ -162,7 +208,9 @@ class Trial:
             "artifact": str(artifact.directory), "reference": str(self.checkpoint.directory), "target": self.target,
             "dtype": artifact.dtype, "padding": artifact.padding, "lowering": manifest["lowering"]["name"],
             "judged_on": f"{artifact.provider}{self.remark}, {precision}",
-            "truth": f"reference in {str(self.truth).removeprefix('torch.')}",
+            "truth": f"reference in {str(self.truth).removeprefix('torch.')}"
+                     + (f" with weights rounded to {artifact.dtype}" if artifact.widened else ""),
+            "device": device_name(artifact.provider == CUDA),
             "versions": {"dispc": __version__} | {name: version(name) for name in PACKAGES},
             "bytes": manifest["bytes"],
             "widths": tuple({name: len(v) for name, v in block.sets().items()} for block in masks.blocks),

@@ -45,6 +45,12 @@ class LatencyOptions:
         if min(*self.batches, *self.prompts, *self.pasts, self.rounds) < 1 or min(self.threads, self.warmup) < 0:
             raise ArtifactError("latency: batches, prompts, pasts and rounds are 1 or more, threads 0 or more")
 
+    def require_room(self, path: Path, positions: int) -> None:
+        """Raise ArtifactError when the artifact of `path` has not the `positions` that are to be timed."""
+        longest = max(*self.prompts, *self.pasts)
+        if longest >= positions:
+            raise ArtifactError(f"{path}: latency behind {longest} tokens, the model takes {positions}")
+
 
 def measure_latency(artifact: Path, dense: Path | None, options: LatencyOptions, provider: str) -> dict[str, Any]:
     """Run the measurement in a process of its own; see `measure` for what it returns.
@@ -76,16 +82,15 @@ def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provide
     names = {"artifact": artifact} | ({"dense": dense} if dense else {})
     rows: list[dict[str, Any]] = []
     loaded: dict[str, list[TimedArtifact]] = {}
-    longest, peaks = max(*options.prompts, *options.pasts), {}
+    peaks: dict[str, int | None] = {}
     for name, path in names.items():
-        loaded[name] = [
-            TimedArtifact(path, provider, options.threads, graph, longest) for graph in _graphs(path, provider)
-        ]
+        loaded[name] = [TimedArtifact(path, provider, options.threads, graph) for graph in _graphs(path, provider)]
+        options.require_room(path, loaded[name][0].artifact.positions)
         for batch in options.batches:  # once, so that the peak is known before the next artifact is loaded
             for session in loaded[name]:
                 session.prefill(batch, max(options.prompts))()
                 session.step(batch, max(options.pasts))()
-        peaks[name] = peak_bytes(provider)
+        peaks.setdefault("artifact", peak_bytes(provider))  # of the dense one, the other is in it
     for batch in options.batches:
         for kind, lengths in (("first token", options.prompts), ("one token", options.pasts)):
             for length in lengths:
@@ -115,11 +120,9 @@ def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provide
 class TimedArtifact:
     """An artifact loaded for timing, and what one call of it reads from memory."""
 
-    def __init__(self, path: Path, provider: str, threads: int, graph: bool, longest: int) -> None:
+    def __init__(self, path: Path, provider: str, threads: int, graph: bool) -> None:
         options = {"enable_cuda_graph": "1"} if graph else {}
         self.artifact = Artifact(path, threads, provider=provider, provider_options=options)
-        if longest >= self.artifact.positions:
-            raise ArtifactError(f"{path}: latency behind {longest} tokens, the model takes {self.artifact.positions}")
         self.graph = graph
         self.shared = shares_buffer(self.artifact)
         self.weights = bytes_read(path / "model.onnx") * (2 if self.artifact.widened else 1)
@@ -203,7 +206,7 @@ def time_case(
 
 
 def judge_latency(found: dict[str, Any]) -> list[Check]:
-    """What was measured, told and not judged: `--baseline` and `--min-speedup` judge."""
+    """What was measured, told and not judged: `--baseline` judges."""
     checks = []
     for row in found["rows"]:
         if row["artifact"] == "artifact":

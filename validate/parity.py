@@ -23,6 +23,8 @@ SHIPPED_LENGTHS = (17, 5, 9)
 KL_FLOOR = 1e-12
 """nats; what rounding in float64 makes of a divergence of nothing."""
 TIMES = "x own error"
+LOGITS_CHECK = {GREEDY.name: "greedy logits"}
+"""Scenario -> the check of its logits, where that does not have the scenario's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ def judge(turns: Sequence[Turn], answers: Answers, thresholds: Thresholds) -> li
             continue
         limit = None if turn.told else thresholds.error
         if turn.scenario is GREEDY:
-            checks.append(judge_logits("greedy logits", turn.rows, turn.detail, answers, limit))
+            checks.append(judge_logits(LOGITS_CHECK[name], turn.rows, turn.detail, answers, limit))
             steps = [row.part(slice(0, -1)) for row in turn.rows]  # behind the last nothing was chosen
             checks.append(judge_choices(name, steps, turn.detail, answers, thresholds.error, thresholds.greedy))
         else:
@@ -179,11 +181,11 @@ def logit_error(found: Array, expected: Array) -> float:
     return float(np.abs(found - expected).max() / max(np.ptp(expected), np.finfo(np.float32).tiny))
 
 
-def judge_perplexity(ours: Perplexity, theirs: Perplexity, limit: float) -> Check:
-    """The relative difference of two perplexities over the same windows."""
+def judge_perplexity(name: str, ours: Perplexity, theirs: Perplexity, limit: float | None) -> Check:
+    """The relative difference of two perplexities over the same windows; told only, where `limit` is None."""
     a, b = ours.perplexity, theirs.perplexity
     detail = (
         f"{a:.4f} against {b:.4f} on {ours.data}, {ours.windows} windows of {ours.sequence_length}, "
         f"{ours.tokens_scored:,} tokens scored"
     )
-    return Check.against("perplexity", "perplexity", abs(a - b) / b, limit, "relative", detail, artifact=a, reference=b)
+    return Check.against(name, "perplexity", abs(a - b) / b, limit, "relative", detail, artifact=a, reference=b)

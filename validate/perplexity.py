@@ -62,11 +62,19 @@ class ArtifactScorer:
     """An artifact in ONNX Runtime, on the CPU unless told otherwise."""
 
     def __init__(self, directory: Path, provider: str = CPU) -> None:
-        self.directory = directory
-        self.artifact = Artifact(directory, provider=provider)
+        self._set(Artifact(directory, provider=provider))
         if self.artifact.last_logits:
             raise DataError(f"{directory}: compiled with --last-logits; scoring a text needs the logits of every token")
-        self.positions = self.artifact.positions
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> "ArtifactScorer":
+        """A scorer around an artifact that is loaded already, with the logits of every token."""
+        scorer = cls.__new__(cls)
+        scorer._set(artifact)
+        return scorer
+
+    def _set(self, artifact: Artifact) -> None:
+        self.artifact, self.directory, self.positions = artifact, artifact.directory, artifact.positions
 
     def logits(self, tokens: Tokens) -> Array:
         """float32 logits [S,V] of one sequence [S]."""
@@ -120,10 +128,8 @@ def measure_perplexity(
     Raises:
         DataError: when the window is longer than the model's limit, or the text shorter than a window.
     """
-    length = sequence_length or min(DEFAULT_WINDOW, scorer.positions)
-    if not 2 <= length <= scorer.positions:
-        raise DataError(f"windows of {length} tokens: {scorer.directory} takes 2 to {scorer.positions}")
-    rows = windows(load_tokens(data, scorer.directory), length, data)[:max_windows].astype(np.int64)
+    rows = text_windows(data, scorer.directory, scorer.positions, sequence_length)[:max_windows]
+    length = rows.shape[1]
     total = 0.0
     for number, row in enumerate(rows):
         total += float(negative_log_likelihood(scorer.logits(row)[:-1], row[1:]).sum())
@@ -134,6 +140,14 @@ def measure_perplexity(
         perplexity=math.exp(mean) if mean < 700 else math.inf, mean_nll=mean, windows=len(rows),
         sequence_length=length, tokens_scored=scored, data=Path(data).name,
     )  # fmt: skip
+
+
+def text_windows(data: str, directory: Path, positions: int, sequence_length: int | None = None) -> Tokens:
+    """The windows [N, length] of `data` for the tokenizer of `directory`; raises as `measure_perplexity` does."""
+    length = sequence_length or min(DEFAULT_WINDOW, positions)
+    if not 2 <= length <= positions:
+        raise DataError(f"windows of {length} tokens: {directory} takes 2 to {positions}")
+    return windows(load_tokens(data, directory), length, data).astype(np.int64)
 
 
 def negative_log_likelihood(logits: Array, tokens: Tokens) -> Array:

@@ -1,6 +1,8 @@
 """What a validation found: checks, and what was measured beside them; as JSON, Markdown and JUnit."""
 
 import math
+import os
+import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +52,10 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All checks of one artifact, and what else was measured. `judged_on` says where, and in which precision."""
+    """All checks of one artifact, and what else was measured.
+
+    `judged_on` says on which provider and in which precision, `device` names the processor.
+    """
 
     artifact: str
     reference: str
@@ -59,6 +64,7 @@ class Report:
     padding: str
     lowering: str
     judged_on: str
+    device: str
     truth: str
     versions: dict[str, str]
     bytes: int
@@ -99,10 +105,9 @@ class Report:
         if self.drill and self.drill["verdict"]:
             lines += ["", f"**{self.drill['verdict']}**"]
         if self.latency:
-            lines += ["", "| latency | p50 | p90 | p99 | tokens/s |", "|---|---:|---:|---:|---:|"]
-            for row in self.latency["rows"]:
-                times = (f"{row[key]:.2f} ms" for key in ("p50", "p90", "p99"))
-                lines.append("| " + " | ".join((row["name"], *times, f"{row['tokens_per_second']:,.1f}")) + " |")
+            lines += ["", f"Latency on {self.device}:", "", f"| | | {' | '.join(LATENCY_COLUMNS)} |"]
+            lines += ["|---|---|" + "---:|" * len(LATENCY_COLUMNS)]
+            lines += [f"| {' | '.join(latency_cells(row, self.latency))} |" for row in self.latency["rows"]]
         return "\n".join(lines) + "\n"
 
     def junit(self) -> str:
@@ -118,7 +123,7 @@ class Report:
             ElementTree.SubElement(properties, "property", name=name, value=_xml(value))
         for check in self.checks:
             case = ElementTree.SubElement(
-                suite, "testcase", name=_xml(check.name), classname=f"dispc.validate.{check.group}", time="0"
+                suite, "testcase", name=_xml(check.name), classname=f"dispc.validate.{check.group}"
             )
             figure, limit = figure_and_limit(asdict(check))
             if check.status == "skipped":
@@ -132,6 +137,37 @@ class Report:
         return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
+def junit_error(artifact: str, reason: str) -> str:
+    """What a validation that could not run leaves where JUnit XML was asked for."""
+    root = ElementTree.Element("testsuites", tests="1", failures="0", errors="1")
+    suite = ElementTree.SubElement(
+        root, "testsuite", name="dispc validate", tests="1", failures="0", errors="1", skipped="0"
+    )
+    case = ElementTree.SubElement(suite, "testcase", name=_xml(artifact), classname="dispc.validate")
+    ElementTree.SubElement(case, "error", message=_xml(reason)).text = _xml(reason)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def markdown_error(artifact: str, reason: str) -> str:
+    """The same, for the summary of a CI job."""
+    return f"## ❌ Validation could not run\n\n`{artifact}`: {reason}\n"
+
+
+LATENCY_COLUMNS = ("p50 ms", "p90", "p99", "tokens/s", "over dense", "GB/s (of a copy)")
+
+
+def latency_cells(row: dict[str, Any], latency: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the latency table: its name, which artifact, then LATENCY_COLUMNS; empty where there is no figure."""
+    times = (f"{row[key]:.2f}" for key in ("p50", "p90", "p99"))
+    compared = row["artifact"] == "artifact" and row["name"] in latency["speedup"]
+    speed = f"{latency['speedup'][row['name']]:.2f}x" if compared else ""
+    copy = ""
+    if "share_of_copy" in row:
+        copy = f"{row['bytes_per_second'] / 1e9:.1f} ({100 * row['share_of_copy']:.0f} %)"
+    return (row["name"], row["artifact"], *times, f"{row['tokens_per_second']:,.1f}", speed, copy)
+
+
 def figure_and_limit(check: dict[str, Any]) -> tuple[str, str]:
     """How a check's figure and limit are shown, from the check as a dictionary; a number that is not finite is inf."""
     if check["status"] == "skipped" or (check["figure"] is None and check["limit"] is None):
@@ -139,6 +175,20 @@ def figure_and_limit(check: dict[str, Any]) -> tuple[str, str]:
     figure = "inf" if check["figure"] is None else f"{check['figure']:.3g}"
     limit = "" if check["limit"] is None else f"{check['limit']:.3g} {check['unit']}".strip()
     return figure, limit
+
+
+def device_name(cuda: bool) -> str:
+    """The processor that runs an artifact: latencies compare on the same one only."""
+    if cuda:
+        import torch
+
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else "CUDA device (this torch cannot name it)"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{named[0] if named else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def write_text(path: Path, text: str) -> None:

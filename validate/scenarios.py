@@ -48,15 +48,20 @@ class Scenario:
     play: Callable[["Stage"], tuple[list[Row], str]]
     quick: bool = False
     documented: Callable[["Stage"], bool] = field(default=lambda stage: False)
+    streams: bool = True
+    """Whether it can be played with the residual streams as outputs (not with buffers bound beforehand)."""
 
 
 class Stage:
-    """An artifact and the random tokens that it is fed; the same seed gives the same tokens."""
+    """An artifact and the random tokens that it is fed; the same seed gives the same tokens.
 
-    def __init__(self, artifact: Artifact, vocabulary: int, seed: int = 0) -> None:
+    `windowed`: some of its layers attend to a sliding window.
+    """
+
+    def __init__(self, artifact: Artifact, vocabulary: int, seed: int = 0, *, windowed: bool = False) -> None:
         self.artifact = artifact
         self.runner = artifact.runner
-        self.vocabulary, self.seed = vocabulary, seed
+        self.vocabulary, self.seed, self.windowed = vocabulary, seed, windowed
         self.length = min(STEPS + 8, artifact.positions // 2)
 
     def tokens(self, stream: int, length: int) -> Tokens:
@@ -180,6 +185,8 @@ def other_side(stage: Stage) -> Played:
     rows, detail = _unequal(unguarded, side)
     if stage.artifact.padding == "right":
         detail += " (wrong without a word in ONNX Runtime, refused by dispc's own loop)"
+    elif stage.windowed:
+        detail += " (padding behind a prompt takes up room in the sliding window)"
     return rows, detail
 
 
@@ -194,7 +201,9 @@ def near_the_limit(stage: Stage) -> Played:
         feeder = stage.feed([stage.tokens(8, limit)]).prefill([limit - steps])
         detail = f"{limit} tokens, the last {steps} with the cache"
     else:
-        raise Skip(f"the artifact takes no position_ids, and {limit} tokens are too many to run")
+        raise Skip(
+            f"no position_ids, and {limit} tokens are too many to run; the rotary tables are compared at all positions"
+        )
     for _ in range(steps):
         feeder.extend()
     return feeder.said(int(feeder.fed[0]) - count), detail
@@ -202,7 +211,7 @@ def near_the_limit(stage: Stage) -> Played:
 
 def shared_buffer(stage: Stage) -> Played:
     """Past and present are one buffer with room to spare, as onnxruntime-genai runs it."""
-    decoder, prompt = _shared_decoder(stage, graph=False), stage.length // 3
+    decoder, prompt = _shared_decoder(stage, stage.artifact, graph=False), stage.length // 3
     found = [decoder.feed(stage.text[None, :prompt])]
     found += [decoder.feed(stage.text[None, at : at + 1]) for at in range(prompt, stage.length)]
     outputs = {"logits": np.concatenate(found, axis=1)[0]}
@@ -214,7 +223,9 @@ def graph_replay(stage: Stage) -> Played:
     """A CUDA graph is captured behind one prompt and replayed behind another of a different length."""
     if stage.artifact.provider != CUDA:
         raise Skip("CUDA graphs need a CUDA device; judged on the CPU")
-    decoder, rows = _shared_decoder(stage, graph=True), []
+    options = {"enable_cuda_graph": "1"}
+    artifact = Artifact(stage.artifact.directory, provider=CUDA, exact=True, provider_options=options)
+    decoder, rows = _shared_decoder(stage, artifact, graph=True), []
     for prompt in (stage.length // 3, stage.length // 2):
         decoder.reset()
         found = [decoder.feed(stage.text[None, :prompt])]
@@ -224,8 +235,7 @@ def graph_replay(stage: Stage) -> Played:
     return rows, f"captured behind {stage.length // 3} tokens, replayed behind {stage.length // 2}"
 
 
-def _shared_decoder(stage: Stage, *, graph: bool) -> BoundDecoder:
-    artifact = stage.artifact
+def _shared_decoder(stage: Stage, artifact: Artifact, *, graph: bool) -> BoundDecoder:
     if artifact.manifest["attention"] != "GroupQueryAttention" or artifact.padding != "right":
         raise Skip("only GroupQueryAttention with padding on the right writes into a shared buffer")
     return BoundDecoder(artifact, batch=1, capacity=stage.length + 8, shared=True, graph=graph)
@@ -267,10 +277,14 @@ SCENARIOS = (
     Scenario("cache from long to short", handover(0.85)),
     Scenario("cache from short to long", handover(0.1)),
     Scenario("padded batch", padded_batch, quick=True),
-    Scenario("padding of the other side", other_side, documented=lambda stage: stage.artifact.padding == "right"),
+    Scenario(
+        "padding of the other side",
+        other_side,
+        documented=lambda stage: stage.artifact.padding == "right" or stage.windowed,
+    ),
     Scenario("positions near the limit", near_the_limit),
-    Scenario("shared past and present", shared_buffer),
-    Scenario("CUDA graph replay", graph_replay),
+    Scenario("shared past and present", shared_buffer, streams=False),
+    Scenario("CUDA graph replay", graph_replay, streams=False),
     GREEDY,
 )
 

@@ -239,11 +239,11 @@ def open_session(
         options.add_session_config_entry(key, value)
     providers = [CPU] if provider == CPU else [(provider, provider_options or {}), CPU]
     try:
-        session = ort.InferenceSession(source, options, providers=providers)
+        session = ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise ArtifactError(f"{path}: ONNX Runtime cannot load the model: {first_line(error)}") from error
     if provider not in session.get_providers():
-        raise ArtifactError(f"{path}: ONNX Runtime fell back from {provider} to the CPU; dispc doctor says why")
+        raise ArtifactError(f"{path}: ONNX Runtime left {provider} out; dispc doctor says why")
     return session
 
 

@@ -131,6 +131,17 @@ def _log_softmax(logits: Array) -> Array:
     return result
 
 
+def round_storage(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round, in place, what an artifact stores in `dtype`: weights, and the cosines and sines of rotary positions.
+
+    What is left when such an artifact computes in float32 is float32's own error.
+    """
+    _round_weights(model, dtype)
+    for module in model.modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            module.register_forward_hook(lambda m, x, y: _rounded(y, dtype))
+
+
 @contextmanager
 def _freed(model: nn.Module) -> Iterator[None]:
     """Let go of the weights at the end: masked models refer to themselves, and wait for a collector that is slow."""

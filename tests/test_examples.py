@@ -16,19 +16,24 @@ from dispc.checkpoint import Checkpoint
 from dispc.compiler import CompileOptions, compile_model
 from dispc.generate import load_tokenizer
 from dispc.masks import Masks
+from dispc.quantisation import Quantisation
 
 pytestmark = [pytest.mark.extras, pytest.mark.xdist_group("examples")]  # one worker, so that the student is made once
 TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m.content }} {% endfor %}"
 PROMPT, LIMIT = "the deep", 32
+INT4 = Quantisation(bits=4, block_size=16, symmetric=True, head=True, embedding=True)
 ARTIFACTS: dict[str, dict[str, Any]] = {
     "onnx": {"target": "onnx"},
     "onnx float16": {"target": "onnx", "dtype": "float16"},
     "onnx-cpu": {"target": "onnx-cpu"},
     "onnx-cpu, padding left": {"target": "onnx-cpu", "padding": "left"},
+    "onnx-cpu int4": {"target": "onnx-cpu", "quantisation": INT4},
     "onnx-cuda float16": {"target": "onnx-cuda", "dtype": "float16"},
+    "onnx-cuda float32": {"target": "onnx-cuda", "dtype": "float32"},
 }
-LEFT_OUT = {("genai", "onnx-cuda float16")}  # the artifact asks for the CUDA build of onnxruntime-genai
-LEFT_OUT |= {("browser", name) for name in ("onnx", "onnx-cpu, padding left", "onnx-cuda float16")}  # a browser is slow
+FOR_CUDA = ("onnx-cuda float16", "onnx-cuda float32")
+LEFT_OUT = {("genai", name) for name in FOR_CUDA}  # the artifacts ask for the CUDA build of onnxruntime-genai
+LEFT_OUT |= {("browser", name) for name in ("onnx", "onnx-cpu, padding left", *FOR_CUDA)}  # a browser is slow
 MATRIX = [(e, a) for a in ARTIFACTS for e in EXAMPLES if (e, a) not in LEFT_OUT]
 
 

@@ -46,7 +46,8 @@ def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[Rew
     config, target = checkpoint.config, plan.target
     multiple = max(target.write_multiple, plan.align)
     quantisation = plan.quantisation
-    apart = quantisation is not None and (quantisation.head or quantisation.embedding)  # rounded apart, stored apart
+    tied = config.tied and "tie-embeddings" in plan.fusions
+    apart = quantisation is not None and (quantisation.head or quantisation.embedding)  # QuantisePass ties what it can
     embedding = config.family.embedding
     rows: tuple[tuple[bool, Callable[[], RewritePass]], ...] = (
         (True, lambda: UnrollPass(checkpoint)),
@@ -68,11 +69,11 @@ def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[Rew
         ("fuse-activations" in plan.fusions, lambda: FuseActivationsPass()),
         ("fuse-skip-norm" in plan.fusions, lambda: FuseSkipNormPass()),
         (
-            config.tied and not apart and "tie-embeddings" in plan.fusions,
+            tied and not apart,
             lambda: TieEmbeddingsPass(embedding, contrib=target.contrib),
         ),
         (plan.last_logits, lambda: LastLogitsPass(plan.padding)),
-        *([(True, lambda: QuantisePass(quantisation, f"{embedding}.weight"))] if quantisation else []),
+        *([(True, lambda: QuantisePass(quantisation, f"{embedding}.weight", tied=tied))] if quantisation else []),
     )
     return [make() for wanted, make in rows if wanted]
 

@@ -33,20 +33,26 @@ class QuantisePass(RewritePass):
         x -> MatMulNBits(., weight uint8 [N, k, b * bits / 8], scales [N,k]) (-> Add bias)
         input_ids -> GatherBlockQuantized(embedding uint8 [V, d * bits / 8], ., scales [V, ceil(d / b)])
 
+    and where the LM head is the embedding (`tied`), both are quantised and d is a multiple of b::
+
+        x -> MatMulNBits(., Reshape(embedding uint8, [V, d / b, b * bits / 8]), scales [V, d / b])
+
     1. A block is b weights of one output, along its inputs: after pruning, those that are left. K need not be a
        multiple of b.
     2. Asymmetric quantisation adds zero points, packed like the weights: uint8 [N, ceil(k * bits / 8)].
     3. Biases stay an Add: the fast CUDA kernels take none.
     4. Nothing is computed here: integers, scales and zero points are lazy, and are made together (`QuantisedWeight`).
+    5. MatMulNBits refuses the embedding's two dimensions; ONNX Runtime folds the Reshape when a session is made.
     """
 
     name = "quantise"
 
-    def __init__(self, quantisation: Quantisation, embedding: str) -> None:
-        """`embedding` is the name of the token embedding's weight."""
+    def __init__(self, quantisation: Quantisation, embedding: str, *, tied: bool = False) -> None:
+        """`embedding` is the name of the token embedding's weight; `tied` says that the LM head is to share it."""
         super().__init__()
         self.quantisation = quantisation
         self.embedding = embedding
+        self.tied = tied and quantisation.head and quantisation.embedding
 
     def expected(self, model: ir.Model) -> int:
         """Every MatMul that is left in a decoder is a projection; the LM head and the embedding count when asked."""
@@ -75,23 +81,30 @@ class QuantisePass(RewritePass):
     def _matmul(self, graph: ir.Graph, node: ir.Node, weight: ir.Value) -> ir.Node:
         assert weight.const_value is not None
         inputs, outputs = weight.const_value.shape.numpy()
-        quantised = QuantisedWeight(weight.const_value, self.quantisation)
         accuracy = {"accuracy_level": INT8_ACTIVATIONS} if self.quantisation.int8_activations else {}
         return make_node(
             "MatMulNBits",
-            [node.inputs[0], *self._initializers(graph, weight, quantised)],
+            [node.inputs[0], *self._blocks(graph, node, weight)],
             (node.name or "").removesuffix("MatMul") + "MatMulNBits",
             domain=MICROSOFT,
             attributes=self._attributes() | {"K": inputs, "N": outputs} | accuracy,
         )
 
-    def _gather(self, graph: ir.Graph, node: ir.Node, weight: ir.Value) -> ir.Node:
+    def _blocks(self, graph: ir.Graph, node: ir.Node, weight: ir.Value) -> list[ir.Value]:
+        """Integers, scales and zero points of what `node` multiplies by: its own, or those of the embedding."""
         assert weight.const_value is not None
-        width = weight.const_value.shape.numpy()[1]
-        if width * self.quantisation.bits % 8:
-            raise CompileError(f"{weight.name}: int4 embeddings need an even width, this one's is {width}")
-        quantised = QuantisedWeight(weight.const_value, self.quantisation, rows=True)
-        data, *rest = self._initializers(graph, weight, quantised)
+        inputs, outputs = weight.const_value.shape.numpy()
+        bits, size = self.quantisation.bits, self.quantisation.block_size
+        if weight.name != HEAD or not self.tied or inputs % size:
+            return self._initializers(graph, weight, QuantisedWeight(weight.const_value, self.quantisation))
+        data, *rest = self._rows(graph, graph.initializers[self.embedding])
+        shape = np.array([outputs, inputs // size, size * bits // 8], dtype=np.int64)
+        turn = make_node("Reshape", [data, add_initializer(graph, "lm_head.blocks", shape)], "/lm_head/Reshape")
+        graph.insert_before(node, turn)
+        return [turn.outputs[0], *rest]
+
+    def _gather(self, graph: ir.Graph, node: ir.Node, weight: ir.Value) -> ir.Node:
+        data, *rest = self._rows(graph, weight)
         return make_node(
             "GatherBlockQuantized",
             [data, node.inputs[1], *rest],
@@ -99,6 +112,14 @@ class QuantisePass(RewritePass):
             domain=MICROSOFT,
             attributes=self._attributes() | {"gather_axis": 0, "quantize_axis": 1},
         )
+
+    def _rows(self, graph: ir.Graph, weight: ir.Value) -> list[ir.Value]:
+        """Integers, scales and zero points of the embedding, made once."""
+        assert weight.const_value is not None
+        width = weight.const_value.shape.numpy()[1]
+        if width * self.quantisation.bits % 8:
+            raise CompileError(f"{weight.name}: int4 embeddings need an even width, this one's is {width}")
+        return self._initializers(graph, weight, QuantisedWeight(weight.const_value, self.quantisation, rows=True))
 
     def _attributes(self) -> dict[str, int]:
         return {"bits": self.quantisation.bits, "block_size": self.quantisation.block_size}

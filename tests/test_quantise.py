@@ -31,6 +31,7 @@ from dispc.targets import Choices, make_plan
 from dispc.validate import parity
 from dispc.validate.judge import check
 from dispc.validate.parity import LIMITS, logit_error
+from dispc.validate.session import open_session
 from dispc.validate.verify import make_verifier
 from dispc.weights import LazyWeight
 
@@ -121,6 +122,29 @@ def test_what_was_asked_for_is_quantised_and_nothing_else(variant: str) -> None:
     assert harness.operators(everything).count("MatMulNBits") == before
     assert harness.operators(everything, "/embed_tokens/") == ["GatherBlockQuantized"]
     assert "MatMul" not in harness.operators(everything)
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True), (8, False)])
+@pytest.mark.parametrize("variant", ["llama-tied-biased", "opt"])
+def test_a_tied_embedding_is_quantised_once_and_read_as_it_is_stored(
+    variant: str, bits: int, symmetric: bool, tmp_path: Path
+) -> None:
+    """Two copies would hold the same bytes; the Reshape between them must be gone before the first token."""
+    quantisation = Quantisation(bits=bits, block_size=16, symmetric=symmetric, head=True, embedding=True)
+    masks = Masks.random(harness.checkpoint(variant).config, 0.5, 1)
+    once = quantised_model(variant, masks, quantisation)
+    twice = quantised_model(variant, masks, quantisation, without=("tie-embeddings",))
+    assert not [name for name in once.graph.initializers if name.startswith("lm_head.weight")]
+    np.testing.assert_array_equal(harness.model_logits(once), harness.model_logits(twice))
+    save_model(once, tmp_path / "model.onnx")
+    open_session(tmp_path / "model.onnx", optimised_model=tmp_path / "optimised.onnx")
+    assert "Reshape" not in [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+
+
+def test_a_tied_embedding_whose_rows_end_within_a_block_is_stored_twice() -> None:
+    masks = Masks.random(harness.checkpoint("llama-tied-biased").config, 0.5, 1)
+    graph = quantised_model("llama-tied-biased", masks, replace(EVERYTHING, block_size=32)).graph  # 48 wide
+    assert {"lm_head.weight.quantised", f"{EMBEDDING}.quantised"} <= {*graph.initializers}
 
 
 def test_names_widths_and_outputs_stay() -> None:
@@ -310,13 +334,19 @@ def test_weights_are_read_while_they_are_written_once_each_and_a_few_at_a_time(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_file_shrinks_to_the_bits_and_their_scales(bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variant", "embeddings", "without"),
+    [("llama", 2, ()), ("llama-tied-biased", 1, ()), ("llama-tied-biased", 2, ("tie-embeddings",))],
+)
+def test_the_file_shrinks_to_the_bits_and_their_scales(
+    variant: str, embeddings: int, without: tuple[str, ...], bits: int, tmp_path: Path
+) -> None:
     quantisation = Quantisation(bits=bits, block_size=16, symmetric=True, head=True, embedding=True)
-    model = quantised_model("llama", Masks.dense(harness.checkpoint("llama").config), quantisation)
+    config = harness.checkpoint(variant).config
+    model = quantised_model(variant, Masks.dense(config), quantisation, without=without)
     save_model(model, tmp_path / "model.onnx")
     graph = onnx.load(tmp_path / "model.onnx").graph
     stored = sum(len(t.raw_data) for t in graph.initializer if t.name.endswith((".quantised", ".scales")))
-    config = harness.checkpoint("llama").config
-    weights = config.block_parameters * config.num_hidden_layers + 2 * config.vocab_size * config.hidden_size
+    weights = config.block_parameters * config.num_hidden_layers + embeddings * config.vocab_size * config.hidden_size
     padded = config.hidden_size * (-config.intermediate_size % 16) * config.num_hidden_layers  # down_proj's last blocks
     assert stored == (weights + padded) * (bits + 32 / 16) / 8

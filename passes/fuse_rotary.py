@@ -23,7 +23,10 @@ class FuseRotaryPass(RewritePass):
 
     1. Partial rotary is told by the width of the caches.
     2. For padding on the right only: there the operator, which counts positions from the length of each row, counts as
-       position_ids do. A mask with zeros anywhere (`--padding left`) needs them. The input goes when nothing reads it.
+       position_ids do. A mask with zeros anywhere (`--padding left`) needs them, and the operator's own input of that
+       name does not do: of a first prompt the CPU kernel (ONNX Runtime 1.31) takes one number for all rows and counts
+       on from it, of later tokens each row's own, so that rows with padding are off from the first step on. What the
+       CUDA kernel does was not tried. The input goes when nothing reads it.
     3. Where the head size is no multiple of 16, or the rotary dimensions none, the kernels cannot: the nodes stay.
     """
 

@@ -1,6 +1,7 @@
 """The passes that make it fast: the same result with and without each, and each does what its docstring shows."""
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -22,6 +23,8 @@ from dispc.passes.pipeline import NEARLY_EVERYTHING, build_pipeline, run_pipelin
 from dispc.reference import load_reference
 from dispc.targets import FUSIONS, Choices, make_plan
 from dispc.validate.parity import logit_error
+from dispc.validate.scenarios import Feeder
+from dispc.validate.session import Runner, open_session
 
 TOLERANCE = 1e-5
 LOWERINGS = ("inverse-gather", "canonical", "scatter-elements", "zero-filled")
@@ -116,6 +119,30 @@ def test_a_rotation_that_the_kernel_cannot_do_stays_a_node_and_keeps_its_positio
     assert kept == {"phi", "opt"}  # OPT looks its positions up in a table
 
 
+def test_the_kernel_still_counts_the_positions_of_left_padded_rows_wrong(tmp_path: Path) -> None:
+    """Why rotary is not fused for them. When this fails, ONNX Runtime has learned it: FuseRotaryPass can do it then."""
+    model = harness.rewritten("llama", half("llama"), padding="left")
+    positions = next(value for value in model.graph.inputs if value.name == "position_ids")
+    ir.save(model, tmp_path / "apart.onnx")
+    for kernel in [node for node in model.graph if node.op_type == "GroupQueryAttention"]:
+        query, key = (value.producer() for value in kernel.inputs[:2] if value is not None)
+        assert query is not None and key is not None and query.op_type == key.op_type == "RotaryEmbedding"
+        inputs = (query.inputs[0], key.inputs[0], query.inputs[1], query.inputs[2], positions)
+        for place, value in zip((0, 1, 7, 8, 9), inputs, strict=True):
+            kernel.replace_input_with(place, value)
+        kernel.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)
+    ir.save(model, tmp_path / "fused.onnx")
+    found = []
+    for name in ("apart.onnx", "fused.onnx"):
+        rows = [harness.TOKENS[: length + 1] for length in (9, 3)]
+        feeder = Feeder(Runner(open_session(tmp_path / name)), rows, "left", compact=False).prefill([9, 3]).extend()
+        found.append(np.stack([row.outputs["logits"][-2:] for row in feeder.said()]))
+    (long, short), (long_fused, short_fused) = found
+    assert logit_error(long_fused, long) <= TOLERANCE  # a row without padding is right
+    assert logit_error(short_fused[0], short[0]) <= TOLERANCE  # in a prompt only distances count
+    assert logit_error(short_fused[1], short[1]) > 1000 * TOLERANCE
+
+
 @pytest.mark.parametrize("variant", ["llama", "phi-wide-rotary", "opt"])
 def test_a_packed_projection_holds_the_three_side_by_side(variant: str) -> None:
     masks = half(variant)
@@ -192,21 +219,15 @@ def test_passes_that_have_nothing_left_to_do_change_nothing(variant: str, target
     assert str(model) == before
 
 
-def test_logits_of_the_last_token_are_those_of_each_rows_end() -> None:
+def test_logits_of_the_last_token_are_those_of_each_rows_end(tmp_path: Path) -> None:
     """Right padding: a row's last token is not the last position."""
-    import tempfile
-    from pathlib import Path
-
-    from dispc.validate.session import Runner, open_session
-
     masks = half("llama")
     rows = [harness.TOKENS[:3], harness.TOKENS[:7], harness.TOKENS[4:5]]
     ids, mask = np.zeros((2, 3, 7), dtype=np.int64)
     for row, tokens in enumerate(rows):
         ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
-    with tempfile.TemporaryDirectory(dir=harness.scratch()) as directory:
-        ir.save(harness.rewritten("llama", masks, last_logits=True), Path(directory) / "model.onnx")
-        runner = Runner(open_session(Path(directory) / "model.onnx"))
+    ir.save(harness.rewritten("llama", masks, last_logits=True), tmp_path / "model.onnx")
+    runner = Runner(open_session(tmp_path / "model.onnx"))
     logits, _ = runner.run(ids, mask, np.maximum(mask.cumsum(1) - 1, 0), runner.empty_caches(3))
     assert logits.shape[1] == 1
     for row, tokens in enumerate(rows):
@@ -232,7 +253,7 @@ def test_an_alignment_that_misses_a_width_fails(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(("target", "padding"), [("onnx-cpu", "right"), ("onnx-cpu", "left"), ("onnx-cuda", "right")])
 def test_an_artifact_with_last_logits_is_judged_at_every_position_and_as_it_is(
-    target: str, padding: str, tmp_path: Any
+    target: str, padding: str, tmp_path: Path
 ) -> None:
     from dispc.compiler import CompileOptions, compile_model
 

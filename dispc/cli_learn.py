@@ -11,7 +11,9 @@ from dispc.errors import DataError, LearnError
 from dispc.extras import need
 from dispc.masks import Masks
 
-Data = Annotated[str | None, typer.Option(help="Text, JSON lines or parquet file, or a dataset as NAME:SPLIT.")]
+Data = Annotated[
+    str | None, typer.Option(help="Text, JSON lines or parquet file, or a dataset as OWNER/NAME[/CONFIG][:SPLIT].")
+]
 Ratio = Annotated[float, typer.Option("--pruning-ratio", "-r", help="Share of the parameters to prune.")]
 RatioOf = Annotated[str, typer.Option(help="What the ratio is of: blocks (their projections) or model (everything).")]
 Align = Annotated[int, typer.Option(min=1, help="Make every width a multiple of this (8, 16, 64), or full.")]
@@ -154,14 +156,19 @@ def report_masks(file: Path, model: Path, as_json: bool) -> None:
 
 def evaluate(
     path: Annotated[Path, typer.Argument(help="Model directory, or artifact.")],
-    data: Annotated[list[str] | None, typer.Option(help="Text for perplexity; may be given several times.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Text for perplexity, as for learn; may be given several times.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="Zero-shot tasks of lm-evaluation-harness, by commas.")] = None,
     masks: Annotated[Path | None, typer.Option(help="Judge the model directory under these masks.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Window [2048, or the model's limit].")] = None,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Read no more windows than this.")] = None,
     include: Annotated[Path | None, typer.Option(help="Directory with further task definitions (YAML).")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read no more items per task than this.")] = None,
-    device: Annotated[str, typer.Option(help="Device of the torch model: cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where it runs, model or artifact: cpu or cuda.")] = "cpu",
+    record: Annotated[
+        bool, typer.Option("--record", help="Write the perplexity into the mask file's metadata.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json-file", help="Write the report to this file too.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -169,27 +176,15 @@ def evaluate(
 
     Example: [bold]dispc eval model/ --masks masks.safetensors --data wiki.test.raw[/bold]
     """
-    from dispc.manifest import write_json
-    from dispc.validate.perplexity import measure_perplexity, open_scorer
+    from dispc.validate.evaluate import EvalOptions
+    from dispc.validate.evaluate import evaluate as run_evaluation
 
-    if not data and not tasks:
-        raise DataError("nothing to measure: give --data FILE for perplexity, --tasks NAMES for accuracy, or both")
-    scorer = open_scorer(path, masks, device)
-    report: dict[str, Any] = {"model": str(path), "masks": str(masks) if masks else None}
-    with count_progress(err, "windows") as count:
-        report["perplexity"] = [
-            measure_perplexity(
-                scorer, source, sequence_length=sequence_length, max_windows=max_windows, progress=count
-            ).as_dict()
-            for source in data or ()
-        ]
-    if tasks:
-        from dispc.validate.zero_shot import measure_tasks
-
-        with count_progress(err, "requests") as count:
-            report["tasks"] = measure_tasks(scorer, tasks.split(","), include=include, limit=limit, progress=count)
-    if json_file:
-        write_json(json_file, report)
+    options = EvalOptions(
+        path=path, masks=masks, data=tuple(data or ()), tasks=tuple(tasks.split(",")) if tasks else (),
+        sequence_length=sequence_length, max_windows=max_windows, include=include, limit=limit, device=device,
+        record=record, json_file=json_file,
+    )  # fmt: skip
+    report = run_evaluation(options, lambda what: count_progress(err, what))
     if as_json:
         print_json(report)
     else:

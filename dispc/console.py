@@ -1,6 +1,5 @@
 """What the command line shows: progress bars and tables, made from the same dictionaries that --json prints."""
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dispc.manifest import json_text
 from dispc.masks import SETS
 from dispc.quantisation import Quantisation
 
@@ -31,7 +31,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of ta
 
 def print_json(content: Mapping[str, Any]) -> None:
     """Plain JSON on standard output, whatever the terminal."""
-    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+    sys.stdout.write(json_text(content))
 
 
 def print_error(message: str) -> None:
@@ -92,14 +92,20 @@ def learn_progress(console: Console, *, shown: bool = True) -> Iterator[Callable
 
 def eval_table(report: Mapping[str, Any]) -> Table:
     """What `dispc eval` measured: perplexity with its protocol, then a row per task."""
-    table = Table(title=f"{report['model']}", title_justify="left")
+    under = f" under {report['masks']}" if report["masks"] else ""
+    table = Table(
+        title=escape(f"{report['model']}{under}, {report['dtype']}, {report['device']}"), title_justify="left"
+    )
     for column in ("measured on", "figure", "", "how"):
         table.add_column(column, justify="right" if column == "figure" else "left")
     for text in report.get("perplexity", ()):
         how = f"{text['windows']} windows of {text['sequence_length']}, {text['tokens_scored']:,} tokens scored"
         table.add_row(escape(text["data"]), f"{text['perplexity']:.3f}", "perplexity", how)
     for name, task in report.get("tasks", {}).items():
-        spread = f"± {100 * task['stderr']:.1f}, {task['items']} items"
+        others = "".join(
+            f", {other} {100 * v:.1f} %" for other, v in task["metrics"].items() if other != task["metric"]
+        )
+        spread = f"± {100 * task['stderr']:.1f}, {task['items']} items{others}"
         table.add_row(escape(name), f"{100 * task['value']:.1f} %", task["metric"], spread)
     return table
 

@@ -22,7 +22,8 @@ def read_text(source: str) -> str:
     """The documents of `source`, joined by two newlines as the WikiText-2 protocol has it.
 
     `source` is a text file (every line is a document, as in the hub's copy of WikiText), a JSON lines or parquet file
-    with a column `text`, or the name of a Hugging Face dataset, as NAME, NAME:SPLIT or NAME/CONFIG:SPLIT.
+    with a column `text`, or the name of a Hugging Face dataset, as OWNER/NAME[/CONFIG][:SPLIT]; of the old datasets
+    without an owner, as NAME[:SPLIT]. The split is `train` unless it is named.
 
     Raises:
         DataError: when the source cannot be read or holds no text.
@@ -36,6 +37,8 @@ def read_text(source: str) -> str:
 
 
 def _file_rows(path: Path) -> list[str]:
+    if path.is_dir():
+        raise DataError(f"{path}: is a directory; give a file in it")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     loader = LOADERS.get(path.suffix, "text")
@@ -60,10 +63,11 @@ def _hub_rows(source: str) -> list[str]:
     import datasets
 
     name, _, split = source.partition(":")
-    owner_and_name = name.split("/")
-    config = owner_and_name.pop() if len(owner_and_name) == 3 else None
+    config = None
+    if name.count("/") == 2:
+        name, _, config = name.rpartition("/")
     try:
-        rows = datasets.load_dataset("/".join(owner_and_name), config, split=split or "train")
+        rows = datasets.load_dataset(name, config, split=split or "train")
     except Exception as error:  # no file, no network, no such dataset: `datasets` raises many kinds
         raise DataError(
             f"{source}: no such file, and no dataset of that name to be had ({first_line(error)})"
@@ -91,9 +95,8 @@ def load_tokens(source: str, model: Path, cache: Path | None = None) -> Tokens:
     cache = cache or cache_folder() / "tokens"
     key = hashlib.sha256(_tokenizer_digest(model) + _source_digest(source)).hexdigest()[:32]
     path = cache / f"{key}.npy"
-    if path.is_file():
-        tokens: Tokens = np.load(path, allow_pickle=False)
-        return tokens
+    if (cached := _read_cache(path)) is not None:
+        return cached
     tokens = tokenise(read_text(source), model)
     cache.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{key}.{os.getpid()}.partial.npy")
@@ -103,6 +106,15 @@ def load_tokens(source: str, model: Path, cache: Path | None = None) -> Tokens:
     finally:
         partial.unlink(missing_ok=True)
     return tokens
+
+
+def _read_cache(path: Path) -> Tokens | None:
+    """The tokens in a cache file; None where there is none, or a damaged one, which is then made again."""
+    try:
+        tokens: Tokens = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return tokens if tokens.ndim == 1 and tokens.dtype == np.int32 else None
 
 
 def tokenise(text: str, model: Path) -> Tokens:

@@ -1,6 +1,8 @@
 """dispc.json: what an artifact says about itself. Its presence is what makes a directory an artifact."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,20 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write readable JSON with a final newline, whole or not at all."""
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    write_whole(path, json_text(content))
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """Readable JSON with a final newline; figures that are no number, or infinite, are null, since JSON has neither."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -7,7 +7,7 @@ The file holds, for block i, the uint8 0/1 tensors `blocks.{i}.attention.read`, 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -141,6 +141,10 @@ class Masks:
                 "seed": str(seed),
             },
         )
+
+    def with_metadata(self, more: Mapping[str, str]) -> "Masks":
+        """The same sets with further metadata."""
+        return replace(self, metadata={**self.metadata, **more})
 
     # Figures
 

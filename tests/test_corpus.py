@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from dispc import corpus
-from dispc.corpus import load_tokens, read_text, windows
+from dispc.corpus import load_tokens, read_text, source_name, windows
 from dispc.errors import DataError
 
 DOCUMENTS = ["The sea is salt.", "Depths are cold, and\nwide.", "café"]
@@ -49,6 +49,75 @@ def test_unusable_files_are_named(tmp_path: Path, name: str, content: str, says:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=says):
         read_text(str(tmp_path / name))
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("owner/words", ("owner/words", None, "train")),
+        ("owner/words:test", ("owner/words", None, "test")),
+        ("owner/words/small:test[:10%]", ("owner/words", "small", "test[:10%]")),
+        ("words:validation", ("words", None, "validation")),
+    ],
+)
+def test_a_dataset_is_read_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, source: str, asked: tuple[str, str | None, str]
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load_dataset(name: str, config: str | None, *, split: str) -> list[dict[str, str]]:
+        calls.append((name, config, split))
+        return [{"text": document} for document in DOCUMENTS]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_text(source) == "\n\n".join(DOCUMENTS)
+    assert calls == [asked]
+
+
+@pytest.mark.extras
+def test_a_dataset_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*given: object, **options: object) -> None:
+        raise ConnectionError("no route to the hub\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match=r"^owner/words: no such file, and no dataset .*\(no route to the hub\)$"):
+        read_text("owner/words")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **options: [{"words": "x"}])
+    with pytest.raises(DataError, match="owner/words: row 0 has no column 'text'"):
+        read_text("owner/words")
+
+
+def test_a_directory_is_called_one(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is a directory; give a file in it"):
+        read_text(str(tmp_path))
+
+
+def test_a_file_is_recorded_by_its_name_and_a_dataset_by_all_of_its(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    assert source_name(str(tmp_path / "a.txt")) == "a.txt"
+    assert source_name("owner/words/small:test") == "owner/words/small:test"
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY no more", b"text", "floats"])
+def test_a_damaged_cache_is_made_again(tmp_path: Path, content: bytes | str) -> None:
+    model, text, cache = tiny.make_model("llama", tmp_path / "model"), tmp_path / "a.txt", tmp_path / "cache"
+    language.make_tokenizer(model)
+    text.write_text("the sea")
+    first = load_tokens(str(text), model, cache)
+    (file,) = cache.iterdir()
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        np.save(file, first.astype(np.float32))
+    for _ in range(2):
+        again = load_tokens(str(text), model, cache)
+        assert again.dtype == np.int32
+        np.testing.assert_array_equal(again, first)
+    assert [np.load(path).dtype for path in cache.iterdir()] == [np.int32]
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:

@@ -127,6 +127,13 @@ class TestTheCommand:
         outcome = run(*self.instant(tmp_path, "magnitude", **{"--align": "1", "--pruning-ratio": "0.5"}), "--force")
         assert (outcome.code, outcome.err) == (0, "")
 
+    @pytest.mark.parametrize("name", ["w.xyz", "w"])
+    def test_a_picture_of_no_known_format_is_refused(self, tmp_path: Path, name: str) -> None:
+        config = Checkpoint(student()).config
+        Masks.random(config, 0.5, 0).save(tmp_path / "m.safetensors", config)
+        arguments = ("inspect", tmp_path / "m.safetensors", "--plot", tmp_path / name)
+        assert_refused(tmp_path, *arguments, says=(".png, .svg, .pdf",))
+
     def test_pictures_that_cannot_be_drawn_are_known_at_the_start(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

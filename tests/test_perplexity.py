@@ -2,7 +2,10 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import harness
 import language
@@ -14,9 +17,11 @@ from command import assert_refused, run
 
 from dispc.compiler import CompileOptions, compile_model
 from dispc.corpus import load_tokens
-from dispc.errors import DataError
+from dispc.errors import ArtifactError, DataError
 from dispc.generate import load_tokenizer
+from dispc.manifest import json_text
 from dispc.masks import Masks
+from dispc.validate import evaluate, perplexity
 from dispc.validate.perplexity import TorchScorer, measure_perplexity, open_scorer
 from dispc.validate.zero_shot import score_continuation
 
@@ -108,12 +113,93 @@ def test_the_command_reports_what_was_measured(place: Path, tmp_path: Path) -> N
         (["out", "--data", "text.txt", "--masks", "masks.safetensors"], "masks are compiled in"),
         (["model", "--data", "text.txt", "--sequence-length", "500"], "takes 2 to 160"),
         (["model", "--data", "none.txt"], "no such file"),
+        (["model", "--data", "text.txt", "--data", "none.txt"], "no such file"),
+        (["model", "--data", "text.txt", "--device", "gpu"], "choose cpu, cuda or cuda:N"),
+        (["model", "--data", "text.txt", "--device", "cuda"], "torch sees no CUDA device"),
+        (["out", "--data", "text.txt", "--device", "cuda"], "is for the CPU"),
+        (["out", "--data", "text.txt", "--device", "cuda:1"], "runs on cpu or cuda"),
+        (["out", "--data", "text.txt", "--record"], "--record"),
+        (["model", "--masks", "masks.safetensors", "--tasks", "sea", "--record"], "--data FILE"),
+        (["model", "--data", "text.txt", "--json-file", "nowhere/report.json"], "No such file or directory"),
     ],
     ids=str,
 )
-def test_bad_input_is_refused(place: Path, tmp_path: Path, arguments: list[str], says: str) -> None:
+def test_bad_input_is_refused_before_anything_is_measured(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(evaluate, "measure_perplexity", Mock(side_effect=AssertionError("it was measured")))
+    (tmp_path / "cache").mkdir()
+    for source in ("text.txt", "none.txt"):  # what is read before a refusal is cached: that is no result
+        if (place / source).exists():
+            load_tokens(str(place / source), place / "model"), load_tokens(str(place / source), place / "out")
     names = {"out", "model", "text.txt", "masks.safetensors", "none.txt"}
     assert_refused(tmp_path, "eval", *(place / a if a in names else a for a in arguments), says=(says,))
+
+
+def test_cuda_is_used_for_an_artifact_or_said_to_be_missing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = json.loads((place / "out" / "dispc.json").read_text())
+    monkeypatch.setattr(perplexity, "read_manifest", lambda path: manifest | {"target": "onnx"})
+    opened = []
+    monkeypatch.setattr(perplexity, "ArtifactScorer", lambda path, provider: opened.append(provider))
+    monkeypatch.setattr(perplexity, "cuda_problem", lambda: "libcudnn.so is missing")
+    with pytest.raises(ArtifactError, match=r"libcudnn\.so is missing; .*--device cpu"):
+        open_scorer(place / "out", device="cuda")
+    monkeypatch.setattr(perplexity, "cuda_problem", lambda: None)
+    open_scorer(place / "out", device="cuda")
+    open_scorer(place / "out")
+    assert opened == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+def test_the_report_says_what_was_judged_and_where(place: Path) -> None:
+    masks = place / "masks.safetensors"
+    arguments = ("eval", place / "model", "--masks", masks, "--data", place / "text.txt", "--max-windows", 1)
+    report = json.loads(run(*arguments, "--json").out)
+    assert (report["masks"], report["dtype"], report["device"]) == (str(masks), "float32", "cpu")
+    assert report["versions"]["torch"] == torch.__version__ and "dispc" in report["versions"]
+    assert report["complete"]
+    assert "under" in run(*arguments).out and "masks.safetensors" in run(*arguments).out.replace("\n", "")
+    compiled = json.loads(run("eval", place / "out", "--data", place / "text.txt", "--max-windows", 1, "--json").out)
+    assert (compiled["masks"], compiled["device"]) == (None, "CPUExecutionProvider")
+
+
+def test_what_was_measured_is_kept_when_a_later_part_fails(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, file = measure_perplexity, tmp_path / "report.json"
+
+    def fails_on_the_second(scorer: Any, data: str, **options: Any) -> Any:
+        if json.loads(file.read_text())["perplexity"]:
+            raise DataError("the second text is gone")
+        return measure(scorer, data, **options)
+
+    monkeypatch.setattr(evaluate, "measure_perplexity", fails_on_the_second)
+    text = place / "text.txt"
+    outcome = run("eval", place / "model", "--data", text, "--data", text, "--max-windows", 1, "--json-file", file)
+    assert outcome.code == 2
+    report = json.loads(file.read_text())
+    assert len(report["perplexity"]) == 1 and not report["complete"]
+
+
+def test_figures_that_are_no_number_are_null_in_json() -> None:
+    text = json_text({"a": float("nan"), "b": [float("inf"), {"c": -math.inf}], "d": (1.5, None)})
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == {
+        "a": None, "b": [None, {"c": None}], "d": [1.5, None]
+    }  # fmt: skip
+
+
+def test_a_perplexity_is_recorded_in_the_mask_file(place: Path, tmp_path: Path) -> None:
+    file = Path(shutil.copyfile(place / "masks.safetensors", tmp_path / "masks.safetensors"))
+    before = Masks.load(file)
+    arguments = ("eval", place / "model", "--masks", file, "--data", place / "text.txt", "--sequence-length", 40)
+    report = json.loads(run(*arguments, "--record", "--json").out)
+    after = Masks.load(file)
+    figure = f"{report['perplexity'][0]['perplexity']:.2f}"
+    assert after.metadata == {**before.metadata, "perplexity": f"{figure} on text.txt, windows of 40"}
+    assert after.sha256() == before.sha256()
+    assert not list(tmp_path.glob("*.partial"))
+    assert run(*arguments, "--record", "--max-windows", 2).code == 0
+    assert Masks.load(file).metadata["perplexity"].endswith(" on text.txt, windows of 40, the first 2")
 
 
 @pytest.mark.extras
@@ -131,7 +217,7 @@ def test_zero_shot_tasks_of_ones_own_run_offline_on_torch_and_artifact(place: Pa
         f"dataset_kwargs:\n  data_files:\n    test: {data}\n"
         "output_type: multiple_choice\ntest_split: test\n"
         'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: answer\n'
-        "metric_list:\n  - metric: acc\n"
+        "metric_list:\n  - metric: acc\n  - metric: acc_norm\n"
     )
     found = {}
     for name, masks in (("out", []), ("model", ["--masks", place / "masks.safetensors"])):
@@ -139,15 +225,21 @@ def test_zero_shot_tasks_of_ones_own_run_offline_on_torch_and_artifact(place: Pa
         assert outcome.code == 0, outcome.err
         found[name] = json.loads(outcome.out)["tasks"]["sea"]
     scorer = open_scorer(place / "out")
-    right = 0
+    right = right_by_length = 0
     for item in items:
         scores = [
             score_continuation(scorer, ids_of(place, item["question"]), ids_of(place, choice))[0]
             for choice in item["choices"]
         ]
         right += int(np.argmax(scores)) == item["answer"]
+        lengths = [len(choice) for choice in item["choices"]]
+        right_by_length += int(np.argmax(np.array(scores) / lengths)) == item["answer"]
     assert found["out"] == found["model"]
-    assert found["out"]["items"] == 3 and found["out"]["value"] == pytest.approx(right / 3)
+    assert found["out"]["items"] == 3 and found["out"]["metric"] == "acc_norm"
+    assert found["out"]["metrics"] == pytest.approx({"acc": right / 3, "acc_norm": right_by_length / 3})
+    assert found["out"]["value"] == found["out"]["metrics"]["acc_norm"]
+    table = run("eval", place / "out", "--tasks", "sea", "--include", tmp_path).out
+    assert f"acc {100 * right / 3:.1f} %" in table and "acc_norm" in table
 
 
 def ids_of(place: Path, text: str) -> list[int]:
@@ -155,6 +247,22 @@ def ids_of(place: Path, text: str) -> list[int]:
 
 
 @pytest.mark.extras
-def test_an_unknown_task_is_refused(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reason", ["unknown", "no data", "no directory", "no package"])
+def test_tasks_that_cannot_be_had_are_refused_before_anything_is_measured(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
     pytest.importorskip("lm_eval")
-    assert_refused(tmp_path, "eval", place / "out", "--tasks", "nonsense", says=("knows no such task",))
+    monkeypatch.setattr(evaluate, "open_scorer", Mock(side_effect=AssertionError("a model was loaded")))
+    (tmp_path / "sea.yaml").write_text(
+        f"task: sea\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/none.jsonl\n"
+        'output_type: multiple_choice\ntest_split: test\ndoc_to_text: "{{question}}"\ndoc_to_target: answer\n'
+    )
+    include, says = tmp_path, {"unknown": "knows no such task", "no data": "the data of sea cannot be had"}.get(reason)
+    if reason == "no directory":
+        include, says = tmp_path / "nowhere", "no such directory"
+    if reason == "no package":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        says = "pip install 'dispc[eval]'"
+    task = "nonsense" if reason == "unknown" else "sea"
+    arguments = ("eval", place / "out", "--data", place / "text.txt", "--tasks", task, "--include", include)
+    assert_refused(tmp_path, *arguments, says=(str(says),))

@@ -195,7 +195,7 @@ def test_the_command_writes_the_mask_file(tmp_path: Path) -> None:
     masks = Masks.random(CONFIG, 0.5, 3)
     vectors = [vector.astype(float).tolist() for vector in vectors_of(masks)]
     directory, model = write_model(tmp_path / "pruned", vectors), harness.checkpoint("llama").directory
-    arguments = ("import-masks", directory, "--model", model, "-o", tmp_path / "m.safetensors")
+    arguments = ("import-masks", directory, "--model", model, "-o", tmp_path / "new" / "m.safetensors")
     assert run(*arguments).code == 0
-    assert Masks.load(tmp_path / "m.safetensors").sha256() == masks.sha256()
+    assert Masks.load(tmp_path / "new" / "m.safetensors").sha256() == masks.sha256()
     assert run(*arguments).code == 2  # it exists

@@ -15,12 +15,14 @@ import numpy.typing as npt
 import torch
 
 from dispc.checkpoint import Checkpoint
-from dispc.corpus import load_tokens, windows
-from dispc.errors import DataError
-from dispc.manifest import MANIFEST
+from dispc.corpus import load_tokens, source_name, windows
+from dispc.devices import torch_device
+from dispc.errors import ArtifactError, DataError
+from dispc.manifest import MANIFEST, read_manifest
 from dispc.masks import Masks
 from dispc.reference import load_reference
-from dispc.validate.session import CPU, Array, Artifact
+from dispc.validate.doctor import cuda_problem
+from dispc.validate.session import CPU, CUDA, Array, Artifact
 
 Tokens = npt.NDArray[np.int64]
 DEFAULT_WINDOW = 2048
@@ -30,11 +32,12 @@ class TorchScorer:
     """The dense model of a directory, or with `masks` its masked reference, in float32."""
 
     def __init__(self, directory: Path, masks: Path | None = None, device: str = "cpu") -> None:
+        place = torch_device(device)
         checkpoint = Checkpoint(directory)
         chosen = Masks.load(masks) if masks else None
         if chosen is not None:
             chosen.check(checkpoint.config, masks)
-        model = load_reference(directory, checkpoint.config.family, chosen).to(device)
+        model = load_reference(directory, checkpoint.config.family, chosen).to(place)
         self._set(model, directory, checkpoint.config.max_positions, device)
 
     @classmethod
@@ -56,6 +59,10 @@ class TorchScorer:
         ids = torch.from_numpy(tokens)[None].to(self.device)
         logits: Array = self.model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()
         return logits
+
+    def facts(self) -> dict[str, str]:
+        """In what arithmetic, and where, it computes."""
+        return {"dtype": str(self.model.dtype).removeprefix("torch."), "device": self.device}
 
 
 class ArtifactScorer:
@@ -83,21 +90,41 @@ class ArtifactScorer:
         row: Array = logits[0]
         return row
 
+    def facts(self) -> dict[str, str]:
+        """In what arithmetic, and where, it computes."""
+        widened = ", weights widened to float32" if self.artifact.widened else ""
+        return {"dtype": f"{self.artifact.dtype}{widened}", "device": self.artifact.provider}
+
 
 Scorer = TorchScorer | ArtifactScorer
 
 
 def open_scorer(path: Path, masks: Path | None = None, device: str = "cpu") -> Scorer:
-    """An artifact when `path` holds one, else the model directory there, dense or masked.
+    """An artifact when `path` holds one, else the model directory there, dense or masked; on `device`, or not at all.
 
     Raises:
-        DispcError: when it is neither, or masks are given for an artifact, which has its own.
+        DispcError: when it is neither, masks are given for an artifact, which has its own, or the device is not there.
     """
     if not (path / MANIFEST).is_file():
         return TorchScorer(path, masks, device)
     if masks is not None:
         raise DataError(f"{path}: is an artifact, whose masks are compiled in; give --masks with a model directory")
-    return ArtifactScorer(path)
+    return ArtifactScorer(path, _provider(path, device))
+
+
+def _provider(artifact: Path, device: str) -> str:
+    if device == "cpu":
+        return CPU
+    if device != "cuda":
+        raise DataError(f"--device {device}: an artifact runs on cpu or cuda")
+    if read_manifest(artifact)["target"] == "onnx-cpu":
+        raise DataError(f"{artifact}: is for the CPU (target onnx-cpu); leave out --device {device}")
+    if problem := cuda_problem():
+        raise ArtifactError(
+            f"{artifact}: --device {device}: CUDA does not load here: {problem}; "
+            "dispc doctor tells more, --device cpu runs the artifact on the CPU"
+        )
+    return CUDA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +165,7 @@ def measure_perplexity(
     mean = total / scored
     return Perplexity(
         perplexity=math.exp(mean) if mean < 700 else math.inf, mean_nll=mean, windows=len(rows),
-        sequence_length=length, tokens_scored=scored, data=Path(data).name,
+        sequence_length=length, tokens_scored=scored, data=source_name(data),
     )  # fmt: skip
 
 

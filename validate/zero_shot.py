@@ -14,15 +14,8 @@ METRICS = ("acc_norm", "acc", "exact_match")
 """The first of these that a task reports is its figure."""
 
 
-def measure_tasks(
-    scorer: Scorer,
-    tasks: list[str],
-    *,
-    include: Path | None = None,
-    limit: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, dict[str, Any]]:
-    """For each task its `metric`, `value` and `stderr` (shares of 1) and the `items` it was measured on.
+def find_tasks(tasks: list[str], include: Path | None = None) -> Any:
+    """lm-eval's manager of tasks, once it knows all of `tasks` and their data are at hand.
 
     `include` is a directory with task definitions of one's own; their data files need no network.
 
@@ -30,9 +23,10 @@ def measure_tasks(
         DispcError: when lm-eval is missing, a task is unknown, or its data cannot be had.
     """
     need("lm_eval", "eval")
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager, get_task_dict
 
+    if include is not None and not include.is_dir():
+        raise DataError(f"--include {include}: no such directory")
     folder = str(include) if include else None
     manager = TaskManager(include_path=folder, include_defaults=False)
     if not set(tasks) <= set(manager.all_tasks):  # reading lm-eval's own thousands of definitions takes a while
@@ -41,25 +35,47 @@ def measure_tasks(
     for task in tasks:
         if task not in known:
             raise DataError(f"--tasks {task}: lm-eval knows no such task; --include DIR adds definitions of your own")
-    adapter = _make_adapter(scorer, progress)
     try:
-        results = simple_evaluate(
-            adapter, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False
-        )
-    except (OSError, ConnectionError) as error:  # what `datasets` raises when it reaches no hub
+        get_task_dict(tasks, manager)
+    except OSError as error:  # what `datasets` raises when it reaches no hub, or finds no file
         raise DataError(f"the data of {', '.join(tasks)} cannot be had: {first_line(error)}") from error
+    return manager
+
+
+def measure_tasks(
+    scorer: Scorer,
+    tasks: list[str],
+    *,
+    manager: Any,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, dict[str, Any]]:
+    """For each of `tasks`, which `manager` (of `find_tasks`) knows, its figures.
+
+    `metric`, `value` and `stderr` (shares of 1) are of the first of `METRICS` that it reports; `metrics` has all of
+    these, `items` is how many it was measured on.
+
+    Raises:
+        DispcError: when the model has no tokenizer, or a task is not judged by likelihood.
+    """
+    from lm_eval.evaluator import simple_evaluate
+
+    adapter = _make_adapter(scorer, progress)
+    results = simple_evaluate(
+        adapter, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False
+    )
     return {name: _figure(results, name) for name in results["results"]}
 
 
 def _figure(results: Any, name: str) -> dict[str, Any]:
     row, items = results["results"][name], results.get("n-samples", {}).get(name, {}).get("effective")
     values = {key.split(",")[0]: value for key, value in row.items() if isinstance(value, float)}
-    metric = next((metric for metric in METRICS if metric in values), None)
-    if metric is None:
+    metrics = {metric: values[metric] for metric in METRICS if metric in values}
+    if not metrics:
         raise DataError(f"{name}: reports none of {', '.join(METRICS)}")
-    share = values[metric]
+    metric, share = next(iter(metrics.items()))
     stderr = (share * (1 - share) / items) ** 0.5 if items else float("nan")  # of a mean of zeros and ones
-    return {"metric": metric, "value": share, "stderr": stderr, "items": items}
+    return {"metric": metric, "value": share, "stderr": stderr, "items": items, "metrics": metrics}
 
 
 def _make_adapter(scorer: Scorer, progress: Callable[[int, int], None]) -> Any:

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from dispc.errors import DispcError
 from dispc.extras import need
 from dispc.learn.folder import METRICS
 from dispc.masks import SETS, Masks, set_width
 
+FORMATS = (".png", ".svg", ".pdf")
 LABELS = dict(
     zip(SETS, ("S1 attention read", "S2 attention write", "S3 MLP read", "S4 MLP mid", "S5 MLP write"), strict=True)
 )
@@ -44,7 +46,13 @@ def plot_learning(metrics: Path, file: Path) -> None:
 
 
 def plot_widths(masks: Masks, file: Path) -> None:
-    """The share that each set keeps, block by block (the paper's Fig. 6)."""
+    """The share that each set keeps, block by block (the paper's Fig. 6), as png, svg or pdf by the file's name.
+
+    Raises:
+        DispcError: when the name asks for another format, or matplotlib is missing.
+    """
+    if file.suffix not in FORMATS:
+        raise DispcError(f"{file}: pictures are drawn as {', '.join(FORMATS)}; give a name that ends so")
     figure, (axis,) = _figure(1, 1, (9, 4))
     for name in SETS:
         full = set_width(name, masks.hidden_size, masks.intermediate_size)
@@ -74,7 +82,7 @@ def _save(figure: Any, file: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            figure.savefig(partial, dpi=150, format=file.suffix.removeprefix(".") or "png")
+            figure.savefig(partial, dpi=150, format=file.suffix.removeprefix("."))
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)

@@ -1,0 +1,119 @@
+"""What masks, or an artifact, are worth: perplexity on texts and accuracy on tasks, as one report.
+
+Everything that can be refused is refused before the first window is read, and the report is written after each part.
+"""
+
+import platform
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dispc import __version__
+from dispc.checkpoint import Checkpoint
+from dispc.errors import DataError
+from dispc.manifest import write_json
+from dispc.masks import Masks
+from dispc.validate.perplexity import Perplexity, Scorer, measure_perplexity, open_scorer, text_windows
+from dispc.validate.zero_shot import find_tasks, measure_tasks
+
+PACKAGES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime", "lm-eval")
+Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+"""Given what is counted, something that shows (done, in all) while it is open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What is judged (a model directory, under `masks` or dense, or an artifact), and on what.
+
+    `record` writes the perplexity into the mask file's metadata; its sets stay as they are.
+    """
+
+    path: Path
+    masks: Path | None = None
+    data: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    sequence_length: int | None = None
+    max_windows: int | None = None
+    include: Path | None = None
+    limit: int | None = None
+    device: str = "cpu"
+    record: bool = False
+    json_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.data and not self.tasks:
+            raise DataError("nothing to measure: give --data FILE for perplexity, --tasks NAMES for accuracy, or both")
+        if self.record and not (self.masks and self.data):
+            raise DataError("--record writes a perplexity into a mask file; give --masks FILE and --data FILE with it")
+
+
+def evaluate(options: EvalOptions, bar: Bar) -> dict[str, Any]:
+    """The report: what was judged and where, `perplexity` (a list), `tasks` (by name), and whether it is `complete`.
+
+    Raises:
+        DispcError: when anything asked for cannot be had; nothing was measured then.
+    """
+    manager = find_tasks(list(options.tasks), options.include) if options.tasks else None
+    scorer = open_scorer(options.path, options.masks, options.device)
+    for source in options.data:
+        text_windows(source, scorer.directory, scorer.positions, options.sequence_length)
+    report = _head(options, scorer)
+    _write(options, report)
+    for source in options.data:
+        with bar("windows") as count:
+            found = measure_perplexity(
+                scorer, source, sequence_length=options.sequence_length, max_windows=options.max_windows, progress=count
+            )
+        report["perplexity"].append(found.as_dict())
+        _write(options, report)
+    if options.record and options.masks:
+        record_perplexity(options.masks, Checkpoint(options.path), report["perplexity"], options.max_windows)
+    if options.tasks:
+        with bar("requests") as count:
+            report["tasks"] = measure_tasks(
+                scorer, list(options.tasks), manager=manager, limit=options.limit, progress=count
+            )
+    report["complete"] = True
+    _write(options, report)
+    return report
+
+
+def record_perplexity(
+    file: Path, checkpoint: Checkpoint, figures: list[dict[str, Any]], max_windows: int | None = None
+) -> None:
+    """Write perplexities (`Perplexity.as_dict`) into the metadata of a mask file, which is replaced as a whole."""
+    masks = Masks.load(file)
+    masks.with_metadata({"perplexity": "; ".join(_in_words(Perplexity(**f), max_windows) for f in figures)}).save(
+        file, checkpoint.config
+    )
+
+
+def _in_words(found: Perplexity, max_windows: int | None) -> str:
+    first = f", the first {found.windows}" if max_windows else ""
+    return f"{found.perplexity:.2f} on {found.data}, windows of {found.sequence_length}{first}"
+
+
+def _head(options: EvalOptions, scorer: Scorer) -> dict[str, Any]:
+    return {
+        "model": str(options.path), "masks": str(options.masks) if options.masks else None, **scorer.facts(),
+        "versions": {"dispc": __version__, "python": platform.python_version()} | _versions(),
+        "complete": False, "perplexity": [],
+    }  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _write(options: EvalOptions, report: dict[str, Any]) -> None:
+    if options.json_file:
+        write_json(options.json_file, report)

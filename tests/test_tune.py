@@ -3,6 +3,7 @@
 import errno
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dispc.compiler import build_artifact
 from dispc.errors import CompileError
 from dispc.masks import Masks
 from dispc.quantisation import Quantisation
-from dispc.targets import Choices, Plan
+from dispc.targets import TARGETS, Choices, Plan
 from dispc.validate import doctor
 
 LOWERINGS = {"inverse-gather", "canonical", "scatter-elements", "zero-filled"}
@@ -82,6 +83,40 @@ def test_the_fastest_is_chosen_unless_it_is_only_noise(
     plan, record = tune.tune(harness.checkpoint("llama"), masks_of("llama"), "onnx-cpu", Choices(), build_artifact)
     assert plan.lowering == expected
     assert set(record["milliseconds"]) == LOWERINGS
+
+
+@pytest.mark.parametrize(
+    ("times", "expected", "why"),
+    [
+        ({"inverse-gather": (1, 20), "canonical": (0.98, 19.5)}, "inverse-gather", "default"),
+        ({"inverse-gather": (1, 20), "canonical": (1.03, 17), "zero-filled": (0.99, 18)}, "canonical", "with a prompt"),
+        ({"inverse-gather": (1, 20), "canonical": (1.07, 10)}, "inverse-gather", "default"),
+        ({"inverse-gather": (1, 20), "canonical": (0.9, 30)}, "canonical", "with a token"),
+        (
+            {"inverse-gather": (1, 20), "canonical": (0.9, 30), "zero-filled": (0.92, 20)},
+            "zero-filled",
+            "with a prompt",
+        ),
+        ({"inverse-gather": (1, 20), "canonical": (0.9, 20), "zero-filled": (0.92, 19.5)}, "canonical", "with a token"),
+    ],
+    ids=str,
+)
+def test_a_prompt_decides_among_those_that_decode_alike(
+    times: dict[str, tuple[float, float]], expected: str, why: str
+) -> None:
+    milliseconds = {name: {"one_token": token, "first_token": prompt} for name, (token, prompt) in times.items()}
+    chosen, reason = tune.choose(milliseconds, "inverse-gather")
+    assert chosen == expected and why in reason
+
+
+def test_zero_filled_as_the_default_of_a_target_can_be_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_times(monkeypatch)
+    monkeypatch.setitem(TARGETS, "onnx-cpu", replace(TARGETS["onnx-cpu"], lowering="zero-filled"))
+    checkpoint = harness.checkpoint("llama")
+    for masks, expected in (
+        (masks_of("llama"), "zero-filled"), (Masks.random(checkpoint.config, 0.5, 3), "inverse-gather")
+    ):  # fmt: skip
+        assert tune.tune(checkpoint, masks, "onnx-cpu", Choices(), build_artifact)[0].lowering == expected
 
 
 def test_only_what_the_target_can_run_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:

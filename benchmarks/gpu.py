@@ -15,7 +15,7 @@ Logits are compared with eager PyTorch's before anything is timed. A cell that f
 the reason, and the others go on; the JSON file is written after every cell. Decoding is one token behind as many as are
 in the caches, the same again and again. Speed-up is over the dense model in the same runtime. GB/s are the bytes that a
 step has to read, and their share is of what a large copy within the device's memory reads and writes. "indexing" is the
-share of Gathers and Scatters. --smoke runs all of it on the CPU.
+share of Gathers and Scatters. Driver and clocks are recorded. --smoke runs all of it on the CPU.
 """
 
 import json

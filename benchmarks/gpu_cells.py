@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from common import GIB, alternate, summary
-from decoder import Decoder
+from decoder import Decoder, OnnxStep
+from machine import graphics_cards
 
 from dispc.checkpoint import Checkpoint
 from dispc.families import DecoderConfig
@@ -139,7 +140,7 @@ def check_logits(model: Any, job: Job, runtime: str, vocabulary: int) -> dict[st
 
 
 def measure(model: Any, cell: Cell, job: Job, config: DecoderConfig) -> dict[str, Any]:
-    """Milliseconds of a call; for decoding also bytes read and their rate, and the time spent on indexing.
+    """Milliseconds of a call; of ONNX Runtime also the time spent on indexing; for decoding bytes read and their rate.
 
     Raises:
         MemoryError: when the caches and logits of the cell do not fit.
@@ -159,20 +160,17 @@ def measure(model: Any, cell: Cell, job: Job, config: DecoderConfig) -> dict[str
     if decode:
         found["bytes_read"] = model.bytes_read(cell.batch, past)
         found["gb_per_second"] = round(found["bytes_read"] / found["milliseconds"]["median"] / 10**6, 2)
-        if isinstance(model, Decoder) and not model.cuda_graph:
-            profile = profile_kernels if job.device == "cuda" else profile_nodes
-            found["indexing"] = profile(model, ids, past)
+    if isinstance(model, Decoder) and not model.cuda_graph:
+        found["indexing"] = profile_kernels(step) if job.device == "cuda" else profile_nodes(model, ids, past)
     return found
 
 
-def profile_kernels(model: Decoder, ids: npt.NDArray[np.int64], past: int) -> dict[str, Any]:
-    """Milliseconds per step in CUDA kernels that gather or scatter, and in all.
+def profile_kernels(step: OnnxStep) -> dict[str, Any]:
+    """Milliseconds per call in CUDA kernels that gather or scatter, and in all; `step` has run before.
 
     By PyTorch's profiler, which sees every kernel of the process: the published onnxruntime-gpu is built without
     CUPTI, so its own profiler tells how long launches take, not kernels.
     """
-    step = model.bind(ids, past)
-    step.run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(PROFILED_CALLS):
             step.run()
@@ -182,10 +180,10 @@ def profile_kernels(model: Decoder, ids: npt.NDArray[np.int64], past: int) -> di
 
 
 def profile_nodes(model: Decoder, ids: npt.NDArray[np.int64], past: int) -> dict[str, Any]:
-    """Milliseconds per step in nodes that gather or scatter, and in all, by ONNX Runtime's profiler."""
+    """Milliseconds per call in nodes that gather or scatter, and in all, by ONNX Runtime's profiler."""
     with tempfile.TemporaryDirectory() as folder:
         profiled = Decoder(model.path, model.config, threads=1, device=model.device, profile=Path(folder) / "profile")
-        profiled.allocate(len(ids), past + 1)
+        profiled.allocate(len(ids), past + ids.shape[1])
         step = profiled.bind(ids, past)
         for _ in range(PROFILED_CALLS + 1):
             step.run()
@@ -238,7 +236,8 @@ def describe_device(device: str) -> dict[str, Any]:
     if device == "cuda":
         facts = torch.cuda.get_device_properties(0)
         found = {"name": facts.name, "memory_gib": round(facts.total_memory / GIB, 1), "cuda": torch.version.cuda}
-    return {"device": found | {"copy_gb_per_second": round(copy_rate(device), 1)}}
+    found["copy_gb_per_second"] = round(copy_rate(device), 1)
+    return {"device": found | {"graphics_cards": graphics_cards()}}  # their clocks right behind the copies, not idle
 
 
 def run_job(job: Job) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,10 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCES = ("dispc", "export", "passes")
+GPU_FACTS = (
+    "name", "driver_version", "clocks.max.sm", "clocks.max.mem", "clocks.sm", "clocks.mem", "power.limit",
+    "temperature.gpu",
+)  # fmt: skip
 PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime-gpu", "safetensors", "numpy")
 
 
@@ -30,6 +34,17 @@ def environment() -> dict[str, Any]:
         "dispc_changed_files": len(_git("status", "--porcelain", "--", *SOURCES).splitlines()),
         "command": " ".join(sys.argv),
     }
+
+
+def graphics_cards() -> list[dict[str, str]] | None:
+    """Driver, clocks and limits of every GPU at this moment, as nvidia-smi says; None where it says nothing."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FACTS)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]
+    return [dict(zip(GPU_FACTS, parts, strict=True)) for parts in lines]
 
 
 def load() -> dict[str, Any]:

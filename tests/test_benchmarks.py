@@ -214,6 +214,20 @@ def test_nothing_is_timed_when_two_models_differ(tmp_path: Path, monkeypatch: py
         )  # fmt: skip
 
 
+def test_what_nvidia_smi_says_is_recorded_and_nothing_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_cells.describe_device("cpu")["device"]["graphics_cards"] is None
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'NVIDIA H100, 580.1, 1980 MHz, 2619 MHz, 1755 MHz, 2619 MHz, 700.00 W, 41'\n")
+    smi.chmod(0o755)
+    (card,) = gpu_cells.describe_device("cpu")["device"]["graphics_cards"]
+    assert (card["driver_version"], card["clocks.max.sm"], card["clocks.sm"]) == ("580.1", "1980 MHz", "1755 MHz")
+    smi.write_text("#!/bin/sh\necho 'No devices were found'; exit 6\n")
+    assert gpu_cells.describe_device("cpu")["device"]["graphics_cards"] is None
+
+
 def test_gpu_runs_on_the_cpu(tmp_path: Path) -> None:
     found = smoke(gpu, tmp_path, lowerings="canonical")
     cells = found["cells"]
@@ -224,9 +238,11 @@ def test_gpu_runs_on_the_cpu(tmp_path: Path) -> None:
     assert [cell for cell in cells if "milliseconds" not in cell] == []
     assert all("speedup" in cell for cell in cells if cell["pruned"])
     assert all(cell["logit_difference"] < 2 * LIMITS["float32"] for cell in cells if cell["runtime"] != "PyTorch")
-    assert all(
-        cell["indexing"]["share"] > 0 for cell in cells if cell["runtime"] == "ORT" and cell["phase"] == "decode"
-    )
+    indexing = {
+        (cell["pruned"], cell["phase"]): cell["indexing"]["share"] for cell in cells if cell["runtime"] == "ORT"
+    }
+    assert {*indexing} == {(pruned, phase) for pruned in (0, 50) for phase in ("decode", "prefill")}
+    assert all(0 < share < 1 for share in indexing.values())
     assert found["device"]["copy_gb_per_second"] > 0
 
 

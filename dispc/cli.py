@@ -161,6 +161,7 @@ def inspect(
 def demo(
     directory: Annotated[Path | None, typer.Option(help="Where the demo keeps its files [a cache folder].")] = None,
     prompt: Annotated[str, typer.Option(help="What both models are asked.")] = "Why is the sea salty?",
+    pruning_ratio: Annotated[float, typer.Option("--pruning-ratio", "-r", help="Which of the shipped masks.")] = 0.3,
     as_json: JsonFlag = False,
 ) -> None:
     """Compile SmolLM2-135M-Instruct dense and pruned, validate, time both, and let both answer a prompt.
@@ -170,7 +171,7 @@ def demo(
     from dispc.console import demo_table
     from dispc.demo import run_demo
 
-    result = run_demo(directory, prompt, say=lambda line: err.print(line, highlight=False))
+    result = run_demo(directory, prompt, lambda line: err.print(line, highlight=False), pruning_ratio)
     if as_json:
         print_json(result)
     else:

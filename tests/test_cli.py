@@ -616,3 +616,7 @@ def test_compile_prints_tables_or_json_of_the_same_facts(desk: Desk) -> None:
     assert f"{blocks['kept']:,} of {blocks['dense']:,}" in table.out
     assert all(record["name"] in table.out for record in manifest["passes"])
     assert "Validation passed" in table.out
+
+
+def test_the_demo_names_the_ratios_for_which_masks_ship(tmp_path: Path) -> None:
+    assert_refused(tmp_path, "demo", "--pruning-ratio", 0.35, says=("0.35", "there are some for", "0.3"))

@@ -11,7 +11,7 @@ from runtimes import EXAMPLES, say
 
 from dispc.checkpoint import Checkpoint
 from dispc.compiler import CompileOptions, compile_model
-from dispc.demo import GGUF, MASKS, run_demo, unpack_gguf
+from dispc.demo import GGUF, run_demo, shipped_masks, unpack_gguf
 from dispc.generate import Sampler, generate_text, generate_tokens, load_tokenizer
 from dispc.manifest import read_manifest
 from dispc.quantisation import Quantisation
@@ -36,9 +36,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def masks() -> Path:
-    import dispc.data
-
-    return Path(next(iter(dispc.data.__path__))) / MASKS
+    path = shipped_masks(0.3)
+    assert isinstance(path, Path)
+    return path
 
 
 @pytest.fixture(scope="session", params=["right", "left", "int4"])

@@ -12,7 +12,8 @@ from dispc.extras import need
 from dispc.masks import Masks
 
 Data = Annotated[
-    str | None, typer.Option(help="Text, JSON lines or parquet file, or a dataset as OWNER/NAME[/CONFIG][:SPLIT].")
+    str | None,
+    typer.Option(help="Text, JSON lines or parquet file, or a dataset: OWNER/NAME, OWNER/NAME/CONFIG, or with :SPLIT."),
 ]
 Ratio = Annotated[float, typer.Option("--pruning-ratio", "-r", help="Share of the parameters to prune.")]
 RatioOf = Annotated[str, typer.Option(help="What the ratio is of: blocks (their projections) or model (everything).")]

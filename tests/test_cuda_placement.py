@@ -1,9 +1,13 @@
 """Where an `onnx-cuda` artifact runs: every node on the CUDA provider, but for the shape arithmetic listed here."""
 
 import json
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import harness
 import onnx_ir as ir
@@ -13,25 +17,90 @@ import torch
 from placement import CPU, CUDA, Placement, place
 from test_tune import masks_of
 
+from dispc.errors import CompileError
 from dispc.export.trace import trace
 from dispc.masks import Masks
 from dispc.passes.pipeline import build_pipeline, run_pipeline
 from dispc.quantisation import Quantisation
-from dispc.targets import Choices, make_plan
+from dispc.targets import TARGETS, Choices, Lowering, Plan, make_plan
 from dispc.validate.placement import check_placement
 
 SHAPE_NODES = ("/lengths/Cast_total", "Squeeze_total", "Squeeze_new", "/Sub")
 """total_sequence_length, which GroupQueryAttention wants on the CPU, and the bounds of the mask's ranges."""
 
 
-def placed(variant: str, stub: Path, tmp_path: Path, masks: Masks | None = None, **options: Any) -> Placement:
-    checkpoint = harness.checkpoint(variant)
-    masks = masks or Masks.random(checkpoint.config, 0.5, 1)
-    plan = make_plan("onnx-cuda", Choices(**options))
-    model = trace(checkpoint, getattr(torch, plan.dtype))
-    run_pipeline(model, build_pipeline(plan, checkpoint, masks))
-    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
-    return place(tmp_path / "model.onnx", stub)
+@dataclass(frozen=True)
+class Block:
+    """What a block of a variant needs: MatMuls with padding on the right, on the left and in float32 (where attention
+    is opset 23's), skip-norms of an Add, and the Transposes that the canonical form leaves."""
+
+    matmuls: tuple[int, int, int]
+    norms: int
+    transposes: int
+
+
+GATED, UNGATED = Block((4, 6, 6), 2, 4), Block((4, 4, 6), 2, 4)
+BLOCKS: dict[str, Block] = {
+    "llama": GATED,
+    "llama-tied-biased": GATED,
+    "llama3-rope": GATED,
+    "mistral-window": GATED,
+    "qwen2": GATED,
+    "qwen2-mixed-window": GATED,
+    "qwen3": Block((6, 6, 6), 2, 4),  # its heads have norms of their own between projection and attention
+    "phi": Block((6, 6, 6), 1, 3),  # one norm for both sub-layers; 8 rotary dimensions are too few for the kernel
+    "phi-wide-rotary": Block((4, 6, 6), 1, 3),
+    "opt": UNGATED,
+    "phi-gelu": Block((6, 6, 6), 1, 3),
+    "opt-gelu": UNGATED,
+}
+GATHERS = {"inverse-gather": 4, "zero-filled": 3, "canonical": 2, "scatter-elements": 2}
+"""Of two reads and two writes; what the MLP reads is nearly everything (masks_of), so that zero-filled fills it."""
+
+
+def expected_operators(variant: str, plan: Plan) -> dict[str, int]:
+    block, gathered = BLOCKS[variant], plan.lowering in ("inverse-gather", "zero-filled")
+    kind = 2 if not plan.group_query else 1 if plan.padding == "left" else 0
+    return {
+        "GroupQueryAttention": int(plan.group_query), "Attention": int(not plan.group_query),
+        "MatMul": block.matmuls[kind], "skip-norms": block.norms if gathered else 0, "Gather": GATHERS[plan.lowering],
+        "Transpose": block.transposes if plan.lowering == "canonical" else 0,
+        "ScatterND": 2 * (plan.lowering == "canonical"), "ScatterElements": 2 * (plan.lowering == "scatter-elements"),
+    }  # fmt: skip
+
+
+def operators_of_a_block(placement: Placement) -> dict[str, int]:
+    """The same, counted in the graph that is run."""
+    counts = Counter(op_type for name, op_type in placement.optimised.items() if "layers.1/" in name)
+    counts["skip-norms"] = counts["SkipLayerNormalization"] + counts["SkipSimplifiedLayerNormalization"]
+    return {name: counts[name] for name in expected_operators("llama", make_plan("onnx-cuda"))}
+
+
+def plans() -> Iterator[Plan]:
+    """Every dtype, padding and lowering that the target can run."""
+    for dtype, padding, lowering in product(TARGETS["onnx-cuda"].dtypes, ("right", "left"), get_args(Lowering)):
+        try:
+            yield make_plan("onnx-cuda", Choices(dtype=dtype, padding=padding, lowering=lowering))
+        except CompileError:
+            continue
+
+
+@cache
+def traced(variant: str, dtype: str) -> ir.Model:
+    return trace(harness.checkpoint(variant), getattr(torch, dtype))
+
+
+def write(variant: str, plan: Plan, masks: Masks, path: Path) -> Path:
+    """The graph of a plan at `path`, its weights beside it."""
+    model = traced(variant, plan.dtype).clone()
+    run_pipeline(model, build_pipeline(plan, harness.checkpoint(variant), masks))
+    ir.save(model, path, external_data=f"{path.name}.data")
+    return path
+
+
+def placed(variant: str, stub: Path, tmp_path: Path, **options: Any) -> Placement:
+    masks = Masks.random(harness.checkpoint(variant).config, 0.5, 1)
+    return place([write(variant, make_plan("onnx-cuda", Choices(**options)), masks, tmp_path / "model.onnx")], stub)[0]
 
 
 def assert_on_cuda(placement: Placement) -> None:
@@ -41,41 +110,30 @@ def assert_on_cuda(placement: Placement) -> None:
     assert check.passed, check.detail
 
 
-@pytest.mark.parametrize("variant", tiny.VARIANTS)
-@pytest.mark.parametrize("padding", ["right", "left"])
-def test_every_family_runs_on_cuda(variant: str, padding: str, cuda_stub: Path, tmp_path: Path) -> None:
-    assert_on_cuda(placed(variant, cuda_stub, tmp_path, padding=padding))
+def test_the_matrix_has_every_family_and_lowering_and_what_is_left_out_cannot_run() -> None:
+    assert {*tiny.VARIANTS} <= {*BLOCKS}
+    found = Counter((plan.dtype, plan.padding) for plan in plans())
+    assert found == {
+        ("float16", "right"): 4, ("float16", "left"): 4, ("float32", "left"): 4,
+        ("bfloat16", "right"): 2, ("bfloat16", "left"): 2,  # no ScatterND(add), no ScatterElements(add)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", BLOCKS)
+def test_every_dtype_padding_and_lowering_runs_on_cuda_with_the_operators_it_needs(
+    variant: str, cuda_stub: Path, tmp_path: Path
+) -> None:
+    every, masks = list(plans()), masks_of(variant)
+    models = [write(variant, plan, masks, tmp_path / f"{number}.onnx") for number, plan in enumerate(every)]
+    for plan, placement in zip(every, place(models, cuda_stub), strict=True):
+        what = f"{plan.dtype}, {plan.padding}, {plan.lowering}"
+        assert_on_cuda(placement)
+        assert operators_of_a_block(placement) == expected_operators(variant, plan), what
 
 
 @pytest.mark.parametrize("variant", ["llama", "phi", "opt"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"dtype": "bfloat16"},
-        {"dtype": "float32"},
-        {"lowering": "canonical"},
-        {"dtype": "float32", "lowering": "canonical"},
-        {"lowering": "scatter-elements"},
-        {"dtype": "bfloat16", "last_logits": True},
-    ],
-)
-def test_every_dtype_and_lowering_runs_on_cuda(
-    variant: str, options: dict[str, Any], cuda_stub: Path, tmp_path: Path
-) -> None:
-    assert_on_cuda(placed(variant, cuda_stub, tmp_path, **options))
-
-
-@pytest.mark.parametrize("variant", ["llama", "phi", "opt"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_zero_filled_sets_need_no_gather_and_run_on_cuda(
-    variant: str, dtype: str, cuda_stub: Path, tmp_path: Path
-) -> None:
-    """What every MLP reads is filled (masks_of); the attentions still gather."""
-    placement = placed(variant, cuda_stub, tmp_path, masks_of(variant), dtype=dtype, lowering="zero-filled")
-    assert_on_cuda(placement)
-    gathers = [name for name, (operator, _) in placement.assigned.items() if operator == "Gather" and "layers." in name]
-    assert [name for name in gathers if "self_attn/read" in name]
-    assert not [name for name in gathers if "mlp/read" in name]
+def test_logits_of_the_last_token_are_taken_on_cuda(variant: str, cuda_stub: Path, tmp_path: Path) -> None:
+    assert_on_cuda(placed(variant, cuda_stub, tmp_path, dtype="bfloat16", last_logits=True))
 
 
 @pytest.mark.parametrize("variant", ["llama-tied-biased", "opt"])
@@ -92,6 +150,7 @@ def test_quantised_weights_run_on_cuda(
     assert operators.count("MatMulNBits") > 3
     assert operators.count("GatherBlockQuantized") == 1
     assert "MatMul" not in operators
+    assert "Reshape" not in placement.optimised.values()  # of a tied embedding: it is folded on CUDA too
 
 
 def test_a_node_that_falls_back_and_a_copy_are_named(cuda_stub: Path, tmp_path: Path) -> None:
@@ -107,14 +166,3 @@ def test_a_node_that_falls_back_and_a_copy_are_named(cuda_stub: Path, tmp_path: 
     assert fallen in check.detail and copied in check.detail
     assert broken.nodes[CPU] == placement.nodes.get(CPU, 0) + 1
     assert json.loads(json.dumps(broken.as_dict()))["unexpected"] == [fallen]
-
-
-def test_a_llama_block_has_the_operators_it_needs_and_no_more(cuda_stub: Path, tmp_path: Path) -> None:
-    placement = placed("llama", cuda_stub, tmp_path)
-    block = [op_type for name, op_type in placement.optimised.items() if "layers.1/" in name]
-    assert block.count("GroupQueryAttention") == 1
-    assert block.count("MatMul") == 4
-    assert block.count("SkipSimplifiedLayerNormalization") == 2
-    assert block.count("Gather") == 4
-    assert "Transpose" not in block
-    assert "ScatterND" not in block

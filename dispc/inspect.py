@@ -15,6 +15,7 @@ from dispc.console import summary
 from dispc.errors import ArtifactError, DispcError
 from dispc.manifest import MANIFEST, read_manifest
 from dispc.masks import SETS, Masks, set_width
+from dispc.narrow import is_published_model, masks_of_directory
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -33,13 +34,15 @@ def inspect_path(path: Path) -> dict[str, Any]:
 
 
 def masks_of(path: Path) -> Masks:
-    """The masks in a mask file or an artifact.
+    """The masks in a mask file, an artifact or a published pruned model.
 
     Raises:
-        DispcError: when `path` is neither.
+        DispcError: when `path` is none of these.
     """
     if (path / MANIFEST).is_file():
         return Masks.load(path / "masks.safetensors")
+    if is_published_model(path):
+        return masks_of_directory(path, Checkpoint(path).config)
     return Masks.load(path)
 
 
@@ -98,6 +101,8 @@ def _model(path: Path) -> dict[str, Any]:
     checkpoint = Checkpoint(path)
     config = checkpoint.config
     tensors = checkpoint.tensors.values()
+    masks = checkpoint.published_masks
+    widths, full = ([], {}) if masks is None else _widths(masks)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
     return {
         "kind": "model",
@@ -112,5 +117,8 @@ def _model(path: Path) -> dict[str, Any]:
             "block parameters": f"{config.block_parameters * config.num_hidden_layers:,}",
             "bytes": f"{sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors):,}",
             "dtypes": ", ".join(f"{name} ({count} tensors)" for name, count in dtypes.items()),
-        },
+        }
+        | ({} if masks is None else {"pruned": f"{masks.kept_parameters(config):,} block parameters kept"}),
+        "widths": widths,
+        "full_widths": full,
     }

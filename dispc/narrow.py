@@ -1,11 +1,12 @@
 """A pruned model directory of the authors' published code: its sets, and its narrow weights at their full width.
 
 That code saves each projection with only the rows and columns that it keeps, and writes the selection vectors as a list
-literal into its modelling file (`self.cfgs = [[1.0, 0.0, ...], ...]`). The file is parsed, never run. Five vectors per
-block: attention in, attention out, MLP in, MLP middle, MLP out.
+literal into its modelling file (`self.cfgs = [[1.0, 0.0, ...], ...]`), which is never run here. A block has five:
+attention in, attention out, MLP in, MLP middle, MLP out.
 """
 
-import ast
+import functools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from dispc.errors import CheckpointError, MasksError
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from dispc.checkpoint import CheckpointTensor
 
 MODELLING_FILES = "modeling_*pruned*.py"
+ASSIGNMENT = re.compile(r"^[ \t]*(?:\w+\.)?cfgs[ \t]*=[ \t]*\[\s*((?:\[[^\[\]]*\]\s*,?\s*)+)\]", re.MULTILINE)
+VECTOR = re.compile(r"\[([^\[\]]*)\]")
+Vectors = tuple[npt.NDArray[np.float64], ...]
 Kept = tuple[Indices | None, int]
 """What is kept of an axis (None: all of it), and its full width."""
 
@@ -43,9 +48,9 @@ def masks_of_directory(directory: Path, config: DecoderConfig) -> Masks:
         if len(literal) != len(widths):
             raise MasksError(f"{path}: holds {len(literal)} selection vectors, this model has {len(widths)}")
         for number, (vector, width) in enumerate(zip(literal, widths, strict=True)):
-            if len(vector) != width or not set(vector) <= {0, 1}:
+            if len(vector) != width or not np.isin(vector, (0, 1)).all():
                 raise MasksError(f"{path}: selection vector {number} must be {width} numbers 0 or 1")
-        return masks_of_vectors([np.array(vector) for vector in literal], config, directory, "published pruned model")
+        return masks_of_vectors(literal, config, directory, "published pruned model")
     raise MasksError(f"{directory}: no {MODELLING_FILES} with selection vectors in it (self.cfgs = [[...], ...])")
 
 
@@ -121,34 +126,34 @@ def _scatter(
     return wide
 
 
-def _literals(directory: Path) -> Iterator[tuple[Path, list[list[float]]]]:
+def _literals(directory: Path) -> Iterator[tuple[Path, Vectors]]:
     """Modelling files of a directory with the selection vectors in them."""
     for path in sorted(directory.glob(MODELLING_FILES)):
-        literal = _vectors_literal(path)
-        if literal is not None:
-            yield path, literal
+        state = path.stat()
+        vectors = _vectors_literal(path, state.st_mtime_ns, state.st_size)
+        if vectors is not None:
+            yield path, vectors
 
 
-def _vectors_literal(path: Path) -> list[list[float]] | None:
-    """The list of lists assigned to `cfgs` in a Python file, parsed and never run; None when there is none."""
+@functools.lru_cache(maxsize=1)
+def _vectors_literal(path: Path, changed: int, size: int) -> Vectors | None:
+    """The list of lists of numbers assigned to `cfgs` in a Python file, read as data; None when there is none.
+
+    The numbers are read as such: a syntax tree of those of a 7B model takes seconds and 1.2 GB. A command asks for them
+    several times, hence the cache; `changed` (when) and `size` are part of its key.
+    """
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError, MemoryError):
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
         return None
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Assign):
-            continue
-        names = {getattr(target, "attr", getattr(target, "id", None)) for target in node.targets}
-        if "cfgs" not in names:
-            continue
+    for found in ASSIGNMENT.finditer(text):
         try:
-            value = ast.literal_eval(node.value)
-        except (ValueError, TypeError):
+            return tuple(_numbers(vector) for vector in VECTOR.findall(found[1]))
+        except ValueError:
             continue
-        if isinstance(value, list) and value and all(_is_vector(item) for item in value):
-            return value
     return None
 
 
-def _is_vector(item: object) -> bool:
-    return isinstance(item, list) and all(isinstance(number, int | float) for number in item)
+def _numbers(text: str) -> npt.NDArray[np.float64]:
+    parts = text.strip(" \t\r\n,").split(",")
+    return np.array([float(part) for part in parts if len(parts) > 1 or part])

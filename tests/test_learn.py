@@ -1,8 +1,6 @@
 """Learning on a tiny model that speaks a tiny language: it reaches its budget, beats chance, and never loses work."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,25 +122,3 @@ def test_a_compiled_model_sees_the_gates_of_each_step(tmp_path: Path, monkeypatc
     compiled = losses(tmp_path / "compiled", compile=True)
     assert len(calls) == 1
     np.testing.assert_allclose(compiled, losses(tmp_path / "plain"), atol=1e-4)
-
-
-def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    common = [
-        "learn", str(student()), "--data", text("train.txt", 3000, 2), "--sequence-length", "32", "--batch-size", "2",
-        "--learning-rate", "1e-2", "--steps", "20", "--device", "cpu",
-    ]  # fmt: skip
-    for name, start in (("one", []), ("two", ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"])):
-        output = tmp_path / name / "masks.safetensors"
-        done = subprocess.run(
-            [sys.executable, "-m", *start, "dispc", *common, "-o", str(output)],
-            capture_output=True, text=True, check=False, timeout=600,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stderr.count("step 1 of 20:") == 1  # one process shows its progress
-    one, two = (
-        [json.loads(line)["loss"] for line in (tmp_path / name / "masks.learn" / METRICS).read_text().splitlines()]
-        for name in ("one", "two")
-    )
-    np.testing.assert_allclose(one, two, atol=1e-4, rtol=0)
-    assert len(one) == 20

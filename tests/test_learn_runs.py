@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import harness
 import pytest
 import torch
 from command import fingerprint, run
@@ -21,7 +20,6 @@ from student import options, student, text
 
 from dispc.errors import DispcError, LearnError
 from dispc.learn import trainer
-from dispc.learn.distributed import Processes
 from dispc.learn.folder import CHECKPOINT, METRICS, OPTIONS
 from dispc.learn.trainer import Trainer, learn
 
@@ -291,35 +289,6 @@ def test_a_second_interrupt_does_not_wait_and_says_where_to_go_on(
     outcome = run(*arguments(tmp_path))
     assert outcome.code == 130
     assert outcome.err == "error: interrupted in step 1; go on from the latest checkpoint with --resume\n"
-
-
-def test_several_processes_shard_the_model_before_any_of_it_is_placed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model larger than one device must never be whole on it."""
-    config, calls = harness.checkpoint("llama").config, list[str]()
-
-    class Model(torch.nn.Module):
-        def get_submodule(self, name: str) -> Any:
-            return name
-
-        def to(self, device: Any) -> Any:
-            calls.append("placed")
-
-    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *_: "mesh")
-    monkeypatch.setattr(
-        "torch.distributed.fsdp.fully_shard",
-        lambda module, mesh: calls.append(module if isinstance(module, str) else "whole"),
-    )
-    Processes(0, 2, torch.device("cpu")).place(Model(), config)
-    assert calls == ["model.layers.0", "model.layers.1", "model.layers.2", "whole", "placed"]
-    calls.clear()
-    Processes(0, 1, torch.device("cpu")).place(Model(), config)
-    assert calls == ["placed"]
-
-
-def test_a_batch_that_cannot_be_shared_names_one_that_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Processes, "join", lambda device: Processes(0, 2, torch.device("cpu")))
-    with pytest.raises(LearnError, match=r"batch_size 3 .* by 2 processes; give --batch-size 2"):
-        learn(options(tmp_path, batch_size=3))
 
 
 def test_another_alignment_may_be_tried_on_what_was_learned(tmp_path: Path) -> None:

@@ -139,6 +139,26 @@ def test_a_pruned_model_directory_compiles_as_the_dense_model_with_its_masks(tmp
     assert not trap.exists()
 
 
+def test_a_pruned_model_directory_is_inspected_and_drawn_with_its_widths(tmp_path: Path) -> None:
+    masks = Masks.random(CONFIG, 0.5, 3)
+    directory = write_pruned("llama", masks, tmp_path / "pruned", tmp_path / "trap")
+    facts = json.loads(run("inspect", directory, "--json").out)
+    assert facts["facts"]["pruned"] == f"{masks.kept_parameters(CONFIG):,} block parameters kept"
+    assert facts["widths"][1]["mlp.mid"] == len(masks.blocks[1].sets()["mlp.mid"])
+    assert run("inspect", directory, "--plot", tmp_path / "w.svg").code == 0
+    assert "<svg" in (tmp_path / "w.svg").read_text()
+
+
+def test_vectors_over_several_lines_are_read_and_those_in_a_comment_are_not(tmp_path: Path) -> None:
+    masks = Masks.random(CONFIG, 0.5, 3)
+    wrapped = str([vector.astype(int).tolist() for vector in vectors_of(masks)]).replace("], [", "],\n    [")
+    directory = write_model(tmp_path / "pruned", wrapped, "# self.cfgs = [[1.0], [0.0]]")  # type: ignore[arg-type]
+    assert import_published(directory, CONFIG).sha256() == masks.sha256()
+    other = Masks.random(CONFIG, 0.5, 4)  # the file is read again when it changes
+    write_model(directory, [vector.astype(float).tolist() for vector in vectors_of(other)])
+    assert import_published(directory, CONFIG).sha256() == other.sha256()
+
+
 def test_a_pruned_model_whose_weights_are_not_those_of_its_vectors_is_refused(tmp_path: Path) -> None:
     masks = Masks.random(CONFIG, 0.5, 3)
     directory = write_pruned("llama", masks, tmp_path / "pruned", tmp_path / "trap")

@@ -39,6 +39,7 @@ class TestTheCommand:
         assert run("inspect", tmp_path / "m.safetensors", "--plot", tmp_path / "w.svg").code == 0
         assert "<svg" in (tmp_path / "w.svg").read_text()
 
+    @pytest.mark.extras
     @pytest.mark.parametrize(
         ("changes", "says"),
         [
@@ -63,6 +64,7 @@ class TestTheCommand:
         (tmp_path / "cache").mkdir()
         assert_refused(tmp_path, *self.arguments(tmp_path, **changes), says=(says,))
 
+    @pytest.mark.extras
     @pytest.mark.parametrize(("content", "says"), [("", "holds no text"), ("the sea", "too few")])
     def test_refuses_too_little_text(self, tmp_path: Path, content: str, says: str) -> None:
         place, data = tmp_path / "place", tmp_path / "short.txt"

@@ -63,6 +63,7 @@ def test_a_falling_rate_is_resumed_where_it_was(tmp_path: Path) -> None:
         learn(options(tmp_path / "parts", decay=True, steps=20), resume=True)
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize(("every", "lines"), [("1", 4), ("100000", 0)], ids=["checkpoints", "no checkpoint yet"])
 def test_a_killed_run_goes_on_from_where_it_was_safe(tmp_path: Path, every: str, lines: int) -> None:
     arguments = [
@@ -220,6 +221,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.extras
 def test_a_full_disk_is_one_line_and_keeps_the_older_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +243,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_older_checkpoint(
     assert not list(folder.glob("*.partial"))
 
 
+@pytest.mark.extras
 def test_a_file_that_may_not_grow_is_one_line_too(tmp_path: Path) -> None:
     """The limit is the system's: whatever torch makes of a write that fails is what people see."""
     done = subprocess.run(
@@ -254,6 +257,7 @@ def test_a_file_that_may_not_grow_is_one_line_too(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "masks.learn").iterdir()) == [METRICS, OPTIONS]
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_behind_its_step_and_nothing_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
@@ -277,6 +281,7 @@ def test_a_signal_ends_the_run_behind_its_step_and_nothing_is_lost(
     assert json.loads(outcome.out)["sha256"] == whole.sha256()
 
 
+@pytest.mark.extras
 def test_a_second_interrupt_does_not_wait_and_says_where_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

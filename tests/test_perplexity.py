@@ -163,20 +163,25 @@ def test_the_report_says_what_was_judged_and_where(place: Path) -> None:
     assert (compiled["masks"], compiled["device"]) == (None, "CPUExecutionProvider")
 
 
+@pytest.mark.parametrize(
+    ("failure", "code", "says"),
+    [(DataError("it is gone"), 2, "it is gone"), (KeyboardInterrupt(), 130, "report.json holds what was measured")],
+    ids=["error", "interrupt"],
+)
 def test_what_was_measured_is_kept_when_a_later_part_fails(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, code: int, says: str
 ) -> None:
     measure, file = measure_perplexity, tmp_path / "report.json"
 
     def fails_on_the_second(scorer: Any, data: str, **options: Any) -> Any:
         if json.loads(file.read_text())["perplexity"]:
-            raise DataError("the second text is gone")
+            raise failure
         return measure(scorer, data, **options)
 
     monkeypatch.setattr(evaluate, "measure_perplexity", fails_on_the_second)
     text = place / "text.txt"
     outcome = run("eval", place / "model", "--data", text, "--data", text, "--max-windows", 1, "--json-file", file)
-    assert outcome.code == 2
+    assert outcome.code == code and len(outcome.err.splitlines()) == 1 and says in outcome.err.replace("\n", "")
     report = json.loads(file.read_text())
     assert len(report["perplexity"]) == 1 and not report["complete"]
 

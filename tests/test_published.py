@@ -139,6 +139,7 @@ def test_a_pruned_model_directory_compiles_as_the_dense_model_with_its_masks(tmp
     assert not trap.exists()
 
 
+@pytest.mark.extras
 def test_a_pruned_model_directory_is_inspected_and_drawn_with_its_widths(tmp_path: Path) -> None:
     masks = Masks.random(CONFIG, 0.5, 3)
     directory = write_pruned("llama", masks, tmp_path / "pruned", tmp_path / "trap")

@@ -4,6 +4,7 @@ Everything that can be refused is refused before the first window is read, and t
 """
 
 import platform
+import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 from dispc import __version__
 from dispc.checkpoint import Checkpoint
-from dispc.errors import DataError
+from dispc.errors import DataError, Interrupted
 from dispc.manifest import write_json
 from dispc.masks import Masks
 from dispc.validate.perplexity import Perplexity, Scorer, measure_perplexity, open_scorer, text_windows
@@ -55,6 +56,7 @@ def evaluate(options: EvalOptions, bar: Bar) -> dict[str, Any]:
 
     Raises:
         DispcError: when anything asked for cannot be had; nothing was measured then.
+        Interrupted: at Ctrl-C, where a file holds what was measured until then.
     """
     manager = find_tasks(list(options.tasks), options.include) if options.tasks else None
     scorer = open_scorer(options.path, options.masks, options.device)
@@ -62,6 +64,17 @@ def evaluate(options: EvalOptions, bar: Bar) -> dict[str, Any]:
         text_windows(source, scorer.directory, scorer.positions, options.sequence_length)
     report = _head(options, scorer)
     _write(options, report)
+    try:
+        _measure(options, scorer, manager, report, bar)
+    except KeyboardInterrupt:
+        if not options.json_file:
+            raise
+        raise Interrupted(f"interrupted; {options.json_file} holds what was measured", signal.SIGINT) from None
+    return report
+
+
+def _measure(options: EvalOptions, scorer: Scorer, manager: Any, report: dict[str, Any], bar: Bar) -> None:
+    """Fill in the report, part by part."""
     for source in options.data:
         with bar("windows") as count:
             found = measure_perplexity(
@@ -78,7 +91,6 @@ def evaluate(options: EvalOptions, bar: Bar) -> dict[str, Any]:
             )
     report["complete"] = True
     _write(options, report)
-    return report
 
 
 def record_perplexity(

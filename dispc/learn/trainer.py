@@ -190,8 +190,8 @@ class Trainer:
         return record
 
     def _check_numbers(self, figures: Tensor) -> None:
-        gradients = (parameter.grad for parameter in self.source.parameters() if parameter.grad is not None)
-        if all(bool(torch.isfinite(values).all()) for values in (figures, *gradients)):
+        gradients = [parameter.grad for parameter in self.source.parameters() if parameter.grad is not None]
+        if bool(torch.isfinite(nn.utils.get_total_norm([figures, *gradients]))):  # one answer from the device
             return
         saved = self.folder.checkpoint
         remedy = f"go back to {saved} with --resume" if saved.exists() else "start again with --resume"

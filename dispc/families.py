@@ -16,7 +16,10 @@ Refusal = tuple[Callable[[Mapping[str, Any]], bool], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Where a decoder family keeps its parts. Names are those of the transformers implementation."""
+    """Where a decoder family keeps its parts. Names are those of the transformers implementation.
+
+    `rotary` says that queries and keys are rotated by their positions.
+    """
 
     model_type: str
     title: str
@@ -32,6 +35,7 @@ class Family:
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
     intermediate_size: str = "intermediate_size"
+    rotary: bool = True
     refusals: tuple[Refusal, ...] = ()
 
     def block(self, index: int) -> str:
@@ -90,6 +94,7 @@ FAMILIES: dict[str, Family] = {
             up="fc1",
             down="fc2",
             intermediate_size="ffn_dim",
+            rotary=False,
             refusals=OPT_REFUSALS,
         ),
     )

@@ -5,6 +5,7 @@ import onnx_ir as ir
 
 from dispc.families import DecoderConfig
 from dispc.graph import add_initializer, consumers, drop_unused_initializers
+from dispc.masks import Masks
 from dispc.passes.base import RewritePass
 from dispc.weights import rebind, weight_of
 
@@ -29,9 +30,10 @@ class AlignWidthsPass(RewritePass):
 
     name = "align-widths"
 
-    def __init__(self, config: DecoderConfig, multiple: int) -> None:
+    def __init__(self, config: DecoderConfig, masks: Masks, multiple: int) -> None:
         super().__init__()
         self.config = config
+        self.masks = masks
         self.multiple = multiple
 
     def _more(self, size: int) -> int:
@@ -54,7 +56,13 @@ class AlignWidthsPass(RewritePass):
         return [module for module, down in downs if down is not None and _size(down, 0) % self.multiple]
 
     def expected(self, model: ir.Model) -> int:
-        return len(self._reads(model.graph)) + len(self._mids(model.graph))
+        """Every read set in front of projections and every mid set whose width is no multiple."""
+        masks, layers = self.masks, [layer for b in self.masks.blocks for layer in (b.attention, b.mlp) if layer.alive]
+        gathered = [
+            layer.read for layer in layers if masks.norm_scope == "full" and len(layer.read) < masks.hidden_size
+        ]
+        mids = [layer.mid for layer in layers if layer.mid is not None]
+        return sum(len(indices) % self.multiple != 0 for indices in (*gathered, *mids))
 
     def rewrite(self, model: ir.Model) -> int:
         graph, count = model.graph, 0

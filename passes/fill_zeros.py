@@ -1,8 +1,10 @@
 """Give sets that keep nearly everything their full width back, as zeros in the weights."""
 
+import numpy as np
 import onnx_ir as ir
 
 from dispc.graph import consumers, drop_unused_initializers, make_node, remove_dead
+from dispc.masks import Masks
 from dispc.passes.base import RewritePass
 from dispc.passes.canonical import Write, find_writes
 from dispc.weights import rebind, weight_of
@@ -20,22 +22,23 @@ class FillZerosPass(RewritePass):
         norm -> MatMul [d,mid] ... MatMul [mid,d] (-> Add bias [d]) -> Add(r, .)
 
     1. Rows that were not read and columns that were not written are zero, so nothing changes but the work.
-    2. A read in front of a norm (norm scope `selected`) stays: the norm is over the read set.
+    2. Positions that align-widths repeated are not kept twice.
+    3. A read in front of a norm (norm scope `selected`) stays: the norm is over the read set.
     """
 
     name = "fill-zeros"
 
-    def __init__(self, width: int, share: float) -> None:
+    def __init__(self, masks: Masks, share: float) -> None:
         super().__init__()
-        self.least = share * width
-        self.width = width
+        self.masks = masks
+        self.least = share * masks.hidden_size
 
     def _reads(self, graph: ir.Graph) -> list[ir.Node]:
         gathers = [node for node in graph if (node.name or "").endswith("/read/Gather")]
         return [
             node
             for node in gathers
-            if _length(node.inputs[1]) >= self.least
+            if _kept(node.inputs[1]) >= self.least
             and all(reader.op_type == "MatMul" for reader in consumers(node.outputs[0]))
         ]
 
@@ -43,7 +46,12 @@ class FillZerosPass(RewritePass):
         return [write for write in find_writes(graph) if len(write.indices) >= self.least]
 
     def expected(self, model: ir.Model) -> int:
-        return len(self._reads(model.graph)) + len(self._writes(model.graph))
+        """Every write set, and every read set in front of projections, that is large enough and not full."""
+        layers = [layer for block in self.masks.blocks for layer in (block.attention, block.mlp) if layer.alive]
+        sides = [layer.write for layer in layers]
+        if self.masks.norm_scope == "full":
+            sides += [layer.read for layer in layers]
+        return sum(self.least <= len(side) < self.masks.hidden_size for side in sides)
 
     def rewrite(self, model: ir.Model) -> int:
         graph, count = model.graph, 0
@@ -62,5 +70,5 @@ class FillZerosPass(RewritePass):
         return count
 
 
-def _length(indices: ir.Value | None) -> int:
-    return 0 if indices is None or indices.const_value is None else int(indices.const_value.size)
+def _kept(indices: ir.Value | None) -> int:
+    return 0 if indices is None or indices.const_value is None else len(np.unique(indices.const_value.numpy()))

@@ -63,9 +63,9 @@ class FuseActivationsPass(PatternPass):
 
     def expected(self, model: ir.Model) -> int:
         """Every Sigmoid, and every Gelu that an Add of an initializer feeds."""
-        count = 0
-        for node in model.graph:
-            before = node.inputs[0].producer() if node.op_type == "Gelu" and node.inputs[0] is not None else None
-            biased = before is not None and before.op_type == "Add"
-            count += node.op_type == "Sigmoid" or biased
-        return count
+        return sum(node.op_type == "Sigmoid" or (node.op_type == "Gelu" and _biased(node)) for node in model.graph)
+
+
+def _biased(gelu: ir.Node) -> bool:
+    add = gelu.inputs[0].producer() if gelu.inputs[0] is not None else None
+    return add is not None and add.op_type == "Add" and any(v is not None and v.is_initializer() for v in add.inputs)

@@ -4,6 +4,7 @@ import onnx_ir as ir
 
 from dispc.families import DecoderConfig
 from dispc.graph import drop_unused_initializers, make_node, remove_dead, scope
+from dispc.masks import Masks
 from dispc.passes.base import RewritePass
 from dispc.passes.packing import pack, projection_of
 
@@ -23,9 +24,10 @@ class FuseGateUpPass(RewritePass):
 
     name = "fuse-gate-up"
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, masks: Masks) -> None:
         super().__init__()
         self.config = config
+        self.masks = masks
 
     def _pairs(self, graph: ir.Graph) -> list[tuple[str, ir.Value, ir.Value]]:
         """MLP module, output of gate, output of up; for every block that still has them."""
@@ -43,7 +45,8 @@ class FuseGateUpPass(RewritePass):
         return pairs
 
     def expected(self, model: ir.Model) -> int:
-        return len(self._pairs(model.graph))
+        """One for every MLP that is left, in a family that has gates."""
+        return sum(block.mlp.alive for block in self.masks.blocks) if self.config.family.gate else 0
 
     def rewrite(self, model: ir.Model) -> int:
         graph, count = model.graph, 0

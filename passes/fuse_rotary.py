@@ -2,7 +2,10 @@
 
 import onnx_ir as ir
 
+from dispc.errors import CompileError
+from dispc.families import DecoderConfig
 from dispc.graph import remove_dead
+from dispc.masks import Masks
 from dispc.passes.base import RewritePass
 
 HEAD_MULTIPLE, CACHE_MULTIPLE = 16, 8
@@ -32,19 +35,23 @@ class FuseRotaryPass(RewritePass):
 
     name = "fuse-rotary"
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, config: DecoderConfig, masks: Masks) -> None:
         super().__init__()
-        self.head_dim = head_dim
+        self.config = config
+        self.masks = masks
 
     def expected(self, model: ir.Model) -> int:
-        """One for every two RotaryEmbedding nodes, where the kernels can."""
-        rotary = sum(node.op_type == "RotaryEmbedding" for node in model.graph)
-        return rotary // 2 if self._possible(model.graph) else 0
+        """One for every attention that is left, in a family that rotates, where the kernels can."""
+        return sum(block.attention.alive for block in self.masks.blocks) if self._possible(model.graph) else 0
 
     def _possible(self, graph: ir.Graph) -> bool:
+        if not self.config.family.rotary or not any(block.attention.alive for block in self.masks.blocks):
+            return False
         cache = graph.initializers.get("cos_cache")
-        width = cache.const_value.shape.numpy()[1] if cache is not None and cache.const_value is not None else 0
-        return self.head_dim % HEAD_MULTIPLE == 0 and width % CACHE_MULTIPLE == 0
+        if cache is None or cache.const_value is None:
+            raise CompileError(f"pass {self.name}: a {self.config.family.model_type} model has no cos_cache")
+        width = cache.const_value.shape.numpy()[1]
+        return self.config.head_dim % HEAD_MULTIPLE == 0 and width % CACHE_MULTIPLE == 0
 
     def rewrite(self, model: ir.Model) -> int:
         graph, count = model.graph, 0

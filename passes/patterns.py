@@ -28,7 +28,7 @@ class PatternPass(RewritePass):
             module = (node.outputs[0].name or "").rpartition("/")[0]
             node.name = f"{module}/{node.op_type}"
             for value in node.outputs[1:]:
-                if value.name:
+                if value.name and not value.is_graph_output():  # whose name is the model's interface
                     value.name = f"{node.name}_{value.name}"
         if count:
             model.graph.opset_imports[MICROSOFT] = 1

@@ -52,8 +52,8 @@ def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[Rew
     rows: tuple[tuple[bool, Callable[[], RewritePass]], ...] = (
         (True, lambda: UnrollPass(checkpoint)),
         (True, lambda: PruneBlocksPass(config, masks)),
-        (plan.align > 1, lambda: AlignWidthsPass(config, plan.align)),
-        (plan.lowering == "zero-filled", lambda: FillZerosPass(config.hidden_size, NEARLY_EVERYTHING)),
+        (plan.align > 1, lambda: AlignWidthsPass(config, masks, plan.align)),
+        (plan.lowering == "zero-filled", lambda: FillZerosPass(masks, NEARLY_EVERYTHING)),
         (
             plan.lowering in ("inverse-gather", "zero-filled"),
             lambda: LowerScatterPass("inverse-gather", config.hidden_size, multiple),
@@ -62,10 +62,10 @@ def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[Rew
         (plan.group_query, lambda: LowerAttentionPass(plan.padding, config.head_dim)),
         (
             plan.group_query and plan.padding == "right" and "fuse-rotary" in plan.fusions,
-            lambda: FuseRotaryPass(config.head_dim),
+            lambda: FuseRotaryPass(config, masks),
         ),
         (plan.group_query and "fuse-qkv" in plan.fusions, lambda: FuseQkvPass()),
-        ("fuse-gate-up" in plan.fusions, lambda: FuseGateUpPass(config)),
+        ("fuse-gate-up" in plan.fusions, lambda: FuseGateUpPass(config, masks)),
         ("fuse-activations" in plan.fusions, lambda: FuseActivationsPass()),
         ("fuse-skip-norm" in plan.fusions, lambda: FuseSkipNormPass()),
         (

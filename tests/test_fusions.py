@@ -17,7 +17,6 @@ from test_compile import widths
 from dispc.errors import CompileError
 from dispc.export.trace import trace
 from dispc.masks import Masks
-from dispc.passes.align_widths import AlignWidthsPass
 from dispc.passes.canonical import find_writes
 from dispc.passes.pipeline import NEARLY_EVERYTHING, build_pipeline, run_pipeline
 from dispc.reference import load_reference
@@ -27,6 +26,8 @@ from dispc.validate.scenarios import Feeder
 from dispc.validate.session import Runner, open_session
 
 TOLERANCE = 1e-5
+COUNTED_BY_MASKS = ("fuse-rotary", "fuse-gate-up")
+"""Passes that know from the masks what there is to do, and so fail when it is done already (test_fusion_counts.py)."""
 LOWERINGS = ("inverse-gather", "canonical", "scatter-elements", "zero-filled")
 
 
@@ -215,6 +216,7 @@ def test_passes_that_have_nothing_left_to_do_change_nothing(variant: str, target
     model = harness.rewritten(variant, masks, target=target)
     before = str(model)
     passes = build_pipeline(make_plan(target), harness.checkpoint(variant), masks)[2:]
+    passes = [item for item in passes if item.name not in COUNTED_BY_MASKS]
     assert not any(record.rewrites for record in run_pipeline(model, passes))
     assert str(model) == before
 
@@ -240,15 +242,6 @@ def test_a_scatter_that_is_no_canonical_write_is_named() -> None:
     scatter.replace_input_with(2, scatter.inputs[0].producer().inputs[0])  # type: ignore[union-attr]
     with pytest.raises(CompileError, match="write/ScatterND"):
         find_writes(model.graph)
-
-
-def test_an_alignment_that_misses_a_width_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = harness.checkpoint("llama").config
-    model = harness.rewritten("llama", half("llama"), lowering="canonical", without=FUSIONS)
-    rewrite = AlignWidthsPass(config, 8)
-    monkeypatch.setattr(AlignWidthsPass, "rewrite", lambda self, model: 1)
-    with pytest.raises(CompileError, match="align-widths made 1 rewrites"):
-        rewrite(model)
 
 
 @pytest.mark.parametrize(("target", "padding"), [("onnx-cpu", "right"), ("onnx-cpu", "left"), ("onnx-cuda", "right")])

@@ -4,6 +4,7 @@ import atexit
 import copy
 import shutil
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dispc.quantisation import Quantisation
 from dispc.quantised_reference import quantise_reference
 from dispc.reference import apply_masks, load_reference
 from dispc.targets import Choices, make_plan
+from dispc.validate.scenarios import Feeder
 from dispc.validate.session import Runner, open_session
 
 Array = npt.NDArray[Any]
@@ -66,14 +68,25 @@ def reference_logits(
     variant: str, masks: Masks | None, tokens: Array = TOKENS, quantisation: Quantisation | None = None
 ) -> Array:
     """Logits [S,V] of the torch reference."""
+    return reference_rows(variant, masks, [tokens], quantisation)[0]
+
+
+def reference_rows(
+    variant: str, masks: Masks | None, rows: Sequence[Array], quantisation: Quantisation | None = None
+) -> list[Array]:
+    """The same of several prompts, each by itself."""
     model = copy.deepcopy(_dense_reference(variant))
     if masks is not None:
         apply_masks(model, checkpoint(variant).family, masks)
         if quantisation is not None:
             quantise_reference(model, checkpoint(variant).family, masks, quantisation, torch.float32)
+    return rows_of(model, rows)
+
+
+def rows_of(model: Any, rows: Sequence[Array]) -> list[Array]:
+    """float32 logits [S,V] that a torch model gives each prompt by itself."""
     with torch.inference_mode():
-        logits: Array = model(input_ids=torch.from_numpy(tokens)[None]).logits[0].numpy()
-    return logits
+        return [model(input_ids=torch.from_numpy(tokens)[None]).logits[0].float().numpy() for tokens in rows]
 
 
 def model_logits(model: ir.Model, tokens: Array = TOKENS, *, optimise: bool = False) -> Array:
@@ -88,6 +101,17 @@ def model_logits(model: ir.Model, tokens: Array = TOKENS, *, optimise: bool = Fa
         logits, caches = runner.run(tokens[None, start:end], ones, positions, caches)
         found.append(logits[0])
     return np.concatenate(found)
+
+
+def batch_logits(model: ir.Model, rows: Sequence[Array], padding: str) -> list[Array]:
+    """Logits [S,V] of each row of a batch: all but its last token in a padded prompt, that one behind the cache."""
+    with tempfile.TemporaryDirectory(dir=scratch()) as directory:
+        path = Path(directory) / "model.onnx"
+        ir.save(model, path, external_data="model.onnx.data")
+        runner = Runner(open_session(path, optimise=False))
+    feeder = Feeder(runner, rows, padding, compact=padding == "right")
+    feeder.prefill([len(tokens) - 1 for tokens in rows]).extend()
+    return [row.outputs["logits"] for row in feeder.said()]
 
 
 def operators(model: ir.Model, within: str = "") -> list[str]:

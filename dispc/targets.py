@@ -20,8 +20,8 @@ class Target:
     `group_query` lists the dtypes for which ONNX Runtime has a GroupQueryAttention kernel on this provider (opset 23's
     Attention serves the others), `scatter_add` those for which it can run ScatterND(add) and ScatterElements(add).
     `lowering` is the default, which must run in every dtype. `contrib` says whether operators of com.microsoft may be
-    used, `fusions` which passes pay. Written widths are padded to `write_multiple`. `cuda_graph` says whether a run can
-    be captured.
+    used, `fusions` which passes pay, `quantised_fusions` which others do with quantised weights. Written widths are
+    padded to `write_multiple`. `cuda_graph` says whether a run can be captured.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Target:
     contrib: bool
     fusions: tuple[str, ...]
     write_multiple: int
+    quantised_fusions: tuple[str, ...] = ()
     cuda_graph: bool = False
 
 
@@ -57,9 +58,10 @@ TARGETS: dict[str, Target] = {
             dtypes=("float32",),
             group_query=("float32",),
             scatter_add=("float32",),
-            lowering="inverse-gather",
+            lowering="canonical",  # as fast as the others for a token, faster for a prompt and behind a long past
             contrib=True,
-            fusions=tuple(name for name in FUSIONS if name != "fuse-gate-up"),  # its Split costs more than it saves
+            fusions=tuple(name for name in FUSIONS if name != "fuse-gate-up"),  # its Split costs more than it saves ...
+            quantised_fusions=("fuse-gate-up",),  # ... but for integers, whose MatMulNBits has a price by itself
             write_multiple=1,
         ),
         Target(
@@ -157,6 +159,7 @@ def make_plan(target: str, choices: Choices = Choices()) -> Plan:
         )
     padding = _padding(row, dtype, choices.padding)
     lowering, reason = _lowering(row, dtype, choices.lowering)
+    fusions = row.fusions + (row.quantised_fusions if choices.quantisation else ())
     if choices.quantisation and lowering == "zero-filled":
         raise CompileError("--quantize rounds what is kept, not zeros between it; use --lowering inverse-gather")
     return Plan(
@@ -168,7 +171,7 @@ def make_plan(target: str, choices: Choices = Choices()) -> Plan:
         align=choices.align,
         last_logits=choices.last_logits,
         cuda_graph=choices.cuda_graph and row.cuda_graph and dtype in row.group_query and padding == "right",
-        fusions=tuple(name for name in row.fusions if name not in choices.without),
+        fusions=tuple(name for name in fusions if name not in choices.without),
         quantisation=choices.quantisation,
     )
 

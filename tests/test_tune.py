@@ -69,10 +69,10 @@ def test_other_families_are_sampled_too(variant: str) -> None:
 @pytest.mark.parametrize(
     ("faster", "expected"),
     [
-        (dict(canonical=0.5), "canonical"),
-        (dict(zero_filled=0.9, canonical=0.92), "zero-filled"),
-        (dict(canonical=0.96), "inverse-gather"),
-        ({}, "inverse-gather"),
+        (dict(inverse_gather=0.5), "inverse-gather"),
+        (dict(zero_filled=0.9, inverse_gather=0.92), "zero-filled"),
+        (dict(inverse_gather=0.96), "canonical"),
+        ({}, "canonical"),
     ],
     ids=str,
 )

@@ -20,7 +20,7 @@ from dispc.passes.lower_scatter import LowerScatterPass, inverse_index
 from dispc.passes.pipeline import build_pipeline, pipeline_line, run_pipeline
 from dispc.passes.prune_blocks import PruneBlocksPass
 from dispc.passes.unroll import UnrollPass
-from dispc.targets import FUSIONS, make_plan
+from dispc.targets import FUSIONS, Choices, make_plan
 from dispc.validate.parity import LIMITS, logit_error
 from dispc.validate.verify import make_verifier
 
@@ -186,7 +186,7 @@ def test_a_pass_that_misses_a_rewrite_fails() -> None:
 
 def test_lowering_twice_changes_nothing_the_second_time() -> None:
     config = harness.checkpoint("llama").config
-    model = harness.rewritten("llama", Masks.random(config, 0.5, 1))
+    model = harness.rewritten("llama", Masks.random(config, 0.5, 1), lowering="inverse-gather")
     before = str(model)
     assert not LowerScatterPass("inverse-gather", config.hidden_size)(model).modified
     assert not LowerAttentionPass("right", config.head_dim)(model).modified
@@ -204,7 +204,7 @@ def test_gathering_by_the_inverse_index_scatters(width: int, data: st.DataObject
 
 def test_the_lowered_graph_has_one_gather_and_no_transpose_per_write() -> None:
     masks = Masks.random(harness.checkpoint("llama").config, 0.5, 1)
-    operators = harness.operators(harness.rewritten("llama", masks), "layers.1/")
+    operators = harness.operators(harness.rewritten("llama", masks, lowering="inverse-gather"), "layers.1/")
     assert operators.count("Gather") == 4
     assert "Transpose" not in operators
     assert operators.count("GroupQueryAttention") == 1
@@ -222,20 +222,23 @@ def test_the_mask_is_gone_where_the_operator_masks_by_itself() -> None:
 
 
 @pytest.mark.parametrize("variant", ["llama", "phi", "opt", "qwen2-mixed-window"])
-@pytest.mark.parametrize("target", ["onnx-cpu", "onnx"])
-def test_verify_each_is_quiet_over_the_whole_pipeline(variant: str, target: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "lowering"), [("onnx-cpu", "inverse-gather"), ("onnx-cpu", "canonical"), ("onnx", "inverse-gather")]
+)
+def test_verify_each_is_quiet_over_the_whole_pipeline(variant: str, target: str, lowering: str) -> None:
     checkpoint = harness.checkpoint(variant)
     masks = Masks.random(checkpoint.config, 0.5, 2, norm_scope="selected")
-    passes = build_pipeline(make_plan(target), checkpoint, masks)
+    passes = build_pipeline(make_plan(target, Choices(lowering=lowering)), checkpoint, masks)
     run_pipeline(harness.traced(variant), passes, make_verifier(checkpoint, masks))
-    assert pipeline_line(passes).startswith("unroll prune-blocks lower-scatter")
+    assert pipeline_line(passes).startswith("unroll prune-blocks")
+    assert ("lower-scatter" in pipeline_line(passes)) == (lowering != "canonical")
 
 
 @pytest.mark.parametrize("guilty", ["unroll", "prune-blocks", "lower-scatter", "lower-attention"])
 def test_verify_each_names_the_pass_that_changed_the_result(guilty: str) -> None:
     checkpoint = harness.checkpoint("llama")
     masks = Masks.random(checkpoint.config, 0.5, 2)
-    passes = build_pipeline(make_plan("onnx-cpu"), checkpoint, masks)
+    passes = build_pipeline(make_plan("onnx-cpu", Choices(lowering="inverse-gather")), checkpoint, masks)
     for item in passes:
         if item.name == guilty:
             honest = item.rewrite

@@ -19,7 +19,7 @@ LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest error of a dtype as a share of the logits' range: for graphs between passes, and where no truth is finer."""
 INT8_ACTIVATIONS_LIMIT = 0.1
 """The same, for what the rounding of activations to int8 does to the last token's logits (docs/quantisation.md)."""
-SHIPPED_LENGTHS = (17, 5, 9)
+SHIPPED_LENGTHS, SHIPPED_STEPS = (17, 5, 9), 4
 KL_FLOOR = 1e-12
 """nats; what rounding in float64 makes of a divergence of nothing."""
 TIMES = "x own error"
@@ -164,13 +164,21 @@ def judge_divergence(rows: Sequence[Row], answers: Answers, limit: float) -> Che
 
 
 def judge_shipped(shipped: Artifact, exact: Artifact, stage: Stage) -> Check:
-    """The artifact as it is against the graph that the other checks ran (`Artifact`, exact): each row's last token."""
+    """The artifact as it is against the graph that the other checks ran (`Artifact`, exact): each row's last token.
+
+    A prefill, and SHIPPED_STEPS steps behind it.
+    """
     tokens = [stage.tokens(100 + length, min(length, stage.length)).tolist() for length in SHIPPED_LENGTHS]
-    error = logit_error(shipped.prefill(tokens)[0], exact.prefill(tokens)[0])
+    (found, ours), (expected, theirs) = shipped.prefill(tokens), exact.prefill(tokens)
+    error = logit_error(found, expected)
+    for _ in range(SHIPPED_STEPS):
+        chosen = expected.argmax(axis=-1)
+        (found, ours), (expected, theirs) = shipped.step(chosen, ours), exact.step(chosen, theirs)
+        error = max(error, logit_error(found, expected))
     what = [name for name, has in (("int8 activations", shipped.int8_activations),
                                    ("last logits", shipped.last_logits)) if has]  # fmt: skip
     limit = INT8_ACTIVATIONS_LIMIT if shipped.int8_activations else LIMITS[shipped.dtype]
-    detail = f"the last tokens of {len(tokens)} prompts; the other checks are of the graph without"
+    detail = f"{len(tokens)} prompts and {SHIPPED_STEPS} steps, last tokens; the other checks are of the graph without"
     return Check.against(", ".join(what), "parity", error, limit, "of the range", f"{detail} {' and '.join(what)}")
 
 

@@ -17,9 +17,9 @@ class BoundDecoder:
     """Feeds an artifact through IO binding.
 
     `shared`: past and present are one buffer of `capacity` positions, which only GroupQueryAttention with right padding
-    takes. Without it each call's present is the next call's past, where ONNX Runtime put it. `graph`: single steps are
-    captured as a CUDA graph on the first and replayed after; every address then stays the same, and so does the length
-    of the attention mask, `capacity`.
+    takes; the attention mask of a single step is then as long as the buffer. Without it each call's present is the next
+    call's past, where ONNX Runtime put it. `graph`: single steps are captured as a CUDA graph on the first and replayed
+    after; every address then stays the same.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class BoundDecoder:
         """Bind `ids` and everything else; `run` may then be called any number of times with the same effect."""
         step = ids.shape[1] == 1 and self.length > 0
         past, self.new = self.length, ids.shape[1]
-        width = self.capacity if self.graph and step else past + self.new
+        width = self.capacity if self.shared and step else past + self.new
         mask = np.zeros((self.batch, width), dtype=np.int64)
         mask[:, : past + self.new] = 1
         positions = np.broadcast_to(np.arange(past, past + self.new), ids.shape)

@@ -38,7 +38,8 @@ def compile(
         str | None,
         typer.Option(
             help="How subsets are read and written: inverse-gather, canonical (ScatterND), scatter-elements, or "
-            "zero-filled (sets of nine tenths and more become zeros in the weights)."
+            "zero-filled (sets of nine tenths and more become zeros in the weights) [canonical for onnx-cpu, else "
+            "inverse-gather]."
         ),
     ] = None,
     tune: Annotated[bool, typer.Option("--tune", help="Choose the lowering by timing all on this machine.")] = False,

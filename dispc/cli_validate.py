@@ -65,33 +65,33 @@ def validate(
     limits = {
         "error": max_error, "kl": max_kl, "top1": max_top1, "greedy": max_greedy, "perplexity": max_perplexity
     }  # fmt: skip
-    options: dict[str, Any] = {
-        "thresholds": Thresholds(**{name: limit for name, limit in limits.items() if limit is not None}),
-        "device": "cpu" if on_cpu else "target", "drill": drill or html is not None, "data": data,
-        "sequence_length": sequence_length, "max_windows": max_windows, "reference_dtype": reference_dtype,
-        "seed": seed, "baseline": baseline, "max_regression": share(max_regression),
-    }  # fmt: skip
-    if latency or dense or build_dense:
-        options["latency"] = LatencyOptions(
-            batches=tuple(batch or (1,)), prompts=tuple(prompt or (128,)), pasts=tuple(past or (128,)),
-            rounds=rounds, threads=threads,
-        )  # fmt: skip
     for path in (json_file, junit, markdown, html):  # a report of another run would be read as one of this
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
+        if path and path.is_file() and not (baseline and baseline.exists() and path.samefile(baseline)):
+            path.unlink()
     try:
+        options: dict[str, Any] = {
+            "thresholds": Thresholds(**{name: limit for name, limit in limits.items() if limit is not None}),
+            "device": "cpu" if on_cpu else "target", "drill": drill or html is not None, "data": data,
+            "sequence_length": sequence_length, "max_windows": max_windows, "reference_dtype": reference_dtype,
+            "seed": seed, "baseline": baseline, "max_regression": share(max_regression),
+        }  # fmt: skip
+        if latency or dense or build_dense:
+            options["latency"] = LatencyOptions(
+                batches=tuple(batch or (1,)), prompts=tuple(prompt or (128,)), pasts=tuple(past or (128,)),
+                rounds=rounds, threads=threads,
+            )  # fmt: skip
         with dense_artifact(artifact, reference, dense, build_dense) as dense_path, err.status("") as status:
             report = check(
                 artifact, reference, dense=dense_path, say=lambda what: status.update(f"{what} ..."), **options
             )
-    except DispcError as error:
+    except (DispcError, OSError) as error:
         for path, write in ((junit, junit_error), (markdown, markdown_error)):
             if path:
                 write_text(path, write(str(artifact), str(error)))
         raise
     found = report.as_dict()
     if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(json_file, found)
     for path, render in ((junit, report.junit), (markdown, report.markdown), (html, lambda: page(found))):
         if path:

@@ -46,7 +46,7 @@ def write_whole(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-COMPARABLE = ("config_sha256", "target", "dtype", "padding", "quantisation", "logits", "align")
+COMPARABLE = ("config_sha256", "target", "dtype", "padding", "quantisation", "logits", "align", "fusions")
 """What a dense artifact must have in common with the one that it is the measure for."""
 
 

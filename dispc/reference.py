@@ -45,8 +45,8 @@ def _load_widened(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
     config = checkpoint.pretrained_config
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    state = {name: checkpoint.find(name).read().to(dtype) for name, _ in model.named_parameters()}
-    model.load_state_dict(state, strict=False, assign=True)  # buffers are computed, not stored
+    for name, parameter in model.named_parameters():  # one by one: buffers are computed, not stored
+        parameter.data = checkpoint.find(name).read().to(dtype)
     model.tie_weights()
     return model
 

@@ -18,6 +18,7 @@ from typing import Any, get_args
 import numpy as np
 
 from dispc.checkpoint import Checkpoint, CheckpointTensor
+from dispc.devices import processor_name
 from dispc.errors import CompileError
 from dispc.families import DecoderConfig
 from dispc.masks import Masks
@@ -97,7 +98,8 @@ def tune(
     # Where there is nothing to fill, zero-filled is inverse-gather.
     best, reason = choose(milliseconds, default.lowering if default.lowering in plans else "inverse-gather")
     record = {
-        "blocks": list(blocks), "device": device_name(default.target.provider), "threads": os.cpu_count(),
+        "blocks": list(blocks), "threads": os.cpu_count(),
+        "device": processor_name(cuda=default.target.provider == "CUDAExecutionProvider"),
         "milliseconds": milliseconds,
     }  # fmt: skip
     return replace(plans[best], reason=reason), record
@@ -187,16 +189,3 @@ def time_lowerings(artifacts: dict[str, Path], plan: Plan, positions: int) -> di
             milliseconds[row["artifact"]][label] = round(row["p50"], 4)
     del ballast
     return milliseconds
-
-
-def device_name(provider: str) -> str:
-    """The processor or the GPU that was timed."""
-    if provider != "CPUExecutionProvider":
-        import torch
-
-        return torch.cuda.get_device_name() if torch.cuda.is_available() else provider
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "CPU"
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")

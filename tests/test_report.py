@@ -387,3 +387,20 @@ def test_unknown_truth_dtypes_are_refused() -> None:
     good, _, model = originals()
     with pytest.raises(DispcError, match="float64 or float32"):
         check(good, model, reference_dtype="float8")
+
+
+def test_one_file_may_be_the_baseline_and_the_new_report(tmp_path: Path) -> None:
+    good, _, model = originals()
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(reports()[0].as_dict()))
+    line = ("validate", good, "-r", model, "--baseline", file, "--json-file", file)
+    assert command.run(*line, "--max-regression", "1000%").code == 0
+    assert any(check["name"] == "baseline: prefill" for check in json.loads(file.read_text())["checks"])
+
+
+def test_an_option_that_is_nonsense_leaves_no_report_of_an_earlier_run(tmp_path: Path) -> None:
+    good, _, model = originals()
+    junit = tmp_path / "report.xml"
+    junit.write_text("passed")
+    assert command.run("validate", good, "-r", model, "--max-regression", "much", "--junit", junit).code == 2
+    assert ElementTree.parse(junit).find(".//error") is not None

@@ -48,8 +48,10 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    except FileNotFoundError as error:
         raise ArtifactError(f"{path}: no such report") from error
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ArtifactError(f"{path}: is no report of dispc validate ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("checks"), list) or "bytes" not in content:

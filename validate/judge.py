@@ -11,6 +11,7 @@ import torch
 
 from dispc import __version__
 from dispc.checkpoint import Checkpoint
+from dispc.devices import processor_name
 from dispc.errors import ArtifactError, MasksError
 from dispc.manifest import read_manifest
 from dispc.masks import SETS, Masks, set_width
@@ -26,12 +27,12 @@ from dispc.validate.memory import fits_memory, require_memory_for_reference
 from dispc.validate.parity import Thresholds
 from dispc.validate.perplexity import ArtifactScorer, TorchScorer, measure_perplexity, text_windows
 from dispc.validate.placement import Placement, judge_placement
-from dispc.validate.report import Check, Report, device_name
+from dispc.validate.report import Check, Report
 from dispc.validate.rotary import judge_rotary
 from dispc.validate.scenarios import PREFILL, Row, Scenario, Stage, Turn, judge_bits, play
 from dispc.validate.session import CPU, CUDA, Artifact
 from dispc.validate.static import judge_file
-from dispc.validate.truth import Answers, ask, round_storage, truth_dtype
+from dispc.validate.truth import Answers, ask, freed, round_storage, truth_dtype
 
 Device = Literal["target", "cpu", "available"]
 PACKAGES = ("onnxruntime-gpu", "torch", "transformers")
@@ -135,12 +136,13 @@ def judge_text(trial: "Trial", limit: float, data: str, **windows: Any) -> tuple
     """
     positions, reference = trial.artifact.positions, trial.checkpoint.directory
     ours = measure_perplexity(ArtifactScorer.of(trial.artifact), data, **windows)
-    theirs = measure_perplexity(TorchScorer.of(trial.load(), reference, positions), data, **windows)
+    with freed(trial.load()) as model:
+        theirs = measure_perplexity(TorchScorer.of(model, reference, positions), data, **windows)
     measured = {"artifact": ours.as_dict(), "reference": theirs.as_dict()}
     checks = [parity.judge_perplexity("perplexity", ours, theirs, limit)]
     if trial.artifact.manifest.get("quantisation"):
-        whole = load_reference(reference, trial.checkpoint.family, trial.masks)
-        exact = measure_perplexity(TorchScorer.of(whole, reference, positions), data, **windows)
+        with freed(load_reference(reference, trial.checkpoint.family, trial.masks)) as whole:
+            exact = measure_perplexity(TorchScorer.of(whole, reference, positions), data, **windows)
         measured["unquantised"] = exact.as_dict()
         checks.append(parity.judge_perplexity("cost of quantisation", ours, exact, None))
     return measured, checks
@@ -210,7 +212,7 @@ class Trial:
             "judged_on": f"{artifact.provider}{self.remark}, {precision}",
             "truth": f"reference in {str(self.truth).removeprefix('torch.')}"
                      + (f" with weights rounded to {artifact.dtype}" if artifact.widened else ""),
-            "device": device_name(artifact.provider == CUDA),
+            "device": processor_name(cuda=artifact.provider == CUDA),
             "versions": {"dispc": __version__} | {name: version(name) for name in PACKAGES},
             "bytes": manifest["bytes"],
             "widths": tuple({name: len(v) for name, v in block.sets().items()} for block in masks.blocks),

@@ -1,12 +1,12 @@
 """What a validation found: checks, and what was measured beside them; as JSON, Markdown and JUnit."""
 
 import math
-import os
-import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
+
+from dispc.manifest import write_whole
 
 Status = Literal["passed", "failed", "skipped", "noted"]
 
@@ -177,23 +177,10 @@ def figure_and_limit(check: dict[str, Any]) -> tuple[str, str]:
     return figure, limit
 
 
-def device_name(cuda: bool) -> str:
-    """The processor that runs an artifact: latencies compare on the same one only."""
-    if cuda:
-        import torch
-
-        return torch.cuda.get_device_name() if torch.cuda.is_available() else "CUDA device (this torch cannot name it)"
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{named[0] if named else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
 def write_text(path: Path, text: str) -> None:
+    """Write a report whole, and the folders it is in."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
 
 
 def _finite(value: Any) -> Any:

@@ -96,7 +96,7 @@ def ask(
     texts = list(dict.fromkeys(texts))
     model = load()
     read = _read_streams if streams else _read_logits
-    with torch.inference_mode(), _freed(model):
+    with torch.inference_mode(), freed(model):
         _cast(model, truth)
         found = {text: read(model, family, text) for text in texts}
         if own == truth:
@@ -143,10 +143,13 @@ def round_storage(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def _freed(model: nn.Module) -> Iterator[None]:
-    """Let go of the weights at the end: masked models refer to themselves, and wait for a collector that is slow."""
+def freed(model: nn.Module) -> Iterator[nn.Module]:
+    """The model for a while, and its weights no longer.
+
+    Masked models refer to themselves, and would wait for a collector that is slow.
+    """
     try:
-        yield
+        yield model
     finally:
         for parameter in model.parameters():
             parameter.data = torch.empty(0)

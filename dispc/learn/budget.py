@@ -41,9 +41,9 @@ def block_budget(checkpoint: Checkpoint, ratio: float, ratio_of: RatioOf) -> int
     return budget
 
 
-def check_fits(config: DecoderConfig, budget: int, align: int) -> None:
+def check_fits(config: DecoderConfig, budget: int, align: int, groups: tuple[int, ...] | None = None) -> None:
     """Raise MasksError where nothing will fit `budget` whatever is learned: known before the work, not after it."""
-    final_sets(np.zeros(sum(set_widths(config)), dtype=np.float32), config, budget, align=align)
+    final_sets(np.zeros(sum(set_widths(config)), dtype=np.float32), config, budget, align=align, groups=groups)
 
 
 def budget_facts(masks: Masks, checkpoint: Checkpoint, ratio: float, ratio_of: RatioOf) -> dict[str, str]:

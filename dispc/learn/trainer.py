@@ -65,7 +65,8 @@ def learn(options: LearnOptions, progress: Progress = lambda record, steps: None
         RunFolder(options, checkpoint.config_sha256).check(resume=resume, force=force)
     if options.tensorboard:
         need("tensorboard", "tensorboard")
-    check_fits(checkpoint.config, budget, options.align)
+    groups = Layout.make(checkpoint.config, constrained=True).vectors if options.constrained else None
+    check_fits(checkpoint.config, budget, options.align, groups)
     rows = windows(load_tokens(options.data, options.model), length, options.data)
     trainer = Trainer(options, checkpoint, budget, processes)
     if resume:

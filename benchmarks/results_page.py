@@ -15,7 +15,11 @@ Cell = dict[str, Any]
 def write_page(cells: Sequence[Cell], methods: Sequence[str], page: Path = PAGE) -> None:
     """A table for each way in which perplexity was measured, the zero-shot tasks, and how to repeat each cell."""
     cells = sorted(cells, key=lambda cell: ([*methods, "dense"].index(cell["method"]), cell["ratio"], cell["seed"]))
-    lines = ["# Results", "", "Written by `benchmarks/learned_masks.py table`, not by hand.", ""]
+    lines = [
+        "# Results", "",
+        "Written by `benchmarks/learned_masks.py table`, not by hand. `wikitext-mixed.txt` is what "
+        "`benchmarks/learning_text.py` makes of WikiText-2's train and validation splits.", "",
+    ]  # fmt: skip
     protocols = {protocol(text) for cell in cells for text in cell["perplexities"]}
     for chosen in sorted(protocols):
         lines += perplexities(cells, methods, chosen)

@@ -124,7 +124,12 @@ FAULTS: dict[str, tuple[faults.Fault, str, str, set[str]]] = {
     "a missing bias": (faults.drop_bias, "right", "block 1 mlp (read ", EVERYTHING),
     "another block's mask": (faults.read_with_the_mask_of_another_block, "right", "block 1 attention", EVERYTHING),
     "a column of the head": (faults.spoil_the_head, "right", "final norm and head", EVERYTHING),
-    "padding attended to": (faults.forget_padding, "right", "block 0 attention", {"padded batch"}),
+    "padding attended to": (
+        faults.forget_padding,
+        "right",
+        "block 0 attention",
+        {"padded batch", "shared past and present"},
+    ),
     "padding attended to, left": (faults.forget_padding, "left", "block 0 attention", {"padded batch"}),
 }
 
@@ -139,7 +144,7 @@ def test_a_planted_fault_fails_the_checks_that_can_see_it_and_is_named(case: str
         <= failed(report)
         <= EVERYTHING | {"greedy tokens", "top-1 tokens", "padding of the other side"} | ({"KL divergence"})
     )
-    if len(checks) == 1:
+    if checks != EVERYTHING:
         assert not failed(report) & (EVERYTHING - checks - {"KL divergence"})
     assert report.drill is not None
     verdict = report.drill["verdict"]

@@ -14,7 +14,6 @@ from typing import Annotated
 
 import typer
 from common import console
-from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 
 TITLE = re.compile(r"^ = [^=].* = $", re.MULTILINE)
 
@@ -35,6 +34,8 @@ def main(
     output: Annotated[Path, typer.Option("--output", "-o", help="The text file to write.")],
 ) -> None:
     """Write the mixed text."""
+    from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer  # an extra, and slow to import
+
     found = [known_words(article) for file in files for article in articles(file.read_text(encoding="utf-8"))]
     found = [article for article in found if len(article) > 400]  # more than its headings
     mixed = [wikitext_detokenizer({"page": page}) if number % 2 else page for number, page in enumerate(found)]

@@ -113,15 +113,16 @@ def dense_artifact(artifact: Path, reference: Path, dense: Path | None, build: b
     Raises:
         DispcError: when the one named is not dense, or differs from `artifact` in more than its masks.
     """
-    from dispc.compiler import CompileOptions, compile_model
     from dispc.manifest import read_manifest, require_comparable
-    from dispc.targets import choices_of
 
     if dense:
         require_comparable(artifact, dense)
     if dense or not build:
         yield dense
         return
+    from dispc.compiler import CompileOptions, compile_model
+    from dispc.targets import choices_of
+
     manifest = read_manifest(artifact)
     with TemporaryDirectory(prefix="dispc-dense-") as scratch:
         path = Path(scratch) / "dense"

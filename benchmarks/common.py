@@ -1,6 +1,5 @@
 """What the benchmarks share: running a command with its time and peak memory, tables and JSON results."""
 
-import json
 import os
 import random
 import shutil
@@ -15,6 +14,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from dispc.files import write_json
 
 GIB = 2**30
 WORK = Path(__file__).resolve().parent / "work"
@@ -162,9 +163,5 @@ def report(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], go
 
 def write_result(path: Path | None, result: Mapping[str, Any]) -> None:
     """Write a result as JSON, all at once; None writes nothing."""
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    if path is not None:
+        write_json(path, result)

@@ -7,11 +7,13 @@
 
 `learn` writes mask files METHOD-RATIO-SEED.safetensors, those that are missing; what was interrupted goes on from its
 checkpoint. `judge` and `zero-shot` add what is missing to the cells' JSON files in benchmarks/results/learned/ (DIR2:
-benchmarks/zero_shot_tasks.py). `table` writes docs/results.md from them. The text to learn from: learning_text.py.
+benchmarks/zero_shot_tasks.py); with `--compiled` they judge artifacts, which takes half the time and gives the same
+figures. `table` writes docs/results.md from them. The text to learn from: learning_text.py.
 """
 
 import json
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,11 +38,13 @@ SLUGS = {method.lower().replace(" ", "-"): method for method in METHODS}
 LEARNED = ("constrained", "no hypernetwork", "DISP-LLM")
 RATES = {"no hypernetwork": 0.05}
 """Learning rates that are not 2e-3: latents that nothing feeds move by the rate itself, in 1,200 steps."""
+RUNTIMES = {False: "torch", True: "onnxruntime"}
 ABOVE = 35
 """Per cent pruned above which the offset is 4 instead of 5: more gates have to change their mind (decision 0010)."""
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 ModelArgument = Annotated[Path, typer.Argument(help="Hugging Face model directory.")]
 MasksOption = Annotated[Path, typer.Option(help="Directory of mask files METHOD-RATIO-SEED.safetensors.")]
+CompiledOption = Annotated[bool, typer.Option("--compiled", help="Judge the artifact, not the torch reference.")]
 ResultsOption = Annotated[Path, typer.Option(help="Where the cells' results are.")]
 
 
@@ -104,6 +108,7 @@ def judge(
     window: Annotated[int, typer.Option(help="Perplexity window.")] = 1024,
     max_windows: Annotated[int | None, typer.Option(help="Read no more windows than this.")] = None,
     only: Annotated[str, typer.Option(help="Methods to judge, by commas; all, if empty.")] = "",
+    compiled: CompiledOption = False,
     results: ResultsOption = RESULTS,
 ) -> None:
     """Measure perplexities of the dense model and of mask files, those that are missing."""
@@ -115,7 +120,8 @@ def judge(
         console.print(f"judging {cell.name} ...", highlight=False)
         options: list[Any] = ["--data", test, "--sequence-length", window]
         options += ["--max-windows", max_windows] if max_windows else []
-        record["perplexities"].append(wanted | evaluate(model, file, options)["perplexity"][0])
+        report = evaluate(model, file, options, compiled=compiled)
+        record["perplexities"].append(wanted | {"runtime": RUNTIMES[compiled]} | report["perplexity"][0])
         write_record(results, cell, file, record)
 
 
@@ -126,17 +132,19 @@ def zero_shot(
     tasks: Annotated[Path, typer.Option(help="Directory that benchmarks/zero_shot_tasks.py wrote.")],
     limit: Annotated[int | None, typer.Option(help="Read no more items per task than this.")] = None,
     only: Annotated[str, typer.Option(help="Methods to judge, by commas; all, if empty.")] = "DISP-LLM",
+    compiled: CompiledOption = False,
     results: ResultsOption = RESULTS,
 ) -> None:
     """Measure the accuracy on zero-shot tasks of the dense model and of mask files, where it is missing."""
     names = ",".join(sorted(file.stem for file in tasks.glob("*.yaml")))
     for cell, file in cells_of(masks, only):
         record = read_record(results, cell, file, model)
-        if "tasks" in record or cell.seed:
+        if cell.seed or ("tasks" in record and record["limit"] == limit):
             continue
         console.print(f"zero-shot tasks of {cell.name} ...", highlight=False)
         options: list[Any] = ["--tasks", names, "--include", tasks, *(["--limit", limit] if limit else [])]
-        record["tasks"] = evaluate(model, file, options)["tasks"]
+        report = evaluate(model, file, options, compiled=compiled)
+        record |= {"limit": limit, "tasks_runtime": RUNTIMES[compiled], "tasks": report["tasks"]}
         write_record(results, cell, file, record)
 
 
@@ -152,10 +160,15 @@ def cells_of(masks: Path, only: str) -> list[tuple[Cell, Path | None]]:
     return [(DENSE, None), *((cell, file) for cell, file in found if not only or cell.method in only.split(","))]
 
 
-def evaluate(model: Path, masks: Path | None, options: list[Any]) -> dict[str, Any]:
-    """The report of `dispc eval`, without progress bars in front."""
-    chosen = ["--masks", masks] if masks else []
-    output = run(dispc(*map(str, ["eval", model, *chosen, *options, "--json"]))).output
+def evaluate(model: Path, masks: Path | None, options: list[Any], *, compiled: bool) -> dict[str, Any]:
+    """The report of `dispc eval`, on the torch reference or `compiled`, without progress bars in front."""
+    with tempfile.TemporaryDirectory() as folder:
+        subject: list[Any] = [model, "--masks", masks] if masks else [model]
+        if compiled:
+            chosen = ["--masks", masks] if masks else ["--dense"]
+            subject = [Path(folder) / "artifact"]
+            run(dispc("compile", model, *chosen, "--target", "onnx-cpu", "-o", subject[0], "--no-validate"))
+        output = run(dispc(*map(str, ["eval", *subject, *options, "--json"]))).output
     report: dict[str, Any] = json.JSONDecoder().raw_decode(output[f"\n{output}".index("\n{\n") :])[0]
     return report
 

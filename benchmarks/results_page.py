@@ -18,7 +18,8 @@ def write_page(cells: Sequence[Cell], methods: Sequence[str], page: Path = PAGE)
     lines = [
         "# Results", "",
         "Written by `benchmarks/learned_masks.py table`, not by hand. `wikitext-mixed.txt` is what "
-        "`benchmarks/learning_text.py` makes of WikiText-2's train and validation splits.", "",
+        "`benchmarks/learning_text.py` makes of WikiText-2's train and validation splits. Each cell's file in "
+        "`benchmarks/results/learned/` says what was judged: the torch reference or the artifact in ONNX Runtime.", "",
     ]  # fmt: skip
     protocols = {protocol(text) for cell in cells for text in cell["perplexities"]}
     for chosen in sorted(protocols):

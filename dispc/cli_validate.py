@@ -55,12 +55,12 @@ def validate(
 
     Example: [bold]dispc validate model-cuda/ --reference model/ --junit report.xml --html report.html[/bold]
     """
-    from dispc.manifest import write_json
+    from dispc.files import write_json, write_text
     from dispc.validate.html import page
     from dispc.validate.judge import check
     from dispc.validate.latency import LatencyOptions
     from dispc.validate.parity import Thresholds
-    from dispc.validate.report import junit_error, markdown_error, write_text
+    from dispc.validate.report import junit_error, markdown_error
 
     limits = {
         "error": max_error, "kl": max_kl, "top1": max_top1, "greedy": max_greedy, "perplexity": max_perplexity

@@ -18,7 +18,8 @@ from dispc.export.card import write_card
 from dispc.export.companions import write_companions
 from dispc.export.trace import trace
 from dispc.export.write import check_file, check_output, save_model, staged_directory
-from dispc.manifest import MANIFEST, write_json
+from dispc.files import write_json
+from dispc.manifest import MANIFEST
 from dispc.masks import Masks
 from dispc.passes.pipeline import PassRecord, build_pipeline, pipeline_line, run_pipeline
 from dispc.targets import Choices, Plan, make_plan

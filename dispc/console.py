@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dispc.manifest import json_text
+from dispc.files import json_text
 from dispc.masks import SETS
 from dispc.quantisation import Quantisation
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from dispc.errors import DataError, first_line
 from dispc.extras import need
+from dispc.files import whole
 
 Tokens = npt.NDArray[np.int32]
 LOADERS = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -98,13 +99,8 @@ def load_tokens(source: str, model: Path, cache: Path | None = None) -> Tokens:
     if (cached := _read_cache(path)) is not None:
         return cached
     tokens = tokenise(read_text(source), model)
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{key}.{os.getpid()}.partial.npy")
-    try:
-        np.save(partial, tokens, allow_pickle=False)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as partial, open(partial, "wb") as file:  # np.save would add .npy to a name
+        np.save(file, tokens, allow_pickle=False)
     return tokens
 
 

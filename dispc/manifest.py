@@ -1,8 +1,6 @@
 """dispc.json: what an artifact says about itself. Its presence is what makes a directory an artifact."""
 
 import json
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +14,6 @@ FIELDS: dict[str, type] = {
 }  # fmt: skip
 """What every manifest holds, among others."""
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write readable JSON with a final newline, whole or not at all."""
-    write_whole(path, json_text(content))
-
-
-def json_text(content: Mapping[str, Any]) -> str:
-    """Readable JSON with a final newline; figures that are no number, or infinite, are null, since JSON has neither."""
-    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file; an older one stays until this one is complete."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 COMPARABLE = ("config_sha256", "target", "dtype", "padding", "quantisation", "logits", "align", "fusions")

@@ -19,6 +19,7 @@ from safetensors.numpy import save
 from dispc import __version__
 from dispc.errors import MasksError
 from dispc.families import DecoderConfig
+from dispc.files import whole
 
 NormScope = Literal["full", "selected"]
 Indices = npt.NDArray[np.int64]
@@ -200,13 +201,8 @@ class Masks:
             "num_hidden_layers": str(len(self.blocks)),
             "dispc_version": __version__,
         }
-        partial = path.with_name(path.name + ".partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with whole(path) as partial:
             partial.write_bytes(_sort_header(save(tensors, metadata)))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: Path) -> "Masks":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dispc.checkpoint import Checkpoint
-from dispc.manifest import write_json
+from dispc.files import write_json
 from dispc.targets import Plan
 
 COPIED = (

@@ -12,7 +12,8 @@ import harness
 import pytest
 
 from dispc.compiler import CompileOptions, compile_model
-from dispc.manifest import FIELDS, write_json
+from dispc.files import write_json
+from dispc.manifest import FIELDS
 from dispc.validate import doctor
 from dispc.validate.judge import choose_provider
 from dispc.validate.session import CPU

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"dispc": "dispc", "passes": "dispc.passes", "export": "dispc.export", "validate": "dispc.validate"}
 FOUNDATIONS = {
-    "checkpoint", "corpus", "devices", "errors", "extras", "families", "graph", "manifest", "masks", "narrow",
+    "checkpoint", "corpus", "devices", "errors", "extras", "families", "files", "graph", "manifest", "masks", "narrow",
     "quantisation", "signals", "targets", "weights",
 }  # fmt: skip
 LIBRARY = {

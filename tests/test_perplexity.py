@@ -18,8 +18,8 @@ from command import assert_refused, run
 from dispc.compiler import CompileOptions, compile_model
 from dispc.corpus import load_tokens
 from dispc.errors import ArtifactError, DataError
+from dispc.files import json_text
 from dispc.generate import load_tokenizer
-from dispc.manifest import json_text
 from dispc.masks import Masks
 from dispc.validate import evaluate, perplexity
 from dispc.validate.perplexity import TorchScorer, measure_perplexity, open_scorer
@@ -120,7 +120,7 @@ def test_the_command_reports_what_was_measured(place: Path, tmp_path: Path) -> N
         (["out", "--data", "text.txt", "--device", "cuda:1"], "runs on cpu or cuda"),
         (["out", "--data", "text.txt", "--record"], "--record"),
         (["model", "--masks", "masks.safetensors", "--tasks", "sea", "--record"], "--data FILE"),
-        (["model", "--data", "text.txt", "--json-file", "nowhere/report.json"], "No such file or directory"),
+        (["model", "--data", "text.txt", "--json-file", "/dev/null/report.json"], "/dev/null"),
     ],
     ids=str,
 )

@@ -69,7 +69,18 @@ def test_the_five_tasks_are_measured_and_shown_beside_the_perplexities(tmp_path:
     for _ in range(2):  # the second time there is nothing left to do
         learned_masks.judge(model, masks, tmp_path / "text", window=16, max_windows=2, results=results, only="")
         learned_masks.zero_shot(model, masks, tasks, limit=1, results=results, only="DISP-LLM")
-    cells = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    compiled = tmp_path / "compiled"
+    learned_masks.judge(
+        model, masks, tmp_path / "text", window=16, max_windows=2, results=compiled, only="", compiled=True
+    )
+    learned_masks.zero_shot(model, masks, tasks, limit=1, results=compiled, only="DISP-LLM", compiled=True)
+    cells, artifacts = ([json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+                        for folder in (results, compiled))  # fmt: skip
+    for cell, artifact in zip(cells, artifacts, strict=True):
+        (torch,), (runtime,) = cell["perplexities"], artifact["perplexities"]
+        assert runtime["perplexity"] == pytest.approx(torch["perplexity"], rel=1e-3)
+        assert (torch["runtime"], runtime["runtime"]) == ("torch", "onnxruntime")
+        assert artifact["tasks"] == cell["tasks"]
     assert [(cell["method"], len(cell["perplexities"]), len(cell["tasks"])) for cell in cells] == [
         ("dense", 1, 5), ("DISP-LLM", 1, 5)
     ]  # fmt: skip

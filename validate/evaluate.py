@@ -15,7 +15,7 @@ from typing import Any
 from dispc import __version__
 from dispc.checkpoint import Checkpoint
 from dispc.errors import DataError, Interrupted
-from dispc.manifest import write_json
+from dispc.files import write_json
 from dispc.masks import Masks
 from dispc.validate.perplexity import Perplexity, Scorer, measure_perplexity, open_scorer, text_windows
 from dispc.validate.zero_shot import find_tasks, measure_tasks

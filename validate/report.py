@@ -1,12 +1,10 @@
 """What a validation found: checks, and what was measured beside them; as JSON, Markdown and JUnit."""
 
-import math
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
 
-from dispc.manifest import write_whole
+from dispc.files import finite
 
 Status = Literal["passed", "failed", "skipped", "noted"]
 
@@ -88,7 +86,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON; figures that are not finite become null."""
-        found: dict[str, Any] = _finite(asdict(self) | {"passed": self.passed, "headline": self.headline})
+        found: dict[str, Any] = finite(asdict(self) | {"passed": self.passed, "headline": self.headline})
         for check, row in zip(self.checks, found["checks"], strict=True):
             row["passed"] = check.passed
         return found
@@ -175,20 +173,6 @@ def figure_and_limit(check: dict[str, Any]) -> tuple[str, str]:
     figure = "inf" if check["figure"] is None else f"{check['figure']:.3g}"
     limit = "" if check["limit"] is None else f"{check['limit']:.3g} {check['unit']}".strip()
     return figure, limit
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a report whole, and the folders it is in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _xml(text: str) -> str:

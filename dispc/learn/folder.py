@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from dispc.errors import LearnError, first_line
+from dispc.files import whole, write_json, write_text
 from dispc.learn.options import LearnOptions
-from dispc.manifest import write_json, write_whole
 
 CHECKPOINT, METRICS, OPTIONS = "checkpoint.pt", "metrics.jsonl", "options.json"
 FORMAT_VERSION = 1
@@ -51,17 +51,14 @@ class RunFolder:
         Raises:
             LearnError, OSError: when it cannot be written.
         """
-        partial = self.checkpoint.with_name(f"{CHECKPOINT}.partial")
         try:
-            with open(partial, "wb") as file:
+            with whole(self.checkpoint) as partial, open(partial, "wb") as file:
                 torch.save({"version": FORMAT_VERSION, "config_sha256": self.config_sha256} | state, file)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(self.checkpoint)
         except RuntimeError as error:  # torch's zip writer does not say that the disk is full
-            raise LearnError(f"{partial}: cannot be written ({first_line(error)}); is the disk full?") from error
-        finally:
-            partial.unlink(missing_ok=True)
+            say = f"{self.checkpoint}: cannot be written ({first_line(error)}); is the disk full?"
+            raise LearnError(say) from error
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
         """What `save` wrote last, None before the first time.
@@ -90,7 +87,7 @@ class RunFolder:
         """Drop the metrics of steps behind `step`, and what a kill left of a line."""
         if self.metrics.exists():
             lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_whole(self.metrics, "".join(line for line in lines if _step_of(line) <= step))
+            write_text(self.metrics, "".join(line for line in lines if _step_of(line) <= step))
 
 
 def _read_options(path: Path) -> dict[str, Any]:

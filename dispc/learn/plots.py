@@ -9,6 +9,7 @@ import numpy as np
 
 from dispc.errors import DispcError
 from dispc.extras import need
+from dispc.files import whole
 from dispc.learn.folder import METRICS
 from dispc.masks import SETS, Masks, set_width
 
@@ -78,12 +79,9 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
 def _save(figure: Any, file: Path) -> None:
     from matplotlib import pyplot
 
-    partial = file.with_name(f"{file.name}.partial")
     try:
-        with warnings.catch_warnings():
+        with whole(file) as partial, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             figure.savefig(partial, dpi=150, format=file.suffix.removeprefix("."))
-        partial.replace(file)
     finally:
-        partial.unlink(missing_ok=True)
         pyplot.close(figure)

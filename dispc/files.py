@@ -1,0 +1,50 @@
+"""Files that appear whole or not at all."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file name to write to instead of `path`, whose place it takes at the end of the block.
+
+    Folders that `path` is in are made. Where the block fails the file is removed, and an older one at `path` stays.
+    Processes do not share it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; an older one stays until this one is complete."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write readable JSON with a final newline, whole or not at all."""
+    write_text(path, json_text(content))
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """Readable JSON with a final newline, of what `finite` makes of the content."""
+    return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The same with None for figures that are no number, or infinite: JSON has neither."""
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

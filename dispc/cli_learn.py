@@ -204,11 +204,13 @@ def import_masks(
     Example: [bold]dispc import-masks hn-ckpt-final-0.50.pt --model Llama-2-7b-hf/ -o masks.safetensors[/bold]
     """
     from dispc.checkpoint import Checkpoint
+    from dispc.learn.budget import budget_facts
     from dispc.published import import_published
 
     file = output or model / "masks.safetensors"
     if file.exists() and not force:
         raise LearnError(f"{file}: exists; replace it with --force")
-    config = Checkpoint(model).config
-    import_published(source, config).save(file, config)
+    checkpoint = Checkpoint(model)
+    masks = import_published(source, checkpoint.config)
+    masks.with_metadata(budget_facts(masks, checkpoint, "blocks")).save(file, checkpoint.config)
     report_masks(file, model, as_json)

@@ -15,7 +15,6 @@ from dispc.console import summary
 from dispc.errors import ArtifactError, DispcError
 from dispc.manifest import MANIFEST, read_manifest
 from dispc.masks import SETS, Masks, set_width
-from dispc.narrow import is_published_model, masks_of_directory
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -41,9 +40,8 @@ def masks_of(path: Path) -> Masks:
     """
     if (path / MANIFEST).is_file():
         return Masks.load(path / "masks.safetensors")
-    if is_published_model(path):
-        return masks_of_directory(path, Checkpoint(path).config)
-    return Masks.load(path)
+    published = Checkpoint(path).published_masks if (path / "config.json").is_file() else None
+    return Masks.load(path) if published is None else published
 
 
 def _masks(path: Path) -> dict[str, Any]:

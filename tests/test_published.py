@@ -218,5 +218,7 @@ def test_the_command_writes_the_mask_file(tmp_path: Path) -> None:
     directory, model = write_model(tmp_path / "pruned", vectors), harness.checkpoint("llama").directory
     arguments = ("import-masks", directory, "--model", model, "-o", tmp_path / "new" / "m.safetensors")
     assert run(*arguments).code == 0
-    assert Masks.load(tmp_path / "new" / "m.safetensors").sha256() == masks.sha256()
+    written = Masks.load(tmp_path / "new" / "m.safetensors")
+    assert written.sha256() == masks.sha256()
+    assert int(written.metadata["kept_parameters"]) == masks.kept_parameters(CONFIG)
     assert run(*arguments).code == 2  # it exists

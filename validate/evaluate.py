@@ -1,6 +1,7 @@
 """What masks, or an artifact, are worth: perplexity on texts and accuracy on tasks, as one report.
 
-Everything that can be refused is refused before the first window is read, and the report is written after each part.
+What can be refused without running anything is refused before the first window is read; only what lm-eval finds out as
+it goes (a model without a tokenizer, a task that generates text) comes later. The report is written after each part.
 """
 
 import platform
@@ -55,7 +56,7 @@ def evaluate(options: EvalOptions, bar: Bar) -> dict[str, Any]:
     """The report: what was judged and where, `perplexity` (a list), `tasks` (by name), and whether it is `complete`.
 
     Raises:
-        DispcError: when anything asked for cannot be had; nothing was measured then.
+        DispcError: when anything asked for cannot be had; what was measured until then is in the report's file.
         Interrupted: at Ctrl-C, where a file holds what was measured until then.
     """
     manager = find_tasks(list(options.tasks), options.include) if options.tasks else None

@@ -46,15 +46,13 @@ def check_fits(config: DecoderConfig, budget: int, align: int, groups: tuple[int
     final_sets(np.zeros(sum(set_widths(config)), dtype=np.float32), config, budget, align=align, groups=groups)
 
 
-def budget_facts(masks: Masks, checkpoint: Checkpoint, ratio: float, ratio_of: RatioOf) -> dict[str, str]:
-    """The metadata that says what was asked for and what came out: `ratio_reached` is of what `pruning_ratio` is of."""
+def budget_facts(masks: Masks, checkpoint: Checkpoint, ratio_of: RatioOf) -> dict[str, str]:
+    """The metadata that says what masks keep, and which share of `ratio_of` they prune."""
     config = checkpoint.config
     kept, blocks = masks.kept_parameters(config), config.block_parameters * config.num_hidden_layers
     whole = blocks if ratio_of == "blocks" else model_parameters(checkpoint)
-    return {
-        "pruning_ratio": str(ratio), "ratio_of": ratio_of, "ratio_reached": f"{(blocks - kept) / whole:.6f}",
-        "kept_parameters": str(kept),
-    }  # fmt: skip
+    reached = f"{(blocks - kept) / whole:.6f}"
+    return {"ratio_of": ratio_of, "ratio_reached": reached, "kept_parameters": str(kept)}
 
 
 def model_parameters(checkpoint: Checkpoint) -> int:

@@ -56,7 +56,7 @@ def instant_masks(
     config = checkpoint.config
     budget = block_budget(checkpoint, ratio, ratio_of)
     check_fits(config, budget, align)
-    metadata = {"method": method, "align": str(align)}
+    metadata = {"method": method, "align": str(align), "pruning_ratio": str(ratio)}
     if method == "random":
         scores = np.random.default_rng(seed).random(sum(set_widths(config)))
         metadata["seed"] = str(seed)
@@ -77,7 +77,7 @@ def instant_masks(
             metadata |= {"data": source_name(data), "windows": str(len(rows)), "sequence_length": str(rows.shape[1])}
         scores = np.concatenate([norm / max(norm.mean(), np.finfo(float).tiny) for norm in norms])
     masks = final_sets(scores, config, budget, align=align, norm_scope=norm_scope)
-    return replace(masks, metadata=metadata | budget_facts(masks, checkpoint, ratio, ratio_of))
+    return replace(masks, metadata=metadata | budget_facts(masks, checkpoint, ratio_of))
 
 
 def _parts(model: nn.Module, config: DecoderConfig) -> list[tuple[list[Any], bool]]:

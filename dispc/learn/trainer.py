@@ -215,8 +215,8 @@ class Trainer:
             "steps": str(self.step), "seed": str(options.seed),
             "sequence_length": str(options.sequence_length), "batch_size": str(options.batch_size),
             "learning_rate": str(options.learning_rate), "decay": str(options.decay).lower(),
-            "offset": str(options.offset), "align": str(options.align),
-        } | budget_facts(masks, self.checkpoint, options.pruning_ratio, options.ratio_of)  # fmt: skip
+            "offset": str(options.offset), "align": str(options.align), "pruning_ratio": str(options.pruning_ratio),
+        } | budget_facts(masks, self.checkpoint, options.ratio_of)  # fmt: skip
         return dataclasses.replace(masks, metadata=metadata)
 
     def save(self) -> None:

@@ -1,11 +1,16 @@
 """Fixtures for all tests. Nothing here or in a test reaches the network."""
 
 import os
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cuda_stub as stub_libraries
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from desk import Desk
 
 settings.register_profile("dispc", deadline=None)  # a busy machine is no failure
 settings.load_profile("dispc")
@@ -21,3 +26,18 @@ def cuda_stub(request: pytest.FixtureRequest) -> Path:
         return stub_libraries.ensure(request.config.cache.mkdir("cuda-stub"))
     except stub_libraries.StubUnavailableError as error:
         pytest.skip(f"no CUDA stub: {error}")
+
+
+@pytest.fixture(scope="session")
+def desk_originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from desk import furnish  # loads torch, which reads the environment set above
+
+    return furnish(tmp_path_factory.mktemp("desk"))
+
+
+@pytest.fixture
+def desk(tmp_path: Path, desk_originals: Path) -> "Desk":
+    from desk import Desk
+
+    shutil.copytree(desk_originals, tmp_path, dirs_exist_ok=True)
+    return Desk(tmp_path, tmp_path / "model", tmp_path / "older", tmp_path / "new")

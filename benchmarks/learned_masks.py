@@ -36,6 +36,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 SLUGS = {method.lower().replace(" ", "-"): method for method in METHODS}
 LEARNED = ("constrained", "no hypernetwork", "DISP-LLM")
+READING = (*LEARNED, "activation")
 RATES = {"no hypernetwork": 0.05}
 """Learning rates that are not 2e-3: latents that nothing feeds move by the rate itself, in 1,200 steps."""
 RUNTIMES = {False: "torch", True: "onnxruntime"}
@@ -93,11 +94,13 @@ def learn(
             continue
         console.print(f"{cell.name} ...", highlight=False)
         options: list[Any] = ["-r", cell.ratio / 100, "--seed", cell.seed, *METHODS[cell.method]]
+        if cell.method in READING:
+            options += ["--data", data]
         if cell.method in LEARNED:
             options += ["--steps", steps, "--sequence-length", sequence_length, "--precision", "bfloat16", "--decay"]
             options += ["--learning-rate", RATES.get(cell.method, 2e-3), "--offset", 4 if cell.ratio > ABOVE else 5]
             options += ["--resume" if file.with_suffix(".learn").exists() else "--force"]
-        run(dispc(*map(str, ["learn", model, "--data", data, "-o", file, *options])))
+        run(dispc(*map(str, ["learn", model, "-o", file, *options])))
 
 
 @app.command()
@@ -192,8 +195,8 @@ def write_record(results: Path, cell: Cell, masks: Path | None, record: dict[str
 def learned(cell: Cell, masks: Path, model: Path) -> dict[str, Any]:
     """How the masks of a file were made: the command, the tokens read, and the seconds of all steps."""
     facts = json.loads(run(dispc("inspect", str(masks), "--json")).output)["facts"]
-    options: list[Any] = ["learn", model.name, "--data", facts.get("data", "-"), "-r", facts["pruning_ratio"]]
-    options += ["--seed", cell.seed, *METHODS[cell.method]]
+    options: list[Any] = ["learn", model.name, "-r", facts["pruning_ratio"], "--seed", cell.seed, *METHODS[cell.method]]
+    options += ["--data", facts["data"]] if cell.method in READING else []
     if cell.method in LEARNED:
         options += ["--steps", facts["steps"], "--sequence-length", facts["sequence_length"]]
         options += ["--learning-rate", facts["learning_rate"], "--precision", "bfloat16"]

@@ -49,19 +49,26 @@ def perplexities(cells: Sequence[Cell], methods: Sequence[str], chosen: tuple[st
     ]  # fmt: skip
     for method in methods:
         for ratio in ratios:
-            seeds = [value for (m, r, _), value in sorted(found.items()) if (m, r) == (method, ratio)]
+            seeds = {seed: value for (m, r, seed), value in sorted(found.items()) if (m, r) == (method, ratio)}
             if len(seeds) > 1:
-                shown = ", ".join(f"{value:.2f}" for value in seeds)
-                spread = f"mean {statistics.mean(seeds):.2f}, standard deviation {statistics.stdev(seeds):.2f}"
-                lines += [f"{method} at {ratio} %, seeds 0 to {len(seeds) - 1}: {shown}; {spread}.", ""]
+                values = list(seeds.values())
+                shown = ", ".join(f"{value:.2f} (seed {seed})" for seed, value in seeds.items())
+                spread = f"mean {statistics.mean(values):.2f}, standard deviation {statistics.stdev(values):.2f}"
+                lines += [f"{method} at {ratio} %: {shown}; {spread}.", ""]
     return lines
 
 
 def zero_shot(cells: Iterable[Cell]) -> list[str]:
-    """Accuracy by task; nothing where no task was measured."""
-    measured = [cell for cell in cells if "tasks" in cell]
-    if not measured:
-        return []
+    """Accuracy by task, a table for each way in which it was measured; nothing where no task was."""
+    groups: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in cells:
+        if "tasks" in cell:
+            items = (f"{name} {facts['items']}" for name, facts in cell["tasks"].items())
+            groups.setdefault(tuple(items), []).append(cell)
+    return [line for items, measured in groups.items() for line in accuracies(measured, ", ".join(items))]
+
+
+def accuracies(measured: Sequence[Cell], items: str) -> list[str]:
     names = list(measured[0]["tasks"])
     rows = []
     for cell in measured:
@@ -69,7 +76,6 @@ def zero_shot(cells: Iterable[Cell]) -> list[str]:
         title = cell["method"] if not cell["ratio"] else f"{cell['method']}, {cell['ratio']} %"
         shown = [f"{100 * cell['tasks'][n]['value']:.1f} ± {100 * cell['tasks'][n]['stderr']:.1f}" for n in names]
         rows.append((title, *shown, f"{100 * statistics.mean(values):.1f}"))
-    items = ", ".join(f"{name} {measured[0]['tasks'][name]['items']}" for name in names)
     heads = [f"{name.removeprefix('local_')} ({measured[0]['tasks'][name]['metric']})" for name in names]
     return [
         "## Zero-shot accuracy", "",

@@ -92,6 +92,15 @@ class Checkpoint:
         return hashlib.sha256((self.directory / "config.json").read_bytes()).hexdigest()
 
     @cached_property
+    def weights_sha256(self) -> str:
+        """Of the files with the weights, one after another; they are read once for it."""
+        digest = hashlib.sha256()
+        for path in sorted({tensor.file for tensor in self.stored.values()}):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    @cached_property
     def generation_config(self) -> dict[str, Any]:
         """generation_config.json, empty when there is none."""
         path = self.directory / "generation_config.json"
@@ -118,10 +127,13 @@ class Checkpoint:
 
         The narrow projections of a published pruned model stand here at full width, with zeros in what it left out.
         """
-        stored = self._stored()
-        return stored if self.published_masks is None else widen(stored, self.published_masks, self.config)
+        if self.published_masks is None:
+            return self.stored
+        return widen(self.stored, self.published_masks, self.config)
 
-    def _stored(self) -> dict[str, CheckpointTensor]:
+    @cached_property
+    def stored(self) -> dict[str, CheckpointTensor]:
+        """Every tensor as it stands in the files; headers are read, values are not."""
         for index, single, list_tensors in (
             ("model.safetensors.index.json", "model.safetensors", _list_safetensors),
             ("pytorch_model.bin.index.json", "pytorch_model.bin", _list_torch_file),

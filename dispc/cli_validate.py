@@ -19,26 +19,44 @@ def validate(
     reference: Annotated[Path, typer.Option("--reference", "-r", help="The model it was compiled from.")],
     on_cpu: Annotated[bool, typer.Option("--on-cpu", help="Judge parity on the CPU, whatever the target.")] = False,
     drill: Annotated[bool, typer.Option("--drill", help="Compare block by block even when nothing failed.")] = False,
-    data: Annotated[str | None, typer.Option(help="Text for perplexity: a file, or a dataset as NAME:SPLIT.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Window for perplexity [2048, or the limit].")] = None,
+    data: Annotated[str | None, typer.Option(help="Text for perplexity, as for learn.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Window for perplexity.", show_default="2048, or the limit")
+    ] = None,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Read no more windows than this.")] = None,
     reference_dtype: Annotated[
-        str | None, typer.Option(help="Truth: float64 or float32 [float64 up to a billion parameters].")
+        str | None, typer.Option(help="Truth: float64 or float32.", show_default="float64 up to a billion parameters")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random tokens.")] = 0,
-    max_error: Annotated[float | None, typer.Option(help="Logit error, in units of the dtype's own [4].")] = None,
-    max_kl: Annotated[float | None, typer.Option(help="KL divergence, in units of the dtype's own [4].")] = None,
-    max_top1: Annotated[float | None, typer.Option(help="Share of other top tokens beyond ties [0.01].")] = None,
-    max_greedy: Annotated[float | None, typer.Option(help="Share of other greedy tokens beyond ties [0].")] = None,
-    max_perplexity: Annotated[float | None, typer.Option(help="Relative difference of perplexity [0.01].")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Logit error, in units of the dtype's own.", show_default="4")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="KL divergence, in units of the dtype's own.", show_default="4")
+    ] = None,
+    max_top1: Annotated[
+        float | None, typer.Option(help="Share of other top tokens beyond ties.", show_default="0.01")
+    ] = None,
+    max_greedy: Annotated[
+        float | None, typer.Option(help="Share of other greedy tokens beyond ties.", show_default="0")
+    ] = None,
+    max_perplexity: Annotated[
+        float | None, typer.Option(help="Relative difference of perplexity.", show_default="0.01")
+    ] = None,
     latency: Annotated[bool, typer.Option("--latency", help="Measure times, memory and operators too.")] = False,
     dense: Annotated[Path | None, typer.Option(help="A dense artifact to compare with; implies --latency.")] = None,
     build_dense: Annotated[
         bool, typer.Option("--build-dense", help="Compile the dense artifact on the fly; implies --latency.")
     ] = False,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch size to time; several times [1].")] = None,
-    prompt: Annotated[list[int] | None, typer.Option(help="Prompt length to time; several times [128].")] = None,
-    past: Annotated[list[int] | None, typer.Option(help="Past length to time one token at [128].")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Batch size to time; several times.", show_default="1")
+    ] = None,
+    prompt: Annotated[
+        list[int] | None, typer.Option(help="Prompt length to time; several times.", show_default="128")
+    ] = None,
+    past: Annotated[
+        list[int] | None, typer.Option(help="Past length to time one token at.", show_default="128")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each case.")] = 20,
     threads: Annotated[int, typer.Option(min=0, help="Threads for timing; 0 leaves it to ONNX Runtime.")] = 0,
     baseline: Annotated[
@@ -67,7 +85,7 @@ def validate(
     }  # fmt: skip
     for path in (json_file, junit, markdown, html):  # a report of another run would be read as one of this
         if path and path.is_file() and not (baseline and baseline.exists() and path.samefile(baseline)):
-            path.unlink()
+            path.resolve().unlink()
     try:
         options: dict[str, Any] = {
             "thresholds": Thresholds(**{name: limit for name, limit in limits.items() if limit is not None}),
@@ -91,7 +109,6 @@ def validate(
         raise
     found = report.as_dict()
     if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(json_file, found)
     for path, render in ((junit, report.junit), (markdown, report.markdown), (html, lambda: page(found))):
         if path:
@@ -156,7 +173,7 @@ def latency_tables(report: dict[str, Any]) -> list[Table]:
     if latency["peak_bytes"]:
         facts += f", peak memory {latency['peak_bytes'] / 2**20:,.0f} MiB"
     facts += f", a copy moves {latency['copy_bytes_per_second'] / 1e9:.1f} GB/s"
-    times = Table(title=f"Latency on {latency['provider']}: {facts}", title_justify="left")
+    times = Table(title=escape(f"Latency on {report['device']} ({latency['provider']}): {facts}"), title_justify="left")
     for column in ("", "artifact", *LATENCY_COLUMNS):
         times.add_column(column, justify="left" if column in ("", "artifact") else "right")
     for row in latency["rows"]:

@@ -1,6 +1,7 @@
 """Text to tokens: read through `datasets`, tokenised once into a cache, cut into windows."""
 
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,8 @@ Tokens = npt.NDArray[np.int32]
 LOADERS = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 """Suffix of a file to the loader of `datasets` that reads it; anything else is read as text."""
 SEPARATOR = "\n\n"
+READER = b"2"
+"""Part of the cache's keys: counts how often the same source came to be read differently."""
 
 
 def read_text(source: str) -> str:
@@ -45,7 +48,7 @@ def _file_rows(path: Path) -> list[str]:
     loader = LOADERS.get(path.suffix, "text")
     if loader == "text":  # `datasets` would drop the line ends, which the hub's WikiText rows have
         try:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = list(io.StringIO(path.read_text(encoding="utf-8")))  # str.splitlines knows more ends than this one
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text ({error})") from error
         return [line if line.strip() else "" for line in lines]
@@ -94,7 +97,7 @@ def load_tokens(source: str, model: Path, cache: Path | None = None) -> Tokens:
         DataError: when there is no text, or the model has no tokenizer.
     """
     cache = cache or cache_folder() / "tokens"
-    key = hashlib.sha256(_tokenizer_digest(model) + _source_digest(source)).hexdigest()[:32]
+    key = hashlib.sha256(READER + _tokenizer_digest(model) + _source_digest(source)).hexdigest()[:32]
     path = cache / f"{key}.npy"
     if (cached := _read_cache(path)) is not None:
         return cached

@@ -14,8 +14,12 @@ def whole(path: Path) -> Iterator[Path]:
     """A file name to write to instead of `path`, whose place it takes at the end of the block.
 
     Folders that `path` is in are made. Where the block fails the file is removed, and an older one at `path` stays.
-    Processes do not share it.
+    Processes do not share it. A link is written through; what is no file (/dev/stdout, a pipe) is written to directly.
     """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:

@@ -98,7 +98,7 @@ def _block_operators(graph: onnx.GraphProto) -> list[dict[str, int]]:
 def _model(path: Path) -> dict[str, Any]:
     checkpoint = Checkpoint(path)
     config = checkpoint.config
-    tensors = checkpoint.tensors.values()
+    tensors = checkpoint.stored.values()
     masks = checkpoint.published_masks
     widths, full = ([], {}) if masks is None else _widths(masks)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)

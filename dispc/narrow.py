@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dispc.checkpoint import CheckpointTensor
 
 MODELLING_FILES = "modeling_*pruned*.py"
-ASSIGNMENT = re.compile(r"^[ \t]*(?:\w+\.)?cfgs[ \t]*=[ \t]*\[\s*((?:\[[^\[\]]*\]\s*,?\s*)+)\]", re.MULTILINE)
+ASSIGNMENT = re.compile(r"^[ \t]*(?:\w+\.)?cfgs[ \t]*=[ \t]*\[\s*((?:\[[^\[\]]*\]\s*(?:,\s*)?)+)\]", re.MULTILINE)
 VECTOR = re.compile(r"\[([^\[\]]*)\]")
 Vectors = tuple[npt.NDArray[np.float64], ...]
 Kept = tuple[Indices | None, int]

@@ -51,7 +51,7 @@ def masks_of_hypernetwork(file: Path, config: DecoderConfig) -> Masks:
         state: Any = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise MasksError(f"{file}: not a checkpoint that loads without running code ({first_line(error)})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise MasksError(f"{file}: not the state of a hypernetwork (a dictionary of tensors is expected)")
     renamed = {}
     for name, value in state.items():
@@ -60,8 +60,8 @@ def masks_of_hypernetwork(file: Path, config: DecoderConfig) -> Masks:
                 name = re.sub(pattern, ours, name)
                 break
         renamed[name] = value.float()
-    if "inputs" not in renamed:
-        raise MasksError(f"{file}: not the state of a published hypernetwork (it has no tensor 'inputs')")
+    if "inputs" not in renamed or renamed["inputs"].ndim < 2:
+        raise MasksError(f"{file}: not the state of a published hypernetwork (it has no matrix 'inputs')")
     renamed["inputs"] = renamed["inputs"].flatten(0, -2)
     network = HyperNetwork(set_widths(config))
     try:

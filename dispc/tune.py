@@ -21,7 +21,7 @@ from dispc.checkpoint import Checkpoint, CheckpointTensor
 from dispc.devices import processor_name
 from dispc.errors import CompileError
 from dispc.families import DecoderConfig
-from dispc.masks import Masks
+from dispc.masks import Block, Masks
 from dispc.passes.pipeline import NEARLY_EVERYTHING
 from dispc.targets import Choices, Lowering, Plan, make_plan
 
@@ -82,14 +82,14 @@ def tune(
         raise CompileError("--tune chooses the lowering; leave out --lowering, or --tune")
     default = make_plan(target, choices)
     _require_device(default)
-    alive = [number for number, block in enumerate(masks.blocks) if block.attention.alive or block.mlp.alive]
-    if not alive:
-        raise CompileError("--tune: the masks leave no block anything to do")
-    places = np.linspace(0, len(alive) - 1, min(BLOCKS, len(alive))).round().astype(int)
-    blocks = tuple(alive[place] for place in places)
+    pruned = [number for number, block in enumerate(masks.blocks) if _part_widths(block, masks.hidden_size)]
+    if not pruned:
+        raise CompileError("--tune: no sub-layer reads or writes a part of the stream; all lowerings are alike")
+    places = np.linspace(0, len(pruned) - 1, min(BLOCKS, len(pruned))).round().astype(int)
+    blocks = tuple(pruned[place] for place in places)
     part = SomeBlocks(checkpoint, blocks)
     kept = replace(masks, blocks=tuple(masks.blocks[block] for block in blocks))
-    plans = dict(_candidates(target, choices, kept))
+    plans = dict(_candidates(target, choices, masks))
     try:
         with _artifacts(part, kept, plans, build) as artifacts:
             milliseconds = time_lowerings(artifacts, default, checkpoint.config.max_positions)
@@ -139,24 +139,22 @@ def _require_device(plan: Plan) -> None:
 
 
 def _candidates(target: str, choices: Choices, masks: Masks) -> Iterator[tuple[str, Plan]]:
-    """The lowerings that the target can run and that differ for these masks.
-
-    Raises:
-        CompileError: when the masks prune no read and no write: every lowering gives the same graph.
-    """
-    layers = [layer for block in masks.blocks for layer in (block.attention, block.mlp)]
-    sides = [side for layer in layers for side in (layer.read, layer.write)]
-    partial = [len(side) for side in sides if 0 < len(side) < masks.hidden_size]
-    if not partial:
-        raise CompileError("--tune: the masks prune no read and no write; every lowering gives the same graph")
+    """The lowerings that the target can run and that differ for these masks."""
+    widest = max(width for block in masks.blocks for width in _part_widths(block, masks.hidden_size))
     for lowering in get_args(Lowering):
-        if lowering == "zero-filled" and max(partial) < NEARLY_EVERYTHING * masks.hidden_size:
+        if lowering == "zero-filled" and widest < NEARLY_EVERYTHING * masks.hidden_size:
             continue
         try:
             yield lowering, make_plan(target, replace(choices, lowering=lowering))
         except CompileError:
             if lowering == "inverse-gather":  # runs everywhere: something else is wrong
                 raise
+
+
+def _part_widths(block: Block, hidden_size: int) -> list[int]:
+    """Widths of the reads and writes of a block that are neither empty nor everything."""
+    sides = [side for layer in (block.attention, block.mlp) for side in (layer.read, layer.write)]
+    return [len(side) for side in sides if 0 < len(side) < hidden_size]
 
 
 @contextmanager

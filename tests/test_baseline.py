@@ -1,6 +1,7 @@
 """A validation against the report of an earlier one: what got worse, or is no longer measured, has failed."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,17 @@ def measured(p50: float = 10.0, perplexity: float = 20.0, **facts: Any) -> Repor
 )
 def test_latency_and_perplexity_are_compared(p50: float, perplexity: float, failing: list[str]) -> None:
     assert regressions(compare(measured(p50, perplexity), older(measured().as_dict()), 0.05)) == failing
+
+
+def test_what_was_infinite_cannot_get_worse_and_what_becomes_infinite_is_worse() -> None:
+    def report(perplexity: float, prefill: float) -> Report:
+        checks = (Check.against("prefill", "parity", prefill, 4.0, "of its own error", ""),)
+        return measured(perplexity=perplexity, checks=checks)
+
+    whole, broken = report(20.0, 1.0), report(math.inf, math.inf)
+    assert [check.name for check in compare(whole, older(broken.as_dict()), 0.05).checks if not check.passed] == []
+    worse = compare(broken, older(whole.as_dict()), 0.05)
+    assert {"baseline: prefill", "baseline: perplexity"} <= set(regressions(worse))
 
 
 def test_what_is_no_longer_measured_has_failed() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import command
 import pytest
 import torch
+import typer
 from command import assert_refused, fingerprint
 from desk import Desk
 from safetensors.torch import load_file
@@ -268,6 +269,13 @@ def test_the_help_of_every_command_holds_an_example_of_it(name: str) -> None:
     outcome = command.run(name, "--help")
     assert outcome.code == 0
     assert f"dispc {name}" in outcome.out.split("Example:")[1]
+    assert name != "demo" or "'dispc[demo]'" in outcome.out  # rich takes brackets for markup
+
+
+def test_no_help_text_loses_brackets_to_markup() -> None:
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    for parameter in (one for each in commands.values() for one in each.params):
+        assert "[" not in (getattr(parameter, "help", None) or ""), parameter.name
 
 
 def test_every_command_has_been_listed_here_and_in_the_help() -> None:

@@ -73,7 +73,8 @@ class TestTheCommand:
         assert_refused(place, *self.arguments(place, **{"--data": str(data)}), says=(says,))
 
     def instant(self, tmp_path: Path, method: str, **changes: str) -> list[str]:
-        chosen = {"--data": text("train.txt", 3000, 2), "-o": str(tmp_path / "sub" / "m.safetensors")} | changes
+        reads = {"--data": text("train.txt", 3000, 2)} if method == "activation" else {}
+        chosen = reads | {"-o": str(tmp_path / "sub" / "m.safetensors")} | changes
         return ["learn", str(student()), "--method", method, *(part for pair in chosen.items() for part in pair)]
 
     @pytest.mark.parametrize("method", ["random", "magnitude", "activation"])
@@ -118,6 +119,12 @@ class TestTheCommand:
     )
     def test_activation_refuses_more(self, tmp_path: Path, changes: dict[str, str], says: str) -> None:
         assert_refused(tmp_path, *self.instant(tmp_path, "activation", **changes), says=(says,))
+
+    @pytest.mark.parametrize(
+        ("method", "option"), [("random", "--data"), ("magnitude", "--data"), ("magnitude", "--seed")]
+    )
+    def test_what_a_method_does_not_read_is_refused(self, tmp_path: Path, method: str, option: str) -> None:
+        assert_refused(tmp_path, *self.instant(tmp_path, method, **{option: "1"}), says=(f"{option}: does not apply",))
 
     def test_a_missed_budget_is_said(self, tmp_path: Path) -> None:
         outcome = run(*self.instant(tmp_path, "magnitude", **{"--align": "64", "--pruning-ratio": "0.5"}))

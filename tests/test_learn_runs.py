@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -16,8 +17,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 from command import fingerprint, run
+from safetensors.torch import load_file, save_file
 from student import options, student, text
 
+from dispc.corpus import load_tokens
 from dispc.errors import DispcError, LearnError
 from dispc.learn import trainer
 from dispc.learn.folder import CHECKPOINT, METRICS, OPTIONS
@@ -127,15 +130,105 @@ def test_options_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+def other_config(place: Path) -> None:
+    config = json.loads((place / "model" / "config.json").read_text())
+    (place / "model" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+
+
+def other_weights(place: Path) -> None:
+    file = place / "model" / "model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+
+
+def other_text(place: Path) -> None:
+    (place / "text.txt").write_text(Path(text("valid.txt", 2000, 3)).read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [(other_config, "configurations"), (other_weights, "the model's weights"), (other_text, "the tokens of the texts")],
+)
+def test_a_run_on_another_model_or_text_is_refused(tmp_path: Path, change: Callable[[Path], None], says: str) -> None:
+    model = Path(shutil.copytree(student(), tmp_path / "model"))
+    data = shutil.copy(text("train.txt", 3000, 2), tmp_path / "text.txt")
+    learn(options(tmp_path, model=model, data=str(data), steps=1))
+    change(tmp_path)
+    load_tokens(str(data), model)  # the cache may grow
+    before = fingerprint(tmp_path)
+    with pytest.raises(LearnError, match=rf"checkpoint\.pt: is of another run: .*{says} differ"):
+        learn(options(tmp_path, model=model, data=str(data), steps=2), resume=True)
+    assert fingerprint(tmp_path) == before
+
+
+def test_model_and_text_may_have_moved(tmp_path: Path) -> None:
     model = Path(shutil.copytree(student(), tmp_path / "model"))
     learn(options(tmp_path, model=model, steps=1))
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
-    before = fingerprint(tmp_path)
-    with pytest.raises(LearnError, match=r"checkpoint\.pt: is of another model"):
-        learn(options(tmp_path, model=model, steps=2), resume=True)
-    assert fingerprint(tmp_path) == before
+    moved = shutil.copy(text("train.txt", 3000, 2), tmp_path / "moved.txt")
+    masks, _ = learn(options(tmp_path, data=str(moved), steps=2), resume=True)
+    assert masks.sha256() == learn(options(tmp_path / "at once", steps=2))[0].sha256()
+
+
+def test_fewer_steps_than_were_made_are_refused(tmp_path: Path) -> None:
+    learn(options(tmp_path, steps=3))
+    with pytest.raises(LearnError, match="is of step 3, steps is 2; resume with --steps 3 or more"):
+        learn(options(tmp_path, steps=2), resume=True)
+
+
+def test_every_output_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    names = ("run-0.5", "run-0.25", "run", "run.pt", "run.0.safetensors")
+    chosen = [dataclasses.replace(options(tmp_path, steps=1), output=tmp_path / name) for name in names]
+    for each in chosen:
+        learn(each)
+    assert len({each.folder for each in chosen} | {each.output for each in chosen}) == 2 * len(names)
+    assert chosen[-1].folder == tmp_path / "run.0.learn"
+
+
+def test_a_directory_is_no_output(tmp_path: Path) -> None:
+    for force in (False, True):
+        with pytest.raises(LearnError, match="is a directory"):
+            learn(dataclasses.replace(options(tmp_path, steps=1), output=tmp_path), force=force)
+
+
+def test_tensorboard_gets_every_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[int, float] = {}
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            assert folder == str(tmp_path / "masks.learn" / "tensorboard")
+            for step in [step for step in shown if step >= purge_step]:
+                del shown[step]
+
+        def __enter__(self) -> "Writer":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            if name == "loss":
+                assert step not in shown
+                shown[step] = value
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Mock(SummaryWriter=Writer))
+    monkeypatch.setattr(trainer, "need", Mock())
+    chosen = options(tmp_path, steps=7, checkpoint_every=5, tensorboard=True)
+
+    def stop_at_step_6(record: dict[str, float], steps: int) -> None:
+        if record["step"] == 6:
+            shown[6] = -1.0  # was written before the kill, and is behind the checkpoint
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        learn(chosen, stop_at_step_6)
+    learn(chosen, resume=True)
+    lines = [json.loads(line) for line in (tmp_path / "masks.learn" / METRICS).read_text().splitlines()]
+    assert shown == {line["step"]: line["loss"] for line in lines} and len(lines) == 7
+
+
+def test_metrics_that_cannot_be_written_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.RunFolder, "cut_metrics", lambda folder, step: folder.metrics.symlink_to("/dev/full"))
+    with pytest.raises(LearnError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
+        learn(options(tmp_path, steps=2))
 
 
 def test_a_resumed_run_must_have_the_same_options(tmp_path: Path) -> None:

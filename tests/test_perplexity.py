@@ -18,7 +18,6 @@ from command import assert_refused, run
 from dispc.compiler import CompileOptions, compile_model
 from dispc.corpus import load_tokens
 from dispc.errors import ArtifactError, DataError
-from dispc.files import json_text
 from dispc.generate import load_tokenizer
 from dispc.masks import Masks
 from dispc.validate import evaluate, perplexity
@@ -112,6 +111,7 @@ def test_the_command_reports_what_was_measured(place: Path, tmp_path: Path) -> N
         (["out"], "nothing to measure"),
         (["out", "--data", "text.txt", "--masks", "masks.safetensors"], "masks are compiled in"),
         (["model", "--data", "text.txt", "--sequence-length", "500"], "takes 2 to 160"),
+        (["model", "--data", "text.txt", "--sequence-length", "0"], "takes 2 to 160"),
         (["model", "--data", "none.txt"], "no such file"),
         (["model", "--data", "text.txt", "--data", "none.txt"], "no such file"),
         (["model", "--data", "text.txt", "--device", "gpu"], "choose cpu, cuda or cuda:N"),
@@ -186,13 +186,6 @@ def test_what_was_measured_is_kept_when_a_later_part_fails(
     assert len(report["perplexity"]) == 1 and not report["complete"]
 
 
-def test_figures_that_are_no_number_are_null_in_json() -> None:
-    text = json_text({"a": float("nan"), "b": [float("inf"), {"c": -math.inf}], "d": (1.5, None)})
-    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == {
-        "a": None, "b": [None, {"c": None}], "d": [1.5, None]
-    }  # fmt: skip
-
-
 def test_a_perplexity_is_recorded_in_the_mask_file(place: Path, tmp_path: Path) -> None:
     file = Path(shutil.copyfile(place / "masks.safetensors", tmp_path / "masks.safetensors"))
     before = Masks.load(file)
@@ -249,6 +242,29 @@ def test_zero_shot_tasks_of_ones_own_run_offline_on_torch_and_artifact(place: Pa
 
 def ids_of(place: Path, text: str) -> list[int]:
     return list(load_tokenizer(place / "model").encode(text, add_special_tokens=False))
+
+
+GOOD_ITEM = '{"question": "the sea is", "choices": [" salt", " dry"], "answer": 0}'
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize(
+    ("items", "says"),
+    [
+        ("{broken", "the data of sea cannot be had"),
+        (GOOD_ITEM + '\n{"asked": "x", "choices": [" a", " b"], "answer": 0}', "do not fit"),
+    ],
+)
+def test_items_that_are_nonsense_are_one_line(place: Path, tmp_path: Path, items: str, says: str) -> None:
+    pytest.importorskip("lm_eval")
+    (tmp_path / "sea.jsonl").write_text(items + "\n")
+    (tmp_path / "sea.yaml").write_text(
+        f"task: sea\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/sea.jsonl\n"
+        'output_type: multiple_choice\ntest_split: test\ndoc_to_text: "{{question.lower()}}"\n'
+        'doc_to_choice: "{{choices}}"\ndoc_to_target: answer\n'
+    )
+    outcome = run("eval", place / "out", "--tasks", " sea ", "--include", tmp_path)
+    assert outcome.code == 2 and says in outcome.err and "Traceback" not in outcome.err
 
 
 @pytest.mark.extras

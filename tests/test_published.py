@@ -145,6 +145,8 @@ def test_a_pruned_model_directory_is_inspected_and_drawn_with_its_widths(tmp_pat
     directory = write_pruned("llama", masks, tmp_path / "pruned", tmp_path / "trap")
     facts = json.loads(run("inspect", directory, "--json").out)
     assert facts["facts"]["pruned"] == f"{masks.kept_parameters(CONFIG):,} block parameters kept"
+    stored = load_file(directory / "model.safetensors").values()
+    assert facts["facts"]["parameters"] == f"{sum(tensor.numel() for tensor in stored):,}"
     assert facts["widths"][1]["mlp.mid"] == len(masks.blocks[1].sets()["mlp.mid"])
     assert run("inspect", directory, "--plot", tmp_path / "w.svg").code == 0
     assert "<svg" in (tmp_path / "w.svg").read_text()
@@ -204,12 +206,19 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for name, content, says in (
         ("code.pt", {"inputs": Payload()}, "without running code"),
         ("list.pt", [1, 2], "dictionary of tensors"),
-        ("other.pt", {"weight": torch.zeros(3)}, "no tensor 'inputs'"),
+        ("other.pt", {"weight": torch.zeros(3)}, "no matrix 'inputs'"),
+        ("flat.pt", {"inputs": torch.zeros(3)}, "no matrix 'inputs'"),
+        ("numbered.pt", {0: torch.zeros(3)}, "dictionary of tensors"),
         ("narrow.pt", narrow, r"heads\.3\.weight is \(7, 128\), \(88, 128\) is expected"),
     ):
         torch.save(content, tmp_path / name)
         with pytest.raises(MasksError, match=says):
             import_published(tmp_path / name, CONFIG)
+
+
+def test_a_literal_that_never_ends_is_looked_through_at_once(tmp_path: Path) -> None:
+    (tmp_path / "modeling_pruned.py").write_text("cfgs = [" + "[1]    " * 2000 + "x")
+    assert not is_published_model(tmp_path)
 
 
 def test_the_command_writes_the_mask_file(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_the_page_tells_seeds_and_ways_of_measuring_apart(tmp_path: Path) -> Non
 
     write_page([cell(1, 12.0), cell(0, 10.0), cell(2, 99.0, windows=3)], list(learned_masks.METHODS), tmp_path / "p.md")
     page = (tmp_path / "p.md").read_text()
-    assert "seeds 0 to 1: 10.00, 12.00; mean 11.00, standard deviation 1.41." in page
+    assert "at 50 %: 10.00 (seed 0), 12.00 (seed 1); mean 11.00, standard deviation 1.41." in page
     assert page.index("2 windows") < page.index("| DISP-LLM | 10.00 |") < page.index("3 windows")
 
 

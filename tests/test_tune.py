@@ -146,14 +146,17 @@ def test_some_blocks_hold_the_weights_of_those_blocks() -> None:
     assert torch.equal(part.find("model.embed_tokens.weight").read(), embedding[: part.config.vocab_size])
 
 
-def test_blocks_without_work_are_not_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_that_any_lowering_spells_alike_are_not_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_times(monkeypatch)
     checkpoint = harness.checkpoint("llama")
     count = checkpoint.config.num_hidden_layers
     none, some = dict.fromkeys(("attention.read", "mlp.read"), np.array([], dtype=np.int64)), {"mlp.read": [1, 5]}
     masks = Masks.from_indices([none] * (count - 1) + [some], checkpoint.config)
     assert tune.tune(checkpoint, masks, "onnx-cpu", Choices(), build_artifact)[1]["blocks"] == [count - 1]
-    with pytest.raises(CompileError, match="no block anything to do"):
+    everything = [{}] * (count - 1) + [some]
+    masks = Masks.from_indices(everything, checkpoint.config)
+    assert tune.tune(checkpoint, masks, "onnx-cpu", Choices(), build_artifact)[1]["blocks"] == [count - 1]
+    with pytest.raises(CompileError, match="no sub-layer reads or writes a part"):
         tune.tune(
             checkpoint, Masks.from_indices([none] * count, checkpoint.config), "onnx-cpu", Choices(), build_artifact
         )
@@ -162,7 +165,7 @@ def test_blocks_without_work_are_not_sampled(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_cannot_be_tuned_is_refused_in_one_line(tmp_path: Path) -> None:
     line = ("compile", harness.checkpoint("llama").directory, "--dense", "--tune", "-o", tmp_path / "out")
     for more, said in (
-        (("-t", "onnx-cpu"), "prune no read and no write"),
+        (("-t", "onnx-cpu"), "no sub-layer reads or writes a part"),
         (("-t", "onnx", "--dtype", "bfloat16"), "no bfloat16 on a CPU"),
         (("-t", "onnx-cpu", "--lowering", "canonical"), "leave out --lowering"),
         (("-t", "onnx-cuda"), "--tune times the lowerings on CUDA, which is not here"),

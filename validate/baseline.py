@@ -73,18 +73,23 @@ def _figures(report: dict[str, Any]) -> Iterator[tuple[str, tuple[float, float, 
     """Name -> figure, the scale that a worsening from nothing is measured on, and the group."""
     for check in report["checks"]:
         if check["group"] == "parity" and check["status"] != "skipped" and check["limit"] is not None:
-            figure = math.inf if check["figure"] is None else float(check["figure"])
-            yield check["name"], (figure, float(check["limit"]), "parity")
+            yield check["name"], (_number(check["figure"]), float(check["limit"]), "parity")
     if report.get("perplexity"):
-        yield "perplexity", (float(report["perplexity"]["artifact"]["perplexity"]), 1.0, "perplexity")
+        yield "perplexity", (_number(report["perplexity"]["artifact"]["perplexity"]), 1.0, "perplexity")
     yield "bytes", (float(report["bytes"]), 1.0, "bytes")
     for row in (report.get("latency") or {}).get("rows", ()):
         if row["artifact"] == "artifact":
             yield f"{row['name']} p50", (float(row["p50"]), 1.0, "latency")
 
 
+def _number(figure: float | None) -> float:
+    """A figure of a report, which writes null where it is infinite or no number."""
+    return math.inf if figure is None else float(figure)
+
+
 def _compare(title: str, before: float, now: float, scale: float, max_regression: float) -> Check:
     """Worse by a share of what it was; what was 0, such as a share of tokens, by a share of its limit."""
     basis = before or scale
-    worse = 0.0 if now == before else (now - before) / basis if basis and math.isfinite(before) else math.inf
+    unchanged = now == before or math.isinf(before)  # nothing is worse than that
+    worse = 0.0 if unchanged else (now - before) / basis if basis else math.inf
     return Check.against(title, "baseline", worse, max_regression, "worse", f"{before:.6g} before, {now:.6g} now")

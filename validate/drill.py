@@ -105,7 +105,7 @@ def _drill_down(
 ) -> dict[str, Any]:
     directory = stage.artifact.directory
     artifact = Artifact(directory, provider=stage.artifact.provider, edit=expose, exact=True)
-    rows, detail = scenario.play(Stage(artifact, stage.vocabulary, stage.seed))
+    rows, _ = scenario.play(Stage(artifact, stage.vocabulary, stage.seed))
     answers = answer(rows, streams=True)
     lowering = artifact.manifest["lowering"]["name"]
     names = sub_layers(masks)
@@ -119,7 +119,7 @@ def _drill_down(
         stages.append(found | _widths(masks, block, part))
     stages.append(_measure("final norm and head", "logits", "logits", rows, answers))
     broken = next((entry for entry in stages if not entry["ratio"] <= limit), None)
-    verdict = None if broken is None else _verdict(broken, limit, scenario.name, detail, lowering)
+    verdict = None if broken is None else _verdict(broken, limit, scenario.name, lowering)
     return {"verdict": verdict, "scenario": scenario.name, "limit": limit, "lowering": lowering, "stages": stages}
 
 
@@ -157,7 +157,7 @@ def _widths(masks: Masks, block: int, part: str) -> dict[str, Any]:
     }
 
 
-def _verdict(stage: dict[str, Any], limit: float, scenario: str, detail: str, lowering: str) -> str:
+def _verdict(stage: dict[str, Any], limit: float, scenario: str, lowering: str) -> str:
     widths = ", ".join(f"{name} {stage[name]}" for name in ("read", "mid", "write") if name in stage)
     where = f"{stage['name']} ({widths}; lowering {lowering})" if widths else stage["name"]
     return (

@@ -74,7 +74,9 @@ def _checks(report: dict[str, Any]) -> str:
 
 
 def _facts(report: dict[str, Any]) -> str:
-    facts = {name: report[name] for name in ("artifact", "reference", "target", "dtype", "padding", "lowering")}
+    facts = {
+        name: report[name] for name in ("artifact", "reference", "target", "dtype", "padding", "lowering", "device")
+    }
     facts["bytes"] = f"{report['bytes']:,}"
     facts["versions"] = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     entries = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(fact))}</dd>" for name, fact in facts.items())

@@ -124,9 +124,9 @@ def scenario_to_drill(played: Sequence[Turn], checks: Sequence[Check]) -> Scenar
         return None
     turns = [turn for turn in played if turn.rows and turn.scenario.streams and not turn.told]
     own = [found[parity.LOGITS_CHECK.get(turn.scenario.name, turn.scenario.name)] for turn in turns]
-    ranked = sorted(zip(own, turns, strict=True), key=lambda pair: (pair[0].passed, -(pair[0].figure or 0)))
-    failed = next((turn.scenario for check, turn in zip(own, turns, strict=True) if not check.passed), None)
-    return failed or (ranked[0][1].scenario if ranked else None)
+    pairs = list(zip(own, turns, strict=True))
+    failed = next((turn.scenario for check, turn in pairs if not check.passed), None)
+    return failed or max(pairs, key=lambda pair: pair[0].figure or 0)[1].scenario if pairs else None
 
 
 def judge_text(trial: "Trial", limit: float, data: str, **windows: Any) -> tuple[dict[str, Any], list[Check]]:

@@ -82,7 +82,7 @@ def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provide
     names = {"artifact": artifact} | ({"dense": dense} if dense else {})
     rows: list[dict[str, Any]] = []
     loaded: dict[str, list[TimedArtifact]] = {}
-    peaks: dict[str, int | None] = {}
+    peak: int | None = None
     for name, path in names.items():
         loaded[name] = [TimedArtifact(path, provider, options.threads, graph) for graph in _graphs(path, provider)]
         options.require_room(path, loaded[name][0].artifact.positions)
@@ -90,7 +90,8 @@ def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provide
             for session in loaded[name]:
                 session.prefill(batch, max(options.prompts))()
                 session.step(batch, max(options.pasts))()
-        peaks.setdefault("artifact", peak_bytes(provider))  # of the dense one, the other is in it
+        if name == "artifact":  # that of the dense one would have this one in it
+            peak = peak_bytes(provider)
     for batch in options.batches:
         for kind, lengths in (("first token", options.prompts), ("one token", options.pasts)):
             for length in lengths:
@@ -109,7 +110,7 @@ def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provide
         if "bytes_per_second" in row:
             row["share_of_copy"] = row["bytes_per_second"] / copy
     return {
-        "rows": rows, "speedup": speedup, "copy_bytes_per_second": copy, "peak_bytes": peaks["artifact"],
+        "rows": rows, "speedup": speedup, "copy_bytes_per_second": copy, "peak_bytes": peak,
         "operators": operators, "gather_scatter_share": gathers, "provider": provider,
         "threads": options.threads or os.cpu_count(),
         "threads_chosen_by": "option" if options.threads else "ONNX Runtime",

@@ -41,13 +41,13 @@ class TorchScorer:
         self._set(model, directory, checkpoint.config.max_positions, device)
 
     @classmethod
-    def of(cls, model: Any, directory: Path, positions: int, device: str = "cpu") -> "TorchScorer":
-        """A scorer around a `model` that is loaded already and on `device`: nothing is read, nothing is masked.
+    def of(cls, model: Any, directory: Path, positions: int) -> "TorchScorer":
+        """A scorer around a `model` that is loaded already, on the CPU: nothing is read, nothing is masked.
 
         `directory` holds its tokenizer; `positions` is the longest sequence that it takes.
         """
         scorer = cls.__new__(cls)
-        scorer._set(model, directory, positions, device)
+        scorer._set(model, directory, positions, "cpu")
         return scorer
 
     def _set(self, model: Any, directory: Path, positions: int, device: str) -> None:
@@ -164,14 +164,14 @@ def measure_perplexity(
     scored = len(rows) * (length - 1)
     mean = total / scored
     return Perplexity(
-        perplexity=math.exp(mean) if mean < 700 else math.inf, mean_nll=mean, windows=len(rows),
+        perplexity=math.inf if mean >= 700 else math.exp(mean), mean_nll=mean, windows=len(rows),
         sequence_length=length, tokens_scored=scored, data=source_name(data),
     )  # fmt: skip
 
 
 def text_windows(data: str, directory: Path, positions: int, sequence_length: int | None = None) -> Tokens:
     """The windows [N, length] of `data` for the tokenizer of `directory`; raises as `measure_perplexity` does."""
-    length = sequence_length or min(DEFAULT_WINDOW, positions)
+    length = min(DEFAULT_WINDOW, positions) if sequence_length is None else sequence_length
     if not 2 <= length <= positions:
         raise DataError(f"windows of {length} tokens: {directory} takes 2 to {positions}")
     return windows(load_tokens(data, directory), length, data).astype(np.int64)

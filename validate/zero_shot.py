@@ -37,7 +37,7 @@ def find_tasks(tasks: list[str], include: Path | None = None) -> Any:
             raise DataError(f"--tasks {task}: lm-eval knows no such task; --include DIR adds definitions of your own")
     try:
         get_task_dict(tasks, manager)
-    except OSError as error:  # what `datasets` raises when it reaches no hub, or finds no file
+    except Exception as error:  # no network, no file, nonsense in it: `datasets` raises many kinds
         raise DataError(f"the data of {', '.join(tasks)} cannot be had: {first_line(error)}") from error
     return manager
 
@@ -56,14 +56,19 @@ def measure_tasks(
     these, `items` is how many it was measured on.
 
     Raises:
-        DispcError: when the model has no tokenizer, or a task is not judged by likelihood.
+        DispcError: when the model has no tokenizer, or a task's items do not fit its definition or are not judged by
+            likelihood.
     """
+    from jinja2 import TemplateError
     from lm_eval.evaluator import simple_evaluate
 
     adapter = _make_adapter(scorer, progress)
-    results = simple_evaluate(
-        adapter, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False
-    )
+    try:
+        results = simple_evaluate(
+            adapter, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False
+        )
+    except (TemplateError, KeyError, ValueError, TypeError, IndexError) as error:  # of prompts made from the items
+        raise DataError(f"{', '.join(tasks)}: items and definition do not fit ({first_line(error)})") from error
     return {name: _figure(results, name) for name in results["results"]}
 
 

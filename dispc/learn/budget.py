@@ -41,9 +41,20 @@ def block_budget(checkpoint: Checkpoint, ratio: float, ratio_of: RatioOf) -> int
     return budget
 
 
-def check_fits(config: DecoderConfig, budget: int, align: int, groups: tuple[int, ...] | None = None) -> None:
-    """Raise MasksError where nothing will fit `budget` whatever is learned: known before the work, not after it."""
-    final_sets(np.zeros(sum(set_widths(config)), dtype=np.float32), config, budget, align=align, groups=groups)
+def check_fits(config: DecoderConfig, budget: int, align: int, *, constrained: bool = False) -> None:
+    """Raise MasksError where nothing fits `budget` whatever is learned: known before the work, not after it.
+
+    The least that anything keeps is one sub-layer of the narrowest sets; `constrained`, the attention of every block.
+    """
+    side, middle = min(align, config.hidden_size), min(align, config.intermediate_size)
+    attention, mlp = config.attention_parameters(side, side), config.mlp_parameters(side, middle, side)
+    least = attention * config.num_hidden_layers if constrained else min(attention, mlp)
+    if least > budget:
+        raise _nothing_fits(budget)
+
+
+def _nothing_fits(budget: int) -> MasksError:
+    return MasksError(f"no set of positions fits a budget of {budget:,} block parameters")
 
 
 def budget_facts(masks: Masks, checkpoint: Checkpoint, ratio_of: RatioOf) -> dict[str, str]:
@@ -110,7 +121,7 @@ def final_sets(
 
     kept = _fill(runs, groups, budget, config)
     if _parameters(kept, config) == 0:
-        raise MasksError(f"no set of positions fits a budget of {budget:,} block parameters")
+        raise _nothing_fits(budget)
     chosen = [order[:width] for order, width in zip(orders, kept, strict=True)]
     blocks = [dict(zip(SETS, chosen[at : at + len(SETS)], strict=True)) for at in range(0, len(chosen), len(SETS))]
     return Masks.from_indices(blocks, config, norm_scope=norm_scope)

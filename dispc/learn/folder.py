@@ -15,20 +15,22 @@ from dispc.files import whole, write_json, write_text
 from dispc.learn.options import LearnOptions
 
 CHECKPOINT, METRICS, OPTIONS = "checkpoint.pt", "metrics.jsonl", "options.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class RunFolder:
-    """`options.folder`, which nothing touches before `prepare`; `config_sha256` says on which model is learned."""
+    """`options.folder`, which nothing touches before `prepare`."""
 
-    def __init__(self, options: LearnOptions, config_sha256: str) -> None:
-        self.options, self.config_sha256 = options, config_sha256
+    def __init__(self, options: LearnOptions) -> None:
+        self.options = options
         self.path = options.folder
         self.checkpoint, self.metrics = self.path / CHECKPOINT, self.path / METRICS
 
     def check(self, *, resume: bool, force: bool) -> None:
         """Raise LearnError unless the run may go on (`resume`), or start without losing an earlier one (or `force`)."""
         recorded = self.path / OPTIONS
+        if self.options.output.is_dir():
+            raise LearnError(f"{self.options.output}: is a directory; name a file in it with -o")
         if resume and recorded.is_file():
             self.options.check_same(_read_options(recorded))
         elif resume and self.checkpoint.exists():
@@ -45,41 +47,41 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / OPTIONS, self.options.as_dict())
 
-    def save(self, state: dict[str, Any]) -> None:
+    def save(self, state: dict[str, Any], inputs: dict[str, str]) -> None:
         """Write the checkpoint; the older one stays until this one is whole and on the disk.
+
+        `inputs` names what is learned on, with digests of the content.
 
         Raises:
             LearnError, OSError: when it cannot be written.
         """
         try:
             with whole(self.checkpoint) as partial, open(partial, "wb") as file:
-                torch.save({"version": FORMAT_VERSION, "config_sha256": self.config_sha256} | state, file)
+                torch.save({"version": FORMAT_VERSION, "inputs": inputs} | state, file)
                 file.flush()
                 os.fsync(file.fileno())
         except RuntimeError as error:  # torch's zip writer does not say that the disk is full
             say = f"{self.checkpoint}: cannot be written ({first_line(error)}); is the disk full?"
             raise LearnError(say) from error
 
-    def load(self, device: torch.device) -> dict[str, Any] | None:
+    def load(self, device: torch.device, inputs: dict[str, str]) -> dict[str, Any] | None:
         """What `save` wrote last, None before the first time.
 
         Raises:
-            LearnError: when it is damaged, of another version, or of another model.
+            LearnError: when it is damaged, of another version, or of other inputs.
         """
         if not self.checkpoint.is_file():
             return None
         try:
             state: Any = torch.load(self.checkpoint, map_location=device, weights_only=True)
-            version = state["version"]
+            version, theirs = state["version"], state.get("inputs")
         except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise LearnError(f"{self.checkpoint}: is no checkpoint of a run ({first_line(error)})") from error
         if version != FORMAT_VERSION:
             raise LearnError(f"{self.checkpoint}: checkpoint version {version}; this dispc reads {FORMAT_VERSION}")
-        if state.get("config_sha256", self.config_sha256) != self.config_sha256:  # older ones do not name their model
-            raise LearnError(
-                f"{self.checkpoint}: is of another model than {self.options.model} (config.json differs); "
-                "start anew with --force"
-            )
+        for name, digest in inputs.items():
+            if theirs.get(name) != digest:
+                raise LearnError(f"{self.checkpoint}: is of another run: {name} differ; start anew with --force")
         checkpoint: dict[str, Any] = state
         return checkpoint
 

@@ -12,13 +12,14 @@ from dispc.masks import NormScope
 
 Precision = Literal["float32", "bfloat16"]
 CHANGEABLE = (
-    "steps", "output", "device", "checkpoint_every", "tensorboard", "activation_checkpointing", "compile", "align",
-    "learning_rate",
+    "model", "data", "steps", "output", "device", "checkpoint_every", "tensorboard", "activation_checkpointing",
+    "compile", "align", "learning_rate",
 )  # fmt: skip
 """Options that may differ when a run is resumed.
 
 They do not change what a step computes (but `steps` with `decay`), or mend a run that went wrong: the learning rate
-where the loss is no number, the alignment where the final sets miss the budget.
+where the loss is no number, the alignment where the final sets miss the budget. Of model and data the content must be
+the same, which the checkpoint knows, and not the path.
 """
 
 
@@ -88,7 +89,7 @@ class LearnOptions:
     @property
     def folder(self) -> Path:
         """The run's folder: checkpoint, options, metrics and plots; `masks.learn` beside `masks.safetensors`."""
-        return self.output.with_suffix(".learn")
+        return self.output.with_name(f"{self.output.name.removesuffix('.safetensors')}.learn")
 
     @property
     def method(self) -> str:

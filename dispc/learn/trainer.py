@@ -4,13 +4,13 @@ Noise and data of a step are functions of the seed and the step's number alone: 
 """
 
 import dataclasses
+import hashlib
 import json
 import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -62,13 +62,17 @@ def learn(options: LearnOptions, progress: Progress = lambda record, steps: None
             f"give --batch-size {processes.count}, or a multiple of it"
         )
     if processes.main:
-        RunFolder(options, checkpoint.config_sha256).check(resume=resume, force=force)
+        RunFolder(options).check(resume=resume, force=force)
     if options.tensorboard:
         need("tensorboard", "tensorboard")
-    groups = Layout.make(checkpoint.config, constrained=True).vectors if options.constrained else None
-    check_fits(checkpoint.config, budget, options.align, groups)
-    rows = windows(load_tokens(options.data, options.model), length, options.data)
-    trainer = Trainer(options, checkpoint, budget, processes)
+    check_fits(checkpoint.config, budget, options.align, constrained=options.constrained)
+    tokens = load_tokens(options.data, options.model)
+    rows = windows(tokens, length, options.data)
+    inputs = {
+        "the model's configurations": checkpoint.config_sha256, "the model's weights": checkpoint.weights_sha256,
+        "the tokens of the texts": hashlib.sha256(tokens.tobytes()).hexdigest(),
+    }  # fmt: skip
+    trainer = Trainer(options, checkpoint, budget, processes, inputs)
     if resume:
         trainer.restore()
     if processes.main:  # from here on an earlier run is gone, or goes on
@@ -90,16 +94,24 @@ def learn(options: LearnOptions, progress: Progress = lambda record, steps: None
 class Trainer:
     """One learning run: the gated model, the source of latents, its optimiser, and the step it is at."""
 
-    def __init__(self, options: LearnOptions, checkpoint: Checkpoint, budget: int, processes: Processes) -> None:
+    def __init__(
+        self,
+        options: LearnOptions,
+        checkpoint: Checkpoint,
+        budget: int,
+        processes: Processes,
+        inputs: dict[str, str] | None = None,
+    ) -> None:
         self.options, self.checkpoint, self.budget, self.processes = options, checkpoint, budget, processes
-        self.config = checkpoint.config
-        self.folder = RunFolder(options, checkpoint.config_sha256)
+        self.config, self.inputs = checkpoint.config, inputs or {}
+        self.folder = RunFolder(options)
         self.noted: Callable[[], int | None] = lambda: None
         self.stopping = False
         self.dense = self.config.block_parameters * self.config.num_hidden_layers
         self.step = 0
         cuda = processes.device.type == "cuda"
-        precision = DTYPES[options.precision or ("bfloat16" if cuda else "float32")]
+        self.precision = options.precision or ("bfloat16" if cuda else "float32")
+        precision = DTYPES[self.precision]
         model = load_reference(options.model, self.config.family, None, precision if cuda else torch.float32)
         self.gated = GatedModel(
             model,
@@ -133,8 +145,8 @@ class Trainer:
         """
         options, main = self.options, self.processes.main
         with ExitStack() as stack:
-            log = stack.enter_context(open(self.folder.metrics, "a", encoding="utf-8")) if main else None
-            board = stack.enter_context(_tensorboard(self.folder.path)) if options.tensorboard and main else None
+            log = stack.enter_context(open(self.folder.metrics, "ab", buffering=0)) if main else None
+            board = stack.enter_context(_tensorboard(self.folder, self.step)) if options.tensorboard and main else None
             self.noted = stack.enter_context(note_signals())
             while self.step < options.steps:
                 start = time.perf_counter()
@@ -142,14 +154,12 @@ class Trainer:
                 seconds = time.perf_counter() - start
                 record["tokens_per_second"] = options.batch_size * options.sequence_length / seconds
                 if log:
-                    log.write(json.dumps(record) + "\n")
+                    self._log(log, record)
                     progress(record, options.steps)
                 if board:
                     for name, value in record.items():
                         board.add_scalar(name, value, self.step)
                 if self.stopping or self.step % options.checkpoint_every == 0 or self.step == options.steps:
-                    if log:
-                        log.flush()
                     self.save()
                 if self.stopping and self.step < options.steps:
                     say = f"stopped after step {self.step}; go on with --resume" if main else ""
@@ -190,6 +200,12 @@ class Trainer:
         self.step += 1
         return record
 
+    def _log(self, file: BinaryIO, record: dict[str, float]) -> None:
+        try:
+            file.write(f"{json.dumps(record)}\n".encode())
+        except OSError as error:
+            raise LearnError(f"{self.folder.metrics}: cannot be written ({error.strerror})") from error
+
     def _check_numbers(self, figures: Tensor) -> None:
         gradients = [parameter.grad for parameter in self.source.parameters() if parameter.grad is not None]
         if bool(torch.isfinite(nn.utils.get_total_norm([figures, *gradients]))):  # one answer from the device
@@ -215,7 +231,9 @@ class Trainer:
             "steps": str(self.step), "seed": str(options.seed),
             "sequence_length": str(options.sequence_length), "batch_size": str(options.batch_size),
             "learning_rate": str(options.learning_rate), "decay": str(options.decay).lower(),
-            "offset": str(options.offset), "align": str(options.align), "pruning_ratio": str(options.pruning_ratio),
+            "offset": str(options.offset), "precision": self.precision, "weight_decay": str(options.weight_decay),
+            "regulariser_weight": str(options.regulariser_weight), "align": str(options.align),
+            "pruning_ratio": str(options.pruning_ratio),
         } | budget_facts(masks, self.checkpoint, options.ratio_of)  # fmt: skip
         return dataclasses.replace(masks, metadata=metadata)
 
@@ -223,7 +241,8 @@ class Trainer:
         """Write the checkpoint, on the main process."""
         if self.processes.main:
             self.folder.save(
-                {"step": self.step, "source": self.source.state_dict(), "optimiser": self.optimiser.state_dict()}
+                {"step": self.step, "source": self.source.state_dict(), "optimiser": self.optimiser.state_dict()},
+                self.inputs,
             )
 
     def restore(self) -> None:
@@ -232,7 +251,7 @@ class Trainer:
         Raises:
             LearnError: when it is damaged, or of another run.
         """
-        state = self.folder.load(self.processes.device)
+        state = self.folder.load(self.processes.device, self.inputs)
         if state is None:
             return
         try:
@@ -241,6 +260,11 @@ class Trainer:
             self.step = state["step"]
         except (RuntimeError, KeyError, ValueError) as error:
             raise LearnError(f"{self.folder.checkpoint}: is no checkpoint of this run ({first_line(error)})") from error
+        if self.step > self.options.steps:
+            raise LearnError(
+                f"{self.folder.checkpoint}: is of step {self.step}, steps is {self.options.steps}; "
+                f"resume with --steps {self.step} or more"
+            )
 
     def _noise(self) -> Tensor:
         generator = torch.Generator().manual_seed(
@@ -256,7 +280,7 @@ class Trainer:
         return torch.from_numpy(mine.astype(np.int64)).to(self.processes.device)
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: RunFolder, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)  # a resumed run repeats later steps

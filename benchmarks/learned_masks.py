@@ -7,7 +7,7 @@
 
 `learn` writes mask files METHOD-RATIO-SEED.safetensors, those that are missing; what was interrupted goes on from its
 checkpoint. `judge` and `zero-shot` add what is missing to the cells' JSON files in benchmarks/results/learned/ (DIR2:
-benchmarks/zero_shot_tasks.py); with `--compiled` they judge artifacts, which takes half the time and gives the same
+benchmarks/zero_shot_tasks.py); with `--compiled` they judge artifacts, which takes less time and gives the same
 figures. `table` writes docs/results.md from them. The text to learn from: learning_text.py.
 """
 
@@ -24,6 +24,7 @@ from machine import REPOSITORY, environment
 from results_page import write_page
 
 from dispc.learn.estimator import OFFSET
+from dispc.masks import Masks
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "learned"
 METHODS: dict[str, tuple[str, ...]] = {
@@ -177,9 +178,9 @@ def evaluate(model: Path, masks: Path | None, options: list[Any], *, compiled: b
 
 
 def read_record(results: Path, cell: Cell, masks: Path | None, model: Path) -> dict[str, Any]:
-    """What is known of a cell: its JSON file, or what its masks say of themselves."""
+    """What is known of a cell: its JSON file, if that is of these masks, or what the masks say of themselves."""
     file = results / f"{cell.name}.json"
-    if file.exists():
+    if file.exists() and (masks is None or Masks.load(results / masks.name).sha256() == Masks.load(masks).sha256()):
         found: dict[str, Any] = json.loads(file.read_text())
         return found
     head = {"method": cell.method, "ratio": cell.ratio, "seed": cell.seed, "perplexities": []}
@@ -199,7 +200,7 @@ def learned(cell: Cell, masks: Path, model: Path) -> dict[str, Any]:
     options += ["--data", facts["data"]] if cell.method in READING else []
     if cell.method in LEARNED:
         options += ["--steps", facts["steps"], "--sequence-length", facts["sequence_length"]]
-        options += ["--learning-rate", facts["learning_rate"], "--precision", "bfloat16"]
+        options += ["--learning-rate", facts["learning_rate"], "--precision", facts["precision"]]
         options += ["--offset", facts["offset"]] if float(facts.get("offset", OFFSET)) != OFFSET else []
         options += ["--decay"] if facts.get("decay") == "true" else []
     tokens = int(facts.get("steps", 0)) * int(facts.get("sequence_length", 0)) * int(facts.get("batch_size", 1))

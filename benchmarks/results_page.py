@@ -1,9 +1,9 @@
 """docs/results.md, from the cells of learned_masks.py."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import console
 from machine import REPOSITORY
@@ -18,38 +18,64 @@ def write_page(cells: Sequence[Cell], methods: Sequence[str], page: Path = PAGE)
     lines = [
         "# Results", "",
         "Written by `benchmarks/learned_masks.py table`, not by hand. `wikitext-mixed.txt` is what "
-        "`benchmarks/learning_text.py` makes of WikiText-2's train and validation splits. Each cell's file in "
-        "`benchmarks/results/learned/` says what was judged: the torch reference or the artifact in ONNX Runtime.", "",
+        "`benchmarks/learning_text.py` makes of WikiText-2's train and validation splits. Cells are "
+        "METHOD-RATIO-SEED.json in `benchmarks/results/learned/`, with their masks.", "",
     ]  # fmt: skip
     protocols = {protocol(text) for cell in cells for text in cell["perplexities"]}
-    for chosen in sorted(protocols):
+    for chosen in sorted(protocols, key=lambda chosen: (chosen.windows, chosen)):
         lines += perplexities(cells, methods, chosen)
     lines += zero_shot(cells) + commands(cells)
     page.write_text("\n".join(lines), encoding="utf-8")
     console.print(f"{page}: {len(cells)} cells", highlight=False)
 
 
-def protocol(text: Cell) -> tuple[str, int, int]:
-    return text["data"], text["windows"], text["sequence_length"]
+class Protocol(NamedTuple):
+    """How a perplexity was measured; `only` says whether the text has more windows than were read."""
+
+    data: str
+    windows: int
+    length: int
+    only: bool
+
+    @property
+    def title(self) -> str:
+        return f"{self.data}, {'the first ' if self.only else 'all '}{self.windows} windows of {self.length:,} tokens"
+
+    @property
+    def options(self) -> str:
+        limit = f" --max-windows {self.windows}" if self.only else ""
+        return f"--data {self.data} --sequence-length {self.length}{limit}"
 
 
-def perplexities(cells: Sequence[Cell], methods: Sequence[str], chosen: tuple[str, int, int]) -> list[str]:
+def protocol(text: Cell) -> Protocol:
+    return Protocol(text["data"], text["windows"], text["sequence_length"], text.get("max_windows") is not None)
+
+
+def judged(options: str, runtimes: Iterable[str]) -> list[str]:
+    """With which command, and on what: compiling, before a cell is judged in ONNX Runtime, changes no figure."""
+    where = {"torch": "the torch reference", "onnxruntime": "the artifact that `dispc compile` makes, in ONNX Runtime"}
+    on = ", or ".join(where[name] for name in sorted(set(runtimes), reverse=True))
+    return [f"`dispc eval MODEL --masks CELL.safetensors {options}`; judged was {on}.", ""]
+
+
+def perplexities(cells: Sequence[Cell], methods: Sequence[str], chosen: Protocol) -> list[str]:
     """The methods by ratio, and below them what other seeds gave."""
     found = {(cell["method"], cell["ratio"], cell["seed"]): text["perplexity"]
              for cell in cells for text in cell["perplexities"] if protocol(text) == chosen}  # fmt: skip
     ratios = sorted({ratio for _, ratio, _ in found} - {0})
-    data, windows, length = chosen
+    runtimes = [text.get("runtime", "torch")
+                for cell in cells for text in cell["perplexities"] if protocol(text) == chosen]  # fmt: skip
     dense = found.get(("dense", 0, 0))
     lines = [
-        f"## Perplexity on {data}, {windows} windows of {length} tokens", "",
+        f"## Perplexity on {chosen.title}", "", *judged(chosen.options, runtimes),
         *([f"The dense model: {dense:.2f}.", ""] if dense else []),
         *table(("method", *(f"{ratio} %" for ratio in ratios)), [
-            (method, *(figure(found.get((method, ratio, 0))) for ratio in ratios)) for method in methods
+            (method, *(figure(found, (method, ratio, 0)) for ratio in ratios)) for method in methods
         ]),
     ]  # fmt: skip
     for method in methods:
         for ratio in ratios:
-            seeds = {seed: value for (m, r, seed), value in sorted(found.items()) if (m, r) == (method, ratio)}
+            seeds = {s: value for (m, r, s), value in sorted(found.items()) if (m, r) == (method, ratio) and value}
             if len(seeds) > 1:
                 values = list(seeds.values())
                 shown = ", ".join(f"{value:.2f} (seed {seed})" for seed, value in seeds.items())
@@ -60,16 +86,18 @@ def perplexities(cells: Sequence[Cell], methods: Sequence[str], chosen: tuple[st
 
 def zero_shot(cells: Iterable[Cell]) -> list[str]:
     """Accuracy by task, a table for each way in which it was measured; nothing where no task was."""
-    groups: dict[tuple[str, ...], list[Cell]] = {}
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
         if "tasks" in cell:
-            items = (f"{name} {facts['items']}" for name, facts in cell["tasks"].items())
-            groups.setdefault(tuple(items), []).append(cell)
-    return [line for items, measured in groups.items() for line in accuracies(measured, ", ".join(items))]
+            items = (facts["items"] for facts in cell["tasks"].values())
+            groups.setdefault((*cell["tasks"], *items, cell["limit"]), []).append(cell)
+    return [line for measured in groups.values() for line in accuracies(measured)]
 
 
-def accuracies(measured: Sequence[Cell], items: str) -> list[str]:
-    names = list(measured[0]["tasks"])
+def accuracies(measured: Sequence[Cell]) -> list[str]:
+    names, limit = list(measured[0]["tasks"]), measured[0]["limit"]
+    items = ", ".join(f"{name} {measured[0]['tasks'][name]['items']}" for name in names)
+    options = f"--tasks {','.join(names)} --include TASKS{f' --limit {limit}' if limit else ''}"
     rows = []
     for cell in measured:
         values = [cell["tasks"][name]["value"] for name in names]
@@ -78,9 +106,10 @@ def accuracies(measured: Sequence[Cell], items: str) -> list[str]:
         rows.append((title, *shown, f"{100 * statistics.mean(values):.1f}"))
     heads = [f"{name.removeprefix('local_')} ({measured[0]['tasks'][name]['metric']})" for name in names]
     return [
-        "## Zero-shot accuracy", "",
-        "Per cent, with the standard error. The texts were partly preprocessed by those who published the files: "
-        f"figures compare with each other, not with other tables. Items: {items}.", "",
+        "## Zero-shot accuracy", "", *judged(options, (cell["tasks_runtime"] for cell in measured)),
+        "TASKS is what `benchmarks/zero_shot_tasks.py` makes. Per cent, with the standard error. The texts were partly "
+        "preprocessed by those who published the files: figures compare with each other, not with other tables. "
+        f"Items: {items}.", "",
         *table(("model", *heads, "mean"), rows),
     ]  # fmt: skip
 
@@ -101,8 +130,11 @@ def commands(cells: Iterable[Cell]) -> list[str]:
     ]  # fmt: skip
 
 
-def figure(value: float | None) -> str:
-    return "not run" if value is None else f"{value:,.2f}" if value < 1e5 else f"{value:.1e}"
+def figure(found: Mapping[tuple[str, int, int], float | None], cell: tuple[str, int, int]) -> str:
+    if cell not in found:
+        return "not run"
+    value = found[cell]  # JSON has null for what is infinite
+    return "infinite" if value is None else f"{value:,.2f}" if value < 1e5 else f"{value:.1e}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

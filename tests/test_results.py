@@ -6,6 +6,7 @@ from typing import Any
 
 import learned_masks
 import pytest
+import results_page
 from language import make_student, make_tokenizer
 from learned_masks import DENSE, Cell, grid
 from learning_text import articles, known_words
@@ -61,6 +62,7 @@ def test_the_five_tasks_are_measured_and_shown_beside_the_perplexities(tmp_path:
     Masks.random(config, 0.3, 1).save(masks / "disp-llm-30-0.safetensors", config)
     file = masks / "disp-llm-30-0.safetensors"
     facts = {"steps": "2", "sequence_length": "8", "pruning_ratio": "0.3", "learning_rate": "0.002", "decay": "true"}
+    facts |= {"precision": "bfloat16"}
     loaded = Masks.load(file)
     Masks(**{**loaded.__dict__, "metadata": facts | {"data": "text", "offset": "5.0"}}).save(file, config)
     (tmp_path / "text").write_text("the sea is salt and deep blue " * 20)
@@ -90,6 +92,18 @@ def test_the_five_tasks_are_measured_and_shown_beside_the_perplexities(tmp_path:
     for cell in cells:
         assert f"{cell['perplexities'][0]['perplexity']:.2f}" in page
     assert "arc_challenge" in page and "hellaswag" in page and "| random | not run |" in page
+    assert "--data text --sequence-length 16 --max-windows 2`; judged was the torch reference." in page
+    Masks.random(config, 0.3, 2).with_metadata(Masks.load(file).metadata).save(file, config)
+    learned_masks.judge(model, masks, tmp_path / "text", window=16, max_windows=2, results=results, only="")
+    again = json.loads((results / "disp-llm-30-0.json").read_text())  # other masks: nothing of the old ones is left
+    assert len(again["perplexities"]) == 1 and "tasks" not in again
+    assert again["perplexities"][0]["perplexity"] != cells[1]["perplexities"][0]["perplexity"]
+
+
+def test_the_page_in_the_repository_is_that_of_its_cells(tmp_path: Path) -> None:
+    cells = [json.loads(path.read_text()) for path in sorted(learned_masks.RESULTS.glob("*.json"))]
+    write_page(cells, list(learned_masks.METHODS), tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == results_page.PAGE.read_text()
 
 
 def test_the_page_tells_seeds_and_ways_of_measuring_apart(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 SLUGS = {method.lower().replace(" ", "-"): method for method in METHODS}
 LEARNED = ("constrained", "no hypernetwork", "DISP-LLM")
-READING = (*LEARNED, "activation")
+READING, SEEDED = (*LEARNED, "activation"), (*LEARNED, "random")
 RATES = {"no hypernetwork": 0.05}
 """Learning rates that are not 2e-3: latents that nothing feeds move by the rate itself, in 1,200 steps."""
 RUNTIMES = {False: "torch", True: "onnxruntime"}
@@ -94,9 +94,7 @@ def learn(
         if file.exists():
             continue
         console.print(f"{cell.name} ...", highlight=False)
-        options: list[Any] = ["-r", cell.ratio / 100, "--seed", cell.seed, *METHODS[cell.method]]
-        if cell.method in READING:
-            options += ["--data", data]
+        options: list[Any] = ["-r", cell.ratio / 100, *inputs(cell, data)]
         if cell.method in LEARNED:
             options += ["--steps", steps, "--sequence-length", sequence_length, "--precision", "bfloat16", "--decay"]
             options += ["--learning-rate", RATES.get(cell.method, 2e-3), "--offset", 4 if cell.ratio > ABOVE else 5]
@@ -158,6 +156,12 @@ def table(results: ResultsOption = RESULTS) -> None:
     write_page([json.loads(path.read_text()) for path in sorted(results.glob("*.json"))], list(METHODS))
 
 
+def inputs(cell: Cell, data: Any) -> list[Any]:
+    """The options of `dispc learn` for a cell's method, and the text and the seed where it has them."""
+    options: list[Any] = ["--data", data] if cell.method in READING else []
+    return [*options, *(["--seed", cell.seed] if cell.method in SEEDED else []), *METHODS[cell.method]]
+
+
 def cells_of(masks: Path, only: str) -> list[tuple[Cell, Path | None]]:
     """The dense model, and the mask files of the methods in `only`."""
     found = [(Cell.of(file), file) for file in sorted(masks.glob("*.safetensors"))]
@@ -196,8 +200,7 @@ def write_record(results: Path, cell: Cell, masks: Path | None, record: dict[str
 def learned(cell: Cell, masks: Path, model: Path) -> dict[str, Any]:
     """How the masks of a file were made: the command, the tokens read, and the seconds of all steps."""
     facts = json.loads(run(dispc("inspect", str(masks), "--json")).output)["facts"]
-    options: list[Any] = ["learn", model.name, "-r", facts["pruning_ratio"], "--seed", cell.seed, *METHODS[cell.method]]
-    options += ["--data", facts["data"]] if cell.method in READING else []
+    options: list[Any] = ["learn", model.name, "-r", facts["pruning_ratio"], *inputs(cell, facts.get("data"))]
     if cell.method in LEARNED:
         options += ["--steps", facts["steps"], "--sequence-length", facts["sequence_length"]]
         options += ["--learning-rate", facts["learning_rate"], "--precision", facts["precision"]]

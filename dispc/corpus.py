@@ -55,11 +55,15 @@ def _file_rows(path: Path) -> list[str]:
     need("datasets", "learn")
     import datasets
 
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would print the error that is told below
     try:
         rows = datasets.load_dataset(loader, data_files=str(path), split="train", streaming=True)
         return _column(rows, str(path))
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise DataError(f"{path}: not readable as {loader} ({first_line(error)})") from error
+    finally:
+        datasets.logging.set_verbosity(level)
 
 
 def _hub_rows(source: str) -> list[str]:

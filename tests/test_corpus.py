@@ -32,6 +32,8 @@ def test_a_text_file_is_read_as_the_hub_has_wikitext(tmp_path: Path) -> None:
     path = tmp_path / "wiki.raw"
     path.write_text(" \n = Title = \n \n Text . \n")
     assert read_text(str(path)) == "\n\n".join(["", " = Title = \n", "", " Text . \n"])
+    path.write_text("a\u2028b\x0cc\n d")  # ends of lines for str.splitlines, but not in a file
+    assert read_text(str(path)) == "\n\n".join(["a\u2028b\x0cc\n", " d"])
 
 
 @pytest.mark.extras
@@ -44,11 +46,19 @@ def test_a_text_file_is_read_as_the_hub_has_wikitext(tmp_path: Path) -> None:
         ("a.parquet", "no parquet", "not readable as parquet"),
     ],
 )
-def test_unusable_files_are_named(tmp_path: Path, name: str, content: str, says: str) -> None:
+def test_unusable_files_are_named(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+    content: str,
+    says: str,
+) -> None:
     pytest.importorskip("datasets")
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=says):
         read_text(str(tmp_path / name))
+    assert not caplog.records and "Failed" not in capfd.readouterr().err  # the error is told once
 
 
 @pytest.mark.extras

@@ -15,8 +15,9 @@ import onnx_ir as ir
 
 from dispc.errors import ArtifactError
 from dispc.targets import TARGETS
+from dispc.validate.edits import load_graph
 from dispc.validate.report import Check
-from dispc.validate.session import CPU, Artifact, load_graph, open_session
+from dispc.validate.session import CPU, Artifact, open_session
 
 NAMED = 8
 """Nodes named in a check; all of them are in the report."""

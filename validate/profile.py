@@ -17,7 +17,8 @@ import onnx
 import onnxruntime as ort
 
 from dispc.validate.bound import BoundDecoder
-from dispc.validate.session import CUDA, Artifact, load_graph, open_session
+from dispc.validate.edits import load_graph
+from dispc.validate.session import CUDA, Artifact, open_session
 
 COPY_BYTES = 2**28
 ROTARY_CACHES = (7, 8)

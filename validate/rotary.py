@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from dispc.checkpoint import Checkpoint
+from dispc.validate.edits import load_graph
 from dispc.validate.report import Check
-from dispc.validate.session import Artifact, load_graph
+from dispc.validate.session import Artifact
 
 TABLES = ("cos_cache", "sin_cache")
 UNITS = 2.0

@@ -1,9 +1,8 @@
 """An artifact in ONNX Runtime: tokens in, logits and caches out, padded on the side that the artifact declares."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ import onnxruntime as ort
 
 from dispc.errors import ArtifactError, first_line
 from dispc.manifest import read_manifest
+from dispc.validate.edits import Edit, exactly_comparable, load_graph, widen, with_float32_outputs
 
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
-Edit = Callable[[ir.Model], None]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 ELEMENTS = {
     "tensor(float)": ir.DataType.FLOAT, "tensor(float16)": ir.DataType.FLOAT16, "tensor(bfloat16)": ir.DataType.BFLOAT16
@@ -66,9 +65,9 @@ class Artifact:
         self.int8_activations = bool((self.manifest.get("quantisation") or {}).get("int8_activations"))
         self.last_logits = self.manifest.get("logits") == "last"
         if exact and (self.int8_activations or self.last_logits):
-            edit = _exactly(edit)
+            edit = exactly_comparable(edit)
         if self.dtype == "bfloat16" and not self.widened:
-            edit = _with_float32_outputs(edit)
+            edit = with_float32_outputs(edit)
         options |= {"threads": threads, "provider": provider}
         if self.widened:
             with tempfile.TemporaryDirectory(prefix="dispc-widened-") as scratch:
@@ -245,94 +244,3 @@ def open_session(
     if provider not in session.get_providers():
         raise ArtifactError(f"{path}: ONNX Runtime left {provider} out; dispc doctor says why")
     return session
-
-
-def load_graph(path: Path) -> ir.Model:
-    """The graph of an artifact, its weights still in their file.
-
-    Raises:
-        ArtifactError: when it is no ONNX model.
-    """
-    try:
-        return ir.load(path)
-    except Exception as error:  # protobuf's and onnx_ir's share no base class
-        raise ArtifactError(f"{path}: ONNX Runtime cannot load the model: {first_line(error)}") from error
-
-
-def _with_float32_outputs(edit: Edit | None) -> Edit:
-    """numpy has no bfloat16, so that every output but the caches is cast (exactly) in the graph."""
-
-    def widened(model: ir.Model) -> None:
-        if edit:
-            edit(model)
-        outputs = model.graph.outputs
-        for index, value in enumerate(outputs):
-            if value.dtype == ir.DataType.BFLOAT16 and not (value.name or "").startswith("present."):
-                name, value.name = value.name, f"{value.name}.bfloat16"
-                cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{name}/Cast")
-                cast.outputs[0].name, cast.outputs[0].dtype = name, ir.DataType.FLOAT
-                cast.outputs[0].shape = value.shape
-                model.graph.append(cast)
-                outputs[index] = cast.outputs[0]
-
-    return widened
-
-
-def widen(model: ir.Model) -> ir.Model:
-    """Turn every half-precision tensor and type of `model` into float32, in place."""
-    halves, wide = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16), ir.DataType.FLOAT
-    graph = model.graph
-    for value in _values(graph):
-        if value.const_value is not None and value.const_value.dtype in halves:
-            narrow = value.const_value
-            value.const_value = ir.LazyTensor(
-                partial(_as_float32, narrow), dtype=wide, shape=ir.Shape(narrow.shape.numpy()), name=narrow.name
-            )
-        if value.dtype in halves:
-            value.dtype = wide
-    for node in graph:
-        target = node.attributes.get("to")
-        if target is not None and target.as_int() in halves:
-            node.attributes["to"] = ir.AttrInt64("to", wide)
-    return model
-
-
-def _exactly(edit: Edit | None) -> Edit:
-    """Undo what cannot be compared closely or everywhere: int8 activations, and logits of the last token only."""
-
-    def exactly(model: ir.Model) -> None:
-        without_int8_activations(model)
-        with_all_logits(model)
-        if edit:
-            edit(model)
-
-    return exactly
-
-
-def without_int8_activations(model: ir.Model) -> None:
-    """Let every MatMulNBits of `model` multiply in floating point, in place."""
-    for node in model.graph:
-        node.attributes.pop("accuracy_level", None)
-
-
-def with_all_logits(model: ir.Model) -> None:
-    """Let the LM head of a `--last-logits` graph see every position, in place."""
-    for node in model.graph:
-        for position, value in enumerate(node.inputs):
-            producer = value.producer() if value is not None else None
-            if producer is not None and (producer.name or "").startswith("/last/Gather"):
-                node.replace_input_with(position, producer.inputs[0])
-    logits = next(value for value in model.graph.outputs if value.name == "logits")
-    if logits.shape is not None:
-        logits.shape = ir.Shape([logits.shape[0], "sequence_length", logits.shape[2]])
-
-
-def _as_float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    return ir.tensor(tensor.numpy().astype(np.float32))
-
-
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from graph.inputs
-    yield from graph.initializers.values()
-    for node in graph:
-        yield from node.outputs

@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +57,23 @@ def _file_rows(path: Path) -> list[str]:
     need("datasets", "learn")
     import datasets
 
-    level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would print the error that is told below
     try:
-        rows = datasets.load_dataset(loader, data_files=str(path), split="train", streaming=True)
-        return _column(rows, str(path))
+        with quiet_datasets():
+            rows = datasets.load_dataset(loader, data_files=str(path), split="train", streaming=True)
+            return _column(rows, str(path))
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise DataError(f"{path}: not readable as {loader} ({first_line(error)})") from error
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """`datasets` does not log the errors that it raises, with their tracebacks: dispc tells them in one line."""
+    import datasets
+
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
     finally:
         datasets.logging.set_verbosity(level)
 

@@ -1,6 +1,8 @@
 """Perplexity: the protocol against its definition, and the same figure from torch and from the artifact."""
 
+import io
 import json
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -255,8 +257,12 @@ GOOD_ITEM = '{"question": "the sea is", "choices": [" salt", " dry"], "answer": 
         (GOOD_ITEM + '\n{"asked": "x", "choices": [" a", " b"], "answer": 0}', "do not fit"),
     ],
 )
-def test_items_that_are_nonsense_are_one_line(place: Path, tmp_path: Path, items: str, says: str) -> None:
+def test_items_that_are_nonsense_are_one_line(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, items: str, says: str
+) -> None:
     pytest.importorskip("lm_eval")
+    log = io.StringIO()  # that of `datasets` would be the stream of whichever test imported it first
+    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [logging.StreamHandler(log)])
     (tmp_path / "sea.jsonl").write_text(items + "\n")
     (tmp_path / "sea.yaml").write_text(
         f"task: sea\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/sea.jsonl\n"
@@ -265,6 +271,7 @@ def test_items_that_are_nonsense_are_one_line(place: Path, tmp_path: Path, items
     )
     outcome = run("eval", place / "out", "--tasks", " sea ", "--include", tmp_path)
     assert outcome.code == 2 and says in outcome.err and "Traceback" not in outcome.err
+    assert log.getvalue() == ""
 
 
 @pytest.mark.extras

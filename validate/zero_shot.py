@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dispc.corpus import quiet_datasets
 from dispc.errors import DataError, first_line
 from dispc.extras import need
 from dispc.validate.perplexity import Scorer, negative_log_likelihood
@@ -36,7 +37,8 @@ def find_tasks(tasks: list[str], include: Path | None = None) -> Any:
         if task not in known:
             raise DataError(f"--tasks {task}: lm-eval knows no such task; --include DIR adds definitions of your own")
     try:
-        get_task_dict(tasks, manager)
+        with quiet_datasets():
+            get_task_dict(tasks, manager)
     except Exception as error:  # no network, no file, nonsense in it: `datasets` raises many kinds
         raise DataError(f"the data of {', '.join(tasks)} cannot be had: {first_line(error)}") from error
     return manager

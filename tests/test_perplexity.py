@@ -23,7 +23,7 @@ from dispc.errors import ArtifactError, DataError
 from dispc.generate import load_tokenizer
 from dispc.masks import Masks
 from dispc.validate import evaluate, perplexity
-from dispc.validate.perplexity import TorchScorer, measure_perplexity, open_scorer
+from dispc.validate.perplexity import ArtifactScorer, TorchScorer, logits_of, measure_perplexity, open_scorer
 from dispc.validate.zero_shot import score_continuation
 
 
@@ -69,6 +69,27 @@ def test_torch_and_artifact_agree_within_a_thousandth(place: Path) -> None:
     assert abs(dense - masked) > 0.01 * dense  # the masks matter, so agreement says something
 
 
+@pytest.mark.parametrize("piece", [1, 7, 39, 40, 256])
+def test_pieces_of_any_size_are_the_whole(place: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    monkeypatch.setattr(perplexity, "PIECE", piece)
+    tokens = np.random.default_rng(piece).integers(0, 131, 40)
+    scorer = ArtifactScorer(place / "out")
+    assert [len(logits) for logits in scorer.pieces(tokens)] == [len(part) for part in batched(tokens, piece)]
+    expected = logits_of(open_scorer(place / "model", place / "masks.safetensors"), tokens)
+    np.testing.assert_allclose(logits_of(scorer, tokens), expected, atol=2e-4)
+    text = str(place / "text.txt")
+    found, whole = (
+        measure_perplexity(open_scorer(place / what, masks), text, sequence_length=40, max_windows=3)
+        for what, masks in (("out", None), ("model", place / "masks.safetensors"))
+    )
+    assert found.mean_nll == pytest.approx(whole.mean_nll, rel=1e-4)
+    assert found.tokens_scored == whole.tokens_scored
+
+
+def batched(tokens: Any, size: int) -> list[Any]:
+    return [tokens[at : at + size] for at in range(0, len(tokens), size)]
+
+
 def test_a_scorer_of_a_loaded_model_scores_with_that_model(place: Path) -> None:
     model, text = harness._dense_reference("llama"), str(place / "text.txt")
     scorer = TorchScorer.of(model, place / "model", 40)
@@ -83,7 +104,7 @@ def test_a_scorer_of_a_loaded_model_scores_with_that_model(place: Path) -> None:
 def test_a_continuation_is_scored_behind_its_context_alone(place: Path) -> None:
     scorer = open_scorer(place / "model")
     tokens = [5, 9, 20, 31, 44]
-    log_p = torch.log_softmax(torch.from_numpy(scorer.logits(np.array(tokens))), -1)
+    log_p = torch.log_softmax(torch.from_numpy(logits_of(scorer, np.array(tokens))), -1)
     expected = sum(float(log_p[at - 1, tokens[at]]) for at in (3, 4))
     found, greedy = score_continuation(scorer, tokens[:3], tokens[3:])
     assert found == pytest.approx(expected, abs=1e-4)

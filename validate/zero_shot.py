@@ -9,7 +9,7 @@ import numpy as np
 from dispc.corpus import quiet_datasets
 from dispc.errors import DataError, first_line
 from dispc.extras import need
-from dispc.validate.perplexity import Scorer, negative_log_likelihood
+from dispc.validate.perplexity import Scorer, logits_of, negative_log_likelihood
 
 METRICS = ("acc_norm", "acc", "exact_match")
 """The first of these that a task reports is its figure."""
@@ -137,6 +137,6 @@ def _make_adapter(scorer: Scorer, progress: Callable[[int, int], None]) -> Any:
 def score_continuation(scorer: Scorer, context: list[int], continuation: list[int]) -> tuple[float, bool]:
     """log p(continuation | context), and whether greedy decoding would say it; a long context loses its beginning."""
     tokens = np.array(context + continuation, dtype=np.int64)[-scorer.positions - 1 :]
-    logits = scorer.logits(tokens[:-1])[-len(continuation) :]
+    logits = logits_of(scorer, tokens[:-1])[-len(continuation) :]
     wanted = tokens[-len(continuation) :]
     return -float(negative_log_likelihood(logits, wanted).sum()), bool((logits.argmax(-1) == wanted).all())

@@ -55,7 +55,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         options = LearnOptions(
             model=model, data="", output=Path(folder) / "masks.safetensors", sequence_length=sequence_length,
-            batch_size=batch_size, device=processes.device.type,
+            batch_size=batch_size, device=processes.device.type, precision="bfloat16" if cuda else "float32",
         )  # fmt: skip
         trainer = Trainer(options, checkpoint, block_budget(checkpoint, 0.5, "blocks"), processes)
         dense = load_reference(model, checkpoint.config.family, None, DTYPES[precision])

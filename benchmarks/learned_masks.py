@@ -23,6 +23,7 @@ from common import console, dispc, run, write_result
 from machine import REPOSITORY, environment
 from results_page import write_page
 
+from dispc.checkpoint import Checkpoint
 from dispc.learn.estimator import OFFSET
 from dispc.masks import Masks
 
@@ -117,13 +118,13 @@ def judge(
     wanted = {"data": test.name, "sequence_length": window, "max_windows": max_windows}
     for cell, file in cells_of(masks, only):
         record = read_record(results, cell, file, model)
-        if any(wanted.items() <= text.items() for text in record["perplexities"]):
+        if known(record["perplexities"], wanted):
             continue
         console.print(f"judging {cell.name} ...", highlight=False)
         options: list[Any] = ["--data", test, "--sequence-length", window]
         options += ["--max-windows", max_windows] if max_windows else []
         report = evaluate(model, file, options, compiled=compiled)
-        record["perplexities"].append(wanted | {"runtime": RUNTIMES[compiled]} | report["perplexity"][0])
+        record["perplexities"].append(wanted | report["perplexity"][0] | circumstances(compiled))
         write_record(results, cell, file, record)
 
 
@@ -138,15 +139,16 @@ def zero_shot(
     results: ResultsOption = RESULTS,
 ) -> None:
     """Measure the accuracy on zero-shot tasks of the dense model and of mask files, where it is missing."""
-    names = ",".join(sorted(file.stem for file in tasks.glob("*.yaml")))
+    names = sorted(file.stem for file in tasks.glob("*.yaml"))
+    wanted = {"names": names, "limit": limit}
     for cell, file in cells_of(masks, only):
         record = read_record(results, cell, file, model)
-        if cell.seed or ("tasks" in record and record["limit"] == limit):
+        if cell.seed or known(record["zero_shot"], wanted):
             continue
         console.print(f"zero-shot tasks of {cell.name} ...", highlight=False)
-        options: list[Any] = ["--tasks", names, "--include", tasks, *(["--limit", limit] if limit else [])]
+        options: list[Any] = ["--tasks", ",".join(names), "--include", tasks, *(["--limit", limit] if limit else [])]
         report = evaluate(model, file, options, compiled=compiled)
-        record |= {"limit": limit, "tasks_runtime": RUNTIMES[compiled], "tasks": report["tasks"]}
+        record["zero_shot"].append(wanted | {"tasks": report["tasks"]} | circumstances(compiled))
         write_record(results, cell, file, record)
 
 
@@ -181,18 +183,32 @@ def evaluate(model: Path, masks: Path | None, options: list[Any], *, compiled: b
     return report
 
 
+def known(measurements: list[dict[str, Any]], wanted: dict[str, Any]) -> bool:
+    """Whether one of the measurements is of what is wanted, in whichever runtime: they give the same figures."""
+    return any(wanted.items() <= measurement.items() for measurement in measurements)
+
+
+def circumstances(compiled: bool) -> dict[str, Any]:
+    """In what a measurement that has just ended was made."""
+    return {"runtime": RUNTIMES[compiled], "environment": environment()}
+
+
 def read_record(results: Path, cell: Cell, masks: Path | None, model: Path) -> dict[str, Any]:
-    """What is known of a cell: its JSON file, if that is of these masks, or what the masks say of themselves."""
-    file = results / f"{cell.name}.json"
-    if file.exists() and (masks is None or Masks.load(results / masks.name).sha256() == Masks.load(masks).sha256()):
+    """What is known of a cell: its JSON file, if that is of this model and these masks, or a new record."""
+    weights = Checkpoint(model).weights_sha256
+    file, stored = results / f"{cell.name}.json", results / f"{cell.name}.safetensors"
+    same = masks is None or (stored.exists() and Masks.load(stored).sha256() == Masks.load(masks).sha256())
+    if same and file.exists():
         found: dict[str, Any] = json.loads(file.read_text())
-        return found
-    head = {"method": cell.method, "ratio": cell.ratio, "seed": cell.seed, "perplexities": []}
+        if found["model_sha256"] == weights:
+            return found
+    head = {"method": cell.method, "ratio": cell.ratio, "seed": cell.seed, "model": model.name}
+    head |= {"model_sha256": weights, "perplexities": [], "zero_shot": []}
     return head | (learned(cell, masks, model) if masks else {})
 
 
 def write_record(results: Path, cell: Cell, masks: Path | None, record: dict[str, Any]) -> None:
-    write_result(results / f"{cell.name}.json", record | {"environment": environment()})
+    write_result(results / f"{cell.name}.json", record)
     if masks:
         shutil.copy(masks, results / masks.name)
 
@@ -200,13 +216,15 @@ def write_record(results: Path, cell: Cell, masks: Path | None, record: dict[str
 def learned(cell: Cell, masks: Path, model: Path) -> dict[str, Any]:
     """How the masks of a file were made: the command, the tokens read, and the seconds of all steps."""
     facts = json.loads(run(dispc("inspect", str(masks), "--json")).output)["facts"]
-    options: list[Any] = ["learn", model.name, "-r", facts["pruning_ratio"], *inputs(cell, facts.get("data"))]
+    options: list[Any] = ["learn", model.name, "-o", masks.name, "-r", facts["pruning_ratio"]]
+    options += inputs(cell, facts.get("data"))
     if cell.method in LEARNED:
         options += ["--steps", facts["steps"], "--sequence-length", facts["sequence_length"]]
         options += ["--learning-rate", facts["learning_rate"], "--precision", facts["precision"]]
         options += ["--offset", facts["offset"]] if float(facts.get("offset", OFFSET)) != OFFSET else []
         options += ["--decay"] if facts.get("decay") == "true" else []
-    tokens = int(facts.get("steps", 0)) * int(facts.get("sequence_length", 0)) * int(facts.get("batch_size", 1))
+    sequences = int(facts.get("steps", 0)) * int(facts.get("batch_size", 1)) or int(facts.get("windows", 0))
+    tokens = sequences * int(facts.get("sequence_length", 0))
     found = {"command": " ".join(["dispc", *map(str, options)]), "tokens": tokens, "train": facts.get("data", "")}
     metrics = masks.with_suffix(".learn") / "metrics.jsonl"
     if metrics.exists():

@@ -1,5 +1,6 @@
 """docs/results.md, from the cells of learned_masks.py."""
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from common import console
 from machine import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "results.md"
+TEXT = "python benchmarks/learning_text.py wiki.train.tokens wiki.valid.raw -o wikitext-mixed.txt"
 Cell = dict[str, Any]
 
 
@@ -18,8 +20,9 @@ def write_page(cells: Sequence[Cell], methods: Sequence[str], page: Path = PAGE)
     lines = [
         "# Results", "",
         "Written by `benchmarks/learned_masks.py table`, not by hand. `wikitext-mixed.txt` is what "
-        "`benchmarks/learning_text.py` makes of WikiText-2's train and validation splits. Cells are "
-        "METHOD-RATIO-SEED.json in `benchmarks/results/learned/`, with their masks.", "",
+        f"`{TEXT}` makes of WikiText-2's train and validation splits. Cells are "
+        "METHOD-RATIO-SEED.json in `benchmarks/results/learned/`, with their masks and the machines they were "
+        "measured on.", "",
     ]  # fmt: skip
     protocols = {protocol(text) for cell in cells for text in cell["perplexities"]}
     for chosen in sorted(protocols, key=lambda chosen: (chosen.windows, chosen)):
@@ -86,31 +89,33 @@ def perplexities(cells: Sequence[Cell], methods: Sequence[str], chosen: Protocol
 
 def zero_shot(cells: Iterable[Cell]) -> list[str]:
     """Accuracy by task, a table for each way in which it was measured; nothing where no task was."""
-    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    groups: dict[tuple[Any, ...], list[tuple[str, Cell]]] = {}
     for cell in cells:
-        if "tasks" in cell:
-            items = (facts["items"] for facts in cell["tasks"].values())
-            groups.setdefault((*cell["tasks"], *items, cell["limit"]), []).append(cell)
+        title = cell["method"] if not cell["ratio"] else f"{cell['method']}, {cell['ratio']} %"
+        for measured in cell["zero_shot"]:
+            items = (facts["items"] for facts in measured["tasks"].values())
+            groups.setdefault((*measured["names"], *items, measured["limit"]), []).append((title, measured))
     return [line for measured in groups.values() for line in accuracies(measured)]
 
 
-def accuracies(measured: Sequence[Cell]) -> list[str]:
-    names, limit = list(measured[0]["tasks"]), measured[0]["limit"]
-    items = ", ".join(f"{name} {measured[0]['tasks'][name]['items']}" for name in names)
+def accuracies(rows: Sequence[tuple[str, Cell]]) -> list[str]:
+    """One table: a row per model, and the mean over the tasks with the standard error that theirs add up to."""
+    first = rows[0][1]
+    names, limit, facts = first["names"], first["limit"], first["tasks"]
+    items = ", ".join(f"{name} {facts[name]['items']}" for name in names)
     options = f"--tasks {','.join(names)} --include TASKS{f' --limit {limit}' if limit else ''}"
-    rows = []
-    for cell in measured:
-        values = [cell["tasks"][name]["value"] for name in names]
-        title = cell["method"] if not cell["ratio"] else f"{cell['method']}, {cell['ratio']} %"
-        shown = [f"{100 * cell['tasks'][n]['value']:.1f} ± {100 * cell['tasks'][n]['stderr']:.1f}" for n in names]
-        rows.append((title, *shown, f"{100 * statistics.mean(values):.1f}"))
-    heads = [f"{name.removeprefix('local_')} ({measured[0]['tasks'][name]['metric']})" for name in names]
+    shown = []
+    for title, measured in rows:
+        values = [(measured["tasks"][name]["value"], measured["tasks"][name]["stderr"]) for name in names]
+        mean = statistics.mean(value for value, _ in values), math.hypot(*(error for _, error in values)) / len(values)
+        shown.append((title, *(f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in (*values, mean))))
+    heads = [f"{name.removeprefix('local_')} ({facts[name]['metric']})" for name in names]
     return [
-        "## Zero-shot accuracy", "", *judged(options, (cell["tasks_runtime"] for cell in measured)),
+        "## Zero-shot accuracy", "", *judged(options, (measured["runtime"] for _, measured in rows)),
         "TASKS is what `benchmarks/zero_shot_tasks.py` makes. Per cent, with the standard error. The texts were partly "
         "preprocessed by those who published the files: figures compare with each other, not with other tables. "
-        f"Items: {items}.", "",
-        *table(("model", *heads, "mean"), rows),
+        f"Items{', the first of each task' if limit else ''}: {items}.", "",
+        *table(("model", *heads, "mean"), shown),
     ]  # fmt: skip
 
 

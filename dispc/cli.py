@@ -221,7 +221,7 @@ def main() -> None:
         app(arguments)
     except SystemExit as stop:
         if stop.code == 130:
-            print_error("interrupted; nothing was written")
+            print_error("interrupted")
         raise
     except Interrupted as stop:
         if str(stop):

@@ -9,6 +9,7 @@ import typer
 from dispc.console import JsonFlag, count_progress, err, eval_table, facts_table, learn_progress, out, print_json
 from dispc.errors import DataError, LearnError
 from dispc.extras import need
+from dispc.manifest import MANIFEST
 from dispc.masks import Masks
 
 Data = Annotated[
@@ -190,6 +191,9 @@ def evaluate(
         sequence_length=sequence_length, max_windows=max_windows, include=include, limit=limit, device=device,
         record=record, json_file=json_file,
     )  # fmt: skip
+    unused = path / "masks.safetensors"
+    if masks is None and unused.is_file() and not (path / MANIFEST).is_file():
+        err.print(f"note: judged is the dense model; --masks {unused} judges what those leave", highlight=False)
     report = run_evaluation(options, lambda what: count_progress(err, what))
     if as_json:
         print_json(report)

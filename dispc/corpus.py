@@ -1,8 +1,10 @@
 """Text to tokens: read through `datasets`, tokenised once into a cache, cut into windows."""
 
+import glob
 import hashlib
 import io
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from dispc.extras import need
 from dispc.files import whole
 
 Tokens = npt.NDArray[np.int32]
-LOADERS = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+LOADERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
 """Suffix of a file to the loader of `datasets` that reads it; anything else is read as text."""
 SEPARATOR = "\n\n"
 READER = b"2"
@@ -47,8 +49,8 @@ def _file_rows(path: Path) -> list[str]:
         raise DataError(f"{path}: is a directory; give a file in it")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    loader = LOADERS.get(path.suffix, "text")
-    if loader == "text":  # `datasets` would drop the line ends, which the hub's WikiText rows have
+    loader = LOADERS.get(path.suffix.lower())
+    if loader is None:  # `datasets` would drop the line ends, which the hub's WikiText rows have
         try:
             lines = list(io.StringIO(path.read_text(encoding="utf-8")))  # str.splitlines knows more ends than this one
         except UnicodeDecodeError as error:
@@ -59,7 +61,7 @@ def _file_rows(path: Path) -> list[str]:
 
     try:
         with quiet_datasets():
-            rows = datasets.load_dataset(loader, data_files=str(path), split="train", streaming=True)
+            rows = datasets.load_dataset(loader, data_files=glob.escape(str(path)), split="train", streaming=True)
             return _column(rows, str(path))
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise DataError(f"{path}: not readable as {loader} ({first_line(error)})") from error
@@ -118,8 +120,11 @@ def load_tokens(source: str, model: Path, cache: Path | None = None) -> Tokens:
     if (cached := _read_cache(path)) is not None:
         return cached
     tokens = tokenise(read_text(source), model)
-    with whole(path) as partial, open(partial, "wb") as file:  # np.save would add .npy to a name
-        np.save(file, tokens, allow_pickle=False)
+    try:
+        with whole(path) as partial, open(partial, "wb") as file:  # np.save would add .npy to a name
+            np.save(file, tokens, allow_pickle=False)
+    except OSError as error:  # a home that is read-only, or full: the next run tokenises again
+        logging.getLogger(__name__).warning("tokens are not cached in %s: %s", cache, error.strerror)
     return tokens
 
 
@@ -186,7 +191,7 @@ def _source_digest(source: str) -> bytes:
     if not path.is_file():
         return json.dumps(source).encode()
     with path.open("rb") as file:
-        return path.suffix.encode() + hashlib.file_digest(file, "sha256").digest()
+        return path.suffix.lower().encode() + hashlib.file_digest(file, "sha256").digest()
 
 
 def _tokenizer_digest(model: Path) -> bytes:

@@ -15,16 +15,23 @@ def whole(path: Path) -> Iterator[Path]:
 
     Folders that `path` is in are made. Where the block fails the file is removed, and an older one at `path` stays.
     Processes do not share it. A link is written through; what is no file (/dev/stdout, a pipe) is written to directly.
+
+    Raises:
+        OSError: with the name of `path`, which the system leaves out where it is a write that fails (a full disk).
     """
-    if path.exists() and not path.is_file():
-        yield path
-        return
-    path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    target = path.resolve()
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        partial.replace(path)
+        partial.replace(target)
+    except OSError as error:
+        if error.filename in (None, str(partial)):
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

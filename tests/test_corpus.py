@@ -37,6 +37,15 @@ def test_a_text_file_is_read_as_the_hub_has_wikitext(tmp_path: Path) -> None:
 
 
 @pytest.mark.extras
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "A.JSONL", "a.ndjson"])
+def test_a_name_is_a_name_and_no_pattern(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "a1.jsonl").write_text('{"text": "another file"}\n')
+    (tmp_path / name).write_text('{"text": "this one"}\n')
+    assert read_text(str(tmp_path / name)) == "this one"
+
+
+@pytest.mark.extras
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -110,6 +119,16 @@ def test_a_file_is_recorded_by_its_name_and_a_dataset_by_all_of_its(tmp_path: Pa
     (tmp_path / "a.txt").write_text("x")
     assert source_name(str(tmp_path / "a.txt")) == "a.txt"
     assert source_name("owner/words/small:test") == "owner/words/small:test"
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, text = tiny.make_model("llama", tmp_path / "model"), tmp_path / "a.txt"
+    language.make_tokenizer(model)
+    text.write_text("the sea")
+    expected = load_tokens(str(text), model, tmp_path / "cache")
+    (tmp_path / "file").write_text("no folder")
+    np.testing.assert_array_equal(load_tokens(str(text), model, tmp_path / "file" / "cache"), expected)
+    assert "tokens are not cached in" in caplog.text and str(tmp_path / "file") in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY no more", b"text", "floats"])

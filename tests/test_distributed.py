@@ -42,6 +42,17 @@ def test_a_signal_to_another_process_ends_the_run_here_too(tmp_path: Path, monke
     assert torch.load(tmp_path / "masks.learn" / CHECKPOINT, weights_only=True)["step"] == 3
 
 
+def test_a_checkpoint_that_one_node_does_not_see_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mean_with_a_fresh_process(self: Processes, values: torch.Tensor) -> torch.Tensor:
+        return values / 2  # the other one is at step 0
+
+    learn(options(tmp_path, steps=1))
+    assert Processes.join("cpu").agree(7)
+    monkeypatch.setattr(Processes, "mean", mean_with_a_fresh_process)
+    with pytest.raises(LearnError, match="on a disk that all nodes share"):
+        learn(options(tmp_path, steps=2), resume=True)
+
+
 def test_several_processes_shard_the_model_before_any_of_it_is_placed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model larger than one device must never be whole on it."""
     config, calls = harness.checkpoint("llama").config, list[str]()

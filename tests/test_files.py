@@ -34,6 +34,19 @@ def test_links_are_written_through_and_devices_stay_devices(tmp_path: Path) -> N
         assert os.read(terminal, 100) == b"text\r\n" and path.is_char_device()
 
 
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path) -> None:
+    """The system names no file where it is a write that fails."""
+    for path in (tmp_path / "file", Path("/dev/full")):
+        with pytest.raises(OSError, match="No space left") as raised, whole(path) as partial:
+            partial.touch()
+            with open("/dev/full", "wb", buffering=0) as full:
+                full.write(b"x")
+        assert raised.value.filename == str(path)
+    with pytest.raises(OSError, match="No such file") as raised, whole(tmp_path / "file") as partial:
+        partial.rename(tmp_path / "other")  # there is none
+    assert raised.value.filename == str(tmp_path / "file")
+
+
 def test_json_has_null_for_what_is_no_number(tmp_path: Path) -> None:
     write_json(tmp_path / "file", {"a": float("nan"), "b": [math.inf, {"c": -math.inf}], "d": (1.5, None)})
     text = (tmp_path / "file").read_text()

@@ -12,7 +12,7 @@ from student import options, student, text
 
 from dispc.checkpoint import Checkpoint
 from dispc.learn import trainer
-from dispc.learn.folder import METRICS
+from dispc.learn.folder import CHECKPOINT, METRICS
 from dispc.learn.instant import instant_masks
 from dispc.learn.trainer import learn
 from dispc.masks import Masks
@@ -42,6 +42,8 @@ def test_learned_masks_meet_the_budget_and_beat_every_instant_method(tmp_path: P
         for one in (rival, masks):
             assert 0 <= 0.7 * dense - one.kept_parameters(config) <= 4 * config.hidden_size
         assert perplexity(masks, tmp_path) < perplexity(rival, tmp_path), method
+    pruned = [json.loads(line)["pruned"] for line in (tmp_path / "masks.learn" / METRICS).read_text().splitlines()]
+    assert pruned[0] < 0.1 and np.mean(pruned[-20:]) == pytest.approx(0.3, abs=0.02)  # learned, not trimmed to it
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,43 @@ def test_every_variant_ends_within_its_budget(tmp_path: Path, changes: dict[str,
     assert saved.sha256() == masks.sha256()
     assert (saved.norm_scope, saved.metadata["ratio_of"]) == (chosen.norm_scope, chosen.ratio_of)
     assert [json.loads(line)["step"] for line in (chosen.folder / METRICS).read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def learned_source(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    """What three steps make of the source of latents: its parameters, the fixed inputs among them."""
+    chosen = options(folder, steps=3, **changes)
+    learn(chosen)
+    source: dict[str, torch.Tensor] = torch.load(chosen.folder / CHECKPOINT, weights_only=True)["source"]
+    return source
+
+
+def test_an_ablation_learns_by_what_it_names(tmp_path: Path) -> None:
+    blocks = Checkpoint(student()).config.num_hidden_layers
+    full, free, linear, constrained = (
+        learned_source(tmp_path / str(number), **changes)
+        for number, changes in enumerate((dict(), dict(hypernetwork=False), dict(gru=False), dict(constrained=True)))
+    )
+    assert list(free) == ["latents"] and free["latents"].abs().max() > 0
+    assert any(name.startswith("gru.") for name in full) and not any(name.startswith("gru.") for name in linear)
+    assert {name for name in full if not name.startswith("gru.")} < set(linear)
+    heads = [sum(name.startswith("heads.") for name in source) for source in (full, linear, constrained)]
+    assert heads == [5 * blocks, 5 * blocks, 1 + blocks]
+    for block in Masks.load(tmp_path / "3" / "masks.safetensors").blocks:
+        shared = [indices.tolist() for name, indices in block.sets().items() if name != "mlp.mid"]
+        assert all(indices == shared[0] for indices in shared)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(estimator="gumbel"), dict(offset=2.0), dict(regulariser_weight=0.0), dict(weight_decay=0.5),
+        dict(decay=True), dict(learning_rate=2e-2), dict(norm_scope="selected"), dict(pruning_ratio=0.4),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_option_of_the_method_changes_what_is_learned(tmp_path: Path, changes: dict[str, Any]) -> None:
+    default, changed = learned_source(tmp_path / "default"), learned_source(tmp_path / "changed", **changes)
+    assert any(not torch.equal(default[name], changed[name]) for name in default)
 
 
 @pytest.mark.parametrize("variant", ["phi", "opt"])

@@ -314,6 +314,52 @@ def arguments(folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+def test_a_forced_run_removes_what_a_run_writes_and_nothing_else(tmp_path: Path) -> None:
+    scratch, folder = tmp_path / "scratch", tmp_path / "masks.learn"
+    scratch.mkdir()
+    folder.symlink_to(scratch)
+    (scratch / "thesis.txt").write_text("mine")
+    (scratch / f"{CHECKPOINT}.1234.partial").write_text("of a run that was killed")
+    learn(options(tmp_path, steps=1), force=True)
+    assert torch.load(scratch / CHECKPOINT, weights_only=True)["step"] == 1
+
+    def stop(record: dict[str, float], steps: int) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        learn(options(tmp_path, steps=2, seed=1), stop, force=True)
+    assert (scratch / "thesis.txt").read_text() == "mine" and folder.is_symlink()
+    assert {path.name for path in scratch.iterdir()} == {"thesis.txt", METRICS, OPTIONS}  # no checkpoint of seed 0
+    learn(options(tmp_path, steps=2, seed=1), resume=True, force=True)
+    assert steps_of(scratch / METRICS) == [1, 2]
+
+
+def test_a_run_goes_on_in_the_precision_that_it_had(tmp_path: Path) -> None:
+    """Which one is the default depends on the device, and that may change."""
+    learn(options(tmp_path, steps=1))
+    assert json.loads((tmp_path / "masks.learn" / OPTIONS).read_text())["precision"] == "float32"
+    assert options(tmp_path).settled(torch.device("cuda")).precision == "bfloat16"
+    learn(options(tmp_path, steps=2, precision="float32"), resume=True)
+    with pytest.raises(LearnError, match="precision=float32, this one bfloat16"):
+        learn(options(tmp_path, steps=3, precision="bfloat16"), resume=True)
+
+
+@pytest.mark.parametrize("content", [{"version": 2}, {"version": 2, "inputs": 3}, torch.zeros(2), [1]], ids=str)
+def test_what_is_no_checkpoint_of_a_run_is_called_that(tmp_path: Path, content: Any) -> None:
+    learn(options(tmp_path, steps=1))
+    torch.save(content, tmp_path / "masks.learn" / CHECKPOINT)
+    with pytest.raises(LearnError, match="is no checkpoint of a run; start anew with --force"):
+        learn(options(tmp_path, steps=2), resume=True)
+
+
+@pytest.mark.extras
+def test_a_finished_run_whose_metrics_are_gone_is_still_finished(tmp_path: Path) -> None:
+    assert run(*arguments(tmp_path)).code == 0
+    (tmp_path / "masks.learn" / METRICS).unlink()
+    outcome = run(*arguments(tmp_path, "--resume"))
+    assert outcome.code == 0, outcome.err
+
+
 @pytest.mark.extras
 def test_a_full_disk_is_one_line_and_keeps_the_older_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

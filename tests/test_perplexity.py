@@ -267,6 +267,90 @@ def ids_of(place: Path, text: str) -> list[int]:
     return list(load_tokenizer(place / "model").encode(text, add_special_tokens=False))
 
 
+@pytest.mark.extras
+def test_groups_are_reported_by_their_tasks_and_what_was_measured_is_kept(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    for name in ("sea", "lake"):
+        write_task(tmp_path, name)
+    (tmp_path / "water.yaml").write_text("group: water\ntask: [sea, lake]\n")
+    arguments = ("eval", place / "out", "--include", tmp_path, "--json-file", tmp_path / "report.json", "--tasks")
+    assert run(*arguments, "water").code == 0
+    tasks = json.loads((tmp_path / "report.json").read_text())["tasks"]
+    assert {name: facts["items"] for name, facts in tasks.items()} == {"sea": 1, "lake": 1}
+    measure = evaluate.measure_task
+
+    def fails_at_the_lake(scorer: Any, task: str, **options: Any) -> Any:
+        if task == "lake":
+            raise DataError("it is frozen")
+        return measure(scorer, task, **options)
+
+    monkeypatch.setattr(evaluate, "measure_task", fails_at_the_lake)
+    assert "it is frozen" in run(*arguments, "sea,lake").err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["tasks"]) == ["sea"] and not report["complete"]
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"output_type": "generate_until"}, "is a task of kind generate_until; choose tasks that are judged by"),
+        ({"output_type": "loglikelihood_rolling"}, "is a task of kind loglikelihood_rolling"),
+        ({"metric_list": "[{metric: brier_score}]"}, "reports none of acc_norm, acc, exact_match"),
+    ],
+    ids=str,
+)
+def test_tasks_without_a_figure_are_refused_before_anything_is_measured(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], says: str
+) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr(evaluate, "open_scorer", Mock(side_effect=AssertionError("a model was loaded")))
+    write_task(tmp_path, "sea")
+    write_task(tmp_path, "lake", **changes)
+    outcome = run("eval", place / "out", "--tasks", "sea,lake", "--include", tmp_path)
+    assert outcome.code == 2 and f"--tasks lake: {says}" in outcome.err.replace("\n", " ")
+
+
+def test_an_answer_that_has_no_token_or_does_not_fit_is_refused(place: Path) -> None:
+    scorer = open_scorer(place / "out")
+    assert np.isfinite(score_continuation(scorer, [1], [2] * 160)[0])
+    for length in (0, 161):
+        with pytest.raises(DataError, match=f"an answer of {length} tokens: .* takes 1 to 160"):
+            score_continuation(scorer, [1], [2] * length)
+
+
+def test_a_report_does_not_replace_what_is_read(place: Path, tmp_path: Path) -> None:
+    for name in ("text.txt", "masks.safetensors"):
+        shutil.copy(place / name, tmp_path / name)
+    arguments = ("eval", place / "model", "--masks", tmp_path / "masks.safetensors", "--data", tmp_path / "text.txt")
+    for name in ("text.txt", "masks.safetensors"):
+        assert_refused(tmp_path, *arguments, "--json-file", tmp_path / "." / name, says=("is read as an input",))
+
+
+def test_masks_beside_a_model_that_is_judged_dense_are_pointed_out(place: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    arguments = ("eval", model, "--data", place / "text.txt", "--max-windows", 1)
+    assert run(*arguments).err == ""
+    shutil.copy(place / "masks.safetensors", model)
+    outcome = run(*arguments)
+    assert outcome.code == 0 and "judged is the dense model" in outcome.err.replace("\n", " ")
+    assert run(*arguments, "--masks", model / "masks.safetensors").err == ""
+    assert run("eval", place / "out", "--data", place / "text.txt", "--max-windows", 1).err == ""
+
+
+def write_task(folder: Path, name: str, **changes: str) -> None:
+    """A multiple-choice task of one item, and its data."""
+    (folder / f"{name}.jsonl").write_text(GOOD_ITEM + "\n")
+    definition = {
+        "task": name, "dataset_path": "json", "dataset_kwargs": f"{{data_files: {{test: {folder}/{name}.jsonl}}}}",
+        "output_type": "multiple_choice", "test_split": "test", "doc_to_text": "'{{question}}'",
+        "doc_to_choice": "'{{choices}}'", "doc_to_target": "answer", "metric_list": "[{metric: acc}]",
+    }  # fmt: skip
+    (folder / f"{name}.yaml").write_text("".join(f"{key}: {value}\n" for key, value in (definition | changes).items()))
+
+
 GOOD_ITEM = '{"question": "the sea is", "choices": [" salt", " dry"], "answer": 0}'
 
 

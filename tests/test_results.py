@@ -81,11 +81,11 @@ def test_the_five_tasks_are_measured_and_shown_beside_the_perplexities(tmp_path:
     for cell, artifact in zip(cells, artifacts, strict=True):
         (torch,), (runtime,) = cell["perplexities"], artifact["perplexities"]
         assert runtime["perplexity"] == pytest.approx(torch["perplexity"], rel=1e-3)
-        assert (torch["runtime"], runtime["runtime"]) == ("torch", "onnxruntime")
-        assert artifact["tasks"] == cell["tasks"]
-    assert [(cell["method"], len(cell["perplexities"]), len(cell["tasks"])) for cell in cells] == [
-        ("dense", 1, 5), ("DISP-LLM", 1, 5)
-    ]  # fmt: skip
+        (tasks_in_torch,), (tasks_compiled,) = cell["zero_shot"], artifact["zero_shot"]
+        assert tasks_in_torch["tasks"] == tasks_compiled["tasks"] and len(tasks_in_torch["tasks"]) == 5
+        for measured, name in ((torch, "torch"), (runtime, "onnxruntime"), (tasks_compiled, "onnxruntime")):
+            assert measured["runtime"] == name and measured["environment"]["python"]
+    assert [(cell["method"], cell["model"]) for cell in cells] == [("dense", "model"), ("DISP-LLM", "model")]
     assert "--decay" in cells[1]["command"] and "--offset 5.0" in cells[1]["command"] and cells[1]["tokens"] == 16
     write_page(cells, list(learned_masks.METHODS), tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
@@ -96,8 +96,16 @@ def test_the_five_tasks_are_measured_and_shown_beside_the_perplexities(tmp_path:
     Masks.random(config, 0.3, 2).with_metadata(Masks.load(file).metadata).save(file, config)
     learned_masks.judge(model, masks, tmp_path / "text", window=16, max_windows=2, results=results, only="")
     again = json.loads((results / "disp-llm-30-0.json").read_text())  # other masks: nothing of the old ones is left
-    assert len(again["perplexities"]) == 1 and "tasks" not in again
+    assert len(again["perplexities"]) == 1 and not again["zero_shot"]
     assert again["perplexities"][0]["perplexity"] != cells[1]["perplexities"][0]["perplexity"]
+    for other in ("lost masks", "another model"):  # a cell without its masks, or of a model with other weights
+        if other == "lost masks":
+            (results / file.name).unlink()
+        else:
+            make_student("llama", model, steps=2)
+        fresh = learned_masks.read_record(results, Cell("DISP-LLM", 30), file, model)
+        assert not fresh["perplexities"], other
+    assert not learned_masks.read_record(results, DENSE, None, model)["perplexities"]
 
 
 def test_the_page_in_the_repository_is_that_of_its_cells(tmp_path: Path) -> None:
@@ -109,7 +117,7 @@ def test_the_page_in_the_repository_is_that_of_its_cells(tmp_path: Path) -> None
 def test_the_page_tells_seeds_and_ways_of_measuring_apart(tmp_path: Path) -> None:
     def cell(seed: int, perplexity: float, windows: int = 2) -> dict[str, Any]:
         text = {"data": "t", "windows": windows, "sequence_length": 8, "perplexity": perplexity}
-        return {"method": "DISP-LLM", "ratio": 50, "seed": seed, "perplexities": [text]}
+        return {"method": "DISP-LLM", "ratio": 50, "seed": seed, "perplexities": [text], "zero_shot": []}
 
     write_page([cell(1, 12.0), cell(0, 10.0), cell(2, 99.0, windows=3)], list(learned_masks.METHODS), tmp_path / "p.md")
     page = (tmp_path / "p.md").read_text()

@@ -1,7 +1,8 @@
 """What masks, or an artifact, are worth: perplexity on texts and accuracy on tasks, as one report.
 
 What can be refused without running anything is refused before the first window is read; only what lm-eval finds out as
-it goes (a model without a tokenizer, a task that generates text) comes later. The report is written after each part.
+it goes (no tokenizer, items that do not fit their definition) comes later. The report is written after each text and
+each task.
 """
 
 import platform
@@ -19,7 +20,7 @@ from dispc.errors import DataError, Interrupted
 from dispc.files import write_json
 from dispc.masks import Masks
 from dispc.validate.perplexity import Perplexity, Scorer, measure_perplexity, open_scorer, text_windows
-from dispc.validate.zero_shot import find_tasks, measure_tasks
+from dispc.validate.zero_shot import find_tasks, measure_task
 
 PACKAGES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime", "lm-eval")
 Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
@@ -48,6 +49,9 @@ class EvalOptions:
     def __post_init__(self) -> None:
         if not self.data and not self.tasks:
             raise DataError("nothing to measure: give --data FILE for perplexity, --tasks NAMES for accuracy, or both")
+        inputs = {Path(source).resolve() for source in (*self.data, self.masks) if source}
+        if self.json_file and self.json_file.resolve() in inputs:
+            raise DataError(f"--json-file {self.json_file}: is read as an input; choose another file")
         if self.record and not (self.masks and self.data):
             raise DataError("--record writes a perplexity into a mask file; give --masks FILE and --data FILE with it")
 
@@ -86,10 +90,11 @@ def _measure(options: EvalOptions, scorer: Scorer, manager: Any, report: dict[st
     if options.record and options.masks:
         record_perplexity(options.masks, Checkpoint(options.path), report["perplexity"], options.max_windows)
     if options.tasks:
-        with bar("requests") as count:
-            report["tasks"] = measure_tasks(
-                scorer, list(options.tasks), manager=manager, limit=options.limit, progress=count
-            )
+        report["tasks"] = {}
+    for task in options.tasks:
+        with bar(f"requests of {task}") as count:
+            report["tasks"] |= measure_task(scorer, task, manager=manager, limit=options.limit, progress=count)
+        _write(options, report)
     report["complete"] = True
     _write(options, report)
 

@@ -70,6 +70,11 @@ class Processes:
             values /= self.count
         return values
 
+    def agree(self, number: int) -> bool:
+        """Whether all processes have the same number; where they have not, all know it."""
+        squares = self.mean(torch.tensor([number, number**2], dtype=torch.float64, device=self.device))
+        return bool(squares[1] == squares[0] ** 2)
+
     def wait(self) -> None:
         """Wait until all processes are here."""
         if self.count > 1:

@@ -14,7 +14,8 @@ from dispc.errors import LearnError, first_line
 from dispc.files import whole, write_json, write_text
 from dispc.learn.options import LearnOptions
 
-CHECKPOINT, METRICS, OPTIONS = "checkpoint.pt", "metrics.jsonl", "options.json"
+CHECKPOINT, METRICS, OPTIONS, BOARD = "checkpoint.pt", "metrics.jsonl", "options.json", "tensorboard"
+PICTURES = LEARNING, WIDTHS = "learning.png", "widths.png"
 FORMAT_VERSION = 2
 
 
@@ -41,10 +42,18 @@ class RunFolder:
             raise LearnError(f"{self.options.output}: exists; replace it with --force")
 
     def prepare(self, *, resume: bool) -> None:
-        """Make the folder, empty unless the run goes on, and write down the options."""
-        if not resume:
-            shutil.rmtree(self.path, ignore_errors=True)
+        """Make the folder, without an earlier run unless that goes on, and write down the options.
+
+        Nothing is removed but what a run writes: the folder may hold other things, or be a link.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        for partial in self.path.glob("*.partial"):  # of a run that was killed as it wrote
+            partial.unlink()
+        if not resume:
+            for name in (CHECKPOINT, METRICS, OPTIONS, *PICTURES):
+                (self.path / name).unlink(missing_ok=True)
+            if (self.path / BOARD).exists():
+                shutil.rmtree(self.path / BOARD)
         write_json(self.path / OPTIONS, self.options.as_dict())
 
     def save(self, state: dict[str, Any], inputs: dict[str, str]) -> None:
@@ -74,9 +83,11 @@ class RunFolder:
             return None
         try:
             state: Any = torch.load(self.checkpoint, map_location=device, weights_only=True)
-            version, theirs = state["version"], state.get("inputs")
         except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise LearnError(f"{self.checkpoint}: is no checkpoint of a run ({first_line(error)})") from error
+        version, theirs = (state.get("version"), state.get("inputs")) if isinstance(state, dict) else (None, None)
+        if not isinstance(theirs, dict):
+            raise LearnError(f"{self.checkpoint}: is no checkpoint of a run; start anew with --force")
         if version != FORMAT_VERSION:
             raise LearnError(f"{self.checkpoint}: checkpoint version {version}; this dispc reads {FORMAT_VERSION}")
         for name, digest in inputs.items():

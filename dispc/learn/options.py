@@ -1,9 +1,11 @@
 """What a learning run is asked for. The defaults are the paper's."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import torch
 
 from dispc.errors import LearnError
 from dispc.learn.budget import RatioOf
@@ -99,6 +101,11 @@ class LearnOptions:
         parts += [] if self.gru else ["no-gru"]
         parts += ["constrained"] if self.constrained else []
         return " ".join(parts)
+
+    def settled(self, device: torch.device) -> "LearnOptions":
+        """The same with the precision that a run on `device` has unless told: bfloat16 on CUDA, float32 elsewhere."""
+        default: Precision = "bfloat16" if device.type == "cuda" else "float32"
+        return replace(self, precision=self.precision or default)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for the run's options.json."""

@@ -10,7 +10,7 @@ import numpy as np
 from dispc.errors import DispcError
 from dispc.extras import need
 from dispc.files import whole
-from dispc.learn.folder import METRICS
+from dispc.learn.folder import LEARNING, METRICS, WIDTHS
 from dispc.masks import SETS, Masks, set_width
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -20,15 +20,17 @@ LABELS = dict(
 
 
 def plot_run(folder: Path, masks: Masks) -> None:
-    """Write `learning.png` and `widths.png` into the run's folder."""
-    plot_learning(folder / METRICS, folder / "learning.png")
-    plot_widths(masks, folder / "widths.png")
+    """Write both pictures, `learning.png` and `widths.png`, into the run's folder."""
+    plot_learning(folder / METRICS, folder / LEARNING)
+    plot_widths(masks, folder / WIDTHS)
 
 
 def plot_learning(metrics: Path, file: Path) -> None:
     """Loss, its running mean, and the regulariser over the steps of a `metrics.jsonl`."""
-    figure, axes = _figure(2, 1, (8, 6))
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    if not records:  # somebody removed those of a run that is done
+        return
+    figure, axes = _figure(2, 1, (8, 6))
     steps = np.array([record["step"] for record in records])
     loss = np.array([record["loss"] for record in records])
     share = max(1, len(loss) // 50)

@@ -23,7 +23,7 @@ from dispc.extras import need
 from dispc.learn.budget import block_budget, budget_facts, check_fits, final_sets, kept_parameters, regulariser
 from dispc.learn.distributed import Processes
 from dispc.learn.estimator import ESTIMATORS
-from dispc.learn.folder import RunFolder
+from dispc.learn.folder import BOARD, RunFolder
 from dispc.learn.hypernetwork import FreeLatents, HyperNetwork, Layout
 from dispc.learn.objective import GatedModel
 from dispc.learn.options import LearnOptions
@@ -56,6 +56,7 @@ def learn(options: LearnOptions, progress: Progress = lambda record, steps: None
             "choose --sequence-length"
         )
     processes = Processes.join(options.device)
+    options = options.settled(processes.device)
     if options.batch_size % processes.count:
         raise LearnError(
             f"batch_size {options.batch_size} cannot be shared by {processes.count} processes; "
@@ -75,6 +76,11 @@ def learn(options: LearnOptions, progress: Progress = lambda record, steps: None
     trainer = Trainer(options, checkpoint, budget, processes, inputs)
     if resume:
         trainer.restore()
+        if not processes.agree(trainer.step):
+            raise LearnError(
+                f"{trainer.folder.checkpoint}: not every process reads the same; "
+                "the run's folder must be on a disk that all nodes share"
+            )
     if processes.main:  # from here on an earlier run is gone, or goes on
         trainer.folder.prepare(resume=resume)
         trainer.folder.cut_metrics(trainer.step)
@@ -113,8 +119,8 @@ class Trainer:
         self.dense = self.config.block_parameters * self.config.num_hidden_layers
         self.step = 0
         cuda = processes.device.type == "cuda"
-        self.precision = options.precision or ("bfloat16" if cuda else "float32")
-        precision = DTYPES[self.precision]
+        assert options.precision is not None, "options are settled before a trainer has them"
+        precision = DTYPES[options.precision]
         model = load_reference(options.model, self.config.family, None, precision if cuda else torch.float32)
         self.gated = GatedModel(
             model,
@@ -234,7 +240,8 @@ class Trainer:
             "steps": str(self.step), "seed": str(options.seed),
             "sequence_length": str(options.sequence_length), "batch_size": str(options.batch_size),
             "learning_rate": str(options.learning_rate), "decay": str(options.decay).lower(),
-            "offset": str(options.offset), "precision": self.precision, "weight_decay": str(options.weight_decay),
+            "offset": str(options.offset), "precision": str(options.precision),
+            "weight_decay": str(options.weight_decay),
             "regulariser_weight": str(options.regulariser_weight), "align": str(options.align),
             "pruning_ratio": str(options.pruning_ratio),
         } | budget_facts(masks, self.checkpoint, options.ratio_of)  # fmt: skip
@@ -286,4 +293,4 @@ class Trainer:
 def _tensorboard(folder: RunFolder, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)  # a resumed run repeats later steps
+    return SummaryWriter(str(folder.path / BOARD), purge_step=step + 1)  # a resumed run repeats later steps

@@ -19,8 +19,13 @@ from dispc.extras import need
 from dispc.files import whole
 
 Tokens = npt.NDArray[np.int32]
-LOADERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
-"""Suffix of a file to the loader of `datasets` that reads it; anything else is read as text."""
+LOADERS = {
+    ".txt": "text", ".raw": "text", ".tokens": "text",
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet",
+}  # fmt: skip
+"""Suffix to what reads the file, text or a loader of `datasets`. Files with others are read as text; where there is no
+file, a name with one of these is that of a missing file, any other that of a dataset.
+"""
 SEPARATOR = "\n\n"
 READER = b"2"
 """Part of the cache's keys: counts how often the same source came to be read differently."""
@@ -37,7 +42,7 @@ def read_text(source: str) -> str:
         DataError: when the source cannot be read or holds no text.
     """
     path = Path(source)
-    rows = _file_rows(path) if path.exists() or path.suffix in LOADERS else _hub_rows(source)
+    rows = _file_rows(path) if path.exists() or path.suffix.lower() in LOADERS else _hub_rows(source)
     text = SEPARATOR.join(rows)
     if not text.strip():
         raise DataError(f"{source}: holds no text")
@@ -49,8 +54,8 @@ def _file_rows(path: Path) -> list[str]:
         raise DataError(f"{path}: is a directory; give a file in it")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    loader = LOADERS.get(path.suffix.lower())
-    if loader is None:  # `datasets` would drop the line ends, which the hub's WikiText rows have
+    loader = LOADERS.get(path.suffix.lower(), "text")
+    if loader == "text":  # `datasets` would drop the line ends, which the hub's WikiText rows have
         try:
             lines = list(io.StringIO(path.read_text(encoding="utf-8")))  # str.splitlines knows more ends than this one
         except UnicodeDecodeError as error:

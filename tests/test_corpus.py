@@ -110,6 +110,12 @@ def test_a_dataset_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) 
         read_text("owner/words")
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.raw", "a.TOKENS", "a.jsonl", "a.ndjson", "a.parquet"])
+def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=f"{name}: no such file$"):
+        read_text(str(tmp_path / name))
+
+
 def test_a_directory_is_called_one(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is a directory; give a file in it"):
         read_text(str(tmp_path))

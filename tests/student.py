@@ -1,5 +1,6 @@
 """What the tests of learning share: a tiny model that speaks a tiny language, texts in it, and a run's options."""
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,3 +29,17 @@ def options(folder: Path, **changes: Any) -> LearnOptions:
         sequence_length=32, batch_size=2, learning_rate=1e-2, checkpoint_every=5, device="cpu",
     )  # fmt: skip
     return LearnOptions(**defaults | changes)
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    """The command line of a run of 12 steps; `more` is added."""
+    return [
+        "learn", str(student()), "--data", text("train.txt", 3000, 2), "-o", str(folder / "masks.safetensors"),
+        "--steps", "12", "--sequence-length", "32", "--batch-size", "2", "--learning-rate", "1e-2", "--device", "cpu",
+        *more,
+    ]  # fmt: skip
+
+
+def steps_of(metrics: Path) -> list[int]:
+    """The steps in a `metrics.jsonl`."""
+    return [json.loads(line)["step"] for line in metrics.read_text().splitlines()]

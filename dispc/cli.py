@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from dispc import __version__, cli_learn, cli_validate
 from dispc.console import JsonFlag, err, out, print_error, print_json
-from dispc.errors import DispcError, Interrupted
+from dispc.errors import DispcError, Interrupted, first_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -234,4 +234,9 @@ def main() -> None:
         if isinstance(error, OSError):
             message = f"{error.filename or 'input or output'}: {error.strerror or error}"
         print_error(message)
+        sys.exit(2)
+    except Exception as error:
+        if debug:
+            raise
+        print_error(f"unexpected {type(error).__name__}: {first_line(error)}; --debug shows where, please report it")
         sys.exit(2)

@@ -1,6 +1,6 @@
 """The commands that judge: validate, doctor."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,8 +57,10 @@ def validate(
     past: Annotated[
         list[int] | None, typer.Option(help="Past length to time one token at.", show_default="128")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each case.")] = 20,
-    threads: Annotated[int, typer.Option(min=0, help="Threads for timing; 0 leaves it to ONNX Runtime.")] = 0,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Timed runs of each case.", show_default="20")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=0, help="Threads for timing; 0 leaves it to ONNX Runtime.", show_default="0")
+    ] = None,
     baseline: Annotated[
         Path | None, typer.Option(help="An earlier report (--json-file) that must not be better.")
     ] = None,
@@ -73,7 +75,7 @@ def validate(
 
     Example: [bold]dispc validate model-cuda/ --reference model/ --junit report.xml --html report.html[/bold]
     """
-    from dispc.files import write_json, write_text
+    from dispc.files import json_text, write_text
     from dispc.validate.html import page
     from dispc.validate.judge import check
     from dispc.validate.latency import LatencyOptions
@@ -83,44 +85,84 @@ def validate(
     limits = {
         "error": max_error, "kl": max_kl, "top1": max_top1, "greedy": max_greedy, "perplexity": max_perplexity
     }  # fmt: skip
-    for path in (json_file, junit, markdown, html):  # a report of another run would be read as one of this
-        if path and path.is_file() and not (baseline and baseline.exists() and path.samefile(baseline)):
-            path.resolve().unlink()
+    reports = [path for path in (json_file, junit, markdown, html) if path]
+    inputs = [path for path in (artifact, reference, dense, Path(data) if data else None) if path]
+    clear_reports(reports, inputs, baseline)
     try:
+        timed = latency or dense is not None or build_dense
+        for given, needed, options_of in (
+            (
+                timed,
+                "--latency",
+                {"batch": batch, "prompt": prompt, "past": past, "rounds": rounds, "threads": threads},
+            ),
+            (data, "--data FILE", {"sequence-length": sequence_length, "max-windows": max_windows}),
+            (not build_dense, "no --build-dense", {"dense": dense}),
+        ):
+            for name, value in options_of.items():
+                if value is not None and not given:
+                    raise DispcError(f"--{name} goes with {needed}")
         options: dict[str, Any] = {
             "thresholds": Thresholds(**{name: limit for name, limit in limits.items() if limit is not None}),
             "device": "cpu" if on_cpu else "target", "drill": drill or html is not None, "data": data,
             "sequence_length": sequence_length, "max_windows": max_windows, "reference_dtype": reference_dtype,
             "seed": seed, "baseline": baseline, "max_regression": share(max_regression),
         }  # fmt: skip
-        if latency or dense or build_dense:
+        if timed:
             options["latency"] = LatencyOptions(
                 batches=tuple(batch or (1,)), prompts=tuple(prompt or (128,)), pasts=tuple(past or (128,)),
-                rounds=rounds, threads=threads,
+                rounds=20 if rounds is None else rounds, threads=threads or 0,
             )  # fmt: skip
         with dense_artifact(artifact, reference, dense, build_dense) as dense_path, err.status("") as status:
             report = check(
                 artifact, reference, dense=dense_path, say=lambda what: status.update(f"{what} ..."), **options
             )
-    except (DispcError, OSError) as error:
+    except Exception as error:  # whatever it is: CI reads the reports
         for path, write in ((junit, junit_error), (markdown, markdown_error)):
             if path:
-                write_text(path, write(str(artifact), str(error)))
+                write_text(path, write(str(artifact), str(error) or type(error).__name__))
         raise
     found = report.as_dict()
-    if json_file:
-        write_json(json_file, found)
-    for path, render in ((junit, report.junit), (markdown, report.markdown), (html, lambda: page(found))):
-        if path:
-            write_text(path, render())
     if as_json:
         print_json(found)
     else:
         out.print(parity_table(found))
         for table in latency_tables(found):
             out.print(table)
+    texts: tuple[tuple[Path | None, Callable[[], str]], ...] = (
+        (json_file, lambda: json_text(found)), (junit, report.junit), (markdown, report.markdown),
+        (html, lambda: page(found)),
+    )  # fmt: skip
+    failures = []
+    for path, render in texts:
+        try:
+            if path:
+                write_text(path, render())
+        except OSError as error:  # the others are written all the same
+            failures.append(error)
+    if failures:
+        raise failures[0]
     if not report.passed:
         raise typer.Exit(1)
+
+
+def clear_reports(reports: list[Path], inputs: list[Path], baseline: Path | None) -> None:
+    """Remove earlier reports, which would be read as those of this run; a `baseline` may be one that is replaced.
+
+    Raises:
+        DispcError: when a report's path is no place for one: a directory, an input or in one, or another report's.
+    """
+    places = [path.resolve() for path in reports]
+    for path, place in zip(reports, places, strict=True):
+        if place.is_dir():
+            raise DispcError(f"{path}: is a directory; name a file in it for the report")
+        if places.count(place) > 1:
+            raise DispcError(f"{path}: is named for two reports; give each a file of its own")
+        if any(place.is_relative_to(source.resolve()) for source in inputs):
+            raise DispcError(f"{path}: is an input, or in one; write the report somewhere else")
+    for place in places:
+        if place.is_file() and not (baseline and baseline.exists() and place.samefile(baseline)):
+            place.unlink()
 
 
 @contextmanager

@@ -164,7 +164,7 @@ def parity_table(report: Mapping[str, Any]) -> Table:
     marks = {"passed": "[green]ok[/green]", "failed": "[red]FAIL[/red]", "skipped": "skip", "noted": "note"}
     table = Table(title=escape(report["headline"]), title_justify="left", caption_justify="left")
     for column in ("check", "figure", "limit", "", "over"):
-        table.add_column(column, justify="right" if column in ("figure", "limit") else "left")
+        table.add_column(column, justify="right" if column in ("figure", "limit") else "left", overflow="fold")
     for check in report["checks"]:
         cells = (escape(cell) for cell in (check["name"], *figure_and_limit(check)))
         table.add_row(*cells, marks[check["status"]], escape(check["detail"]))

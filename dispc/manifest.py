@@ -7,6 +7,12 @@ from typing import Any
 from dispc.errors import ArtifactError
 
 MANIFEST = "dispc.json"
+COPIED = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+"""Files of a model directory that an artifact has copies of, where they are there."""
 FIELDS: dict[str, type] = {
     "dispc": str, "model_type": str, "target": str, "dtype": str, "padding": str, "lowering": dict, "attention": str,
     "positions": int, "stop_tokens": list, "norm_scope": str, "masks_sha256": str, "config_sha256": str,

@@ -24,5 +24,7 @@ if tokenizer.chat_template:
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
 ids, mask = inputs["input_ids"], inputs["attention_mask"]
-output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=options.max_new_tokens, do_sample=False)
+room = model.config.max_position_embeddings - ids.shape[1]
+count = min(options.max_new_tokens, room)
+output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=count, do_sample=False)
 print(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))

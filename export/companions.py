@@ -7,13 +7,8 @@ from typing import Any
 
 from dispc.checkpoint import Checkpoint
 from dispc.files import write_json
+from dispc.manifest import COPIED
 from dispc.targets import Plan
-
-COPIED = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
-    "chat_template.json",
-)  # fmt: skip
 
 
 def write_companions(

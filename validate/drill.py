@@ -33,17 +33,24 @@ def find_streams(model: ir.Model) -> list[ir.Value]:
     Raises:
         ArtifactError: when the stream cannot be followed to its end.
     """
-    norms = [node for node in model.graph if node.op_type in (*NORMS, *SKIP_NORMS)]
-    if not norms:
-        raise ArtifactError("the graph has no norm, so its residual stream cannot be found")
-    first = norms[0]
-    stream = _source(first.inputs[0])
-    if first.op_type in SKIP_NORMS:  # the first sub-layer's write is fused into the next norm
-        raise ArtifactError(f"{first.name}: fused with something in front of the first block")
-    streams = [stream]
+    streams = [first_stream(model)]
     while (following := _next(streams[-1])) is not None:
         streams.append(following)
     return streams
+
+
+def first_stream(model: ir.Model) -> ir.Value:
+    """The residual stream in front of the first sub-layer: what the embeddings are.
+
+    Raises:
+        ArtifactError: when it cannot be found.
+    """
+    first = next((node for node in model.graph if node.op_type in (*NORMS, *SKIP_NORMS)), None)
+    if first is None:
+        raise ArtifactError("the graph has no norm, so its residual stream cannot be found")
+    if first.op_type in SKIP_NORMS:  # the first sub-layer's write is fused into the next norm
+        raise ArtifactError(f"{first.name}: fused with something in front of the first block")
+    return _source(first.inputs[0])
 
 
 def _source(value: ir.Value | None) -> ir.Value:
@@ -105,7 +112,7 @@ def _drill_down(
 ) -> dict[str, Any]:
     directory = stage.artifact.directory
     artifact = Artifact(directory, provider=stage.artifact.provider, edit=expose, exact=True)
-    rows, _ = scenario.play(Stage(artifact, stage.vocabulary, stage.seed))
+    rows, _ = scenario.play(Stage(artifact, stage.vocabulary, stage.seed, window=stage.window))
     answers = answer(rows, streams=True)
     lowering = artifact.manifest["lowering"]["name"]
     names = sub_layers(masks)

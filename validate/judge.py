@@ -22,6 +22,7 @@ from dispc.validate import parity
 from dispc.validate.baseline import compare, read_report
 from dispc.validate.doctor import cuda_problem
 from dispc.validate.drill import drill_down
+from dispc.validate.embeddings import judge_embeddings
 from dispc.validate.latency import LatencyOptions, judge_latency, measure_latency
 from dispc.validate.memory import fits_memory, require_memory_for_reference
 from dispc.validate.parity import Thresholds
@@ -31,7 +32,7 @@ from dispc.validate.report import Check, Report
 from dispc.validate.rotary import judge_rotary
 from dispc.validate.scenarios import PREFILL, Row, Scenario, Stage, Turn, judge_bits, play
 from dispc.validate.session import CPU, CUDA, Artifact
-from dispc.validate.static import judge_file
+from dispc.validate.static import judge_companions, judge_file
 from dispc.validate.truth import Answers, ask, freed, round_storage, truth_dtype
 
 Device = Literal["target", "cpu", "available"]
@@ -77,8 +78,8 @@ def check(
         text_windows(data, reference, trial.artifact.positions, sequence_length)
     if latency is not None:
         latency.require_room(artifact, trial.artifact.positions)
-    windowed = bool(getattr(trial.checkpoint.pretrained_config, "sliding_window", None))
-    stage = Stage(trial.artifact, trial.checkpoint.config.vocab_size, seed, windowed=windowed)
+    window = getattr(trial.checkpoint.pretrained_config, "sliding_window", None) or 0
+    stage = Stage(trial.artifact, trial.checkpoint.config.vocab_size, seed, window=window)
     say("running the artifact")
     played = play(stage, quick=quick)
     say("asking the reference")
@@ -90,7 +91,9 @@ def check(
     drilled = measured = times = None
     if not quick:
         checks.insert(0, judge_file(artifact / "model.onnx", trial.target))
-        checks += [judge_bits(stage), judge_rotary(trial.artifact, trial.checkpoint)]
+        checks.insert(1, judge_companions(artifact, trial.artifact.manifest, trial.checkpoint))
+        checks += [judge_bits(stage), judge_embeddings(artifact, trial.checkpoint)]
+        checks.append(judge_rotary(trial.artifact, trial.checkpoint))
         placement, judged = judge_placement(trial.artifact)
         checks.append(judged)
     scenario = scenario_to_drill(played, checks) or (PREFILL if drill else None)
@@ -168,6 +171,11 @@ class Trial:
         checkpoint = Checkpoint(reference)
         provider, remark = choose_provider(directory, device)
         artifact = Artifact(directory, provider=provider, exact=True)
+        outputs = {value.name: value.shape for value in artifact.session.get_outputs()}
+        if (columns := outputs.get("logits", [None])[-1]) != checkpoint.config.vocab_size:
+            what = f"logits has {columns} columns" if columns else "it has no output logits"
+            say = f"{what}, {reference} a vocabulary of {checkpoint.config.vocab_size}"
+            raise ArtifactError(f"{directory}: was not compiled from {reference}, or not by dispc: {say}")
         masks = Masks.load(directory / "masks.safetensors")
         masks.check(checkpoint.config, directory / "masks.safetensors")
         if masks.sha256() != artifact.manifest["masks_sha256"]:

@@ -59,7 +59,7 @@ def measure_latency(artifact: Path, dense: Path | None, options: LatencyOptions,
         ArtifactError: with the last line of what that process said.
     """
     request = {"artifact": str(artifact), "dense": dense and str(dense), "provider": provider} | asdict(options)
-    command = [sys.executable, "-m", "dispc.validate.latency"]
+    command = [sys.executable, "-P", "-m", "dispc.validate.latency"]  # -P: nothing of the folder that the user is in
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -4,11 +4,13 @@ The reference in float64 is the truth; the reference in the artifact's dtype sho
 position the artifact may be off by a small factor of that cost. docs/parity.md says why, with figures.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from dispc.errors import ArtifactError
 from dispc.validate.perplexity import Perplexity
 from dispc.validate.report import Check
 from dispc.validate.scenarios import GREEDY, Row, Stage, Turn
@@ -40,6 +42,11 @@ class Thresholds:
     top1: float = 0.01
     greedy: float = 0.0
     perplexity: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name, limit in asdict(self).items():
+            if not math.isfinite(limit):
+                raise ArtifactError(f"--max-{name} is {limit}; a limit is a finite number")
 
 
 DEFAULTS = Thresholds()

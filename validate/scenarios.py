@@ -55,13 +55,13 @@ class Scenario:
 class Stage:
     """An artifact and the random tokens that it is fed; the same seed gives the same tokens.
 
-    `windowed`: some of its layers attend to a sliding window.
+    `window`: the tokens of the sliding window that some of its layers attend to; 0 for none.
     """
 
-    def __init__(self, artifact: Artifact, vocabulary: int, seed: int = 0, *, windowed: bool = False) -> None:
+    def __init__(self, artifact: Artifact, vocabulary: int, seed: int = 0, *, window: int = 0) -> None:
         self.artifact = artifact
         self.runner = artifact.runner
-        self.vocabulary, self.seed, self.windowed = vocabulary, seed, windowed
+        self.vocabulary, self.seed, self.window = vocabulary, seed, window
         self.length = min(STEPS + 8, artifact.positions // 2)
 
     def tokens(self, stream: int, length: int) -> Tokens:
@@ -179,13 +179,13 @@ def padded_batch(stage: Stage) -> Played:
 
 def other_side(stage: Stage) -> Played:
     """The same with padding on the side that the artifact does not declare, as if the client did not know."""
-    unguarded = Stage(stage.artifact, stage.vocabulary, stage.seed)
+    unguarded = Stage(stage.artifact, stage.vocabulary, stage.seed, window=stage.window)
     unguarded.runner = Runner(stage.artifact.session)
     side = "left" if stage.artifact.padding == "right" else "right"
     rows, detail = _unequal(unguarded, side)
     if stage.artifact.padding == "right":
         detail += " (wrong without a word in ONNX Runtime, refused by dispc's own loop)"
-    elif stage.windowed:
+    elif stage.window:
         detail += " (padding behind a prompt takes up room in the sliding window)"
     return rows, detail
 
@@ -207,6 +207,22 @@ def near_the_limit(stage: Stage) -> Played:
     for _ in range(steps):
         feeder.extend()
     return feeder.said(int(feeder.fed[0]) - count), detail
+
+
+def behind_the_window(stage: Stage) -> Played:
+    """A prompt that is longer than the sliding window, and steps behind it."""
+    count, steps = min(24, stage.length), 8
+    length = stage.window + count
+    if not stage.window:
+        raise Skip("no layer attends to a sliding window")
+    if length > stage.artifact.positions:
+        raise Skip(f"a window of {stage.window}, and {stage.artifact.positions} positions: none slides out of it")
+    if stage.window > LONGEST_PROMPT:
+        raise Skip(f"a window of {stage.window}: more tokens than are run")
+    feeder = stage.feed([stage.tokens(10, length)]).prefill([length - steps])
+    for _ in range(steps):
+        feeder.extend()
+    return feeder.said(length - count), f"{length} tokens, the last {steps} with the cache; a window of {stage.window}"
 
 
 def shared_buffer(stage: Stage) -> Played:
@@ -280,9 +296,10 @@ SCENARIOS = (
     Scenario(
         "padding of the other side",
         other_side,
-        documented=lambda stage: stage.artifact.padding == "right" or stage.windowed,
+        documented=lambda stage: stage.artifact.padding == "right" or stage.window > 0,
     ),
     Scenario("positions near the limit", near_the_limit),
+    Scenario("behind the sliding window", behind_the_window),
     Scenario("shared past and present", shared_buffer, streams=False),
     Scenario("CUDA graph replay", graph_replay, streams=False),
     GREEDY,

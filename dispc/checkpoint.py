@@ -138,10 +138,10 @@ class Checkpoint:
             ("model.safetensors.index.json", "model.safetensors", _list_safetensors),
             ("pytorch_model.bin.index.json", "pytorch_model.bin", _list_torch_file),
         ):
+            if (self.directory / single).is_file():  # before an index, as in transformers: it may be an older save's
+                return list_tensors(self.directory / single)
             if (self.directory / index).is_file():
                 return self._sharded(self.directory / index, list_tensors)
-            if (self.directory / single).is_file():
-                return list_tensors(self.directory / single)
         raise CheckpointError(f"{self.directory}: no model.safetensors or pytorch_model.bin (nor an index of shards)")
 
     def _sharded(
@@ -180,7 +180,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; a model directory needs it") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: a JSON object is expected")

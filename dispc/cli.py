@@ -13,6 +13,7 @@ from rich.markup import escape
 from dispc import __version__, cli_learn, cli_validate
 from dispc.console import JsonFlag, err, out, print_error, print_json
 from dispc.errors import DispcError, Interrupted, first_line
+from dispc.signals import ENDING
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -215,8 +216,10 @@ def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch takes large tensors in 2 MiB pages: a seventh of a 7B
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    signal.signal(signal.SIGTERM, _terminate)
-    gc.disable()  # importing torch and transformers makes no garbage, but a collector walks all of it again and again
+    for number in set(ENDING) - {signal.SIGINT}:
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _terminate)
+    gc.disable()  # importing torch and transformers makes no garbage to walk through; long work turns it on
     try:
         app(arguments)
     except SystemExit as stop:

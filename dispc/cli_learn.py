@@ -1,5 +1,6 @@
 """The commands that make masks and say what they are worth: learn, eval, import-masks."""
 
+import gc
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -116,6 +117,7 @@ def learn(
             tensorboard=tensorboard,
         )  # fmt: skip
         need("matplotlib", "learn")  # for the pictures at the end: known now, not after the last step
+        collect_garbage()
         with learn_progress(err, shown=os.environ.get("RANK", "0") == "0") as progress:
             masks, main = run_learning(options, progress, resume=resume, force=force)
         if not main:
@@ -125,6 +127,12 @@ def learn(
         raise LearnError(f"--method {method}: choose disp-llm, {', '.join(INSTANT)}")
     _warn_of_a_missed_budget(masks)
     report_masks(file, model, as_json)
+
+
+def collect_garbage() -> None:
+    """From here on, and not what was imported: each of many steps leaves cycles behind, which nothing else collects."""
+    gc.freeze()
+    gc.enable()
 
 
 def _refuse_what_does_not_apply(context: typer.Context, method: str) -> None:
@@ -191,6 +199,7 @@ def evaluate(
         sequence_length=sequence_length, max_windows=max_windows, include=include, limit=limit, device=device,
         record=record, json_file=json_file,
     )  # fmt: skip
+    collect_garbage()
     unused = path / "masks.safetensors"
     if masks is None and unused.is_file() and not (path / MANIFEST).is_file():
         err.print(f"note: judged is the dense model; --masks {unused} judges what those leave", highlight=False)

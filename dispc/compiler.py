@@ -68,6 +68,9 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
     """
     started = time.perf_counter()
     check_output(options.output, options.force)
+    for path in (options.model, options.masks, options.dump_ir):
+        if path and path.resolve().is_relative_to(options.output.resolve()):
+            raise ArtifactError(f"{path}: lies in {options.output}, which would be replaced; choose another -o")
     checkpoint = Checkpoint(options.model)
     plan = make_plan(options.target, options)
     masks = load_masks(checkpoint, options)

@@ -2,7 +2,6 @@
 
 import math
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -81,18 +80,18 @@ def _artifact(path: Path) -> dict[str, Any]:
         "widths": widths,
         "full_widths": full,
         "operators": dict(operators.most_common()),
-        "block_operators": _block_operators(graph),
+        "block_operators": _block_operators(graph, len(widths)),
         "manifest": manifest,
     }
 
 
-def _block_operators(graph: onnx.GraphProto) -> list[dict[str, int]]:
-    """Operators of each block, by the names of its nodes, and in a last row those of all other nodes."""
-    rows: dict[int, Counter[str]] = {}
+def _block_operators(graph: onnx.GraphProto, blocks: int) -> list[dict[str, int]]:
+    """Operators of each block, by the names of its nodes (none where all of it is pruned); in a last row all others."""
+    rows: list[Counter[str]] = [Counter() for _ in range(blocks + 1)]
     for node in graph.node:
         block = re.search(r"/layers\.(\d+)/", node.name)
-        rows.setdefault(int(block[1]) if block else sys.maxsize, Counter())[node.op_type] += 1
-    return [dict(rows[number].most_common()) for number in sorted(rows)]
+        rows[int(block[1]) if block else blocks][node.op_type] += 1
+    return [dict(row.most_common()) for row in rows]
 
 
 def _model(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dispc.checkpoint import Checkpoint
+from dispc.errors import CheckpointError, first_line
 from dispc.families import Family
 from dispc.masks import Indices, Masks, NormScope, set_width
 from dispc.narrow import is_published_model
@@ -31,7 +32,10 @@ def load_reference(directory: Path, family: Family, masks: Masks | None, dtype: 
     if is_published_model(directory):
         model = _load_widened(Checkpoint(directory), dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, trust_remote_code=False)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{directory}: transformers cannot load the model ({first_line(error)})") from error
     model.eval()
     _widen_norms(model)
     if masks is not None:

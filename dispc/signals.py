@@ -6,16 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+ENDING = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+"""Ctrl-C, `kill`, and a terminal that was closed."""
+
 
 def _handlers() -> dict[int, Callable[..., Any]]:
-    """What Ctrl-C and SIGTERM do now, where Python handles them; nothing in other threads, which get no signals."""
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    """What these do now, where Python handles them; nothing in other threads, which get no signals."""
+    numbers = ENDING if threading.current_thread() is threading.main_thread() else ()
     return {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
 
 
 @contextmanager
 def note_signals() -> Iterator[Callable[[], int | None]]:
-    """Note Ctrl-C and SIGTERM for a body that asks where it can stop; the value is the first that came, or None.
+    """Note the signals that end a process, for a body that asks where it can stop: the value is the first, or None.
 
     The second is for those who do not want to wait: it does what it did outside of the body.
     """
@@ -38,7 +41,7 @@ def note_signals() -> Iterator[Callable[[], int | None]]:
 
 @contextmanager
 def hold_signals() -> Iterator[Callable[[], bool]]:
-    """Keep Ctrl-C and SIGTERM waiting until the end of the body; the value says whether one waits.
+    """Keep the signals that end a process waiting until the end of the body; the value says whether one waits.
 
     Python raises an interrupt between any two instructions: in a thread pool's own code that leaves a lock behind for
     which everybody waits, in a cleanup it leaves files behind.

@@ -42,6 +42,7 @@ def staged_directory(out: Path, force: bool) -> Iterator[Path]:
         yield stage
         stage.chmod(0o777 & ~_umask())
         with hold_signals():
+            check_output(out, force)  # again: something may have come there meanwhile
             _swap(stage, out)
     except OSError as error:
         where = str(error.filename or out).replace(str(stage), str(out))

@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from dispc import cli
+from dispc.signals import ENDING
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Outcome:
 def run(*arguments: object) -> Outcome:
     """`dispc ARGUMENTS`. An exception that reaches the caller is what a user would see as a traceback."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in ENDING}
     try:
         with (
             patch.object(sys, "argv", ["dispc", *map(str, arguments)]),
@@ -36,7 +37,8 @@ def run(*arguments: object) -> Outcome:
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         gc.enable()  # the command turns it off, as its process does not live long
     return Outcome(code, out.getvalue(), err.getvalue())
 

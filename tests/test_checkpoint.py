@@ -113,6 +113,14 @@ def test_a_shard_may_be_a_link_as_in_the_cache_of_the_hub(state: dict[str, torch
     assert set(checkpoint.tensors) == set(state)
 
 
+def test_a_single_file_counts_before_the_index_of_an_older_save(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """As in transformers, which leaves the index behind when it saves the model again as one file."""
+    checkpoint = store(state, tmp_path / "model", "sharded safetensors")
+    save_file({name: tensor + 1 for name, tensor in state.items()}, tmp_path / "model" / "model.safetensors")
+    for name, tensor in checkpoint.tensors.items():
+        assert torch.equal(tensor.read(), state[name] + 1)
+
+
 @pytest.mark.parametrize("shard", ["../outside.safetensors", "/tmp/outside.safetensors", "sub/../../outside", "..", ""])
 def test_an_index_cannot_name_a_file_outside_the_directory(
     shard: str, state: dict[str, torch.Tensor], tmp_path: Path

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import command
 import pytest
@@ -22,7 +23,7 @@ from command import assert_refused, fingerprint
 from desk import Desk
 from safetensors.torch import load_file
 
-from dispc import cli
+from dispc import cli, compiler
 from dispc.errors import CheckpointError
 from dispc.validate.parity import Thresholds
 
@@ -176,7 +177,9 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("number", "code", "lines"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 0)])
+@pytest.mark.parametrize(
+    ("number", "code", "lines"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 0), (signal.SIGHUP, 129, 0)]
+)
 def test_a_signal_in_the_middle_of_writing_leaves_the_older_artifact_and_nothing_else(
     number: signal.Signals, code: int, lines: int, desk: Desk, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -242,6 +245,42 @@ def test_the_output_is_named_after_model_and_target_wherever_the_command_runs(
         assert outcome.code == 0, outcome
         assert (desk.place / "model-onnx-cpu" / "dispc.json").is_file()
         shutil.rmtree(desk.place / "model-onnx-cpu")
+
+
+def test_what_is_compiled_from_is_not_replaced(desk: Desk) -> None:
+    inside = shutil.copytree(desk.model, desk.older / "model")
+    masks = shutil.copy(desk.model / "masks.safetensors", desk.older / "mine.safetensors")
+    line = ("compile", "-t", "onnx-cpu", "-o", desk.older, "--force", "--no-validate")
+    for arguments in (
+        (*line, inside),
+        (*line, desk.model, "--masks", masks),
+        (*line, desk.model, "--dump-ir", desk.older / "ir"),
+    ):
+        assert_refused(desk.place, *arguments, says=("lies in", "which would be replaced"))
+
+
+def test_a_directory_that_came_meanwhile_is_not_replaced(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = compiler.save_model
+
+    def write_slowly(*given: Any) -> None:
+        desk.new.mkdir()
+        (desk.new / "thesis.txt").write_text("mine")
+        write(*given)
+
+    monkeypatch.setattr(compiler, "save_model", write_slowly)
+    for force in ([], ["--force"]):
+        outcome = command.run("compile", desk.model, "-t", "onnx-cpu", "-o", desk.new, "--no-validate", *force)
+        assert outcome.code == 2 and str(desk.new) in outcome.err
+        assert [path.name for path in desk.new.iterdir()] == ["thesis.txt"]
+        shutil.rmtree(desk.new)
+    assert not list(desk.place.glob(".*"))
+
+
+def test_an_unexpected_error_is_one_line_and_exit_code_2(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dispc.inspect.inspect_path", Mock(side_effect=KeyError("name")))
+    assert_refused(desk.place, "inspect", desk.older, says=("unexpected KeyError: 'name'; --debug shows where",))
+    with pytest.raises(KeyError):
+        command.run("inspect", desk.older, "--debug")
 
 
 # validate

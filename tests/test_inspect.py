@@ -1,5 +1,6 @@
 """`dispc inspect`: its figures are those of the files, its tables hold what its JSON holds."""
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import command
 import harness
+import numpy as np
 import onnx
 import pytest
 import tiny
@@ -19,7 +21,7 @@ from safetensors.torch import load_file
 
 from dispc.checkpoint import Checkpoint
 from dispc.inspect import inspect_path
-from dispc.masks import SETS, Masks
+from dispc.masks import SETS, Block, Masks, SubLayer
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,19 @@ def test_operators_are_listed_block_by_block(place: Path) -> None:
     assert shown.code == 0
     assert "Operators per block" in shown.out
     assert "Operators per block" not in command.run("inspect", place / "artifact").out
+
+
+def test_a_block_that_is_pruned_away_has_an_empty_row(place: Path, tmp_path: Path) -> None:
+    config = Checkpoint(place / "model").config
+    whole = Masks.load(place / "model" / "masks.safetensors")
+    nothing = np.zeros(0, dtype=np.int64)
+    dead = Block(SubLayer(nothing, nothing), SubLayer(nothing, nothing, nothing))
+    masks = dataclasses.replace(whole, blocks=(whole.blocks[0], dead, whole.blocks[2]))
+    masks.save(tmp_path / "masks.safetensors", config)
+    line = ("compile", place / "model", "--masks", tmp_path / "masks.safetensors", "-t", "onnx-cpu", "--no-validate")
+    assert command.run(*line, "-o", tmp_path / "out").code == 0
+    first, second, third, _ = inspect_path(tmp_path / "out")["block_operators"]
+    assert second == {} and first["GroupQueryAttention"] == third["GroupQueryAttention"] == 1
 
 
 def test_the_facts_of_a_model_are_those_of_its_weights(place: Path) -> None:

@@ -1,15 +1,18 @@
 """`dispc learn`: what it writes and says, and what it refuses in one line."""
 
+import gc
 import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from command import assert_refused, run
 from student import student, text
 
 from dispc.checkpoint import Checkpoint
+from dispc.learn.trainer import Trainer
 from dispc.masks import Masks
 
 pytestmark = pytest.mark.xdist_group("learn")  # one worker, so that the student is taught once
@@ -27,6 +30,19 @@ class TestTheCommand:
             "-o": str(tmp_path / "m.safetensors"),
         } | changes  # fmt: skip
         return ["learn", str(student()), *(part for pair in chosen.items() for part in pair)]
+
+    @pytest.mark.extras
+    def test_garbage_is_collected_while_it_learns(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The command turns the collector off for its imports; thousands of steps leave cycles behind."""
+        advance, enabled = Trainer.advance, []
+
+        def spied(self: Trainer, ids: torch.Tensor) -> dict[str, float]:
+            enabled.append(gc.isenabled())
+            return advance(self, ids)
+
+        monkeypatch.setattr(Trainer, "advance", spied)
+        assert run(*self.arguments(tmp_path)).code == 0
+        assert enabled == [True, True]
 
     @pytest.mark.extras
     def test_learns_draws_and_reports(self, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from dispc.errors import LearnError
 from dispc.learn import trainer
 from dispc.learn.folder import CHECKPOINT, METRICS, OPTIONS
 from dispc.learn.trainer import Trainer, learn
+from dispc.signals import ENDING
 
 pytestmark = pytest.mark.xdist_group("learn")  # one worker, so that the student is taught once
 
@@ -218,7 +219,7 @@ def test_a_file_that_may_not_grow_is_one_line_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.extras
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", ENDING)
 def test_a_signal_ends_the_run_behind_its_step_and_nothing_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:

@@ -234,8 +234,11 @@ def choose_provider(artifact: Path, device: Device) -> tuple[str, str]:
     Raises:
         ArtifactError: when the target's provider does not load here and the CPU was not asked for.
     """
-    target = TARGETS.get(read_manifest(artifact)["target"])
-    if target is None or target.provider == CPU:
+    name = read_manifest(artifact)["target"]
+    target = TARGETS.get(name)
+    if target is None:
+        raise ArtifactError(f"{artifact}: is for the target {name}, which this dispc does not know")
+    if target.provider == CPU:
         return CPU, ""
     if device == "cpu":
         return CPU, f" instead of {target.provider} (chosen)"

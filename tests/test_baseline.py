@@ -85,7 +85,18 @@ def test_latencies_of_two_processors_are_not_compared() -> None:
     assert compared.passed and (skipped.status, "a slow one" in skipped.detail) == ("skipped", True)
 
 
-@pytest.mark.parametrize("change", [{"dtype": "float16"}, {"judged_on": "elsewhere"}, {"truth": "another"}])
+def test_latencies_of_other_threads_are_not_compared() -> None:
+    one, two = (measured(p50=p50).as_dict() for p50 in (10.0, 99.0))
+    one["latency"]["threads"], two["latency"]["threads"] = 1, 2
+    new = Report(**{**measured(p50=99.0).__dict__, "latency": two["latency"]})
+    (skipped,) = [check for check in compare(new, older(one), 0.05).checks if check.name == "baseline: one token p50"]
+    assert skipped.status == "skipped" and "with 1 threads, this report on" in skipped.detail
+    assert not compare(new, older(two | {"latency": one["latency"] | {"threads": 2}}), 0.05).passed
+
+
+@pytest.mark.parametrize(
+    "change", [{"dtype": "float16"}, {"judged_on": "elsewhere"}, {"truth": "another"}, {"seed": 1}]
+)
 def test_reports_of_different_things_are_not_compared(change: dict[str, Any]) -> None:
     with pytest.raises(ArtifactError, match="make a new baseline"):
         compare(measured(), older(measured().as_dict() | change), 0.05)
@@ -95,6 +106,10 @@ def test_perplexities_of_different_texts_are_not_compared() -> None:
     another = older(measured().as_dict())
     another["perplexity"]["artifact"]["windows"] = 3
     with pytest.raises(ArtifactError, match="perplexity's windows is 3, here 2"):
+        compare(measured(), another, 0.05)
+    another = older(measured().as_dict())
+    another["perplexity"]["artifact"]["tokens_sha256"] = "other words, as many of them"
+    with pytest.raises(ArtifactError, match="perplexity's tokens_sha256 is other words"):
         compare(measured(), another, 0.05)
 
 

@@ -10,16 +10,17 @@ from typing import Any
 from dispc.errors import ArtifactError
 from dispc.validate.report import Check, Report
 
-SAME = ("target", "dtype", "judged_on", "truth")
+SAME = ("target", "dtype", "judged_on", "truth", "seed")
 """What two reports must agree on for their figures to mean the same."""
-SAME_TEXT = ("data", "windows", "sequence_length", "tokens_scored")
+SAME_TEXT = ("data", "windows", "sequence_length", "tokens_scored", "tokens_sha256")
 
 
 def compare(report: Report, older: dict[str, Any], max_regression: float) -> Report:
     """`report` with a check for each figure of an `older` one (`read_report`): worse by at most that share of it.
 
-    Figures are parity errors, perplexity, bytes, and latencies (p50). One that this report lacks has failed: nobody
-    looked. Latencies of another processor are not compared. What only this report has is new, and not compared.
+    Figures are parity errors (whose share is of their limit: far below it they are noise), perplexity, bytes, and
+    latencies (p50). One that this report lacks has failed: nobody looked. Latencies of another processor, or with
+    another number of threads, are not compared. What only this report has is new, and not compared.
 
     Raises:
         ArtifactError: when the two are of different things, such as another dtype or another text.
@@ -30,13 +31,14 @@ def compare(report: Report, older: dict[str, Any], max_regression: float) -> Rep
     checks = []
     for name, (before, scale, group) in _figures(older):
         title = f"baseline: {name}"
-        if group == "latency" and older.get("device") != newer["device"]:
-            reason = f"timed on {older.get('device', 'an unknown processor')}, this report on {newer['device']}"
-            checks.append(Check.skipped(title, "baseline", reason))
+        before_on, now_on = (_timed_on(each) for each in (older, newer))
+        if group == "latency" and name in figures and before_on != now_on:
+            checks.append(Check.skipped(title, "baseline", f"timed on {before_on}, this report on {now_on}"))
         elif name not in figures:
             checks.append(Check.failed(title, "baseline", "in the earlier report, and not measured in this one"))
         else:
-            checks.append(_compare(title, before, figures[name][0], scale, max_regression))
+            basis = scale if group == "parity" else before or scale
+            checks.append(_compare(title, before, figures[name][0], basis, max_regression))
     return replace(report, checks=report.checks + tuple(checks))
 
 
@@ -63,7 +65,7 @@ def _require_same(older: dict[str, Any], newer: dict[str, Any]) -> None:
     pairs = [(name.replace("_", " "), older.get(name), newer[name]) for name in SAME]
     texts = [(report.get("perplexity") or {}).get("artifact") for report in (older, newer)]
     if texts[0] and texts[1]:
-        pairs += [(f"perplexity's {name}", texts[0][name], texts[1][name]) for name in SAME_TEXT]
+        pairs += [(f"perplexity's {name}", texts[0].get(name), texts[1].get(name)) for name in SAME_TEXT]
     for what, before, now in pairs:
         if before != now:
             raise ArtifactError(f"--baseline: its {what} is {before}, here {now}; make a new baseline")
@@ -87,9 +89,14 @@ def _number(figure: float | None) -> float:
     return math.inf if figure is None else float(figure)
 
 
-def _compare(title: str, before: float, now: float, scale: float, max_regression: float) -> Check:
-    """Worse by a share of what it was; what was 0, such as a share of tokens, by a share of its limit."""
-    basis = before or scale
+def _timed_on(report: dict[str, Any]) -> str:
+    """Processor and threads of a report's latencies."""
+    threads = (report.get("latency") or {}).get("threads")
+    return f"{report.get('device', 'an unknown processor')}" + (f" with {threads} threads" if threads else "")
+
+
+def _compare(title: str, before: float, now: float, basis: float, max_regression: float) -> Check:
+    """Worse by a share of the `basis`."""
     unchanged = now == before or math.isinf(before)  # nothing is worse than that
     worse = 0.0 if unchanged else (now - before) / basis if basis else math.inf
     return Check.against(title, "baseline", worse, max_regression, "worse", f"{before:.6g} before, {now:.6g} now")

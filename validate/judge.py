@@ -112,7 +112,7 @@ def check(
         checks += judge_latency(times)
     report = Report(
         **trial.facts(), checks=tuple(checks), drill=drilled, perplexity=measured,
-        placement=placement.as_dict() if placement else None, latency=times, quick=quick,
+        placement=placement.as_dict() if placement else None, latency=times, quick=quick, seed=seed,
     )  # fmt: skip
     return report if older is None else compare(report, older, max_regression)
 

@@ -4,6 +4,7 @@ The text is one run of tokens, cut into windows that do not overlap; each window
 not scored, and what does not fill a window is left out. Perplexity is exp of the mean negative log likelihood.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -136,7 +137,7 @@ def _provider(artifact: Path, device: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """What was measured, with all that another needs to measure it again."""
+    """What was measured, with all that another needs to measure it again. The digest is of the windows read (int64)."""
 
     perplexity: float
     mean_nll: float
@@ -144,6 +145,7 @@ class Perplexity:
     sequence_length: int
     tokens_scored: int
     data: str
+    tokens_sha256: str
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -176,6 +178,7 @@ def measure_perplexity(
     return Perplexity(
         perplexity=math.inf if mean >= 700 else math.exp(mean), mean_nll=mean, windows=len(rows),
         sequence_length=length, tokens_scored=scored, data=source_name(data),
+        tokens_sha256=hashlib.sha256(rows.tobytes()).hexdigest(),
     )  # fmt: skip
 
 

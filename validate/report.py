@@ -74,6 +74,7 @@ class Report:
     placement: dict[str, Any] | None = None
     latency: dict[str, Any] | None = None
     quick: bool = False
+    seed: int = 0
 
     @property
     def passed(self) -> bool:

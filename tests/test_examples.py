@@ -1,6 +1,7 @@
 """The examples: every runtime loads the artifacts it is said to load, and says what `dispc generate` says."""
 
 import json
+import shutil
 from functools import cache
 from http.client import HTTPConnection
 from pathlib import Path
@@ -83,6 +84,25 @@ def test_every_runtime_stops_before_a_stop_token(example: str, tmp_path: Path) -
     if example == "optimum":  # generate() returns the stop token too; decoding drops it only where it is a special one
         said = said.removesuffix(letter)
     assert said == expected("onnx-cpu").split(letter)[0]
+
+
+@pytest.mark.parametrize("example", ["onnxruntime", "genai", "optimum", "node"])
+def test_every_runtime_ends_where_the_context_does(example: str) -> None:
+    positions = Checkpoint(student()).config.max_positions
+    said = say(example, compiled("onnx-cpu"), PROMPT, 10 * positions)
+    assert said.startswith(expected("onnx-cpu")) and len(said) <= positions
+
+
+@pytest.mark.parametrize("example", ["onnxruntime", "genai", "optimum", "node"])
+def test_every_runtime_continues_the_prompt_where_there_is_no_chat_template(example: str, tmp_path: Path) -> None:
+    model = shutil.copytree(student(), tmp_path / "model")
+    make_tokenizer(model)
+    (model / "chat_template.jinja").unlink()
+    out = tmp_path / "out"
+    compile_model(CompileOptions(model=model, output=out, target="onnx-cpu", validate=False))
+    raw = command.run("generate", out, PROMPT, "--max-new-tokens", LIMIT)
+    assert raw.code == 0 and raw.out.removesuffix("\n") != expected("onnx-cpu")
+    assert say(example, out, PROMPT, LIMIT) == raw.out.removesuffix("\n")
 
 
 @pytest.mark.parametrize(

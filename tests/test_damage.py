@@ -41,6 +41,16 @@ def written(name: str, content: bytes) -> Callable[[Path], None]:
     return damage
 
 
+def indexed(content: bytes) -> Callable[[Path], None]:
+    """Make the weights a shard behind an index of that content."""
+
+    def damage(model: Path) -> None:
+        (model / "model.safetensors").rename(model / "shard.safetensors")
+        (model / SHARD).write_bytes(content)
+
+    return damage
+
+
 def removed(name: str) -> Callable[[Path], None]:
     return lambda model: (model / name).unlink()
 
@@ -120,8 +130,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         written("model.safetensors", struct.pack("<Q", 9) + b"not json!" * 9),
         ("model.safetensors", "truncated or corrupt"),
     ),
-    "index is not json": (written(SHARD, b"{"), (SHARD, "not valid JSON")),
-    "index without a map": (written(SHARD, b"{}"), (SHARD, "no weight_map")),
+    "index is not json": (indexed(b"{"), (SHARD, "not valid JSON")),
+    "index without a map": (indexed(b"{}"), (SHARD, "no weight_map")),
+    "index nested without end": (indexed(b"[" * 100_000), (SHARD, "not valid JSON")),
     "shard one level up": (sharded("../older/model.onnx.data"), (SHARD, "'../older/model.onnx.data'", "outside")),
     "shard by full path": (sharded("/etc/hostname"), (SHARD, "'/etc/hostname'", "outside")),
     "shard missing": (sharded("lost.safetensors"), ("lost.safetensors", "missing", SHARD)),

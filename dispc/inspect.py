@@ -32,15 +32,14 @@ def inspect_path(path: Path) -> dict[str, Any]:
 
 
 def masks_of(path: Path) -> Masks:
-    """The masks in a mask file, an artifact or a published pruned model.
+    """The masks in a mask file, an artifact or a published pruned model, or those beside a model.
 
     Raises:
         DispcError: when `path` is none of these.
     """
-    if (path / MANIFEST).is_file():
-        return Masks.load(path / "masks.safetensors")
-    published = Checkpoint(path).published_masks if (path / "config.json").is_file() else None
-    return Masks.load(path) if published is None else published
+    if (path / MANIFEST).is_file() or not (path / "config.json").is_file():
+        return Masks.load(path / "masks.safetensors" if path.is_dir() else path)
+    return Checkpoint(path).published_masks or Masks.load(path / "masks.safetensors")
 
 
 def _masks(path: Path) -> dict[str, Any]:

@@ -212,15 +212,15 @@ class Masks:
             MasksError: when the file is missing, no mask file of this version, or a tensor is not 0/1 of full width.
         """
         if not path.is_file():
-            raise MasksError(f"{path}: no such mask file; learn masks first, or pass --masks FILE")
+            raise MasksError(f"{path}: no such mask file; learn masks first, or name another file (--masks FILE)")
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata: dict[str, str] = file.metadata() or {}
+                if metadata.get("format") != FORMAT:  # before a tensor is read: it may be a model of many gigabytes
+                    raise MasksError(f"{path}: not a mask file (its metadata lacks format={FORMAT})")
                 tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise MasksError(f"{path}: not a readable safetensors file ({error})") from error
-        if metadata.get("format") != FORMAT:
-            raise MasksError(f"{path}: not a mask file (its metadata lacks format={FORMAT})")
         if metadata.get("version") != VERSION:
             raise MasksError(f"{path}: mask format version {metadata.get('version')}; this dispc reads {VERSION}")
         try:

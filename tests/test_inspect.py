@@ -84,6 +84,16 @@ def test_operators_are_listed_block_by_block(place: Path) -> None:
     assert "Operators per block" not in command.run("inspect", place / "artifact").out
 
 
+def test_widths_are_drawn_of_masks_wherever_they_stand(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for path in ("model", "model/masks.safetensors", "artifact"):
+        assert command.run("inspect", place / path, "--plot", tmp_path / "w.svg").code == 0, path
+    bare = shutil.copytree(place / "model", tmp_path / "bare")
+    (bare / "masks.safetensors").unlink()
+    outcome = command.run("inspect", bare, "--plot", tmp_path / "w.svg")
+    assert outcome.code == 2 and "masks.safetensors: no such mask file" in outcome.err.replace("\n", "")
+
+
 def test_a_block_that_is_pruned_away_has_an_empty_row(place: Path, tmp_path: Path) -> None:
     config = Checkpoint(place / "model").config
     whole = Masks.load(place / "model" / "masks.safetensors")

@@ -43,7 +43,6 @@ def main(
     checkpoint = Checkpoint(model)
     processes = Processes.join(device)
     cuda = processes.device.type == "cuda"
-    precision = "bfloat16" if cuda else "float32"
     ids = torch.from_numpy(
         np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, (batch_size, sequence_length))
     ).to(processes.device)
@@ -55,8 +54,9 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         options = LearnOptions(
             model=model, data="", output=Path(folder) / "masks.safetensors", sequence_length=sequence_length,
-            batch_size=batch_size, device=processes.device.type, precision="bfloat16" if cuda else "float32",
-        )  # fmt: skip
+            batch_size=batch_size, device=processes.device.type,
+        ).settled(processes.device)  # fmt: skip
+        precision = str(options.precision)
         trainer = Trainer(options, checkpoint, block_budget(checkpoint, 0.5, "blocks"), processes)
         dense = load_reference(model, checkpoint.config.family, None, DTYPES[precision])
         dense.requires_grad_(False).to(processes.device)

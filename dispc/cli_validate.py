@@ -90,18 +90,14 @@ def validate(
     clear_reports(reports, inputs, baseline)
     try:
         timed = latency or dense is not None or build_dense
-        for given, needed, options_of in (
-            (
-                timed,
-                "--latency",
-                {"batch": batch, "prompt": prompt, "past": past, "rounds": rounds, "threads": threads},
-            ),
-            (data, "--data FILE", {"sequence-length": sequence_length, "max-windows": max_windows}),
+        timing = {"batch": batch, "prompt": prompt, "past": past, "rounds": rounds, "threads": threads}
+        windows = {"sequence-length": sequence_length, "max-windows": max_windows}
+        for given, needed, dependent in (
+            (timed, "--latency", timing), (data, "--data FILE", windows),
             (not build_dense, "no --build-dense", {"dense": dense}),
-        ):
-            for name, value in options_of.items():
-                if value is not None and not given:
-                    raise DispcError(f"--{name} goes with {needed}")
+        ):  # fmt: skip
+            if not given:
+                refuse_given(dependent, needed)
         options: dict[str, Any] = {
             "thresholds": Thresholds(**{name: limit for name, limit in limits.items() if limit is not None}),
             "device": "cpu" if on_cpu else "target", "drill": drill or html is not None, "data": data,
@@ -109,10 +105,12 @@ def validate(
             "seed": seed, "baseline": baseline, "max_regression": share(max_regression),
         }  # fmt: skip
         if timed:
-            options["latency"] = LatencyOptions(
-                batches=tuple(batch or (1,)), prompts=tuple(prompt or (128,)), pasts=tuple(past or (128,)),
-                rounds=20 if rounds is None else rounds, threads=threads or 0,
-            )  # fmt: skip
+            fields = {"batches": batch, "prompts": prompt, "pasts": past, "rounds": rounds, "threads": threads}
+            chosen: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in fields.items() if value not in (None, [])
+            }  # fmt: skip
+            options["latency"] = LatencyOptions(**chosen)
         with dense_artifact(artifact, reference, dense, build_dense) as dense_path, err.status("") as status:
             report = check(
                 artifact, reference, dense=dense_path, say=lambda what: status.update(f"{what} ..."), **options
@@ -144,6 +142,13 @@ def validate(
         raise failures[0]
     if not report.passed:
         raise typer.Exit(1)
+
+
+def refuse_given(options: dict[str, Any], needed: str) -> None:
+    """Raise DispcError naming the first of `options` that was given: it does nothing without what is `needed`."""
+    for name, value in options.items():
+        if value is not None:
+            raise DispcError(f"--{name} goes with {needed}")
 
 
 def clear_reports(reports: list[Path], inputs: list[Path], baseline: Path | None) -> None:

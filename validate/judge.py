@@ -90,10 +90,14 @@ def check(
     placement: Placement | None = None
     drilled = measured = times = None
     if not quick:
-        checks.insert(0, judge_file(artifact / "model.onnx", trial.target))
-        checks.insert(1, judge_companions(artifact, trial.artifact.manifest, trial.checkpoint))
-        checks += [judge_bits(stage), judge_embeddings(artifact, trial.checkpoint)]
-        checks.append(judge_rotary(trial.artifact, trial.checkpoint))
+        checks = [
+            judge_file(artifact / "model.onnx", trial.target),
+            judge_companions(artifact, trial.artifact.manifest, trial.checkpoint),
+            *checks,
+            judge_bits(stage),
+            judge_embeddings(artifact, trial.checkpoint),
+            judge_rotary(trial.artifact, trial.checkpoint),
+        ]
         placement, judged = judge_placement(trial.artifact)
         checks.append(judged)
     scenario = scenario_to_drill(played, checks) or (PREFILL if drill else None)

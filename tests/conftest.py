@@ -28,6 +28,20 @@ def cuda_stub(request: pytest.FixtureRequest) -> Path:
         pytest.skip(f"no CUDA stub: {error}")
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dispc keeps what it caches in the test's folder; for whole modules, by `usefixtures`."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `judged.furnish` makes, for tests that change nothing in it."""
+    from judged import furnish
+
+    return furnish(tmp_path_factory.mktemp("judged"))
+
+
 @pytest.fixture(scope="session")
 def desk_originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from desk import furnish  # loads torch, which reads the environment set above

@@ -10,7 +10,7 @@ from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
 
 
-def make_place(folder: Path) -> Path:
+def furnish(folder: Path) -> Path:
     """`model`, `masks.safetensors`, `out` compiled from both, and `text.txt`, in `folder`."""
     model = tiny.make_model("llama", folder / "model")
     language.make_tokenizer(model)

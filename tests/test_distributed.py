@@ -18,12 +18,10 @@ from dispc.learn.distributed import Processes
 from dispc.learn.folder import CHECKPOINT, METRICS
 from dispc.learn.trainer import learn
 
-pytestmark = pytest.mark.xdist_group("learn")  # one worker, so that the student is taught once
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = [
+    pytest.mark.xdist_group("learn"),  # one worker, so that the student is taught once
+    pytest.mark.usefixtures("own_cache"),
+]
 
 
 def test_a_signal_to_another_process_ends_the_run_here_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,9 +28,7 @@ LAYERS = {
 """For every set the layers whose weights it selects from, and the axis of the weight [out, in] that it selects on."""
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def planted(folder: Path, name: str, plant: Any) -> Path:

@@ -18,12 +18,10 @@ from dispc.learn.trainer import learn
 from dispc.masks import Masks
 from dispc.validate.perplexity import TorchScorer, measure_perplexity
 
-pytestmark = pytest.mark.xdist_group("learn")  # one worker, so that the student is taught once
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = [
+    pytest.mark.xdist_group("learn"),  # one worker, so that the student is taught once
+    pytest.mark.usefixtures("own_cache"),
+]
 
 
 def perplexity(masks: Masks, folder: Path) -> float:

@@ -15,12 +15,10 @@ from dispc.checkpoint import Checkpoint
 from dispc.learn.trainer import Trainer
 from dispc.masks import Masks
 
-pytestmark = pytest.mark.xdist_group("learn")  # one worker, so that the student is taught once
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = [
+    pytest.mark.xdist_group("learn"),  # one worker, so that the student is taught once
+    pytest.mark.usefixtures("own_cache"),
+]
 
 
 class TestTheCommand:

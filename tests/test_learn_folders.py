@@ -20,12 +20,10 @@ from dispc.learn import trainer
 from dispc.learn.folder import CHECKPOINT, METRICS, OPTIONS
 from dispc.learn.trainer import learn
 
-pytestmark = pytest.mark.xdist_group("learn")  # one worker, so that the student is taught once
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = [
+    pytest.mark.xdist_group("learn"),  # one worker, so that the student is taught once
+    pytest.mark.usefixtures("own_cache"),
+]
 
 
 @pytest.mark.parametrize("content", ["", '{"steps": 1', "[]", "\udcff"], ids=["empty", "half", "list", "bytes"])

@@ -22,12 +22,10 @@ from dispc.learn.folder import CHECKPOINT, METRICS, OPTIONS
 from dispc.learn.trainer import Trainer, learn
 from dispc.signals import ENDING
 
-pytestmark = pytest.mark.xdist_group("learn")  # one worker, so that the student is taught once
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = [
+    pytest.mark.xdist_group("learn"),  # one worker, so that the student is taught once
+    pytest.mark.usefixtures("own_cache"),
+]
 
 
 def test_resuming_gives_the_same_bits(tmp_path: Path) -> None:

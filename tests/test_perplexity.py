@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from command import assert_refused, run
-from judged import make_place
 
 from dispc.corpus import load_tokens
 from dispc.errors import ArtifactError, DataError
@@ -20,21 +19,13 @@ from dispc.masks import Masks
 from dispc.validate import evaluate, perplexity
 from dispc.validate.perplexity import ArtifactScorer, TorchScorer, logits_of, measure_perplexity, open_scorer
 
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_place(tmp_path_factory.mktemp("judged"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def test_perplexity_is_that_of_its_definition(place: Path) -> None:
-    scorer = open_scorer(place / "model")
-    found = measure_perplexity(scorer, str(place / "text.txt"), sequence_length=50)
-    tokens = load_tokens(str(place / "text.txt"), place / "model")
+def test_perplexity_is_that_of_its_definition(judged: Path) -> None:
+    scorer = open_scorer(judged / "model")
+    found = measure_perplexity(scorer, str(judged / "text.txt"), sequence_length=50)
+    tokens = load_tokens(str(judged / "text.txt"), judged / "model")
     losses = []
     for at in range(0, len(tokens) - len(tokens) % 50, 50):
         ids = torch.from_numpy(tokens[at : at + 50].astype(np.int64))[None]
@@ -43,27 +34,27 @@ def test_perplexity_is_that_of_its_definition(place: Path) -> None:
     assert found.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
 
 
-def test_torch_and_artifact_agree_within_a_thousandth(place: Path) -> None:
-    text = str(place / "text.txt")
-    masked = measure_perplexity(open_scorer(place / "model", place / "masks.safetensors"), text).perplexity
-    compiled = measure_perplexity(open_scorer(place / "out"), text).perplexity
-    dense = measure_perplexity(open_scorer(place / "model"), text).perplexity
+def test_torch_and_artifact_agree_within_a_thousandth(judged: Path) -> None:
+    text = str(judged / "text.txt")
+    masked = measure_perplexity(open_scorer(judged / "model", judged / "masks.safetensors"), text).perplexity
+    compiled = measure_perplexity(open_scorer(judged / "out"), text).perplexity
+    dense = measure_perplexity(open_scorer(judged / "model"), text).perplexity
     assert compiled == pytest.approx(masked, rel=1e-3)
     assert abs(dense - masked) > 0.01 * dense  # the masks matter, so agreement says something
 
 
 @pytest.mark.parametrize("piece", [1, 7, 39, 40, 256])
-def test_pieces_of_any_size_are_the_whole(place: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+def test_pieces_of_any_size_are_the_whole(judged: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
     monkeypatch.setattr(perplexity, "PIECE", piece)
     tokens = np.random.default_rng(piece).integers(0, 131, 40)
-    scorer = ArtifactScorer(place / "out")
+    scorer = ArtifactScorer(judged / "out")
     assert [len(logits) for logits in scorer.pieces(tokens)] == [len(part) for part in batched(tokens, piece)]
-    expected = logits_of(open_scorer(place / "model", place / "masks.safetensors"), tokens)
+    expected = logits_of(open_scorer(judged / "model", judged / "masks.safetensors"), tokens)
     np.testing.assert_allclose(logits_of(scorer, tokens), expected, atol=2e-4)
-    text = str(place / "text.txt")
+    text = str(judged / "text.txt")
     found, whole = (
-        measure_perplexity(open_scorer(place / what, masks), text, sequence_length=40, max_windows=3)
-        for what, masks in (("out", None), ("model", place / "masks.safetensors"))
+        measure_perplexity(open_scorer(judged / what, masks), text, sequence_length=40, max_windows=3)
+        for what, masks in (("out", None), ("model", judged / "masks.safetensors"))
     )
     assert found.mean_nll == pytest.approx(whole.mean_nll, rel=1e-4)
     assert found.tokens_scored == whole.tokens_scored
@@ -73,27 +64,27 @@ def batched(tokens: Any, size: int) -> list[Any]:
     return [tokens[at : at + size] for at in range(0, len(tokens), size)]
 
 
-def test_a_scorer_of_a_loaded_model_scores_with_that_model(place: Path) -> None:
-    model, text = harness._dense_reference("llama"), str(place / "text.txt")
-    scorer = TorchScorer.of(model, place / "model", 40)
+def test_a_scorer_of_a_loaded_model_scores_with_that_model(judged: Path) -> None:
+    model, text = harness._dense_reference("llama"), str(judged / "text.txt")
+    scorer = TorchScorer.of(model, judged / "model", 40)
     assert scorer.model is model
     with pytest.raises(DataError, match="takes 2 to 40"):
         measure_perplexity(scorer, text, sequence_length=41)
     found = measure_perplexity(scorer, text)
     assert found.sequence_length == 40
-    assert found == measure_perplexity(open_scorer(place / "model"), text, sequence_length=40)
+    assert found == measure_perplexity(open_scorer(judged / "model"), text, sequence_length=40)
 
 
-def test_the_command_reports_what_was_measured(place: Path, tmp_path: Path) -> None:
+def test_the_command_reports_what_was_measured(judged: Path, tmp_path: Path) -> None:
     outcome = run(
-        "eval", place / "out", "--data", place / "text.txt", "--sequence-length", 40, "--max-windows", 3,
+        "eval", judged / "out", "--data", judged / "text.txt", "--sequence-length", 40, "--max-windows", 3,
         "--json", "--json-file", tmp_path / "report.json",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     report = json.loads(outcome.out)
     assert report == json.loads((tmp_path / "report.json").read_text())
     assert report["perplexity"][0]["windows"] == 3
-    assert "text.txt" in run("eval", place / "out", "--data", place / "text.txt", "--max-windows", 1).out
+    assert "text.txt" in run("eval", judged / "out", "--data", judged / "text.txt", "--max-windows", 1).out
 
 
 @pytest.mark.parametrize(
@@ -116,41 +107,41 @@ def test_the_command_reports_what_was_measured(place: Path, tmp_path: Path) -> N
     ids=str,
 )
 def test_bad_input_is_refused_before_anything_is_measured(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
+    judged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(evaluate, "measure_perplexity", Mock(side_effect=AssertionError("it was measured")))
     (tmp_path / "cache").mkdir()
     for source in ("text.txt", "none.txt"):  # what is read before a refusal is cached: that is no result
-        if (place / source).exists():
-            load_tokens(str(place / source), place / "model"), load_tokens(str(place / source), place / "out")
+        if (judged / source).exists():
+            load_tokens(str(judged / source), judged / "model"), load_tokens(str(judged / source), judged / "out")
     names = {"out", "model", "text.txt", "masks.safetensors", "none.txt"}
-    assert_refused(tmp_path, "eval", *(place / a if a in names else a for a in arguments), says=(says,))
+    assert_refused(tmp_path, "eval", *(judged / a if a in names else a for a in arguments), says=(says,))
 
 
-def test_cuda_is_used_for_an_artifact_or_said_to_be_missing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = json.loads((place / "out" / "dispc.json").read_text())
+def test_cuda_is_used_for_an_artifact_or_said_to_be_missing(judged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = json.loads((judged / "out" / "dispc.json").read_text())
     monkeypatch.setattr(perplexity, "read_manifest", lambda path: manifest | {"target": "onnx"})
     opened = []
     monkeypatch.setattr(perplexity, "ArtifactScorer", lambda path, provider: opened.append(provider))
     monkeypatch.setattr(perplexity, "cuda_problem", lambda: "libcudnn.so is missing")
     with pytest.raises(ArtifactError, match=r"libcudnn\.so is missing; .*--device cpu"):
-        open_scorer(place / "out", device="cuda")
+        open_scorer(judged / "out", device="cuda")
     monkeypatch.setattr(perplexity, "cuda_problem", lambda: None)
-    open_scorer(place / "out", device="cuda")
-    open_scorer(place / "out")
+    open_scorer(judged / "out", device="cuda")
+    open_scorer(judged / "out")
     assert opened == ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
-def test_the_report_says_what_was_judged_and_where(place: Path) -> None:
-    masks = place / "masks.safetensors"
-    arguments = ("eval", place / "model", "--masks", masks, "--data", place / "text.txt", "--max-windows", 1)
+def test_the_report_says_what_was_judged_and_where(judged: Path) -> None:
+    masks = judged / "masks.safetensors"
+    arguments = ("eval", judged / "model", "--masks", masks, "--data", judged / "text.txt", "--max-windows", 1)
     report = json.loads(run(*arguments, "--json").out)
     assert (report["masks"], report["dtype"], report["device"]) == (str(masks), "float32", "cpu")
     assert report["versions"]["torch"] == torch.__version__ and "dispc" in report["versions"]
     assert report["complete"]
     assert "under" in run(*arguments).out and "masks.safetensors" in run(*arguments).out.replace("\n", "")
-    compiled = json.loads(run("eval", place / "out", "--data", place / "text.txt", "--max-windows", 1, "--json").out)
+    compiled = json.loads(run("eval", judged / "out", "--data", judged / "text.txt", "--max-windows", 1, "--json").out)
     assert (compiled["masks"], compiled["device"]) == (None, "CPUExecutionProvider")
 
 
@@ -160,7 +151,7 @@ def test_the_report_says_what_was_judged_and_where(place: Path) -> None:
     ids=["error", "interrupt"],
 )
 def test_what_was_measured_is_kept_when_a_later_part_fails(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, code: int, says: str
+    judged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, code: int, says: str
 ) -> None:
     measure, file = measure_perplexity, tmp_path / "report.json"
 
@@ -170,17 +161,17 @@ def test_what_was_measured_is_kept_when_a_later_part_fails(
         return measure(scorer, data, **options)
 
     monkeypatch.setattr(evaluate, "measure_perplexity", fails_on_the_second)
-    text = place / "text.txt"
-    outcome = run("eval", place / "model", "--data", text, "--data", text, "--max-windows", 1, "--json-file", file)
+    text = judged / "text.txt"
+    outcome = run("eval", judged / "model", "--data", text, "--data", text, "--max-windows", 1, "--json-file", file)
     assert outcome.code == code and len(outcome.err.splitlines()) == 1 and says in outcome.err.replace("\n", "")
     report = json.loads(file.read_text())
     assert len(report["perplexity"]) == 1 and not report["complete"]
 
 
-def test_a_perplexity_is_recorded_in_the_mask_file(place: Path, tmp_path: Path) -> None:
-    file = Path(shutil.copyfile(place / "masks.safetensors", tmp_path / "masks.safetensors"))
+def test_a_perplexity_is_recorded_in_the_mask_file(judged: Path, tmp_path: Path) -> None:
+    file = Path(shutil.copyfile(judged / "masks.safetensors", tmp_path / "masks.safetensors"))
     before = Masks.load(file)
-    arguments = ("eval", place / "model", "--masks", file, "--data", place / "text.txt", "--sequence-length", 40)
+    arguments = ("eval", judged / "model", "--masks", file, "--data", judged / "text.txt", "--sequence-length", 40)
     report = json.loads(run(*arguments, "--record", "--json").out)
     after = Masks.load(file)
     figure = f"{report['perplexity'][0]['perplexity']:.2f}"
@@ -191,20 +182,20 @@ def test_a_perplexity_is_recorded_in_the_mask_file(place: Path, tmp_path: Path) 
     assert Masks.load(file).metadata["perplexity"].endswith(" on text.txt, windows of 40, the first 2")
 
 
-def test_a_report_does_not_replace_what_is_read(place: Path, tmp_path: Path) -> None:
+def test_a_report_does_not_replace_what_is_read(judged: Path, tmp_path: Path) -> None:
     for name in ("text.txt", "masks.safetensors"):
-        shutil.copy(place / name, tmp_path / name)
-    arguments = ("eval", place / "model", "--masks", tmp_path / "masks.safetensors", "--data", tmp_path / "text.txt")
+        shutil.copy(judged / name, tmp_path / name)
+    arguments = ("eval", judged / "model", "--masks", tmp_path / "masks.safetensors", "--data", tmp_path / "text.txt")
     for name in ("text.txt", "masks.safetensors"):
         assert_refused(tmp_path, *arguments, "--json-file", tmp_path / "." / name, says=("is read as an input",))
 
 
-def test_masks_beside_a_model_that_is_judged_dense_are_pointed_out(place: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(place / "model", tmp_path / "model")
-    arguments = ("eval", model, "--data", place / "text.txt", "--max-windows", 1)
+def test_masks_beside_a_model_that_is_judged_dense_are_pointed_out(judged: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(judged / "model", tmp_path / "model")
+    arguments = ("eval", model, "--data", judged / "text.txt", "--max-windows", 1)
     assert run(*arguments).err == ""
-    shutil.copy(place / "masks.safetensors", model)
+    shutil.copy(judged / "masks.safetensors", model)
     outcome = run(*arguments)
     assert outcome.code == 0 and "judged is the dense model" in outcome.err.replace("\n", " ")
     assert run(*arguments, "--masks", model / "masks.safetensors").err == ""
-    assert run("eval", place / "out", "--data", place / "text.txt", "--max-windows", 1).err == ""
+    assert run("eval", judged / "out", "--data", judged / "text.txt", "--max-windows", 1).err == ""

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from command import assert_refused, run
-from judged import make_place
 
 from dispc.errors import DataError
 from dispc.generate import load_tokenizer
@@ -19,19 +18,11 @@ from dispc.validate import evaluate
 from dispc.validate.perplexity import logits_of, open_scorer
 from dispc.validate.zero_shot import score_continuation
 
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_place(tmp_path_factory.mktemp("judged"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def test_a_continuation_is_scored_behind_its_context_alone(place: Path) -> None:
-    scorer = open_scorer(place / "model")
+def test_a_continuation_is_scored_behind_its_context_alone(judged: Path) -> None:
+    scorer = open_scorer(judged / "model")
     tokens = [5, 9, 20, 31, 44]
     log_p = torch.log_softmax(torch.from_numpy(logits_of(scorer, np.array(tokens))), -1)
     expected = sum(float(log_p[at - 1, tokens[at]]) for at in (3, 4))
@@ -46,7 +37,7 @@ def test_a_continuation_is_scored_behind_its_context_alone(place: Path) -> None:
 
 
 @pytest.mark.extras
-def test_zero_shot_tasks_of_ones_own_run_offline_on_torch_and_artifact(place: Path, tmp_path: Path) -> None:
+def test_zero_shot_tasks_of_ones_own_run_offline_on_torch_and_artifact(judged: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     items = [
         {"question": "the sea is", "choices": [" salt", " dry"], "answer": 0},
@@ -63,15 +54,15 @@ def test_zero_shot_tasks_of_ones_own_run_offline_on_torch_and_artifact(place: Pa
         "metric_list:\n  - metric: acc\n  - metric: acc_norm\n"
     )
     found = {}
-    for name, masks in (("out", []), ("model", ["--masks", place / "masks.safetensors"])):
-        outcome = run("eval", place / name, *masks, "--tasks", "sea", "--include", tmp_path, "--json")
+    for name, masks in (("out", []), ("model", ["--masks", judged / "masks.safetensors"])):
+        outcome = run("eval", judged / name, *masks, "--tasks", "sea", "--include", tmp_path, "--json")
         assert outcome.code == 0, outcome.err
         found[name] = json.loads(outcome.out)["tasks"]["sea"]
-    scorer = open_scorer(place / "out")
+    scorer = open_scorer(judged / "out")
     right = right_by_length = 0
     for item in items:
         scores = [
-            score_continuation(scorer, ids_of(place, item["question"]), ids_of(place, choice))[0]
+            score_continuation(scorer, ids_of(judged, item["question"]), ids_of(judged, choice))[0]
             for choice in item["choices"]
         ]
         right += int(np.argmax(scores)) == item["answer"]
@@ -81,23 +72,23 @@ def test_zero_shot_tasks_of_ones_own_run_offline_on_torch_and_artifact(place: Pa
     assert found["out"]["items"] == 3 and found["out"]["metric"] == "acc_norm"
     assert found["out"]["metrics"] == pytest.approx({"acc": right / 3, "acc_norm": right_by_length / 3})
     assert found["out"]["value"] == found["out"]["metrics"]["acc_norm"]
-    table = run("eval", place / "out", "--tasks", "sea", "--include", tmp_path).out
+    table = run("eval", judged / "out", "--tasks", "sea", "--include", tmp_path).out
     assert f"acc {100 * right / 3:.1f} %" in table and "acc_norm" in table
 
 
-def ids_of(place: Path, text: str) -> list[int]:
-    return list(load_tokenizer(place / "model").encode(text, add_special_tokens=False))
+def ids_of(judged: Path, text: str) -> list[int]:
+    return list(load_tokenizer(judged / "model").encode(text, add_special_tokens=False))
 
 
 @pytest.mark.extras
 def test_groups_are_reported_by_their_tasks_and_what_was_measured_is_kept(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    judged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lm_eval")
     for name in ("sea", "lake"):
         write_task(tmp_path, name)
     (tmp_path / "water.yaml").write_text("group: water\ntask: [sea, lake]\n")
-    arguments = ("eval", place / "out", "--include", tmp_path, "--json-file", tmp_path / "report.json", "--tasks")
+    arguments = ("eval", judged / "out", "--include", tmp_path, "--json-file", tmp_path / "report.json", "--tasks")
     assert run(*arguments, "water").code == 0
     tasks = json.loads((tmp_path / "report.json").read_text())["tasks"]
     assert {name: facts["items"] for name, facts in tasks.items()} == {"sea": 1, "lake": 1}
@@ -125,18 +116,18 @@ def test_groups_are_reported_by_their_tasks_and_what_was_measured_is_kept(
     ids=str,
 )
 def test_tasks_without_a_figure_are_refused_before_anything_is_measured(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], says: str
+    judged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], says: str
 ) -> None:
     pytest.importorskip("lm_eval")
     monkeypatch.setattr(evaluate, "open_scorer", Mock(side_effect=AssertionError("a model was loaded")))
     write_task(tmp_path, "sea")
     write_task(tmp_path, "lake", **changes)
-    outcome = run("eval", place / "out", "--tasks", "sea,lake", "--include", tmp_path)
+    outcome = run("eval", judged / "out", "--tasks", "sea,lake", "--include", tmp_path)
     assert outcome.code == 2 and f"--tasks lake: {says}" in outcome.err.replace("\n", " ")
 
 
-def test_an_answer_that_has_no_token_or_does_not_fit_is_refused(place: Path) -> None:
-    scorer = open_scorer(place / "out")
+def test_an_answer_that_has_no_token_or_does_not_fit_is_refused(judged: Path) -> None:
+    scorer = open_scorer(judged / "out")
     assert np.isfinite(score_continuation(scorer, [1], [2] * 160)[0])
     for length in (0, 161):
         with pytest.raises(DataError, match=f"an answer of {length} tokens: .* takes 1 to 160"):
@@ -166,7 +157,7 @@ GOOD_ITEM = '{"question": "the sea is", "choices": [" salt", " dry"], "answer": 
     ],
 )
 def test_items_that_are_nonsense_are_one_line(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, items: str, says: str
+    judged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, items: str, says: str
 ) -> None:
     pytest.importorskip("lm_eval")
     log = io.StringIO()  # that of `datasets` would be the stream of whichever test imported it first
@@ -177,7 +168,7 @@ def test_items_that_are_nonsense_are_one_line(
         'output_type: multiple_choice\ntest_split: test\ndoc_to_text: "{{question.lower()}}"\n'
         'doc_to_choice: "{{choices}}"\ndoc_to_target: answer\n'
     )
-    outcome = run("eval", place / "out", "--tasks", " sea ", "--include", tmp_path)
+    outcome = run("eval", judged / "out", "--tasks", " sea ", "--include", tmp_path)
     assert outcome.code == 2 and says in outcome.err and "Traceback" not in outcome.err
     assert log.getvalue() == ""
 
@@ -185,7 +176,7 @@ def test_items_that_are_nonsense_are_one_line(
 @pytest.mark.extras
 @pytest.mark.parametrize("reason", ["unknown", "no data", "no directory", "no package"])
 def test_tasks_that_cannot_be_had_are_refused_before_anything_is_measured(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+    judged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
     pytest.importorskip("lm_eval")
     monkeypatch.setattr(evaluate, "open_scorer", Mock(side_effect=AssertionError("a model was loaded")))
@@ -200,5 +191,5 @@ def test_tasks_that_cannot_be_had_are_refused_before_anything_is_measured(
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         says = "pip install 'dispc[eval]'"
     task = "nonsense" if reason == "unknown" else "sea"
-    arguments = ("eval", place / "out", "--data", place / "text.txt", "--tasks", task, "--include", include)
+    arguments = ("eval", judged / "out", "--data", judged / "text.txt", "--tasks", task, "--include", include)
     assert_refused(tmp_path, *arguments, says=(str(says),))

@@ -26,6 +26,7 @@ SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
     "F64": torch.float64,
 }
+LFS_POINTER = b"version https://git-lfs."  # how every pointer file begins, by its specification
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Checkpoint:
             ("pytorch_model.bin.index.json", "pytorch_model.bin", _list_torch_file),
         ):
             if (self.directory / single).is_file():  # before an index, as in transformers: it may be an older save's
-                return list_tensors(self.directory / single)
+                return list_tensors(_downloaded(self.directory / single))
             if (self.directory / index).is_file():
                 return self._sharded(self.directory / index, list_tensors)
         raise CheckpointError(f"{self.directory}: no model.safetensors or pytorch_model.bin (nor an index of shards)")
@@ -157,7 +158,7 @@ class Checkpoint:
                 raise CheckpointError(f"{index}: shard {shard!r} lies outside the model directory")
             if not path.is_file():
                 raise CheckpointError(f"{path}: shard named by {index.name} is missing")
-            tensors |= list_tensors(path)
+            tensors |= list_tensors(_downloaded(path))
         if missing := sorted(set(weight_map) - set(tensors)):
             raise CheckpointError(f"{index}: names tensor {missing[0]}, which no shard holds")
         return tensors
@@ -185,6 +186,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: a JSON object is expected")
     return content
+
+
+def _downloaded(path: Path) -> Path:
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise CheckpointError(f"{path}: is a Git LFS pointer, not the weights: run `git lfs pull` in its clone")
+    return path
 
 
 def _list_safetensors(path: Path) -> dict[str, CheckpointTensor]:

@@ -14,11 +14,11 @@ COPIED = (
 )  # fmt: skip
 """Files of a model directory that an artifact has copies of, where they are there."""
 FIELDS: dict[str, type] = {
-    "dispc": str, "model_type": str, "target": str, "dtype": str, "padding": str, "lowering": dict, "attention": str,
-    "positions": int, "stop_tokens": list, "norm_scope": str, "masks_sha256": str, "config_sha256": str,
-    "block_parameters": dict, "bytes": int, "nodes": int,
+    "dispc": str, "model_type": str, "target": str, "dtype": str, "padding": str, "lowering.name": str,
+    "attention": str, "positions": int, "stop_tokens": list, "norm_scope": str, "masks_sha256": str,
+    "config_sha256": str, "block_parameters.dense": int, "block_parameters.kept": int, "bytes": int, "nodes": int,
 }  # fmt: skip
-"""What every manifest holds, among others."""
+"""What every manifest holds, among others; a dot leads into an object."""
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -54,8 +54,14 @@ def read_manifest(artifact: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "target" not in content:
         raise ArtifactError(f"{path}: is not the {MANIFEST} of an artifact")
     for name, kind in FIELDS.items():
-        if not isinstance(content.get(name), kind):
+        if not isinstance(_field(content, name), kind):
             raise ArtifactError(f"{path}: {name} is missing or malformed")
     if content["dtype"] not in DTYPES:
         raise ArtifactError(f"{path}: unknown dtype {content['dtype']!r}")
+    return content
+
+
+def _field(content: Any, name: str) -> Any:
+    for key in name.split("."):
+        content = content.get(key) if isinstance(content, dict) else None
     return content

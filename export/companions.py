@@ -31,6 +31,7 @@ def genai_config(checkpoint: Checkpoint, plan: Plan, cache_layers: int, inputs: 
     eos = checkpoint.stop_tokens or [0]
     # Not `or`: id 0 is a token like any other.
     bos, pad = (generation.get(key, checkpoint.raw_config.get(key)) for key in ("bos_token_id", "pad_token_id"))
+    top_k = generation.get("top_k")  # 0 is "all tokens" on both sides
     named = {name: name for name in inputs if not name.startswith("past_key_values.")}
     caches = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
     presents = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
@@ -61,7 +62,7 @@ def genai_config(checkpoint: Checkpoint, plan: Plan, cache_layers: int, inputs: 
             "max_length": config.max_positions,
             "past_present_share_buffer": plan.group_query and plan.padding == "right",
             "temperature": float(generation.get("temperature") or 1.0),
-            "top_k": int(generation.get("top_k") or 50),
+            "top_k": 50 if top_k is None else int(top_k),
             "top_p": float(generation.get("top_p") or 1.0),
         },
     }

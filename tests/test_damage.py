@@ -126,6 +126,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "empty weights": (truncated(0.0), ("model.safetensors", "truncated or corrupt")),
     "half a header": (truncated(0.001), ("model.safetensors", "truncated or corrupt")),
     "half the weights": (truncated(0.5), ("model.safetensors", "truncated or corrupt")),
+    "git lfs pointer": (
+        written("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        ("model.safetensors", "Git LFS pointer", "git lfs pull"),
+    ),
     "header of nonsense": (
         written("model.safetensors", struct.pack("<Q", 9) + b"not json!" * 9),
         ("model.safetensors", "truncated or corrupt"),
@@ -261,6 +265,8 @@ SPOILT: dict[str, tuple[Callable[[Desk], Any], tuple[str, ...]]] = {
     "manifest of nonsense": (replace_artifact_file("dispc.json", b"[1]"), ("dispc.json", "is not the dispc.json")),
     "manifest without padding": (spoil_json(padding=None), ("dispc.json", "padding")),
     "manifest without masks": (spoil_json(masks_sha256=None), ("dispc.json", "masks_sha256")),
+    "manifest with an empty lowering": (spoil_json(lowering={}), ("dispc.json", "lowering.name")),
+    "manifest without counts": (spoil_json(block_parameters=[1]), ("dispc.json", "block_parameters.dense")),
     "manifest of another dtype": (spoil_json(dtype="int3"), ("dispc.json", "int3")),
     "other model": (lambda desk: edit_json(desk.model / "config.json", rms_norm_eps=1e-4), ("config.json differs",)),
     "model of another size": (lambda desk: edit_json(desk.model / "config.json", num_hidden_layers=2), ("another",)),

@@ -9,7 +9,9 @@ from typing import Any
 import command
 import harness
 import pytest
+import tiny
 
+from dispc.checkpoint import Checkpoint
 from dispc.errors import CompileError
 from dispc.export.companions import genai_config
 from dispc.quantisation import Quantisation
@@ -57,6 +59,14 @@ def test_runtimes_share_buffers_and_capture_graphs_where_the_graph_allows_it_and
             )  # fmt: skip
             assert plan.cuda_graph == (provider_options == CUDA_GRAPH)
     assert found == RUNTIME
+
+
+@pytest.mark.parametrize(("given", "told"), [({}, 50), ({"top_k": None}, 50), ({"top_k": 0}, 0), ({"top_k": 7}, 7)])
+def test_sampling_from_all_tokens_stays_that(given: dict[str, int | None], told: int, tmp_path: Path) -> None:
+    model = tiny.make_model("llama", tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps(given))
+    config = genai_config(Checkpoint(model), make_plan("onnx-cpu", Choices()), 3, [])
+    assert config["search"]["top_k"] == told
 
 
 @pytest.mark.parametrize(("flags", "captured"), [((), True), (("--no-cuda-graph",), False)])

@@ -157,14 +157,15 @@ def clear_reports(reports: list[Path], inputs: list[Path], baseline: Path | None
     Raises:
         DispcError: when a report's path is no place for one: a directory, an input or in one, or another report's.
     """
+    from dispc.files import refuse_inputs
+
+    refuse_inputs(reports, inputs)
     places = [path.resolve() for path in reports]
     for path, place in zip(reports, places, strict=True):
         if place.is_dir():
             raise DispcError(f"{path}: is a directory; name a file in it for the report")
         if places.count(place) > 1:
             raise DispcError(f"{path}: is named for two reports; give each a file of its own")
-        if any(place.is_relative_to(source.resolve()) for source in inputs):
-            raise DispcError(f"{path}: is an input, or in one; write the report somewhere else")
     for place in places:
         if place.is_file() and not (baseline and baseline.exists() and place.samefile(baseline)):
             place.unlink()

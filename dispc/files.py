@@ -3,10 +3,12 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from dispc.errors import DispcError
 
 
 @contextmanager
@@ -34,6 +36,14 @@ def whole(path: Path) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def refuse_inputs(reports: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raise DispcError for a report that would be written over one of the inputs, or into one that is a directory."""
+    sources = [source.resolve() for source in inputs]
+    for path in reports:
+        if any(path.resolve().is_relative_to(source) for source in sources):
+            raise DispcError(f"{path}: is an input, or in one; write the report somewhere else")
 
 
 def write_text(path: Path, text: str) -> None:

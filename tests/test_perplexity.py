@@ -186,8 +186,8 @@ def test_a_report_does_not_replace_what_is_read(judged: Path, tmp_path: Path) ->
     for name in ("text.txt", "masks.safetensors"):
         shutil.copy(judged / name, tmp_path / name)
     arguments = ("eval", judged / "model", "--masks", tmp_path / "masks.safetensors", "--data", tmp_path / "text.txt")
-    for name in ("text.txt", "masks.safetensors"):
-        assert_refused(tmp_path, *arguments, "--json-file", tmp_path / "." / name, says=("is read as an input",))
+    for path in (tmp_path / "." / "text.txt", tmp_path / "masks.safetensors", judged / "model" / "config.json"):
+        assert_refused(path.parent, *arguments, "--json-file", path, says=(str(path), "is an input"))
 
 
 def test_masks_beside_a_model_that_is_judged_dense_are_pointed_out(judged: Path, tmp_path: Path) -> None:

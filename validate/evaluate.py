@@ -17,7 +17,7 @@ from typing import Any
 from dispc import __version__
 from dispc.checkpoint import Checkpoint
 from dispc.errors import DataError, Interrupted
-from dispc.files import write_json
+from dispc.files import refuse_inputs, write_json
 from dispc.masks import Masks
 from dispc.validate.perplexity import Perplexity, Scorer, measure_perplexity, open_scorer, text_windows
 from dispc.validate.zero_shot import find_tasks, measure_task
@@ -49,9 +49,9 @@ class EvalOptions:
     def __post_init__(self) -> None:
         if not self.data and not self.tasks:
             raise DataError("nothing to measure: give --data FILE for perplexity, --tasks NAMES for accuracy, or both")
-        inputs = {Path(source).resolve() for source in (*self.data, self.masks) if source}
-        if self.json_file and self.json_file.resolve() in inputs:
-            raise DataError(f"--json-file {self.json_file}: is read as an input; choose another file")
+        if self.json_file:
+            sources = (self.path, self.masks, *self.data)
+            refuse_inputs([self.json_file], [Path(source) for source in sources if source])
         if self.record and not (self.masks and self.data):
             raise DataError("--record writes a perplexity into a mask file; give --masks FILE and --data FILE with it")
 

@@ -113,7 +113,8 @@ def accuracies(rows: Sequence[tuple[str, Cell]]) -> list[str]:
     return [
         "## Zero-shot accuracy", "", *judged(options, (measured["runtime"] for _, measured in rows)),
         "TASKS is what `benchmarks/zero_shot_tasks.py` makes. Per cent, with the standard error. The texts were partly "
-        "preprocessed by those who published the files: figures compare with each other, not with other tables. "
+        "preprocessed by those who published the files: figures compare with each other, not with other tables; a "
+        "difference below twice its error says nothing. "
         f"Items{', the first of each task' if limit else ''}: {items}.", "",
         *table(("model", *heads, "mean"), shown),
     ]  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dispc.errors import CheckpointError, UnsupportedModelError
+from dispc.errors import CheckpointError, UnsupportedModelError, first_line
 from dispc.families import DecoderConfig, Family, find_family
 from dispc.masks import Masks
 from dispc.narrow import is_published_model, masks_of_directory, widen
@@ -78,7 +78,7 @@ class Checkpoint:
         try:
             return AutoConfig.from_pretrained(str(self.directory), trust_remote_code=False)
         except Exception as error:  # what transformers raises for nonsense shares no base class
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise CheckpointError(f"{self.directory / 'config.json'}: transformers cannot read it: {reason}") from error
 
     @cached_property
@@ -227,13 +227,8 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 def _list_torch_file(path: Path) -> dict[str, CheckpointTensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:  # torch's own message advises to load it unsafely
-        raise CheckpointError(
-            f"{path}: not a torch file that can be loaded safely (more than tensors in it; dispc executes no pickles)"
-        ) from error
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: not a torch file that can be loaded safely ({reason})") from error
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path}: not a torch file that can be loaded safely ({first_line(error)})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a state dict")
     return {

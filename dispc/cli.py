@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Exit codes: 0 done, 1 a check failed, 2 could not run, 130 interrupted."""
+"""The command line: parse, call, print. Exit codes: 0 done, 1 a check failed, 2 could not run, 128 + N by signal N."""
 
 import gc
 import os

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from dispc.console import JsonFlag, count_progress, err, eval_table, facts_table, learn_progress, out, print_json
 from dispc.errors import DataError, LearnError
 from dispc.extras import need
 from dispc.manifest import MANIFEST
-from dispc.masks import Masks
+from dispc.masks import Masks, check_output
 
 Data = Annotated[
     str | None,
@@ -97,8 +98,7 @@ def learn(
         raise DataError(f"--method {method} needs a text: give --data FILE")
     if method in INSTANT:
         _refuse_what_does_not_apply(context, method)
-        if file.exists() and not force:
-            raise LearnError(f"{file}: exists; replace it with --force")
+        check_output(file, force=force)
         with count_progress(err, "reading windows") as count:
             masks = instant_masks(
                 model, method, pruning_ratio, ratio_of=ratio_of, data=data, sequence_length=sequence_length,  # type: ignore[arg-type]
@@ -202,7 +202,8 @@ def evaluate(
     collect_garbage()
     unused = path / "masks.safetensors"
     if masks is None and unused.is_file() and not (path / MANIFEST).is_file():
-        err.print(f"note: judged is the dense model; --masks {unused} judges what those leave", highlight=False)
+        note = f"note: judged is the dense model; --masks {unused} judges what those leave"
+        err.print(escape(note), highlight=False, soft_wrap=True)
     report = run_evaluation(options, lambda what: count_progress(err, what))
     if as_json:
         print_json(report)
@@ -228,8 +229,7 @@ def import_masks(
     from dispc.published import import_published
 
     file = output or model / "masks.safetensors"
-    if file.exists() and not force:
-        raise LearnError(f"{file}: exists; replace it with --force")
+    check_output(file, force=force)
     checkpoint = Checkpoint(model)
     masks = import_published(source, checkpoint.config)
     masks.with_metadata(budget_facts(masks, checkpoint, "blocks")).save(file, checkpoint.config)

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dispc.checkpoint import Checkpoint
 from dispc.errors import DataError, first_line
 from dispc.extras import need
 from dispc.files import whole
+from dispc.tokenizer import load_tokenizer
 
 Tokens = npt.NDArray[np.int32]
 LOADERS = {
@@ -117,19 +119,28 @@ def load_tokens(source: str, model: Path, cache: Path | None = None) -> Tokens:
     The cache is keyed by the text's source (content of a file, name of a dataset) and the tokenizer's files.
 
     Raises:
-        DataError: when there is no text, or the model has no tokenizer.
+        DataError: when there is no text, or the model has no tokenizer, or one of another vocabulary.
     """
     cache = cache or cache_folder() / "tokens"
     key = hashlib.sha256(READER + _tokenizer_digest(model) + _source_digest(source)).hexdigest()[:32]
     path = cache / f"{key}.npy"
     if (cached := _read_cache(path)) is not None:
-        return cached
-    tokens = tokenise(read_text(source), model)
+        return _within_vocabulary(cached, model)
+    tokens = _within_vocabulary(tokenise(read_text(source), model), model)
     try:
         with whole(path) as partial, open(partial, "wb") as file:  # np.save would add .npy to a name
             np.save(file, tokens, allow_pickle=False)
     except OSError as error:  # a home that is read-only, or full: the next run tokenises again
         logging.getLogger(__name__).warning("tokens are not cached in %s: %s", cache, error.strerror)
+    return tokens
+
+
+def _within_vocabulary(tokens: Tokens, model: Path) -> Tokens:
+    largest, size = int(tokens.max(initial=0)), Checkpoint(model).config.vocab_size
+    if largest >= size:
+        raise DataError(
+            f"{model}: its tokenizer gives token {largest}, its vocab_size is {size}; they do not go together"
+        )
     return tokens
 
 
@@ -144,13 +155,9 @@ def _read_cache(path: Path) -> Tokens | None:
 
 def tokenise(text: str, model: Path) -> Tokens:
     """The whole text as one run of tokens, with what the tokenizer puts in front of a text, if anything."""
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{model}: has no tokenizer that transformers can load ({first_line(error)})") from error
+    tokenizer = load_tokenizer(model)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn that the text is longer than the model's context
     try:

@@ -1,8 +1,12 @@
 """The errors dispc raises on purpose. Each message is one line: what is wrong, where, and what to do."""
 
+import pickle
+
 
 def first_line(error: Exception) -> str:
     """The first line of a foreign error's message, or its type where it has none."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to load it unsafely
+        return "more than tensors in it; dispc executes no pickles"
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dispc.errors import ArtifactError
+from dispc.tokenizer import load_tokenizer
 from dispc.validate.session import Array, Artifact
 
 
@@ -57,7 +57,7 @@ def generate_text(
     """Yield the answer to `prompt` in pieces, as soon as each can be spelled.
 
     Raises:
-        ArtifactError: when the artifact has no tokenizer, its chat template fails, or the prompt does not fit.
+        DispcError: when the artifact has no tokenizer, its chat template fails, or the prompt does not fit.
     """
     artifact = Artifact(directory)
     tokenizer = load_tokenizer(directory)
@@ -83,22 +83,3 @@ def generate_text(
             spelled = text
     if tokens:
         yield spell(tokens)[len(spelled) :]
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer that lies in an artifact.
-
-    Raises:
-        ArtifactError: when there is none, or it is broken.
-    """
-    from transformers import AutoTokenizer
-
-    if not any(
-        (directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    ):
-        raise ArtifactError(f"{directory}: no tokenizer; the model directory had none")
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-    except Exception as error:  # what transformers and tokenizers raise for broken files shares no base class
-        reason = f"{type(error).__name__} {error}".splitlines()[0]
-        raise ArtifactError(f"{directory}: no tokenizer that transformers can load ({reason})") from error

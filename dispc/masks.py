@@ -228,6 +228,7 @@ class Masks:
                 int(metadata[key]) for key in ("num_hidden_layers", "hidden_size", "intermediate_size")
             )
             norm_scope: Any = metadata["norm_scope"]
+            metadata["model_type"]  # by which `check` knows the family
         except (KeyError, ValueError) as error:
             raise MasksError(f"{path}: metadata is missing or malformed: {error}") from error
         if min(layers, hidden, intermediate) < 1:
@@ -252,6 +253,27 @@ class Masks:
         if tensors:
             raise MasksError(f"{path}: unexpected tensor {sorted(tensors)[0]}")
         return Masks(tuple(blocks), hidden, intermediate, norm_scope, metadata)
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Raise MasksError unless a mask file may be written to `path`, in place of an older one only with `force`.
+
+    What is no mask file is never replaced: it may be the text, or the weights, that the masks are made from.
+    """
+    if path.is_dir():
+        raise MasksError(f"{path}: is a directory; name a file in it with -o")
+    if path.exists() and not force:
+        raise MasksError(f"{path}: exists; replace it with --force")
+    if path.is_file() and not _is_mask_file(path):
+        raise MasksError(f"{path}: exists and is no mask file; name another with -o, or remove it")
+
+
+def _is_mask_file(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
 
 
 def _sort_header(content: bytes) -> bytes:

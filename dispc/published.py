@@ -69,7 +69,10 @@ def masks_of_hypernetwork(file: Path, config: DecoderConfig) -> Masks:
     except RuntimeError as error:
         raise MasksError(f"{file}: does not fit this model: {_difference(network, renamed)}") from error
     with torch.no_grad():
-        gates = network() + OFFSET + MEDIAN_OF_NOISE["gumbel"] > 0
+        latents = network()
+    if not bool(torch.isfinite(latents).all()):
+        raise MasksError(f"{file}: its values are no numbers (NaN or infinite); take an earlier checkpoint")
+    gates = latents + OFFSET + MEDIAN_OF_NOISE["gumbel"] > 0
     vectors = [piece.numpy() for piece in torch.split(gates, set_widths(config))]
     return masks_of_vectors(vectors, config, file, "published hypernetwork")
 

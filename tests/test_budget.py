@@ -96,11 +96,13 @@ def draw_latents(seed: int, spread: float) -> np.ndarray:
     return np.concatenate([rng.normal(mean, 1, width) for mean, width in zip(per_set, set_widths(CONFIG), strict=True)])
 
 
-@given(st.integers(0, 99), st.floats(0, 4), st.floats(0.02, 0.95), st.sampled_from([1, 8, 16, 64]))
+@given(st.integers(0, 99), st.floats(0, 4), st.floats(0.02, 0.95), st.sampled_from([1, 8, 16, 64]), st.booleans())
 def test_final_sets_fit_the_budget_are_aligned_and_hold_the_highest_latents(
-    seed: int, spread: float, ratio: float, align: int
+    seed: int, spread: float, ratio: float, align: int, tied: bool
 ) -> None:
     latents, budget = draw_latents(seed, spread), round((1 - ratio) * DENSE)
+    if tied:  # most to each other, at a value whose means differ by their rounding
+        latents = np.where(latents < 1, 0.1, latents)
     try:
         masks = final_sets(latents, CONFIG, budget, align=align)
     except MasksError:
@@ -153,3 +155,11 @@ def test_shared_sets_stay_equal() -> None:
 def test_a_budget_too_small_for_anything_is_refused() -> None:
     with pytest.raises(MasksError, match="no set of positions fits"):
         final_sets(draw_latents(0, 1), CONFIG, 2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_score_that_is_not_a_number_is_refused_with_its_set(value: float) -> None:
+    latents = draw_latents(0, 1)
+    latents[sum(set_widths(CONFIG)[:8]) + 5] = value
+    with pytest.raises(MasksError, match=r"block 1, mlp\.mid: a score is not a number"):
+        final_sets(latents, CONFIG, DENSE // 2)

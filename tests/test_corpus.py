@@ -1,6 +1,7 @@
 """Texts of every kind, read as the same documents; tokens cached by what they were made of."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import language
@@ -207,3 +208,27 @@ def test_the_order_of_the_data_depends_on_the_seed_alone() -> None:
         not np.array_equal(corpus.batch(rows, step, 2, seed=4), corpus.batch(rows, step, 2, seed=3))
         for step in range(5)
     )
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "nonsense"])
+@pytest.mark.parametrize("variant", ["llama", "opt", "phi", "qwen3"])
+def test_a_tokenizer_that_is_missing_or_broken_is_named(tmp_path: Path, variant: str, content: str | None) -> None:
+    model, text = tiny.make_model(variant, tmp_path / "model"), tmp_path / "a.txt"
+    text.write_text("the sea")
+    if content is not None:
+        (model / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match="no tokenizer"):
+        load_tokens(str(text), model, tmp_path / "cache")
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused_from_the_cache_too(tmp_path: Path) -> None:
+    model, text = tiny.make_model("llama", tmp_path / "model"), tmp_path / "a.txt"
+    language.make_tokenizer(model)
+    text.write_text("the sea")
+    largest = int(load_tokens(str(text), model, tmp_path / "cache").max())
+    config = json.loads((model / "config.json").read_text())
+    for size, fits in ((largest + 1, True), (largest, False)):
+        (model / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
+        for cache in ("cache", f"new {size}"):
+            with nullcontext() if fits else pytest.raises(DataError, match=f"token {largest}, its vocab_size is"):
+                load_tokens(str(text), model, tmp_path / cache)

@@ -11,14 +11,14 @@ from dispc.learn.estimator import ESTIMATORS, MEDIAN_OF_NOISE, OFFSET, gumbel, r
 NUMBERS = st.floats(-5, 5)
 
 
-def expected_gradient(x: float, function: tuple[float, float, float], tau: float = 1.0) -> float:
+def expected_gradient(x: float, function: tuple[float, float, float]) -> float:
     """E over B of the gradient that ReinMax passes to x, for a + b g + c g^2 of the gate g."""
     _, linear, square = function
     total = 0.0
     keep = torch.sigmoid(torch.tensor(x + OFFSET, dtype=torch.float64)).item()
     for noise, odds in ((0.0, keep), (1.0, 1.0 - keep)):  # noise below the odds keeps, noise above drops
         latent = torch.tensor([x], dtype=torch.float64, requires_grad=True)
-        gate, _ = reinmax(latent, torch.tensor([noise]), tau=tau)
+        gate, _ = reinmax(latent, torch.tensor([noise]))
         (linear * gate + square * gate.square()).sum().backward()
         assert latent.grad is not None
         total += odds * latent.grad.item()

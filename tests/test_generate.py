@@ -188,7 +188,7 @@ def test_text_is_printed_as_it_is(place: Path, monkeypatch: pytest.MonkeyPatch) 
         ("plain", "", "the prompt has 0 tokens"),
         ("plain", "x" * 160, "the prompt has 160 tokens; this model takes 1 to 159"),
         ("chat", "x" * 158, "the prompt has 164 tokens"),
-        ("mute", "x", "no tokenizer; the model directory had none"),
+        ("mute", "x", "no tokenizer; one of tokenizer.json"),
         ("plain-model", "x", "is not an artifact"),
         ("nowhere", "x", "is not an artifact"),
     ],

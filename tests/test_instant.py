@@ -11,7 +11,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from dispc.errors import DataError, LearnError
+from dispc.errors import DataError, LearnError, MasksError
 from dispc.learn.budget import final_sets
 from dispc.learn.instant import instant_masks
 from dispc.masks import SETS, Masks
@@ -101,6 +101,21 @@ def test_activation_judges_a_write_set_by_what_is_written(tmp_path: Path) -> Non
     assert all(set(DEAD) <= found for found in dropped(masks, "mlp.write"))
     by_weight = instant_masks(model, "magnitude", 0.5)
     assert not any(set(DEAD) & found for found in dropped(by_weight, "mlp.write"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["magnitude", "activation"])
+def test_a_weight_that_is_not_a_number_is_refused(
+    tmp_path: Path, method: Any, value: float, recwarn: pytest.WarningsRecorder
+) -> None:
+    def plant(state: dict[str, torch.Tensor], block: str) -> None:
+        if block.endswith("1"):
+            state[f"{block}.mlp.down_proj.weight"][3, 5] = value
+
+    model = planted(tmp_path, "model", plant)
+    with pytest.raises(MasksError, match=r"block \d, .*: a score is not a number"):
+        instant_masks(model, method, 0.3, data=str(tmp_path / "text.txt"), sequence_length=32)
+    assert not [warning for warning in recwarn if "invalid value" in str(warning.message)]
 
 
 def test_random_is_that_of_its_seed() -> None:

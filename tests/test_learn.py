@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from student import options, student, text
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from dispc.checkpoint import Checkpoint
 from dispc.learn import trainer
@@ -127,12 +128,22 @@ def test_the_gated_loss_with_zero_one_gates_is_that_of_the_reference(tmp_path: P
     torch.testing.assert_close(gated.loss(gates_of(masks), ids), expected)
 
 
-def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
-    found = [
-        learn(options(tmp_path / str(flag), steps=3, activation_checkpointing=flag))[0].sha256()
-        for flag in (False, True)
-    ]
+def test_activation_checkpointing_runs_blocks_twice_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = LlamaMLP.forward, [0]
+
+    def counted(self: LlamaMLP, *given: Any) -> Any:
+        calls[-1] += 1
+        return forward(self, *given)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    found = []
+    for flag in (False, True):
+        found.append(learn(options(tmp_path / str(flag), steps=3, activation_checkpointing=flag))[0].sha256())
+        calls.append(0)
     assert found[0] == found[1]
+    assert calls[1] == 2 * calls[0] > 0
 
 
 def losses(folder: Path, **changes: Any) -> list[float]:

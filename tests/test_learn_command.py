@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,17 @@ class TestTheCommand:
     )
     def test_what_a_method_does_not_read_is_refused(self, tmp_path: Path, method: str, option: str) -> None:
         assert_refused(tmp_path, *self.instant(tmp_path, method, **{option: "1"}), says=(f"{option}: does not apply",))
+
+    @pytest.mark.parametrize("method", ["disp-llm", "random", "activation"])
+    def test_what_is_no_mask_file_is_never_replaced(self, tmp_path: Path, method: str) -> None:
+        model = shutil.copytree(student(), tmp_path / "model")
+        data = shutil.copy(text("train.txt", 3000, 2), tmp_path / "train.txt")
+        line = ["learn", model, "--method", method, "--force"]
+        line += [] if method == "random" else ["--data", data, "--sequence-length", 32]
+        line += ["--steps", 1] if method == "disp-llm" else []
+        for output in (model / "model.safetensors", model / "config.json", data):
+            assert_refused(tmp_path, *line, "-o", output, says=(str(output), "exists and is no mask file"))
+        assert_refused(tmp_path, *line, "-o", model, says=("is a directory",))
 
     def test_a_missed_budget_is_said(self, tmp_path: Path) -> None:
         outcome = run(*self.instant(tmp_path, "magnitude", **{"--align": "64", "--pruning-ratio": "0.5"}))

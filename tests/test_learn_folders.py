@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from student import options, steps_of, student, text
 
 from dispc.corpus import load_tokens
-from dispc.errors import DispcError, LearnError
+from dispc.errors import DispcError, LearnError, MasksError
 from dispc.learn import trainer
 from dispc.learn.folder import CHECKPOINT, METRICS, OPTIONS
 from dispc.learn.trainer import learn
@@ -106,7 +106,7 @@ def test_every_output_has_a_folder_of_its_own(tmp_path: Path) -> None:
 
 def test_a_directory_is_no_output(tmp_path: Path) -> None:
     for force in (False, True):
-        with pytest.raises(LearnError, match="is a directory"):
+        with pytest.raises(MasksError, match="is a directory"):
             learn(dataclasses.replace(options(tmp_path, steps=1), output=tmp_path), force=force)
 
 
@@ -191,3 +191,13 @@ def test_what_is_no_checkpoint_of_a_run_is_called_that(tmp_path: Path, content: 
 def test_options_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(LearnError, match="--no-gru"):
         dataclasses.replace(options(Path("x")), hypernetwork=False, gru=False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": 2**64}, {"learning_rate": 1e38}, {"weight_decay": 1e300}, {"regulariser_weight": float("inf")}],
+    ids=str,
+)
+def test_numbers_beyond_all_use_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(LearnError, match=next(iter(changes))):
+        options(Path("x"), **changes)

@@ -1,5 +1,6 @@
 """A run never loses work: it is resumed to the same bits, and stops where it can go on."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -16,10 +17,12 @@ import torch
 from command import run
 from student import arguments, options, steps_of, student, text
 
+from dispc.checkpoint import Checkpoint
 from dispc.errors import LearnError
 from dispc.learn import trainer
 from dispc.learn.folder import CHECKPOINT, METRICS, OPTIONS
 from dispc.learn.trainer import Trainer, learn
+from dispc.masks import Masks
 from dispc.signals import ENDING
 
 pytestmark = [
@@ -93,6 +96,24 @@ def test_metrics_are_cut_by_their_step(tmp_path: Path) -> None:
     metrics.write_text("".join(lines) + lines[-1].replace('"step": 5', '"step": 6') + '{"step": 7, "lo')
     learn(options(tmp_path, steps=7), resume=True)
     assert steps_of(metrics) == [1, 3, 4, 5, 6, 7]
+
+
+def test_metrics_with_bytes_of_nonsense_do_not_stop_a_run(tmp_path: Path) -> None:
+    learn(options(tmp_path, steps=2))
+    metrics = tmp_path / "masks.learn" / METRICS
+    metrics.write_bytes(metrics.read_bytes() + b"\xff\xfe\x00")
+    learn(options(tmp_path, steps=3), resume=True)
+    assert steps_of(metrics) == [1, 2, 3]
+
+
+def test_a_finished_run_that_is_resumed_keeps_what_was_recorded(tmp_path: Path) -> None:
+    chosen = options(tmp_path, steps=2)
+    masks, _ = learn(chosen)
+    masks.with_metadata({"perplexity": "9.9 on a.txt"}).save(chosen.output, Checkpoint(student()).config)
+    learn(chosen, resume=True)
+    assert Masks.load(chosen.output).metadata["perplexity"] == "9.9 on a.txt"
+    learn(dataclasses.replace(chosen, steps=12), resume=True)  # other sets: it is not theirs
+    assert "perplexity" not in Masks.load(chosen.output).metadata
 
 
 def test_tensorboard_gets_every_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,7 @@ def test_masks_of_another_depth_or_width_are_refused_with_both_numbers() -> None
         ({"hidden_size": "-1"}, "hidden_size"),
         ({"num_hidden_layers": "0"}, "num_hidden_layers"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"model_type": None}, "model_type"),
         ({"num_hidden_layers": "4"}, "tensor blocks.3.attention.read is missing"),
         ({"num_hidden_layers": "2"}, "unexpected tensor blocks.2.attention.read"),
         ({"intermediate_size": "87"}, "blocks.0.mlp.mid must be 87 uint8 values 0 or 1"),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from command import assert_refused, run
+from safetensors.torch import load_file, save_file
 
 from dispc.corpus import load_tokens
 from dispc.errors import ArtifactError, DataError
@@ -191,11 +192,32 @@ def test_a_report_does_not_replace_what_is_read(judged: Path, tmp_path: Path) ->
 
 
 def test_masks_beside_a_model_that_is_judged_dense_are_pointed_out(judged: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(judged / "model", tmp_path / "model")
+    model = shutil.copytree(judged / "model", tmp_path / "a[bold]model")
     arguments = ("eval", model, "--data", judged / "text.txt", "--max-windows", 1)
     assert run(*arguments).err == ""
     shutil.copy(judged / "masks.safetensors", model)
     outcome = run(*arguments)
-    assert outcome.code == 0 and "judged is the dense model" in outcome.err.replace("\n", " ")
+    assert outcome.code == 0 and outcome.err.startswith("note: judged is the dense model")
+    assert f"--masks {model}/masks.safetensors " in outcome.err and len(outcome.err.splitlines()) == 1
     assert run(*arguments, "--masks", model / "masks.safetensors").err == ""
     assert run("eval", judged / "out", "--data", judged / "text.txt", "--max-windows", 1).err == ""
+
+
+def test_logits_that_are_not_numbers_are_no_perplexity(judged: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(judged / "model", tmp_path / "model")
+    state = load_file(model / "model.safetensors")
+    state["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
+    save_file(state, model / "model.safetensors", {"format": "pt"})
+    arguments = ("eval", model, "--data", judged / "text.txt", "--max-windows", 1)
+    assert_refused(model, *arguments, says=("not numbers", str(judged / "text.txt")))
+
+
+def test_a_perplexity_that_cannot_be_recorded_is_told(
+    judged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = shutil.copy(judged / "masks.safetensors", tmp_path)
+    arguments = ("eval", judged / "model", "--masks", file, "--data", judged / "text.txt", "--max-windows", 1)
+    figure = json.loads(run(*arguments, "--json").out)["perplexity"][0]["perplexity"]
+    monkeypatch.setattr(Masks, "save", Mock(side_effect=PermissionError(1, "Operation not permitted")))
+    says = (str(file), "cannot be written (Operation not permitted)", f"{figure:.2f} on text.txt")
+    assert_refused(tmp_path, *arguments, "--record", says=says)

@@ -136,6 +136,8 @@ def test_a_pruned_model_directory_compiles_as_the_dense_model_with_its_masks(tmp
         np.testing.assert_allclose(logits_of(scorer, harness.TOKENS), expected, atol=2e-4)
     assert np.abs(expected - harness.reference_logits(variant, None)).max() > 0.1
     assert run("validate", tmp_path / "out", "--reference", directory).code == 0
+    says = (str(directory), "is pruned already", "dense model")
+    assert_refused(directory, "learn", directory, "--method", "magnitude", "-r", "0.3", says=says)
     assert not trap.exists()
 
 
@@ -209,11 +211,19 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ("other.pt", {"weight": torch.zeros(3)}, "no matrix 'inputs'"),
         ("flat.pt", {"inputs": torch.zeros(3)}, "no matrix 'inputs'"),
         ("numbered.pt", {0: torch.zeros(3)}, "dictionary of tensors"),
+        ("nan.pt", state | {"ln_tp.weight": torch.full((128,), float("nan"))}, "are no numbers"),
         ("narrow.pt", narrow, r"heads\.3\.weight is \(7, 128\), \(88, 128\) is expected"),
     ):
         torch.save(content, tmp_path / name)
         with pytest.raises(MasksError, match=says):
             import_published(tmp_path / name, CONFIG)
+
+
+def test_a_file_of_nonsense_is_refused_without_advice_to_run_it(tmp_path: Path) -> None:
+    (tmp_path / "hn.pt").write_bytes(b"nonsense")
+    with pytest.raises(MasksError, match="dispc executes no pickles") as raised:
+        import_published(tmp_path / "hn.pt", CONFIG)
+    assert "weights_only" not in str(raised.value)
 
 
 def test_a_literal_that_never_ends_is_looked_through_at_once(tmp_path: Path) -> None:
@@ -231,3 +241,6 @@ def test_the_command_writes_the_mask_file(tmp_path: Path) -> None:
     assert written.sha256() == masks.sha256()
     assert int(written.metadata["kept_parameters"]) == masks.kept_parameters(CONFIG)
     assert run(*arguments).code == 2  # it exists
+    for source, what in ((tmp_path / "pruned" / "x.json", "{}"), (tmp_path / "hn.pt", "")):
+        source.write_text(what)
+        assert_refused(tmp_path, *arguments[:-1], source, "--force", says=(str(source), "is no mask file"))

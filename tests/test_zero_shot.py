@@ -13,7 +13,7 @@ import torch
 from command import assert_refused, run
 
 from dispc.errors import DataError
-from dispc.generate import load_tokenizer
+from dispc.tokenizer import load_tokenizer
 from dispc.validate import evaluate
 from dispc.validate.perplexity import logits_of, open_scorer
 from dispc.validate.zero_shot import score_continuation
@@ -85,12 +85,18 @@ def test_groups_are_reported_by_their_tasks_and_what_was_measured_is_kept(
     judged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lm_eval")
+    tasks_folder, file = tmp_path / "tasks", tmp_path / "report.json"
+    tasks_folder.mkdir()
     for name in ("sea", "lake"):
-        write_task(tmp_path, name)
-    (tmp_path / "water.yaml").write_text("group: water\ntask: [sea, lake]\n")
-    arguments = ("eval", judged / "out", "--include", tmp_path, "--json-file", tmp_path / "report.json", "--tasks")
+        write_task(tasks_folder, name)
+    (tasks_folder / "water.yaml").write_text("group: water\ntask: [sea, lake]\n")
+    line = ("eval", judged / "out", "--include", tasks_folder)
+    assert_refused(
+        tasks_folder, *line, "--json-file", tasks_folder / "sea.yaml", "--tasks", "sea", says=("is an input",)
+    )
+    arguments = (*line, "--json-file", file, "--tasks")
     assert run(*arguments, "water").code == 0
-    tasks = json.loads((tmp_path / "report.json").read_text())["tasks"]
+    tasks = json.loads(file.read_text())["tasks"]
     assert {name: facts["items"] for name, facts in tasks.items()} == {"sea": 1, "lake": 1}
     measure = evaluate.measure_task
 
@@ -101,7 +107,7 @@ def test_groups_are_reported_by_their_tasks_and_what_was_measured_is_kept(
 
     monkeypatch.setattr(evaluate, "measure_task", fails_at_the_lake)
     assert "it is frozen" in run(*arguments, "sea,lake").err
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads(file.read_text())
     assert list(report["tasks"]) == ["sea"] and not report["complete"]
 
 

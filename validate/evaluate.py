@@ -5,6 +5,7 @@ it goes (no tokenizer, items that do not fit their definition) comes later. The 
 each task.
 """
 
+import math
 import platform
 import signal
 from collections.abc import Callable
@@ -50,7 +51,7 @@ class EvalOptions:
         if not self.data and not self.tasks:
             raise DataError("nothing to measure: give --data FILE for perplexity, --tasks NAMES for accuracy, or both")
         if self.json_file:
-            sources = (self.path, self.masks, *self.data)
+            sources = (self.path, self.masks, self.include, *self.data)
             refuse_inputs([self.json_file], [Path(source) for source in sources if source])
         if self.record and not (self.masks and self.data):
             raise DataError("--record writes a perplexity into a mask file; give --masks FILE and --data FILE with it")
@@ -85,10 +86,18 @@ def _measure(options: EvalOptions, scorer: Scorer, manager: Any, report: dict[st
             found = measure_perplexity(
                 scorer, source, sequence_length=options.sequence_length, max_windows=options.max_windows, progress=count
             )
+        if math.isnan(found.mean_nll):
+            raise DataError(f"{options.path}: gives logits that are not numbers on {source}; are its weights finite?")
         report["perplexity"].append(found.as_dict())
         _write(options, report)
     if options.record and options.masks:
-        record_perplexity(options.masks, Checkpoint(options.path), report["perplexity"], options.max_windows)
+        try:
+            record_perplexity(options.masks, Checkpoint(options.path), report["perplexity"], options.max_windows)
+        except OSError as error:
+            figures = ", ".join(f"{found['perplexity']:.2f} on {found['data']}" for found in report["perplexity"])
+            raise DataError(
+                f"{options.masks}: cannot be written ({error.strerror}); not recorded: {figures}"
+            ) from error
     if options.tasks:
         report["tasks"] = {}
     for task in options.tasks:

@@ -9,6 +9,7 @@ import numpy as np
 from dispc.corpus import quiet_datasets
 from dispc.errors import DataError, first_line
 from dispc.extras import need
+from dispc.tokenizer import load_tokenizer
 from dispc.validate.perplexity import Scorer, logits_of, negative_log_likelihood
 
 METRICS = ("acc_norm", "acc", "exact_match")
@@ -102,15 +103,11 @@ def _figure(row: Mapping[str, Any], items: int) -> dict[str, Any]:
 def _make_adapter(scorer: Scorer, progress: Callable[[int, int], None]) -> Any:
     """The LM that lm-eval asks; made here, since its base class comes from an optional package."""
     from lm_eval.api.model import TemplateLM
-    from transformers import AutoTokenizer
 
     class Adapter(TemplateLM):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            try:
-                self.tokenizer = AutoTokenizer.from_pretrained(str(scorer.directory), trust_remote_code=False)
-            except (OSError, ValueError) as error:
-                raise DataError(f"{scorer.directory}: has no tokenizer that transformers can load") from error
+            self.tokenizer = load_tokenizer(scorer.directory)
 
         @property
         def eot_token_id(self) -> int:

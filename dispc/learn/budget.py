@@ -22,8 +22,10 @@ def block_budget(checkpoint: Checkpoint, ratio: float, ratio_of: RatioOf) -> int
 
     Raises:
         MasksError: when the ratio lies outside (0, 1), is of nothing that has a name here, or is of the whole model
-            and more than all blocks hold.
+            and more than all blocks hold; or when the model is pruned already.
     """
+    if checkpoint.published_masks is not None:
+        raise MasksError(f"{checkpoint.directory}: is pruned already; give the dense model that it was made from")
     if ratio_of not in get_args(RatioOf):
         raise MasksError(f"ratio_of is {ratio_of!r}; choose one of {', '.join(get_args(RatioOf))}")
     if not 0.0 < ratio < 1.0:
@@ -105,21 +107,27 @@ def final_sets(
         groups: for every set the vector it shares with others (`Layout.vectors`): those grow together.
 
     Raises:
-        MasksError: when nothing fits the budget.
+        MasksError: when nothing fits the budget, or a latent is not a number.
     """
     widths = set_widths(config)
     groups = groups or tuple(range(len(widths)))
     starts = np.concatenate([[0], np.cumsum(widths)])
+    for number, (a, b) in enumerate(itertools.pairwise(starts)):
+        if not np.isfinite(latents[a:b]).all():
+            where = f"block {number // len(SETS)}, {SETS[number % len(SETS)]}"
+            raise MasksError(f"{where}: a score is not a number; look for weights that are NaN or infinite")
     orders = [np.argsort(-latents[a:b], kind="stable") for a, b in itertools.pairwise(starts)]
     runs = []
     for group, number in {group: number for number, group in enumerate(groups)}.items():
         ranked = latents[starts[number] : starts[number + 1]][orders[number]]
+        value = math.inf
         for at in range(0, len(ranked), align):
             piece = ranked[at : at + align]
-            runs.append((-float(piece.mean()), group, len(piece)))
+            value = min(value, float(piece.mean()))  # rounded, the mean of equal latents may be above the one before
+            runs.append((-value, group, at, len(piece)))
     runs.sort()
 
-    kept = _fill(runs, groups, budget, config)
+    kept = _fill([(group, count) for _, group, _, count in runs], groups, budget, config)
     if _parameters(kept, config) == 0:
         raise _nothing_fits(budget)
     chosen = [order[:width] for order, width in zip(orders, kept, strict=True)]
@@ -127,13 +135,13 @@ def final_sets(
     return Masks.from_indices(blocks, config, norm_scope=norm_scope)
 
 
-def _fill(runs: list[tuple[float, int, int]], groups: tuple[int, ...], budget: int, config: DecoderConfig) -> list[int]:
-    """Widths of all sets once the (value, group, length) runs are taken in order as far as they fit."""
+def _fill(runs: list[tuple[int, int]], groups: tuple[int, ...], budget: int, config: DecoderConfig) -> list[int]:
+    """Widths of all sets once the (group, length) runs are taken in order as far as they fit."""
 
     def widths(taken: npt.NDArray[np.float64]) -> list[int]:
         return [int(taken[group]) for group in groups]
 
-    owner, length = np.array([run[1] for run in runs]), np.array([run[2] for run in runs])
+    owner, length = np.array(runs).T
     size = max(groups) + 1
 
     def prefix(count: int) -> npt.NDArray[np.float64]:
@@ -145,7 +153,7 @@ def _fill(runs: list[tuple[float, int, int]], groups: tuple[int, ...], budget: i
         fits = _parameters(widths(prefix(middle)), config) <= budget
         low, high = (middle, high) if fits else (low, middle - 1)
     taken, full = prefix(low), set[int]()
-    for _, group, count in runs[low:]:
+    for group, count in runs[low:]:
         if group in full:
             continue
         taken[group] += count

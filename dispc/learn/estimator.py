@@ -17,7 +17,13 @@ OFFSET = 3.0
 """c in the paper: added to every latent, so that learning starts with nearly everything kept (95 %)."""
 
 
-def reinmax(latents: Tensor, noise: Tensor, offset: float = OFFSET, tau: float = 1.0) -> tuple[Tensor, Tensor]:
+TAU = 1.0
+"""The paper's temperature of ReinMax."""
+TEMPERATURE = 0.4
+"""T of the authors' published Gumbel-sigmoid."""
+
+
+def reinmax(latents: Tensor, noise: Tensor, offset: float = OFFSET) -> tuple[Tensor, Tensor]:
     """Binary ReinMax (the paper's Algorithm 2, after Liu et al., "Bridging Discrete and Back-Propagation", 2023).
 
     Forward: B ~ Bernoulli(sigmoid(x + c)). Backward, with pi0 = sigmoid(x + c) and
@@ -31,14 +37,14 @@ def reinmax(latents: Tensor, noise: Tensor, offset: float = OFFSET, tau: float =
     x = latents + offset
     pi0 = torch.sigmoid(x)
     sample = (noise < pi0).to(x)
-    pi1 = (sample + torch.sigmoid(x / tau)) / 2
+    pi1 = (sample + torch.sigmoid(x / TAU)) / 2
     pi1 = torch.sigmoid((torch.logit(pi1) - x).detach() + x)
     pi2 = 2 * pi1 - pi0 / 2
     gates = pi2 - pi2.detach() + sample
     return gates, gates
 
 
-def gumbel(latents: Tensor, noise: Tensor, offset: float = OFFSET, temperature: float = 0.4) -> tuple[Tensor, Tensor]:
+def gumbel(latents: Tensor, noise: Tensor, offset: float = OFFSET) -> tuple[Tensor, Tensor]:
     """The Gumbel-sigmoid of the authors' published code.
 
     The model sees the soft gates sigmoid((x + g + c) / T); the budget counts a second sample, rounded, with the
@@ -46,7 +52,7 @@ def gumbel(latents: Tensor, noise: Tensor, offset: float = OFFSET, temperature: 
     """
 
     def soft(uniform: Tensor) -> Tensor:
-        return torch.sigmoid((latents + offset - torch.log(-torch.log(uniform))) / temperature)
+        return torch.sigmoid((latents + offset - torch.log(-torch.log(uniform))) / TEMPERATURE)
 
     counted = soft(torch.remainder(noise + 0.5, 1.0).clamp(1e-7, 1 - 1e-7))
     return soft(noise.clamp(1e-7, 1 - 1e-7)), counted.round() + counted - counted.detach()

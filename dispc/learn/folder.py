@@ -13,6 +13,7 @@ import torch
 from dispc.errors import LearnError, first_line
 from dispc.files import whole, write_json, write_text
 from dispc.learn.options import LearnOptions
+from dispc.masks import check_output
 
 CHECKPOINT, METRICS, OPTIONS, BOARD = "checkpoint.pt", "metrics.jsonl", "options.json", "tensorboard"
 PICTURES = LEARNING, WIDTHS = "learning.png", "widths.png"
@@ -30,16 +31,15 @@ class RunFolder:
     def check(self, *, resume: bool, force: bool) -> None:
         """Raise LearnError unless the run may go on (`resume`), or start without losing an earlier one (or `force`)."""
         recorded = self.path / OPTIONS
-        if self.options.output.is_dir():
-            raise LearnError(f"{self.options.output}: is a directory; name a file in it with -o")
+        check_output(self.options.output, force=True)
         if resume and recorded.is_file():
             self.options.check_same(_read_options(recorded))
         elif resume and self.checkpoint.exists():
             raise LearnError(f"{recorded}: is missing, and with it what the checkpoint is of; start anew with --force")
         elif not resume and not force and self.path.exists():
             raise LearnError(f"{self.path}: exists; go on with --resume, or replace it with --force")
-        elif not force and self.options.output.exists():
-            raise LearnError(f"{self.options.output}: exists; replace it with --force")
+        else:
+            check_output(self.options.output, force=force)
 
     def prepare(self, *, resume: bool) -> None:
         """Make the folder, without an earlier run unless that goes on, and write down the options.
@@ -99,7 +99,7 @@ class RunFolder:
     def cut_metrics(self, step: int) -> None:
         """Drop the metrics of steps behind `step`, and what a kill left of a line."""
         if self.metrics.exists():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             write_text(self.metrics, "".join(line for line in lines if _step_of(line) <= step))
 
 

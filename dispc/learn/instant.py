@@ -22,6 +22,8 @@ from dispc.reference import load_reference
 
 InstantMethod = Literal["random", "magnitude", "activation"]
 Scores = npt.NDArray[np.float64]
+WINDOWS = 16
+"""Of text, that `activation` reads."""
 
 
 def instant_masks(
@@ -31,7 +33,6 @@ def instant_masks(
     *,
     ratio_of: RatioOf = "blocks",
     data: str | None = None,
-    windows_read: int = 16,
     sequence_length: int = 2048,
     align: int = 1,
     seed: int = 0,
@@ -45,7 +46,7 @@ def instant_masks(
 
     - `random`: uniform numbers, seeded.
     - `magnitude`: norm of the weights that read or write the position.
-    - `activation`: that norm times the norm of what the position carries over `windows_read` windows of `data`; for a
+    - `activation`: that norm times the norm of what the position carries over `WINDOWS` windows of `data`; for a
       write set, whose positions are the output itself, the norm of the output. The model runs on `device`.
 
     Raises:
@@ -67,7 +68,7 @@ def instant_masks(
             if data is None:
                 raise DataError("--method activation needs a text: give --data FILE")
             place = torch_device(device)
-            rows = windows(load_tokens(data, model), min(sequence_length, config.max_positions), data)[:windows_read]
+            rows = windows(load_tokens(data, model), min(sequence_length, config.max_positions), data)[:WINDOWS]
             ids = torch.from_numpy(rows.astype(np.int64)).to(place)
             carried = _activation_norms(reference.to(place), config, ids, progress)
             norms = [
@@ -75,7 +76,8 @@ def instant_masks(
                 for name, weight, activation in zip(SETS * config.num_hidden_layers, norms, carried, strict=True)
             ]
             metadata |= {"data": source_name(data), "windows": str(len(rows)), "sequence_length": str(rows.shape[1])}
-        scores = np.concatenate([norm / max(norm.mean(), np.finfo(float).tiny) for norm in norms])
+        with np.errstate(invalid="ignore"):  # what is no number is found by `final_sets`
+            scores = np.concatenate([norm / max(norm.mean(), np.finfo(float).tiny) for norm in norms])
     masks = final_sets(scores, config, budget, align=align, norm_scope=norm_scope)
     return replace(masks, metadata=metadata | budget_facts(masks, checkpoint, ratio_of))
 

@@ -13,6 +13,8 @@ from dispc.learn.estimator import OFFSET, EstimatorName
 from dispc.masks import NormScope
 
 Precision = Literal["float32", "bfloat16"]
+LARGE = 1e6
+"""No rate or weight is this large but by mistake, and float32 would overflow not far above."""
 CHANGEABLE = (
     "model", "data", "steps", "output", "device", "checkpoint_every", "tensorboard", "activation_checkpointing",
     "compile", "align", "learning_rate",
@@ -33,6 +35,8 @@ def check_choices(*, ratio_of: str, norm_scope: str, align: int, sequence_length
     for name, number, least in (("align", align, 1), ("sequence_length", sequence_length, 2), ("seed", seed, 0)):
         if number < least:
             raise LearnError(f"{name} is {number}; it must be at least {least}")
+    if seed >= 2**64:
+        raise LearnError(f"seed is {seed}; it must be below 2**64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +80,11 @@ class LearnOptions:
                 raise LearnError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not math.isfinite(self.offset):
             raise LearnError(f"offset is {self.offset}; it must be a number")
-        if not 0.0 < self.learning_rate < math.inf:
-            raise LearnError(f"learning_rate is {self.learning_rate}; it must be a number above 0")
+        if not 0.0 < self.learning_rate < LARGE:
+            raise LearnError(f"learning_rate is {self.learning_rate}; it must be a number above 0, below {LARGE:g}")
         for name in ("weight_decay", "regulariser_weight"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise LearnError(f"{name} is {getattr(self, name)}; it must be a number, at least 0")
+            if not 0.0 <= getattr(self, name) < LARGE:
+                raise LearnError(f"{name} is {getattr(self, name)}; it must be a number, at least 0, below {LARGE:g}")
         if self.estimator not in get_args(EstimatorName):
             raise LearnError(f"estimator is {self.estimator!r}; choose one of {', '.join(get_args(EstimatorName))}")
         if self.precision not in (None, *get_args(Precision)):

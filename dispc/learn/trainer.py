@@ -92,6 +92,8 @@ def learn(options: LearnOptions, progress: Progress = lambda record, steps: None
         raise Interrupted(say, signal.SIGINT) from None
     masks = trainer.masks()
     if processes.main:
+        if resume and options.output.is_file() and (older := Masks.load(options.output)).sha256() == masks.sha256():
+            masks = dataclasses.replace(masks, metadata={**older.metadata, **masks.metadata})  # a recorded perplexity
         masks.save(options.output, checkpoint.config)
     processes.wait()
     return masks, processes.main

@@ -63,7 +63,8 @@ class Distance:
     @property
     def ratio(self) -> Array:
         """Error in units of the dtype's own; infinite where the output is not finite."""
-        ratio = self.error / self.own
+        with np.errstate(over="ignore", invalid="ignore"):
+            ratio = self.error / self.own
         result: Array = np.where(np.isfinite(ratio), ratio, np.inf)
         return result
 

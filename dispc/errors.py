@@ -7,7 +7,7 @@ def first_line(error: Exception) -> str:
     """The first line of a foreign error's message, or its type where it has none."""
     if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to load it unsafely
         return "more than tensors in it; dispc executes no pickles"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class DispcError(Exception):

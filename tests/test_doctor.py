@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import command
 import cuda_stub as stub_libraries
@@ -120,8 +121,12 @@ def test_compiling_for_cuda_without_cuda_judges_on_the_cpu_and_keeps_that_in_the
 
 def test_an_artifact_for_the_cpu_asks_for_no_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("dispc.validate.judge.cuda_problem", lambda: pytest.fail("asked"))
-    empty = {str: "", dict: {}, list: [], int: 1}
-    manifest = {name: empty[kind] for name, kind in FIELDS.items()} | {"target": "onnx-cpu", "dtype": "float32"}
+    empty: dict[type, Any] = {str: "", list: [], int: 1}
+    manifest: dict[str, Any] = {}
+    for name, kind in FIELDS.items():
+        outer, _, inner = name.partition(".")
+        manifest[outer] = {**manifest.get(outer, {}), inner: empty[kind]} if inner else empty[kind]
+    manifest |= {"target": "onnx-cpu", "dtype": "float32"}
     write_json(tmp_path / "dispc.json", manifest)
     assert choose_provider(tmp_path, "target") == (CPU, "")
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"dispc": "dispc", "passes": "dispc.passes", "export": "dispc.export", "validate": "dispc.validate"}
 FOUNDATIONS = {
     "checkpoint", "corpus", "devices", "errors", "extras", "families", "files", "graph", "manifest", "masks", "narrow",
-    "quantisation", "signals", "targets", "weights",
+    "quantisation", "signals", "targets", "tokenizer", "weights",
 }  # fmt: skip
 LIBRARY = {
     "foundations", "passes", "export", "reference", "quantised_reference", "validate", "learn", "published", "rest",

@@ -141,6 +141,7 @@ class TestTheCommand:
     def test_what_a_method_does_not_read_is_refused(self, tmp_path: Path, method: str, option: str) -> None:
         assert_refused(tmp_path, *self.instant(tmp_path, method, **{option: "1"}), says=(f"{option}: does not apply",))
 
+    @pytest.mark.extras
     @pytest.mark.parametrize("method", ["disp-llm", "random", "activation"])
     def test_what_is_no_mask_file_is_never_replaced(self, tmp_path: Path, method: str) -> None:
         model = shutil.copytree(student(), tmp_path / "model")

@@ -15,8 +15,6 @@ from torch import Tensor
 EstimatorName = Literal["reinmax", "gumbel"]
 OFFSET = 3.0
 """c in the paper: added to every latent, so that learning starts with nearly everything kept (95 %)."""
-
-
 TAU = 1.0
 """The paper's temperature of ReinMax."""
 TEMPERATURE = 0.4

@@ -29,7 +29,7 @@ class RunFolder:
         self.checkpoint, self.metrics = self.path / CHECKPOINT, self.path / METRICS
 
     def check(self, *, resume: bool, force: bool) -> None:
-        """Raise LearnError unless the run may go on (`resume`), or start without losing an earlier one (or `force`)."""
+        """Raise DispcError unless the run may go on (`resume`), or start without losing an earlier one (or `force`)."""
         recorded = self.path / OPTIONS
         check_output(self.options.output, force=True)
         if resume and recorded.is_file():

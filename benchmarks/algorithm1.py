@@ -1,7 +1,8 @@
 """The paper's Algorithm 1 in PyTorch: index_select, narrow matrix products and index_add, with a key/value cache.
 
 The baseline of cpu_decode.py, prefill.py and gpu.py, for LLaMA checkpoints, on any device. A test holds it against
-`dispc.reference`. Shapes in suffixes: B batch, S new tokens, T tokens in all, H heads, K key/value heads, D head size,
+`dispc.reference.masked`.
+Shapes in suffixes: B batch, S new tokens, T tokens in all, H heads, K key/value heads, D head size,
 R read, M mid and W write widths, C width of the stream, V vocabulary.
 """
 
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from dispc.checkpoint import Checkpoint
 from dispc.masks import Block, Indices, Masks, NormScope, SubLayer
+from dispc.model.checkpoint import Checkpoint
 
 Weights = Callable[[str, Indices | None, Indices | None], Tensor]
 """weights(name, rows, columns): a slice of a checkpoint's matrix; None takes all."""

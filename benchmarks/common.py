@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dispc.files import write_json
+from dispc.support.files import write_json
 
 GIB = 2**30
 WORK = Path(__file__).resolve().parent / "work"
@@ -75,7 +75,7 @@ MASKS = """
 import sys
 from pathlib import Path
 
-from dispc.checkpoint import Checkpoint
+from dispc.model.checkpoint import Checkpoint
 from dispc.masks import Masks
 
 config = Checkpoint(Path(sys.argv[1])).config

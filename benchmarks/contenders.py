@@ -17,12 +17,12 @@ from machine import environment
 from make_checkpoint import make_checkpoint, write_tokenizer
 from shapes import SHAPES
 
-from dispc.checkpoint import Checkpoint
 from dispc.masks import Masks
+from dispc.model.checkpoint import Checkpoint
+from dispc.plan import TARGETS
 from dispc.quantisation import make_quantisation
-from dispc.targets import TARGETS
-from dispc.validate.memory import available_memory
-from dispc.validate.parity import LIMITS, logit_error
+from dispc.runtime.memory import available_memory
+from dispc.validate.checks.parity import LIMITS, logit_error
 
 TARGET = "onnx-cpu"
 DENSE, PRUNED, BUILDER, PYTORCH = "dispc, dense", "dispc, pruned", "builder, dense", "PyTorch, pruned"

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from dispc.families import DecoderConfig
+from dispc.model.families import DecoderConfig
 
 DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(int64)": torch.int64}
 NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}

@@ -33,11 +33,11 @@ def measure(directory: Path) -> dict[str, Any]:
     start = time.perf_counter()
     import torch
 
-    from dispc.checkpoint import Checkpoint
     from dispc.export.trace import trace
     from dispc.masks import Masks
+    from dispc.model.checkpoint import Checkpoint
     from dispc.passes.pipeline import build_pipeline, run_pipeline
-    from dispc.targets import make_plan
+    from dispc.plan import make_plan
 
     imported = time.perf_counter()
     masks = Masks.random(Checkpoint(directory).config, 0.5, 0)  # also warms the import of AutoConfig

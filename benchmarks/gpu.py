@@ -37,9 +37,9 @@ from machine import environment
 from make_checkpoint import make_checkpoint
 from shapes import SHAPES
 
-from dispc.checkpoint import Checkpoint
-from dispc.errors import first_line
-from dispc.targets import Lowering
+from dispc.model.checkpoint import Checkpoint
+from dispc.plan import Lowering
+from dispc.support.errors import first_line
 
 SPEEDUP_GOAL, RATE_GOAL = 1.9, 0.85
 GOAL_PRUNED = 50

@@ -21,10 +21,10 @@ from common import GIB, alternate, summary
 from decoder import Decoder, OnnxStep
 from machine import graphics_cards
 
-from dispc.checkpoint import Checkpoint
-from dispc.families import DecoderConfig
 from dispc.masks import Masks
-from dispc.validate.parity import LIMITS, logit_error
+from dispc.model.checkpoint import Checkpoint
+from dispc.model.families import DecoderConfig
+from dispc.validate.checks.parity import LIMITS, logit_error
 
 EAGER, COMPILED, ORT, CUDA_GRAPH = "PyTorch", "PyTorch compiled", "ORT", "ORT, CUDA graph"
 DECODE_ONLY = (COMPILED, CUDA_GRAPH)

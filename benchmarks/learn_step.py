@@ -20,13 +20,13 @@ import typer
 from common import console, report, summary, write_result
 from machine import environment, load
 
-from dispc.checkpoint import Checkpoint
 from dispc.learn.budget import block_budget
 from dispc.learn.distributed import Processes
 from dispc.learn.objective import next_token_loss
 from dispc.learn.options import LearnOptions
 from dispc.learn.trainer import DTYPES, Trainer
-from dispc.reference import load_reference
+from dispc.model.checkpoint import Checkpoint
+from dispc.reference.masked import load_reference
 
 GOAL = 1.15
 

@@ -7,8 +7,8 @@ Figure 6 of the paper (LLaMA-2-7B, half pruned): what the MLP reads and writes k
 import numpy as np
 import numpy.typing as npt
 
-from dispc.families import DecoderConfig
 from dispc.masks import SETS, Masks, set_width
+from dispc.model.families import DecoderConfig
 
 Shares = npt.NDArray[np.float64]
 

@@ -23,9 +23,9 @@ from common import console, dispc, run, write_result
 from machine import REPOSITORY, environment
 from results_page import write_page
 
-from dispc.checkpoint import Checkpoint
 from dispc.learn.estimator import OFFSET
 from dispc.masks import Masks
+from dispc.model.checkpoint import Checkpoint
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "learned"
 METHODS: dict[str, tuple[str, ...]] = {

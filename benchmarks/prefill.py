@@ -27,8 +27,8 @@ from contenders import (
 )
 from machine import load
 
-from dispc.families import DecoderConfig
 from dispc.masks import Masks
+from dispc.model.families import DecoderConfig
 
 GOAL = 0.90
 

@@ -1,5 +1,5 @@
 """`python -m dispc` is the `dispc` command."""
 
-from dispc.cli import main
+from dispc.cli.app import main
 
 main()

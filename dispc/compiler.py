@@ -12,19 +12,19 @@ import onnx_ir as ir
 import torch
 
 from dispc import __version__
-from dispc.checkpoint import Checkpoint
-from dispc.errors import ArtifactError, CompileError
 from dispc.export.card import write_card
 from dispc.export.companions import write_companions
 from dispc.export.trace import trace
 from dispc.export.write import check_file, check_output, save_model, staged_directory
-from dispc.files import write_json
 from dispc.manifest import MANIFEST
 from dispc.masks import Masks
+from dispc.model.checkpoint import Checkpoint
+from dispc.model.weights import surface_weight_errors
 from dispc.passes.pipeline import PassRecord, build_pipeline, pipeline_line, run_pipeline
-from dispc.targets import Choices, Plan, make_plan
-from dispc.tune import tune
-from dispc.weights import surface_weight_errors
+from dispc.plan import Choices, Plan, make_plan
+from dispc.runtime.tune import tune
+from dispc.support.errors import ArtifactError, CompileError
+from dispc.support.files import write_json
 
 Progress = Callable[[str, int, int], None]
 """progress(what, bytes done, bytes in all)"""
@@ -80,11 +80,11 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
         plan, record = tune(checkpoint, masks, options.target, options, build_artifact)
         tuned["tuned"] = record
     if options.validate or options.verify_each:
-        from dispc.validate.memory import require_memory_for_reference
+        from dispc.runtime.memory import require_memory_for_reference
 
         require_memory_for_reference(checkpoint)
     if options.verify_each:
-        from dispc.validate.verify import make_verifier
+        from dispc.validate.checks.verify import make_verifier
 
         # The passes do not look at dtypes: their float32 graphs are compared, whatever the target's dtype is.
         verifier = make_verifier(checkpoint, masks, plan.quantisation)

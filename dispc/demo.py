@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from dispc import __version__
-from dispc.checkpoint import Checkpoint
 from dispc.compiler import CompileOptions, compile_model, load_masks
-from dispc.errors import ArtifactError, DispcError
-from dispc.generate import Sampler, generate_text
 from dispc.manifest import MANIFEST, read_manifest
+from dispc.model.checkpoint import Checkpoint
 from dispc.passes.pipeline import build_pipeline
-from dispc.targets import make_plan
-from dispc.validate.session import Artifact
+from dispc.plan import make_plan
+from dispc.runtime.generate import Sampler, generate_text
+from dispc.runtime.session import Artifact
+from dispc.support.errors import ArtifactError, DispcError
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MASKS = "smollm2-135m-{percent}.safetensors"

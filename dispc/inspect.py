@@ -9,11 +9,11 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from dispc.checkpoint import Checkpoint
-from dispc.console import summary
-from dispc.errors import ArtifactError, DispcError
+from dispc.cli.tables import summary
 from dispc.manifest import MANIFEST, read_manifest
 from dispc.masks import SETS, Masks, set_width
+from dispc.model.checkpoint import Checkpoint
+from dispc.support.errors import ArtifactError, DispcError
 
 
 def inspect_path(path: Path) -> dict[str, Any]:

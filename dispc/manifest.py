@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dispc.errors import ArtifactError
+from dispc.support.errors import ArtifactError
 
 MANIFEST = "dispc.json"
 COPIED = (

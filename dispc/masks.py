@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from dispc import __version__
-from dispc.errors import MasksError
-from dispc.families import DecoderConfig
-from dispc.files import whole
+from dispc.model.families import DecoderConfig
+from dispc.support.errors import MasksError
+from dispc.support.files import whole
 
 NormScope = Literal["full", "selected"]
 Indices = npt.NDArray[np.int64]

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dispc.checkpoint import Checkpoint
-from dispc.files import write_json
 from dispc.manifest import COPIED
-from dispc.targets import Plan
+from dispc.model.checkpoint import Checkpoint
+from dispc.plan import Plan
+from dispc.support.files import write_json
 
 
 def write_companions(

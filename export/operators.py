@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 import torch
 
-from dispc.errors import CompileError
-from dispc.graph import WINDOW, add_initializer
-from dispc.weights import DTYPES
+from dispc.model.weights import DTYPES
+from dispc.support.errors import CompileError
+from dispc.support.graph import WINDOW, add_initializer
 
 if TYPE_CHECKING:
     from dispc.export.translate import Translator

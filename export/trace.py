@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dispc.checkpoint import Checkpoint
-from dispc.errors import CompileError
 from dispc.export.translate import translate
-from dispc.weights import one_torch_thread
+from dispc.model.checkpoint import Checkpoint
+from dispc.model.weights import one_torch_thread
+from dispc.support.errors import CompileError
 
 # The operators of the trace. They have shapes and no kernels: nothing is computed under fake tensors.
 _library = torch.library.Library("dispc", "DEF")  # type: ignore[no-untyped-call]

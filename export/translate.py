@@ -11,11 +11,11 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from dispc.checkpoint import Checkpoint
-from dispc.errors import CompileError
 from dispc.export.operators import HANDLERS, POSITION_WISE, Node
-from dispc.graph import HEAD, add_initializer, make_node, scope
-from dispc.weights import DTYPES, LazyWeight
+from dispc.model.checkpoint import Checkpoint
+from dispc.model.weights import DTYPES, LazyWeight
+from dispc.support.errors import CompileError
+from dispc.support.graph import HEAD, add_initializer, make_node, scope
 
 OPSET = 23
 

@@ -11,10 +11,10 @@ from tempfile import mkdtemp
 import onnx
 import onnx_ir as ir
 
-from dispc.errors import ArtifactError
 from dispc.manifest import MANIFEST
-from dispc.signals import hold_signals
-from dispc.weights import one_torch_thread, surface_weight_errors
+from dispc.model.weights import one_torch_thread, surface_weight_errors
+from dispc.support.errors import ArtifactError
+from dispc.support.signals import hold_signals
 
 INLINE_BYTES = 1024
 """Smaller tensors stay inside model.onnx: ONNX Runtime reads shapes and axes from there."""

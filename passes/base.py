@@ -5,7 +5,7 @@ from abc import abstractmethod
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
-from dispc.errors import CompileError
+from dispc.support.errors import CompileError
 
 
 class ConditionError(CompileError, PreconditionError, PostconditionError):

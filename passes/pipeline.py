@@ -7,24 +7,24 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from dispc.checkpoint import Checkpoint
 from dispc.masks import Masks
-from dispc.passes.align_widths import AlignWidthsPass
+from dispc.model.checkpoint import Checkpoint
 from dispc.passes.base import RewritePass
-from dispc.passes.fill_zeros import FillZerosPass
-from dispc.passes.fuse_activations import FuseActivationsPass
-from dispc.passes.fuse_gate_up import FuseGateUpPass
-from dispc.passes.fuse_qkv import FuseQkvPass
-from dispc.passes.fuse_rotary import FuseRotaryPass
-from dispc.passes.fuse_skip_norm import FuseSkipNormPass
-from dispc.passes.last_logits import LastLogitsPass
-from dispc.passes.lower_attention import LowerAttentionPass
-from dispc.passes.lower_scatter import LowerScatterPass
-from dispc.passes.prune_blocks import PruneBlocksPass
+from dispc.passes.common.unroll import UnrollPass
+from dispc.passes.fuse.fuse_activations import FuseActivationsPass
+from dispc.passes.fuse.fuse_gate_up import FuseGateUpPass
+from dispc.passes.fuse.fuse_qkv import FuseQkvPass
+from dispc.passes.fuse.fuse_rotary import FuseRotaryPass
+from dispc.passes.fuse.fuse_skip_norm import FuseSkipNormPass
+from dispc.passes.fuse.tie_embeddings import TieEmbeddingsPass
+from dispc.passes.lower.last_logits import LastLogitsPass
+from dispc.passes.lower.lower_attention import LowerAttentionPass
+from dispc.passes.lower.lower_scatter import LowerScatterPass
+from dispc.passes.prune.align_widths import AlignWidthsPass
+from dispc.passes.prune.fill_zeros import FillZerosPass
+from dispc.passes.prune.prune_blocks import PruneBlocksPass
 from dispc.passes.quantise import QuantisePass
-from dispc.passes.tie_embeddings import TieEmbeddingsPass
-from dispc.passes.unroll import UnrollPass
-from dispc.targets import Plan
+from dispc.plan import Plan
 
 NEARLY_EVERYTHING = 0.9
 """Share of the stream from which `zero-filled` gives a set its full width back."""

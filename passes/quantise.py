@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from dispc.errors import CompileError
-from dispc.graph import HEAD, MICROSOFT, add_initializer, drop_unused_initializers, make_node, replace_node
 from dispc.passes.base import RewritePass
 from dispc.quantisation import Quantisation
+from dispc.support.errors import CompileError
+from dispc.support.graph import HEAD, MICROSOFT, add_initializer, drop_unused_initializers, make_node, replace_node
 
 INT8_ACTIVATIONS = 4
 """The `accuracy_level` that lets kernels round activations to int8."""

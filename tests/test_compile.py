@@ -12,10 +12,10 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dispc.checkpoint import Checkpoint
 from dispc.compiler import CompileOptions, ParityFailure, compile_model
 from dispc.masks import SETS, Masks, set_width
-from dispc.validate.parity import LIMITS, Thresholds, logit_error
+from dispc.model.checkpoint import Checkpoint
+from dispc.validate.checks.parity import LIMITS, Thresholds, logit_error
 
 FULL_MATRIX = [
     (v, s, t) for v in tiny.VARIANTS for s in ("full", "selected") for t in ("onnx-cpu", "onnx-cuda", "onnx")
@@ -222,7 +222,7 @@ def test_the_manifest_describes_the_artifact(tmp_path: Path) -> None:
 
 
 def test_an_artifact_that_fails_validation_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dispc.validate.parity.DEFAULTS", Thresholds(error=1e-9))
+    monkeypatch.setattr("dispc.validate.checks.parity.DEFAULTS", Thresholds(error=1e-9))
     masks = Masks.random(harness.checkpoint("llama").config, 0.5, 1)
     with pytest.raises(ParityFailure):
         compile_variant("llama", masks, tmp_path, "onnx-cpu")

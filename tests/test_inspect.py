@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dispc.checkpoint import Checkpoint
 from dispc.inspect import inspect_path
 from dispc.masks import SETS, Block, Masks, SubLayer
+from dispc.model.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -78,15 +78,15 @@ def test_modules_import_only_what_their_layer_may() -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("dispc.masks", "from dispc.passes.blocks import BlockFinder"),
-        ("dispc.masks", "import dispc.console"),
-        ("dispc.passes.unroll", "def f():\n    from dispc.export import trace"),
+        ("dispc.masks", "from dispc.passes.common.blocks import BlockFinder"),
+        ("dispc.masks", "import dispc.cli.tables"),
+        ("dispc.passes.common.unroll", "def f():\n    from dispc.export import trace"),
         ("dispc.export.write", "from dispc import compiler"),
         ("dispc.export.write", "from . import trace"),
-        ("dispc.validate.parity", "import numpy, dispc.passes.unroll as unroll"),
+        ("dispc.validate.checks.parity", "import numpy, dispc.passes.common.unroll as unroll"),
         ("dispc.inspect", "from dispc.compiler import compile_model"),
-        ("dispc.reference", "from dispc.validate.session import Runner"),
-        ("dispc.demo", "from dispc.cli import main"),
+        ("dispc.reference.masked", "from dispc.runtime.session import Runner"),
+        ("dispc.demo", "from dispc.cli.app import main"),
         ("dispc.learn.trainer", "from dispc import __version__, cli"),
     ],
 )
@@ -97,9 +97,9 @@ def test_a_forbidden_import_is_found(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("dispc.masks", "from dispc import __version__\nfrom dispc.errors import MasksError\nimport numpy"),
-        ("dispc.validate.parity", "from dispc.reference import load_reference"),
-        ("dispc.cli", "def f():\n    from dispc.compiler import compile_model"),
+        ("dispc.masks", "from dispc import __version__\nfrom dispc.support.errors import MasksError\nimport numpy"),
+        ("dispc.validate.checks.parity", "from dispc.reference.masked import load_reference"),
+        ("dispc.cli.app", "def f():\n    from dispc.compiler import compile_model"),
         ("dispc.demo", "from dispc import compiler"),
     ],
 )

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from dispc.errors import MasksError
-from dispc.families import DecoderConfig
 from dispc.masks import SETS, Masks, set_width
+from dispc.model.families import DecoderConfig
+from dispc.support.errors import MasksError
 
 CONFIG: DecoderConfig = harness.checkpoint("llama").config
 SCOPES = ("full", "selected")

@@ -3,13 +3,19 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dispc.runtime.latency import LatencyOptions as LatencyOptions
+    from dispc.validate.checks.parity import Thresholds as Thresholds
     from dispc.validate.judge import check as check
-    from dispc.validate.latency import LatencyOptions as LatencyOptions
-    from dispc.validate.parity import Thresholds as Thresholds
-    from dispc.validate.report import Check as Check
-    from dispc.validate.report import Report as Report
+    from dispc.validate.report.report import Check as Check
+    from dispc.validate.report.report import Report as Report
 
-HOMES = {"check": "judge", "Report": "report", "Check": "report", "Thresholds": "parity", "LatencyOptions": "latency"}
+HOMES = {
+    "check": "dispc.validate.judge",
+    "Report": "dispc.validate.report.report",
+    "Check": "dispc.validate.report.report",
+    "Thresholds": "dispc.validate.checks.parity",
+    "LatencyOptions": "dispc.runtime.latency",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +24,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"dispc.validate.{HOMES[name]}"), name)
+    return getattr(import_module(HOMES[name]), name)

@@ -10,30 +10,30 @@ from typing import Any, Literal
 import torch
 
 from dispc import __version__
-from dispc.checkpoint import Checkpoint
-from dispc.devices import processor_name
-from dispc.errors import ArtifactError, MasksError
+from dispc.evaluate.perplexity import ArtifactScorer, TorchScorer, measure_perplexity, text_windows
 from dispc.manifest import read_manifest
 from dispc.masks import SETS, Masks, set_width
-from dispc.quantised_reference import match_quantisation
-from dispc.reference import load_reference
-from dispc.targets import TARGETS
-from dispc.validate import parity
-from dispc.validate.baseline import compare, read_report
-from dispc.validate.doctor import cuda_problem
-from dispc.validate.drill import drill_down
-from dispc.validate.embeddings import judge_embeddings
-from dispc.validate.latency import LatencyOptions, judge_latency, measure_latency
-from dispc.validate.memory import fits_memory, require_memory_for_reference
-from dispc.validate.parity import Thresholds
-from dispc.validate.perplexity import ArtifactScorer, TorchScorer, measure_perplexity, text_windows
-from dispc.validate.placement import Placement, judge_placement
-from dispc.validate.report import Check, Report
-from dispc.validate.rotary import judge_rotary
-from dispc.validate.scenarios import PREFILL, Row, Scenario, Stage, Turn, judge_bits, play
-from dispc.validate.session import CPU, CUDA, Artifact
-from dispc.validate.static import judge_companions, judge_file
-from dispc.validate.truth import Answers, ask, freed, round_storage, truth_dtype
+from dispc.model.checkpoint import Checkpoint
+from dispc.plan import TARGETS
+from dispc.reference.masked import load_reference
+from dispc.reference.quantised import match_quantisation
+from dispc.reference.truth import Answers, ask, freed, round_storage, truth_dtype
+from dispc.runtime.doctor import cuda_problem
+from dispc.runtime.latency import LatencyOptions, judge_latency, measure_latency
+from dispc.runtime.memory import fits_memory, require_memory_for_reference
+from dispc.runtime.placement import Placement, judge_placement
+from dispc.runtime.providers import processor_name
+from dispc.runtime.session import CPU, CUDA, Artifact
+from dispc.support.errors import ArtifactError, MasksError
+from dispc.validate.checks import parity
+from dispc.validate.checks.drill import drill_down
+from dispc.validate.checks.embeddings import judge_embeddings
+from dispc.validate.checks.parity import Thresholds
+from dispc.validate.checks.rotary import judge_rotary
+from dispc.validate.checks.scenarios import PREFILL, Row, Scenario, Stage, Turn, judge_bits, play
+from dispc.validate.checks.static import judge_companions, judge_file
+from dispc.validate.report.baseline import compare, read_report
+from dispc.validate.report.report import Check, Report
 
 Device = Literal["target", "cpu", "available"]
 PACKAGES = ("onnxruntime-gpu", "torch", "transformers")

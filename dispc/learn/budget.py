@@ -9,10 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dispc.checkpoint import Checkpoint
-from dispc.errors import MasksError
-from dispc.families import DecoderConfig
 from dispc.masks import SETS, Masks, NormScope, set_widths
+from dispc.model.checkpoint import Checkpoint
+from dispc.model.families import DecoderConfig
+from dispc.support.errors import MasksError
 
 RatioOf = Literal["blocks", "model"]
 

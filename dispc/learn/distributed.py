@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dispc.devices import torch_device
-from dispc.extras import need
-from dispc.families import DecoderConfig
+from dispc.model.families import DecoderConfig
+from dispc.runtime.providers import torch_device
+from dispc.support.extras import need
 
 
 @dataclass(frozen=True)

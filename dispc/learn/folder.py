@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from dispc.errors import LearnError, first_line
-from dispc.files import whole, write_json, write_text
 from dispc.learn.options import LearnOptions
 from dispc.masks import check_output
+from dispc.support.errors import LearnError, first_line
+from dispc.support.files import whole, write_json, write_text
 
 CHECKPOINT, METRICS, OPTIONS, BOARD = "checkpoint.pt", "metrics.jsonl", "options.json", "tensorboard"
 PICTURES = LEARNING, WIDTHS = "learning.png", "widths.png"

@@ -10,15 +10,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dispc.checkpoint import Checkpoint
-from dispc.corpus import load_tokens, source_name, windows
-from dispc.devices import torch_device
-from dispc.errors import DataError
-from dispc.families import DecoderConfig
 from dispc.learn.budget import RatioOf, block_budget, budget_facts, check_fits, final_sets
 from dispc.learn.options import check_choices
 from dispc.masks import SETS, Masks, NormScope, set_widths
-from dispc.reference import load_reference
+from dispc.model.checkpoint import Checkpoint
+from dispc.model.families import DecoderConfig
+from dispc.model.text import load_tokens, source_name, windows
+from dispc.reference.masked import load_reference
+from dispc.runtime.providers import torch_device
+from dispc.support.errors import DataError
 
 InstantMethod = Literal["random", "magnitude", "activation"]
 Scores = npt.NDArray[np.float64]

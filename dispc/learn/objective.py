@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from dispc.families import DecoderConfig
 from dispc.masks import SETS, NormScope, set_widths
-from dispc.reference import apply_gates
+from dispc.model.families import DecoderConfig
+from dispc.reference.masked import apply_gates
 
 
 class GatedModel:

@@ -7,10 +7,10 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from dispc.errors import LearnError
 from dispc.learn.budget import RatioOf
 from dispc.learn.estimator import OFFSET, EstimatorName
 from dispc.masks import NormScope
+from dispc.support.errors import LearnError
 
 Precision = Literal["float32", "bfloat16"]
 LARGE = 1e6

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from dispc.errors import DispcError
-from dispc.extras import need
-from dispc.files import whole
 from dispc.learn.folder import LEARNING, METRICS, WIDTHS
 from dispc.masks import SETS, Masks, set_width
+from dispc.support.errors import DispcError
+from dispc.support.extras import need
+from dispc.support.files import whole
 
 FORMATS = (".png", ".svg", ".pdf")
 LABELS = dict(

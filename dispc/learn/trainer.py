@@ -16,10 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dispc.checkpoint import Checkpoint
-from dispc.corpus import Tokens, batch, load_tokens, source_name, windows
-from dispc.errors import Interrupted, LearnError, first_line
-from dispc.extras import need
 from dispc.learn.budget import block_budget, budget_facts, check_fits, final_sets, kept_parameters, regulariser
 from dispc.learn.distributed import Processes
 from dispc.learn.estimator import ESTIMATORS
@@ -28,8 +24,12 @@ from dispc.learn.hypernetwork import FreeLatents, HyperNetwork, Layout
 from dispc.learn.objective import GatedModel
 from dispc.learn.options import LearnOptions
 from dispc.masks import Masks
-from dispc.reference import load_reference
-from dispc.signals import note_signals
+from dispc.model.checkpoint import Checkpoint
+from dispc.model.text import Tokens, batch, load_tokens, source_name, windows
+from dispc.reference.masked import load_reference
+from dispc.support.errors import Interrupted, LearnError, first_line
+from dispc.support.extras import need
+from dispc.support.signals import note_signals
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Progress = Callable[[dict[str, float], int], None]

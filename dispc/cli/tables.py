@@ -1,0 +1,221 @@
+"""What the command line shows: progress bars and tables, made from the same dictionaries that --json prints."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from dispc.masks import SETS
+from dispc.quantisation import Quantisation
+from dispc.support.files import json_text
+
+MIB = 2**20
+out = Console(emoji=False)
+err = Console(stderr=True, emoji=False)
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """Plain JSON on standard output, whatever the terminal."""
+    sys.stdout.write(json_text(content))
+
+
+def print_error(message: str) -> None:
+    line = " ".join(part.strip() for part in message.splitlines())
+    err.print(f"[red]error:[/red] {escape(line)}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def compile_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over the bytes of the artifact, on terminals; the callback takes (what, bytes done, bytes in all)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("starting", total=1)
+
+        def update(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what[-48:], completed=done, total=total)
+
+        yield update
+
+
+@contextmanager
+def count_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over things counted, on terminals; the callback takes (done, in all)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def learn_progress(console: Console, *, shown: bool = True) -> Iterator[Callable[[Mapping[str, float], int], None]]:
+    """Loss, share pruned, speed and time left; where there is no terminal, a line every hundredth of the way.
+
+    Of several processes one has it `shown`.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
+        task = progress.add_task("loading", total=None)
+
+        def update(record: Mapping[str, float], steps: int) -> None:
+            text = (
+                f"loss {record['loss']:.3f}  pruned {100 * record['pruned']:.1f} %  "
+                f"{record['tokens_per_second']:,.0f} tokens/s"
+            )
+            step = int(record["step"])
+            progress.update(task, description=text, completed=step, total=steps)
+            if not console.is_terminal and step % max(1, steps // 100) == 0:
+                console.print(f"step {step} of {steps}: {text}", highlight=False)
+
+        yield update
+
+
+def eval_table(report: Mapping[str, Any]) -> Table:
+    """What `dispc eval` measured: perplexity with its protocol, then a row per task."""
+    under = f" under {report['masks']}" if report["masks"] else ""
+    table = Table(
+        title=escape(f"{report['model']}{under}, {report['dtype']}, {report['device']}"), title_justify="left"
+    )
+    for column in ("measured on", "figure", "", "how"):
+        table.add_column(column, justify="right" if column == "figure" else "left")
+    for text in report.get("perplexity", ()):
+        how = f"{text['windows']} windows of {text['sequence_length']}, {text['tokens_scored']:,} tokens scored"
+        table.add_row(escape(text["data"]), f"{text['perplexity']:.3f}", "perplexity", how)
+    for name, task in report.get("tasks", {}).items():
+        others = "".join(
+            f", {other} {100 * v:.1f} %" for other, v in task["metrics"].items() if other != task["metric"]
+        )
+        spread = f"± {100 * task['stderr']:.1f}, {task['items']} items{others}"
+        table.add_row(escape(name), f"{100 * task['value']:.1f} %", task["metric"], spread)
+    return table
+
+
+def compile_tables(manifest: Mapping[str, Any]) -> list[Table]:
+    """The passes, and what came out."""
+    passes = Table(
+        title=f"{manifest['model_type']} for {manifest['target']}, {manifest['dtype']}", title_justify="left"
+    )
+    for column in ("pass", "rewrites", "nodes before", "nodes after", "seconds"):
+        passes.add_column(column, justify="left" if column == "pass" else "right")
+    for record in manifest["passes"]:
+        passes.add_row(
+            record["name"], str(record["rewrites"]), str(record["nodes_before"]), str(record["nodes_after"]),
+            f"{record['seconds']:.3f}",
+        )  # fmt: skip
+    tables = [passes, facts_table(summary(manifest))]
+    if tuned := manifest["lowering"].get("tuned"):
+        blocks = ", ".join(map(str, tuned["blocks"]))
+        times = Table(title=f"blocks {blocks} on {escape(tuned['device'])}", title_justify="left")
+        for column in ("lowering", "one token, ms", "first token, ms"):
+            times.add_column(column, justify="left" if column == "lowering" else "right")
+        for name, found in tuned["milliseconds"].items():
+            times.add_row(name, f"{found['one_token']:.3f}", f"{found['first_token']:.2f}")
+        tables.append(times)
+    return tables
+
+
+def summary(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The facts of an artifact, in words."""
+    blocks = manifest["block_parameters"]
+    quantisation = manifest.get("quantisation")
+    lowering, shares = manifest["lowering"], f"{100 * blocks['kept'] / blocks['dense']:.1f} %"
+    return {
+        "block parameters": f"{blocks['kept']:,} of {blocks['dense']:,} ({shares})",
+        "bytes": f"{manifest['bytes'] / MIB:,.1f} MiB",
+        "nodes": str(manifest["nodes"]),
+        "attention": f"{manifest['attention']}, padding {manifest['padding']}",
+        "norm scope": manifest["norm_scope"],
+        "lowering": f"{lowering['name']} ({lowering['reason']})",
+        "quantised": str(Quantisation(**quantisation)) if quantisation else "no",
+    }
+
+
+def facts_table(facts: Mapping[str, str]) -> Table:
+    table = Table(show_header=False)
+    for name, fact in facts.items():
+        table.add_row(escape(name), escape(fact))
+    return table
+
+
+def parity_table(report: Mapping[str, Any]) -> Table:
+    """The headline, and a row per check; the drill's verdict and the truth's precision below."""
+    from dispc.validate.report.report import figure_and_limit
+
+    marks = {"passed": "[green]ok[/green]", "failed": "[red]FAIL[/red]", "skipped": "skip", "noted": "note"}
+    table = Table(title=escape(report["headline"]), title_justify="left", caption_justify="left")
+    for column in ("check", "figure", "limit", "", "over"):
+        table.add_column(column, justify="right" if column in ("figure", "limit") else "left", overflow="fold")
+    for check in report["checks"]:
+        cells = (escape(cell) for cell in (check["name"], *figure_and_limit(check)))
+        table.add_row(*cells, marks[check["status"]], escape(check["detail"]))
+    if report["drill"] and report["drill"]["verdict"]:
+        table.caption = escape(report["drill"]["verdict"])
+    return table
+
+
+def inspect_tables(facts: Mapping[str, Any], *, ops: bool = False) -> list[Table]:
+    """Facts of the whole, widths per block, and operators where the graph is known; with `ops` those of each block."""
+    tables = [facts_table({name: str(value) for name, value in facts["facts"].items()})]
+    if facts.get("widths"):
+        full = facts["full_widths"]
+        widths = Table(title="Widths", title_justify="left")
+        widths.add_column("block", justify="right")
+        for name in SETS:
+            widths.add_column(f"{name}\nof {full[name]}", justify="right")
+        for number, row in enumerate(facts["widths"]):
+            widths.add_row(str(number), *(str(row[name]) for name in SETS))
+        tables.append(widths)
+    if facts.get("operators"):
+        operators = Table(title="Operators", title_justify="left")
+        operators.add_column("operator")
+        operators.add_column("nodes", justify="right")
+        for name, count in facts["operators"].items():
+            operators.add_row(name, str(count))
+        tables.append(operators)
+    if ops and facts.get("block_operators"):
+        blocks = Table(title="Operators per block", title_justify="left")
+        blocks.add_column("block", justify="right")
+        blocks.add_column("operators")
+        *rows, outside = facts["block_operators"]
+        for title, counts in [*((str(index), row) for index, row in enumerate(rows)), ("outside", outside)]:
+            blocks.add_row(title, ", ".join(f"{count} {name}" for name, count in counts.items()))
+        tables.append(blocks)
+    return tables
+
+
+def demo_table(result: Mapping[str, Any]) -> Table:
+    table = Table(title="SmolLM2-135M-Instruct, onnx-cpu, float32", title_justify="left", show_lines=True)
+    table.add_column("")
+    for name in result["models"]:
+        table.add_column(name)
+    rows: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
+        ("block parameters", lambda m: f"{m['block_parameters']:,}"),
+        ("size", lambda m: f"{m['bytes'] / MIB:,.0f} MiB"),
+        ("parity", lambda m: "passed" if m["passed"] else "FAILED"),
+        ("one token", lambda m: f"{m['milliseconds_per_token']:.1f} ms"),
+        (result["prompt"], lambda m: m["text"].strip()),
+    )
+    for title, cell in rows:
+        table.add_row(escape(title), *(escape(cell(model)) for model in result["models"].values()))
+    table.caption = f"pruned is {result['speedup']:.2f}x as fast as dense (median of alternating runs, 2 threads)"
+    return table

@@ -1,0 +1,146 @@
+"""What masks, or an artifact, are worth: perplexity on texts and accuracy on tasks, as one report.
+
+What can be refused without running anything is refused before the first window is read; only what lm-eval finds out as
+it goes (no tokenizer, items that do not fit their definition) comes later. The report is written after each text and
+each task.
+"""
+
+import math
+import platform
+import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dispc import __version__
+from dispc.evaluate.perplexity import Perplexity, Scorer, measure_perplexity, open_scorer, text_windows
+from dispc.evaluate.zero_shot import find_tasks, measure_task
+from dispc.masks import Masks
+from dispc.model.checkpoint import Checkpoint
+from dispc.support.errors import DataError, Interrupted
+from dispc.support.files import refuse_inputs, write_json
+
+PACKAGES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime", "lm-eval")
+Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+"""Given what is counted, something that shows (done, in all) while it is open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What is judged (a model directory, under `masks` or dense, or an artifact), and on what.
+
+    `record` writes the perplexity into the mask file's metadata; its sets stay as they are.
+    """
+
+    path: Path
+    masks: Path | None = None
+    data: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    sequence_length: int | None = None
+    max_windows: int | None = None
+    include: Path | None = None
+    limit: int | None = None
+    device: str = "cpu"
+    record: bool = False
+    json_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.data and not self.tasks:
+            raise DataError("nothing to measure: give --data FILE for perplexity, --tasks NAMES for accuracy, or both")
+        if self.json_file:
+            sources = (self.path, self.masks, self.include, *self.data)
+            refuse_inputs([self.json_file], [Path(source) for source in sources if source])
+        if self.record and not (self.masks and self.data):
+            raise DataError("--record writes a perplexity into a mask file; give --masks FILE and --data FILE with it")
+
+
+def evaluate(options: EvalOptions, bar: Bar) -> dict[str, Any]:
+    """The report: what was judged and where, `perplexity` (a list), `tasks` (by name), and whether it is `complete`.
+
+    Raises:
+        DispcError: when anything asked for cannot be had; what was measured until then is in the report's file.
+        Interrupted: at Ctrl-C, where a file holds what was measured until then.
+    """
+    manager = find_tasks(list(options.tasks), options.include) if options.tasks else None
+    scorer = open_scorer(options.path, options.masks, options.device)
+    for source in options.data:
+        text_windows(source, scorer.directory, scorer.positions, options.sequence_length)
+    report = _head(options, scorer)
+    _write(options, report)
+    try:
+        _measure(options, scorer, manager, report, bar)
+    except KeyboardInterrupt:
+        if not options.json_file:
+            raise
+        raise Interrupted(f"interrupted; {options.json_file} holds what was measured", signal.SIGINT) from None
+    return report
+
+
+def _measure(options: EvalOptions, scorer: Scorer, manager: Any, report: dict[str, Any], bar: Bar) -> None:
+    """Fill in the report, part by part."""
+    for source in options.data:
+        with bar("windows") as count:
+            found = measure_perplexity(
+                scorer, source, sequence_length=options.sequence_length, max_windows=options.max_windows, progress=count
+            )
+        if math.isnan(found.mean_nll):
+            raise DataError(f"{options.path}: gives logits that are not numbers on {source}; are its weights finite?")
+        report["perplexity"].append(found.as_dict())
+        _write(options, report)
+    if options.record and options.masks:
+        try:
+            record_perplexity(options.masks, Checkpoint(options.path), report["perplexity"], options.max_windows)
+        except OSError as error:
+            figures = ", ".join(f"{found['perplexity']:.2f} on {found['data']}" for found in report["perplexity"])
+            raise DataError(
+                f"{options.masks}: cannot be written ({error.strerror}); not recorded: {figures}"
+            ) from error
+    if options.tasks:
+        report["tasks"] = {}
+    for task in options.tasks:
+        with bar(f"requests of {task}") as count:
+            report["tasks"] |= measure_task(scorer, task, manager=manager, limit=options.limit, progress=count)
+        _write(options, report)
+    report["complete"] = True
+    _write(options, report)
+
+
+def record_perplexity(
+    file: Path, checkpoint: Checkpoint, figures: list[dict[str, Any]], max_windows: int | None = None
+) -> None:
+    """Write perplexities (`Perplexity.as_dict`) into the metadata of a mask file, which is replaced as a whole."""
+    masks = Masks.load(file)
+    masks.with_metadata({"perplexity": "; ".join(_in_words(Perplexity(**f), max_windows) for f in figures)}).save(
+        file, checkpoint.config
+    )
+
+
+def _in_words(found: Perplexity, max_windows: int | None) -> str:
+    first = f", the first {found.windows}" if max_windows else ""
+    return f"{found.perplexity:.2f} on {found.data}, windows of {found.sequence_length}{first}"
+
+
+def _head(options: EvalOptions, scorer: Scorer) -> dict[str, Any]:
+    return {
+        "model": str(options.path), "masks": str(options.masks) if options.masks else None, **scorer.facts(),
+        "versions": {"dispc": __version__, "python": platform.python_version()} | _versions(),
+        "complete": False, "perplexity": [],
+    }  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _write(options: EvalOptions, report: dict[str, Any]) -> None:
+    if options.json_file:
+        write_json(options.json_file, report)

@@ -1,0 +1,214 @@
+"""Text to tokens: read through `datasets`, tokenised once into a cache, cut into windows."""
+
+import glob
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dispc.model.checkpoint import Checkpoint
+from dispc.model.tokenizer import load_tokenizer
+from dispc.support.errors import DataError, first_line
+from dispc.support.extras import need
+from dispc.support.files import whole
+
+Tokens = npt.NDArray[np.int32]
+LOADERS = {
+    ".txt": "text", ".raw": "text", ".tokens": "text",
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet",
+}  # fmt: skip
+"""Suffix to what reads the file, text or a loader of `datasets`. Files with others are read as text; where there is no
+file, a name with one of these is that of a missing file, any other that of a dataset.
+"""
+SEPARATOR = "\n\n"
+READER = b"2"
+"""Part of the cache's keys: counts how often the same source came to be read differently."""
+
+
+def read_text(source: str) -> str:
+    """The documents of `source`, joined by two newlines as the WikiText-2 protocol has it.
+
+    `source` is a text file (every line is a document, as in the hub's copy of WikiText), a JSON lines or parquet file
+    with a column `text`, or the name of a Hugging Face dataset, as OWNER/NAME[/CONFIG][:SPLIT]; of the old datasets
+    without an owner, as NAME[:SPLIT]. The split is `train` unless it is named.
+
+    Raises:
+        DataError: when the source cannot be read or holds no text.
+    """
+    path = Path(source)
+    rows = _file_rows(path) if path.exists() or path.suffix.lower() in LOADERS else _hub_rows(source)
+    text = SEPARATOR.join(rows)
+    if not text.strip():
+        raise DataError(f"{source}: holds no text")
+    return text
+
+
+def _file_rows(path: Path) -> list[str]:
+    if path.is_dir():
+        raise DataError(f"{path}: is a directory; give a file in it")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    loader = LOADERS.get(path.suffix.lower(), "text")
+    if loader == "text":  # `datasets` would drop the line ends, which the hub's WikiText rows have
+        try:
+            lines = list(io.StringIO(path.read_text(encoding="utf-8")))  # str.splitlines knows more ends than this one
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 text ({error})") from error
+        return [line if line.strip() else "" for line in lines]
+    need("datasets", "learn")
+    import datasets
+
+    try:
+        with quiet_datasets():
+            rows = datasets.load_dataset(loader, data_files=glob.escape(str(path)), split="train", streaming=True)
+            return _column(rows, str(path))
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+        raise DataError(f"{path}: not readable as {loader} ({first_line(error)})") from error
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """`datasets` does not log the errors that it raises, with their tracebacks: dispc tells them in one line."""
+    import datasets
+
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+
+
+def _hub_rows(source: str) -> list[str]:
+    need("datasets", "learn")
+    import datasets
+
+    name, _, split = source.partition(":")
+    config = None
+    if name.count("/") == 2:
+        name, _, config = name.rpartition("/")
+    try:
+        rows = datasets.load_dataset(name, config, split=split or "train")
+    except Exception as error:  # no file, no network, no such dataset: `datasets` raises many kinds
+        raise DataError(
+            f"{source}: no such file, and no dataset of that name to be had ({first_line(error)})"
+        ) from error
+    return _column(rows, source)
+
+
+def _column(rows: Any, source: str) -> list[str]:
+    texts: list[str] = []
+    for row in rows:
+        if not isinstance(row.get("text"), str):
+            raise DataError(f"{source}: row {len(texts)} has no column 'text' with a string in it")
+        texts.append(row["text"])
+    return texts
+
+
+def load_tokens(source: str, model: Path, cache: Path | None = None) -> Tokens:
+    """The tokens of `source` in the words of the model's tokenizer, from the cache when they are there.
+
+    The cache is keyed by the text's source (content of a file, name of a dataset) and the tokenizer's files.
+
+    Raises:
+        DataError: when there is no text, or the model has no tokenizer, or one of another vocabulary.
+    """
+    cache = cache or cache_folder() / "tokens"
+    key = hashlib.sha256(READER + _tokenizer_digest(model) + _source_digest(source)).hexdigest()[:32]
+    path = cache / f"{key}.npy"
+    if (cached := _read_cache(path)) is not None:
+        return _within_vocabulary(cached, model)
+    tokens = _within_vocabulary(tokenise(read_text(source), model), model)
+    try:
+        with whole(path) as partial, open(partial, "wb") as file:  # np.save would add .npy to a name
+            np.save(file, tokens, allow_pickle=False)
+    except OSError as error:  # a home that is read-only, or full: the next run tokenises again
+        logging.getLogger(__name__).warning("tokens are not cached in %s: %s", cache, error.strerror)
+    return tokens
+
+
+def _within_vocabulary(tokens: Tokens, model: Path) -> Tokens:
+    largest, size = int(tokens.max(initial=0)), Checkpoint(model).config.vocab_size
+    if largest >= size:
+        raise DataError(
+            f"{model}: its tokenizer gives token {largest}, its vocab_size is {size}; they do not go together"
+        )
+    return tokens
+
+
+def _read_cache(path: Path) -> Tokens | None:
+    """The tokens in a cache file; None where there is none, or a damaged one, which is then made again."""
+    try:
+        tokens: Tokens = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return tokens if tokens.ndim == 1 and tokens.dtype == np.int32 else None
+
+
+def tokenise(text: str, model: Path) -> Tokens:
+    """The whole text as one run of tokens, with what the tokenizer puts in front of a text, if anything."""
+    from transformers.utils import logging
+
+    tokenizer = load_tokenizer(model)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn that the text is longer than the model's context
+    try:
+        return np.array(tokenizer(text)["input_ids"], dtype=np.int32)
+    finally:
+        logging.set_verbosity(level)
+
+
+def windows(tokens: Tokens, length: int, source: str) -> Tokens:
+    """Non-overlapping windows [n, length]; what remains at the end is left out.
+
+    Raises:
+        DataError: when there is not a single one.
+    """
+    count = len(tokens) // length
+    if count == 0:
+        raise DataError(f"{source}: {len(tokens)} tokens are too few for one window of {length}; give more text")
+    return tokens[: count * length].reshape(count, length)
+
+
+def batch(rows: Tokens, step: int, size: int, seed: int) -> Tokens:
+    """The windows [size, length] of a step: a new order each epoch, and a function of seed and step alone."""
+    chosen = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, offset = divmod(position, len(rows))
+        chosen.append(np.random.default_rng((seed, epoch)).permutation(len(rows))[offset])
+    return rows[chosen]
+
+
+def cache_folder() -> Path:
+    """Where dispc keeps what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dispc"
+
+
+def source_name(source: str) -> str:
+    """What masks and reports call a source: a file by its name, a dataset by its whole name."""
+    path = Path(source)
+    return path.name if path.exists() else source
+
+
+def _source_digest(source: str) -> bytes:
+    path = Path(source)
+    if not path.is_file():
+        return json.dumps(source).encode()
+    with path.open("rb") as file:
+        return path.suffix.lower().encode() + hashlib.file_digest(file, "sha256").digest()
+
+
+def _tokenizer_digest(model: Path) -> bytes:
+    digest = hashlib.sha256()
+    for path in sorted(model.glob("*")):
+        if path.is_file() and ("token" in path.name or path.name in ("vocab.json", "merges.txt", "vocab.txt")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.digest()

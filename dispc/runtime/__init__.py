@@ -1,0 +1,1 @@
+"""ONNX Runtime as dispc uses it: providers, sessions, placement, latency, generation."""

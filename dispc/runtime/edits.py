@@ -1,0 +1,103 @@
+"""What is changed in a shipped graph before it is run or compared, in memory: the files stay as they are."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from dispc.support.errors import ArtifactError, first_line
+
+Edit = Callable[[ir.Model], None]
+
+
+def load_graph(path: Path) -> ir.Model:
+    """The graph of an artifact, its weights still in their file.
+
+    Raises:
+        ArtifactError: when it is no ONNX model.
+    """
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf's and onnx_ir's share no base class
+        raise ArtifactError(f"{path}: ONNX Runtime cannot load the model: {first_line(error)}") from error
+
+
+def with_float32_outputs(edit: Edit | None) -> Edit:
+    """numpy has no bfloat16, so that every output but the caches is cast (exactly) in the graph."""
+
+    def widened(model: ir.Model) -> None:
+        if edit:
+            edit(model)
+        outputs = model.graph.outputs
+        for index, value in enumerate(outputs):
+            if value.dtype == ir.DataType.BFLOAT16 and not (value.name or "").startswith("present."):
+                name, value.name = value.name, f"{value.name}.bfloat16"
+                cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{name}/Cast")
+                cast.outputs[0].name, cast.outputs[0].dtype = name, ir.DataType.FLOAT
+                cast.outputs[0].shape = value.shape
+                model.graph.append(cast)
+                outputs[index] = cast.outputs[0]
+
+    return widened
+
+
+def widen(model: ir.Model) -> ir.Model:
+    """Turn every half-precision tensor and type of `model` into float32, in place."""
+    halves, wide = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16), ir.DataType.FLOAT
+    graph = model.graph
+    for value in _values(graph):
+        if value.const_value is not None and value.const_value.dtype in halves:
+            narrow = value.const_value
+            value.const_value = ir.LazyTensor(
+                partial(_as_float32, narrow), dtype=wide, shape=ir.Shape(narrow.shape.numpy()), name=narrow.name
+            )
+        if value.dtype in halves:
+            value.dtype = wide
+    for node in graph:
+        target = node.attributes.get("to")
+        if target is not None and target.as_int() in halves:
+            node.attributes["to"] = ir.AttrInt64("to", wide)
+    return model
+
+
+def exactly_comparable(edit: Edit | None) -> Edit:
+    """Undo what cannot be compared closely or everywhere: int8 activations, and logits of the last token only."""
+
+    def comparable(model: ir.Model) -> None:
+        _without_int8_activations(model)
+        _with_all_logits(model)
+        if edit:
+            edit(model)
+
+    return comparable
+
+
+def _without_int8_activations(model: ir.Model) -> None:
+    """Let every MatMulNBits of `model` multiply in floating point, in place."""
+    for node in model.graph:
+        node.attributes.pop("accuracy_level", None)
+
+
+def _with_all_logits(model: ir.Model) -> None:
+    """Let the LM head of a `--last-logits` graph see every position, in place."""
+    for node in model.graph:
+        for position, value in enumerate(node.inputs):
+            producer = value.producer() if value is not None else None
+            if producer is not None and (producer.name or "").startswith("/last/Gather"):
+                node.replace_input_with(position, producer.inputs[0])
+    logits = next(value for value in model.graph.outputs if value.name == "logits")
+    if logits.shape is not None:
+        logits.shape = ir.Shape([logits.shape[0], "sequence_length", logits.shape[2]])
+
+
+def _as_float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.tensor(tensor.numpy().astype(np.float32))
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs

@@ -1,0 +1,236 @@
+"""How fast an artifact is, beside a dense one: measured in a process of its own, with nothing else in its memory.
+
+`python -m dispc.runtime.latency` reads a request as JSON from standard input and prints what it measured as JSON.
+Inputs and outputs stay on the device (IO binding). The two artifacts are timed in turns, so that a machine that slows
+down slows both.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dispc.runtime.bound import BoundDecoder
+from dispc.runtime.profile import bytes_read, copy_speed, operator_times, peak_bytes, shares_buffer
+from dispc.runtime.session import CUDA, Artifact
+from dispc.support.errors import ArtifactError, DispcError
+from dispc.validate.report.report import Check
+
+GATHERS = ("Gather", "GatherElements", "GatherND", "ScatterND", "ScatterElements")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyOptions:
+    """What to time: every batch with every prompt length (time to first token) and every past length (one token).
+
+    `threads` 0 leaves their number to ONNX Runtime. `rounds` counts timed runs behind `warmup` others.
+    """
+
+    batches: tuple[int, ...] = (1,)
+    prompts: tuple[int, ...] = (128,)
+    pasts: tuple[int, ...] = (128,)
+    rounds: int = 20
+    warmup: int = 3
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if min(*self.batches, *self.prompts, *self.pasts, self.rounds) < 1 or min(self.threads, self.warmup) < 0:
+            raise ArtifactError("latency: batches, prompts, pasts and rounds are 1 or more, threads 0 or more")
+
+    def require_room(self, path: Path, positions: int) -> None:
+        """Raise ArtifactError when the artifact of `path` has not the `positions` that are to be timed."""
+        longest = max(*self.prompts, *self.pasts)
+        if longest >= positions:
+            raise ArtifactError(f"{path}: latency behind {longest} tokens, the model takes {positions}")
+
+
+def measure_latency(artifact: Path, dense: Path | None, options: LatencyOptions, provider: str) -> dict[str, Any]:
+    """Run the measurement in a process of its own; see `measure` for what it returns.
+
+    Raises:
+        ArtifactError: with the last line of what that process said.
+    """
+    request = {"artifact": str(artifact), "dense": dense and str(dense), "provider": provider} | asdict(options)
+    command = [sys.executable, "-P", "-m", "dispc.runtime.latency"]  # -P: nothing of the folder that the user is in
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ArtifactError(f"{artifact}: latency could not be measured: {reason}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provider: str) -> dict[str, Any]:
+    """Times in milliseconds, a row for each artifact, batch and length; with CUDA graphs too where there is CUDA.
+
+    Returns `rows` (`p50`, `p90`, `p99`, `tokens_per_second`, for decoding `bytes_per_token` and `bytes_per_second`),
+    `copy_bytes_per_second` of the device, `peak_bytes`, `operators` (share of time by type while decoding) and
+    `gather_scatter_share`, `speedup` over the dense artifact by row name, and the threads.
+    """
+    if provider == CUDA:
+        from dispc.runtime.doctor import preload
+
+        preload()
+    names = {"artifact": artifact} | ({"dense": dense} if dense else {})
+    rows: list[dict[str, Any]] = []
+    loaded: dict[str, list[TimedArtifact]] = {}
+    peak: int | None = None
+    for name, path in names.items():
+        loaded[name] = [TimedArtifact(path, provider, options.threads, graph) for graph in _graphs(path, provider)]
+        options.require_room(path, loaded[name][0].artifact.positions)
+        for batch in options.batches:  # once, so that the peak is known before the next artifact is loaded
+            for session in loaded[name]:
+                session.prefill(batch, max(options.prompts))()
+                session.step(batch, max(options.pasts))()
+        if name == "artifact":  # that of the dense one would have this one in it
+            peak = peak_bytes(provider)
+    for batch in options.batches:
+        for kind, lengths in (("first token", options.prompts), ("one token", options.pasts)):
+            for length in lengths:
+                rows += time_case(loaded, kind, batch, length, options)
+    copy = copy_speed(provider, options.threads)
+    operators = operator_times(
+        artifact, provider, threads=options.threads, batch=max(options.batches), past=max(options.pasts),
+        rounds=options.rounds,
+    )  # fmt: skip
+    gathers = sum(entry["share"] for entry in operators if entry["operator"] in GATHERS)
+    speedup = {}
+    for row in rows:
+        base = next((r for r in rows if r["artifact"] == "dense" and r["name"] == row["name"]), None)
+        if row["artifact"] == "artifact" and base:
+            speedup[row["name"]] = base["p50"] / row["p50"]
+        if "bytes_per_second" in row:
+            row["share_of_copy"] = row["bytes_per_second"] / copy
+    return {
+        "rows": rows, "speedup": speedup, "copy_bytes_per_second": copy, "peak_bytes": peak,
+        "operators": operators, "gather_scatter_share": gathers, "provider": provider,
+        "threads": options.threads or os.cpu_count(),
+        "threads_chosen_by": "option" if options.threads else "ONNX Runtime",
+        "rounds": options.rounds, "warmup": options.warmup, "dense": dense and str(dense),
+    }  # fmt: skip
+
+
+class TimedArtifact:
+    """An artifact loaded for timing, and what one call of it reads from memory."""
+
+    def __init__(self, path: Path, provider: str, threads: int, graph: bool) -> None:
+        options = {"enable_cuda_graph": "1"} if graph else {}
+        self.artifact = Artifact(path, threads, provider=provider, provider_options=options)
+        self.graph = graph
+        self.shared = shares_buffer(self.artifact)
+        self.weights = bytes_read(path / "model.onnx") * (2 if self.artifact.widened else 1)
+        self.rng = np.random.default_rng(0)
+        logits = next(value for value in self.artifact.session.get_outputs() if value.name == "logits")
+        self.vocabulary = int(logits.shape[-1])
+
+    def prefill(self, batch: int, length: int) -> Callable[[], None]:
+        """A call that runs a prompt of `length` tokens on an empty cache."""
+        decoder = self._decoder(batch, length)
+        decoder.prepare(self._tokens(batch, length))
+        return decoder.run
+
+    def step(self, batch: int, past: int) -> Callable[[], None]:
+        """A call that runs one token behind `past` others, always the same one."""
+        decoder = self._decoder(batch, past + 1)
+        decoder.feed(self._tokens(batch, past))
+        decoder.prepare(self._tokens(batch, 1))
+        return decoder.run
+
+    def step_bytes(self, batch: int, past: int) -> int:
+        """Weights once, and the caches of `past` positions."""
+        caches = [self.artifact.runner.inputs[name] for name in self.artifact.runner.caches]
+        size = 2 if caches and "16" in caches[0].type else 4
+        positions = sum(value.shape[1] * value.shape[3] for value in caches)
+        return int(self.weights + batch * past * positions * size)
+
+    def _decoder(self, batch: int, capacity: int) -> BoundDecoder:
+        room = min(self.artifact.positions, capacity)
+        return BoundDecoder(self.artifact, batch=batch, capacity=room, shared=self.shared, graph=self.graph)
+
+    def _tokens(self, batch: int, length: int) -> Any:
+        return self.rng.integers(0, self.vocabulary, (batch, length))
+
+
+def _graphs(path: Path, provider: str) -> tuple[bool, ...]:
+    """CUDA graphs off, and on where they can be."""
+    if provider != CUDA:
+        return (False,)
+    from dispc.manifest import read_manifest
+
+    manifest = read_manifest(path)
+    can = manifest["padding"] == "right" and manifest["attention"] == "GroupQueryAttention"
+    return (False, True) if can else (False,)
+
+
+def time_case(
+    loaded: Mapping[str, list[TimedArtifact]], kind: str, batch: int, length: int, options: LatencyOptions
+) -> list[dict[str, Any]]:
+    """Time one case (`first token` of a prompt, or `one token` behind others) on every session, in turns."""
+    cases: list[tuple[str, str, TimedArtifact, Callable[[], None]]] = []
+    for name, sessions in loaded.items():
+        for session in sessions:
+            if kind == "first token" and session.graph:
+                continue  # a prefill is never captured
+            title = f"{kind}, batch {batch}, {'prompt' if kind == 'first token' else 'past'} {length}"
+            title += ", CUDA graph" if session.graph else ""
+            case = session.prefill(batch, length) if kind == "first token" else session.step(batch, length)
+            cases.append((name, title, session, case))
+    times: list[list[float]] = [[] for _ in cases]
+    order = list(range(len(cases)))
+    for number in range(options.warmup + options.rounds):
+        random.Random(number).shuffle(order)  # no case always follows the same other
+        for index in order:
+            start = time.perf_counter()
+            cases[index][3]()
+            times[index].append(1000 * (time.perf_counter() - start))
+    rows = []
+    for (name, title, session, _), found in zip(cases, times, strict=True):
+        p50, p90, p99 = np.percentile(found[options.warmup :], (50, 90, 99))
+        tokens = batch * (length if kind == "first token" else 1)
+        row = {
+            "artifact": name, "name": title, "p50": float(p50), "p90": float(p90), "p99": float(p99),
+            "tokens_per_second": 1000 * tokens / float(p50), "cuda_graph": session.graph,
+        }  # fmt: skip
+        if kind == "one token":
+            read = session.step_bytes(batch, length)
+            row |= {"bytes_per_token": read, "bytes_per_second": 1000 * read / float(p50)}
+        rows.append(row)
+    return rows
+
+
+def judge_latency(found: dict[str, Any]) -> list[Check]:
+    """What was measured, told and not judged: `--baseline` judges."""
+    checks = []
+    for row in found["rows"]:
+        if row["artifact"] == "artifact":
+            detail = f"p90 {row['p90']:.2f}, p99 {row['p99']:.2f} ms, {row['tokens_per_second']:,.1f} tokens/s"
+            if row["name"] in found["speedup"]:
+                detail += f", {found['speedup'][row['name']]:.2f}x as fast as dense"
+            if "share_of_copy" in row:
+                detail += f", {row['bytes_per_second'] / 1e9:.1f} GB/s ({100 * row['share_of_copy']:.0f} % of a copy)"
+            checks.append(Check.against(row["name"], "latency", row["p50"], None, "ms", detail))
+    return checks
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    artifact, dense, provider = (request.pop(name) for name in ("artifact", "dense", "provider"))
+    lengths: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in request.items()}
+    options = LatencyOptions(**lengths)
+    try:
+        found = measure(Path(artifact), Path(dense) if dense else None, options, provider)
+    except DispcError as error:
+        sys.exit(str(error))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

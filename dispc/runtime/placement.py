@@ -1,0 +1,127 @@
+"""Where ONNX Runtime runs each node, by its own records.
+
+It records providers when it partitions the graph: after its basic optimisations and before it inserts copies. What the
+session finally runs is in the optimised graph, which names no providers. So both are read.
+"""
+
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from dispc.plan import TARGETS
+from dispc.runtime.edits import load_graph
+from dispc.runtime.session import CPU, Artifact, open_session
+from dispc.support.errors import ArtifactError
+from dispc.validate.report.report import Check
+
+NAMED = 8
+"""Nodes named in a check; all of them are in the report."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Node name -> (operator, provider) as partitioned; node name -> operator as run, where copies are Memcpy*.
+
+    `expected` are the nodes that may be on the CPU beside CUDA: arithmetic on shapes alone.
+    """
+
+    provider: str
+    assigned: dict[str, tuple[str, str]]
+    optimised: dict[str, str]
+    expected: frozenset[str]
+
+    @property
+    def nodes(self) -> dict[str, int]:
+        """Provider -> number of nodes."""
+        return dict(Counter(provider for _, provider in self.assigned.values()))
+
+    @property
+    def strays(self) -> list[str]:
+        """Nodes that are not where the target wants them, shape arithmetic excepted."""
+        return [
+            name for name, (_, where) in self.assigned.items() if where != self.provider and name not in self.expected
+        ]
+
+    @property
+    def copies(self) -> list[str]:
+        """Copies between devices in the graph that is run."""
+        return [name for name, op_type in self.optimised.items() if op_type.startswith("Memcpy")]
+
+    def as_dict(self) -> dict[str, Any]:
+        found = asdict(self)
+        del found["expected"]
+        return found | {"nodes": self.nodes, "unexpected": self.strays, "copies": self.copies}
+
+
+def place(model: Path, provider: str) -> Placement:
+    """Load `model` on `provider` and read where its nodes went.
+
+    Raises:
+        ArtifactError: when it does not load there, or nodes share a name.
+    """
+    with tempfile.TemporaryDirectory(prefix="dispc-placement-") as scratch:
+        optimised = Path(scratch) / "optimised.onnx"
+        config = {"session.record_ep_graph_assignment_info": "1"}
+        config["session.optimized_model_external_initializers_file_name"] = "optimised.data"
+        session = open_session(model, provider=provider, config=config, optimised_model=optimised)
+        graph = onnx.load(optimised, load_external_data=False).graph
+    assigned = [
+        (node.name, (node.op_type, part.ep_name))
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    ]
+    run = [(node.name, node.op_type) for node in graph.node]
+    for names in ([name for name, _ in assigned], [name for name, _ in run]):
+        shared = [name for name, uses in Counter(names).items() if uses > 1 or not name]
+        if shared:
+            raise ArtifactError(f"{model}: nodes without a name of their own: {', '.join(shared[:NAMED])}")
+    return Placement(provider, dict(assigned), dict(run), frozenset(shape_arithmetic(load_graph(model))))
+
+
+def shape_arithmetic(model: ir.Model) -> set[str]:
+    """Nodes outside of the blocks that compute with nothing but shapes: ONNX Runtime keeps those on the CPU."""
+    derived: set[ir.Value] = set()
+    names = set()
+    for node in model.graph:
+        sources = [value for value in node.inputs if value is not None and value.const_value is None]
+        if node.op_type in ("Shape", "Size") or (sources and all(value in derived for value in sources)):
+            derived.update(node.outputs)
+            if "layers." not in (node.name or ""):
+                names.add(node.name or "")
+    return names
+
+
+def judge_placement(artifact: Artifact) -> tuple[Placement | None, Check]:
+    """Where the nodes of a loaded artifact are, and whether they may be there."""
+    target = TARGETS.get(artifact.manifest["target"])
+    wanted = target.provider if target else CPU
+    if artifact.widened or wanted != artifact.provider:
+        reason = f"judged on {artifact.provider}; the target's is {wanted}"
+        if wanted == artifact.provider:
+            reason = "the weights were widened: what ran is not what is stored"
+        return None, Check.skipped("placement", "placement", reason)
+    try:
+        found = place(artifact.directory / "model.onnx", artifact.provider)
+    except ArtifactError as error:
+        return None, Check.failed("placement", "placement", str(error))
+    return found, check_placement(found)
+
+
+def check_placement(found: Placement) -> Check:
+    """Every node on the provider, and no copy between devices."""
+    nodes = ", ".join(f"{count} nodes on {name}" for name, count in found.nodes.items())
+    troubles = [("not on the provider", found.strays), ("copies", found.copies)]
+    detail = "; ".join([nodes, *(f"{what}: {_names(names)}" for what, names in troubles if names)])
+    return Check.against(
+        "placement", "placement", float(len(found.strays) + len(found.copies)), 0.0, "nodes elsewhere", detail
+    )
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -1,0 +1,11 @@
+"""Optional packages: asked for by name when a command needs one, and refused with the command that brings it."""
+
+import importlib.util
+
+from dispc.support.errors import DispcError
+
+
+def need(package: str, extra: str) -> None:
+    """Raise DispcError unless `package` can be imported; it comes with `pip install 'dispc[extra]'`."""
+    if importlib.util.find_spec(package) is None:
+        raise DispcError(f"this needs the package {package}: pip install 'dispc[{extra}]'")

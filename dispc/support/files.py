@@ -1,0 +1,71 @@
+"""Files that appear whole or not at all."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dispc.support.errors import DispcError
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file name to write to instead of `path`, whose place it takes at the end of the block.
+
+    Folders that `path` is in are made. Where the block fails the file is removed, and an older one at `path` stays.
+    Processes do not share it. A link is written through; what is no file (/dev/stdout, a pipe) is written to directly.
+
+    Raises:
+        OSError: with the name of `path`, which the system leaves out where it is a write that fails (a full disk).
+    """
+    target = path.resolve()
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(target)
+    except OSError as error:
+        if error.filename in (None, str(partial)):
+            error.filename = str(path)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def refuse_inputs(reports: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raise DispcError for a report that would be written over one of the inputs, or into one that is a directory."""
+    sources = [source.resolve() for source in inputs]
+    for path in reports:
+        if any(path.resolve().is_relative_to(source) for source in sources):
+            raise DispcError(f"{path}: is an input, or in one; write the report somewhere else")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; an older one stays until this one is complete."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write readable JSON with a final newline, whole or not at all."""
+    write_text(path, json_text(content))
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """Readable JSON with a final newline, of what `finite` makes of the content."""
+    return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The same with None for figures that are no number, or infinite: JSON has neither."""
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""What several passes share, and the passes every target runs."""

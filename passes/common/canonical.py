@@ -1,0 +1,77 @@
+"""The canonical write, found in a graph: what the passes that spell it otherwise start from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from dispc.masks import Indices
+from dispc.support.errors import CompileError
+from dispc.support.graph import consumers, remove_dead
+
+
+@dataclass(frozen=True)
+class Write:
+    """Transpose, ScatterND(add), Transpose: `update` [B,S,w] is added into positions `indices` [w] of `stream` [B,S,d].
+
+    `parameters` are the weight and, if there is one, the bias that make the update; their last axis is w.
+    """
+
+    name: str
+    first: ir.Node
+    update: ir.Value
+    indices: Indices
+    parameters: tuple[ir.Value, ...]
+    last: ir.Node
+
+    @property
+    def stream(self) -> ir.Value:
+        """Read off the graph when asked for: an earlier write may have been replaced meanwhile."""
+        stream = self.first.inputs[0]
+        assert stream is not None
+        return stream
+
+    def replace(self, nodes: Sequence[ir.Node]) -> None:
+        """Put `nodes`, whose last output is the new stream, in the place of the write."""
+        graph = self.last.graph
+        assert isinstance(graph, ir.Graph)
+        graph.insert_before(self.last, nodes)
+        ir.convenience.replace_all_uses_with(self.last.outputs[0], nodes[-1].outputs[0])
+        remove_dead(graph, [self.last])
+
+
+def find_writes(graph: ir.Graph) -> list[Write]:
+    """Every canonical write of the graph, in order.
+
+    Raises:
+        CompileError: naming the ScatterND that is none.
+    """
+    return [_write(node) for node in graph if node.op_type == "ScatterND"]
+
+
+def _write(scatter: ir.Node) -> Write:
+    first, second = (_before(scatter, scatter.inputs[position], "Transpose") for position in (0, 2))
+    update, indices = second.inputs[0], scatter.inputs[1]
+    if first.inputs[0] is None or update is None or indices is None or indices.const_value is None:
+        raise CompileError(f"{scatter.name}: an input is missing, so this is no canonical write")
+    producer = _before(scatter, update, "MatMul", "Add")
+    parameters = [value for value in producer.inputs if value is not None and value.is_initializer()]
+    if producer.op_type == "Add":
+        matmul = _before(scatter, next(v for v in producer.inputs if v not in parameters), "MatMul")
+        parameters += [value for value in matmul.inputs if value is not None and value.is_initializer()]
+    return Write(
+        name=(scatter.name or "").removesuffix("/ScatterND"),
+        first=first,
+        update=update,
+        indices=indices.const_value.numpy()[:, 0],
+        parameters=tuple(parameters),
+        last=consumers(scatter.outputs[0])[0],
+    )
+
+
+def _before(scatter: ir.Node, value: ir.Value | None, *op_types: str) -> ir.Node:
+    producer = value.producer() if value is not None else None
+    if producer is None or producer.op_type not in op_types:
+        name = value.name if value is not None else "an input"
+        raise CompileError(f"{scatter.name}: {name} is not made as a canonical write makes it")
+    return producer

@@ -1,0 +1,64 @@
+"""One projection for queries, keys and values."""
+
+import onnx_ir as ir
+
+from dispc.passes.base import RewritePass
+from dispc.passes.common.packing import pack, projection_of
+from dispc.support.graph import drop_unused_initializers, remove_dead
+
+
+class FuseQkvPass(RewritePass):
+    """The three projections in front of GroupQueryAttention become one, whose output the operator takes packed.
+
+    Before (S1 is the read set that all three share)::
+
+        h [S1] -> MatMul [S1,dq]  (-> Add bias) (-> Mul scalar) -> GroupQueryAttention(query, key, value)
+        h [S1] -> MatMul [S1,dkv] (-> Add bias) -----------------------------------------^
+        h [S1] -> MatMul [S1,dkv] (-> Add bias) ----------------------------------------------^
+
+    After::
+
+        h [S1] -> MatMul [S1, dq + 2 dkv] (-> Add bias) -> GroupQueryAttention(packed)
+
+    1. A scaling of the queries by a constant (OPT) moves into the operator's `scale`.
+    2. Queries and keys that something stands in front of (the norms of Qwen3's heads, a RotaryEmbedding that could not
+       be fused) stay three projections.
+    """
+
+    name = "fuse-qkv"
+
+    def expected(self, model: ir.Model) -> int:
+        """Every attention, but those whose queries pass through something other than a projection."""
+        kernels = [node for node in model.graph if node.op_type == "GroupQueryAttention" and node.inputs[1] is not None]
+        return sum(projection_of(_unscaled(kernel.inputs[0])[0]) is not None for kernel in kernels)
+
+    def rewrite(self, model: ir.Model) -> int:
+        graph, count = model.graph, 0
+        for kernel in [node for node in graph if node.op_type == "GroupQueryAttention"]:
+            query, factor = _unscaled(kernel.inputs[0])
+            found = [projection_of(value) for value in (query, *kernel.inputs[1:3])]
+            projections = [projection for projection in found if projection is not None]
+            if len(projections) < 3:
+                continue
+            module = (projections[0].matmul.inputs[1].name or "").removesuffix(".weight").rpartition(".")[0]  # type: ignore[union-attr]
+            old = [value.producer() for value in kernel.inputs[:3] if value is not None]
+            packed = pack(graph, projections, f"{module}.qkv_proj")
+            for position, value in enumerate((packed, None, None)):
+                kernel.replace_input_with(position, value)
+            scale = kernel.attributes["scale"].as_float() * factor
+            kernel.attributes["scale"] = ir.AttrFloat32("scale", scale)
+            remove_dead(graph, [node for node in old if node is not None])
+            count += 1
+        drop_unused_initializers(graph)
+        return count
+
+
+def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
+    """`value` without a multiplication by a scalar constant, and that constant."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "Mul":
+        return value, 1.0
+    for number, other in (node.inputs, reversed(node.inputs)):
+        if number is not None and number.const_value is not None and number.const_value.size == 1:
+            return other, float(number.const_value.numpy().item())
+    return value, 1.0

@@ -1,0 +1,75 @@
+"""Let GroupQueryAttention rotate queries and keys itself."""
+
+import onnx_ir as ir
+
+from dispc.masks import Masks
+from dispc.model.families import DecoderConfig
+from dispc.passes.base import RewritePass
+from dispc.support.errors import CompileError
+from dispc.support.graph import remove_dead
+
+HEAD_MULTIPLE, CACHE_MULTIPLE = 16, 8
+"""What the kernels rotate: head sizes, and widths of the cos and sin caches (half the rotary dimensions)."""
+
+
+class FuseRotaryPass(RewritePass):
+    """RotaryEmbedding nodes in front of GroupQueryAttention become its attribute `do_rotary`.
+
+    Before (cos and sin are [positions, rotary dimensions / 2], with rope scaling in them)::
+
+        query -> RotaryEmbedding(., cos, sin, position_ids) -> GroupQueryAttention(., ., value, ...)
+        key   -> RotaryEmbedding(., cos, sin, position_ids) ----------------------^
+
+    After::
+
+        query, key, value, ..., cos, sin -> GroupQueryAttention(do_rotary=1)
+
+    1. Partial rotary is told by the width of the caches.
+    2. For padding on the right only: there the operator, which counts positions from the length of each row, counts as
+       position_ids do. A mask with zeros anywhere (`--padding left`) needs them, and the operator's own input of that
+       name does not do: of a first prompt the CPU kernel (ONNX Runtime 1.31) takes one number for all rows and counts
+       on from it, of later tokens each row's own, so that rows with padding are off from the first step on. What the
+       CUDA kernel does was not tried. The input goes when nothing reads it.
+    3. Where the head size is no multiple of 16, or the rotary dimensions none, the kernels cannot: the nodes stay.
+    """
+
+    name = "fuse-rotary"
+
+    def __init__(self, config: DecoderConfig, masks: Masks) -> None:
+        super().__init__()
+        self.config = config
+        self.masks = masks
+
+    def expected(self, model: ir.Model) -> int:
+        """One for every attention that is left, in a family that rotates, where the kernels can."""
+        return sum(block.attention.alive for block in self.masks.blocks) if self._possible(model.graph) else 0
+
+    def _possible(self, graph: ir.Graph) -> bool:
+        if not self.config.family.rotary or not any(block.attention.alive for block in self.masks.blocks):
+            return False
+        cache = graph.initializers.get("cos_cache")
+        if cache is None or cache.const_value is None:
+            raise CompileError(f"pass {self.name}: a {self.config.family.model_type} model has no cos_cache")
+        width = cache.const_value.shape.numpy()[1]
+        return self.config.head_dim % HEAD_MULTIPLE == 0 and width % CACHE_MULTIPLE == 0
+
+    def rewrite(self, model: ir.Model) -> int:
+        graph, count = model.graph, 0
+        if not self._possible(graph):
+            return 0
+        for kernel in [node for node in graph if node.op_type == "GroupQueryAttention"]:
+            rotated = [value.producer() if value is not None else None for value in kernel.inputs[:2]]
+            if not all(node is not None and node.op_type == "RotaryEmbedding" for node in rotated):
+                continue
+            nodes = [node for node in rotated if node is not None]
+            kernel.resize_inputs(max(len(kernel.inputs), 9))
+            for position, node in enumerate(nodes):
+                kernel.replace_input_with(position, node.inputs[0])
+            kernel.replace_input_with(7, nodes[0].inputs[1])
+            kernel.replace_input_with(8, nodes[0].inputs[2])
+            kernel.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)
+            remove_dead(graph, nodes)
+            count += 1
+        for value in [v for v in graph.inputs if v.name == "position_ids" and not v.uses()]:
+            graph.inputs.remove(value)
+        return count

@@ -1,0 +1,83 @@
+"""The residual add and the norm behind it as one node."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript.rewriter import RewriteRule, RewriteRuleClassBase
+
+from dispc.passes.common.patterns import PatternPass
+from dispc.support.graph import MICROSOFT
+
+
+class _SkipNorm(RewriteRuleClassBase):  # type: ignore[misc]
+    def check(self, context: Any, normed: ir.Value, **_: Any) -> bool:
+        norm = normed.producer()
+        return norm is not None and _reads_a_write(norm)
+
+
+class _SkipRms(_SkipNorm):
+    def pattern(self, op: Any, stream: Any, update: Any, gamma: Any) -> Any:
+        total = op.Add(stream, update)
+        return op.RMSNormalization(total, gamma, _allow_other_attributes=True, _outputs=["normed"]), total
+
+    def rewrite(self, op: Any, stream: ir.Value, update: ir.Value, gamma: ir.Value, normed: ir.Value) -> Any:
+        outputs = op.SkipSimplifiedLayerNormalization(
+            stream, update, gamma, epsilon=_epsilon(normed), _domain=MICROSOFT, _outputs=4
+        )
+        return outputs[0], outputs[3]
+
+
+class _SkipLayer(_SkipNorm):
+    def pattern(self, op: Any, stream: Any, update: Any, gamma: Any, beta: Any) -> Any:
+        total = op.Add(stream, update)
+        return op.LayerNormalization(total, gamma, beta, _allow_other_attributes=True, _outputs=["normed"]), total
+
+    def rewrite(
+        self, op: Any, stream: ir.Value, update: ir.Value, gamma: ir.Value, beta: ir.Value, normed: ir.Value
+    ) -> Any:
+        outputs = op.SkipLayerNormalization(
+            stream, update, gamma, beta, epsilon=_epsilon(normed), _domain=MICROSOFT, _outputs=4
+        )
+        return outputs[0], outputs[3]
+
+
+def _reads_a_write(norm: ir.Node) -> bool:
+    """Whether a norm reads the add of a sub-layer's output (not that of OPT's positions, in front of all blocks)."""
+    add = norm.inputs[0].producer() if norm.inputs[0] is not None else None
+    return add is not None and (add.name or "").endswith("/write/Add")
+
+
+def _epsilon(normed: ir.Value) -> float:
+    node = normed.producer()
+    assert node is not None
+    return node.attributes["epsilon"].as_float()
+
+
+class FuseSkipNormPass(PatternPass):
+    """The add of a sub-layer's output to the residual stream and the norm that reads the sum become one node.
+
+    Before::
+
+        stream, update -> Add -> norm -> normed
+                           `-> the next sub-layer's Add
+
+    After (RMS norm; SkipLayerNormalization for layer norm)::
+
+        stream, update -> SkipSimplifiedLayerNormalization -> normed, sum
+                                                               sum -> the next sub-layer's add
+
+    1. The parallel block (Phi) adds twice in front of one norm: the second add is fused, the first stays.
+    2. Nothing to fuse where a norm reads a gathered part of the stream (norm scope `selected`), or where ScatterND or
+       ScatterElements makes the sum.
+    """
+
+    name = "fuse-skip-norm"
+
+    def rules(self) -> Sequence[RewriteRule]:
+        return [kind.rule() for kind in (_SkipRms, _SkipLayer)]
+
+    def expected(self, model: ir.Model) -> int:
+        """Every norm that reads the add of a write."""
+        norms = [node for node in model.graph if node.op_type in ("RMSNormalization", "LayerNormalization")]
+        return sum(_reads_a_write(norm) for norm in norms)

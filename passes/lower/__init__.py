@@ -1,0 +1,1 @@
+"""Passes that spell canonical nodes for a target."""

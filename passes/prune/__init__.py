@@ -1,0 +1,1 @@
+"""Passes that give each block its own widths."""

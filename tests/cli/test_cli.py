@@ -1,0 +1,356 @@
+"""The command line: what bad input does (one line, exit code 2, nothing changed), and what good input prints.
+
+Every test runs `dispc.cli.app.main` with a command line; those of signals run the command as a process of its own.
+"""
+
+import errno
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import command
+import pytest
+import torch
+import typer
+from command import assert_refused, fingerprint
+from desk import Desk
+from safetensors.torch import load_file
+
+from dispc import compiler
+from dispc.cli import app as cli
+from dispc.support.errors import CheckpointError
+from dispc.validate.checks.parity import Thresholds
+
+COMMANDS = ("compile", "validate", "doctor", "generate", "inspect", "demo", "learn", "eval", "import-masks")
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--target", "tpu"), ("unknown target 'tpu'", "onnx-cuda, onnx-cpu, onnx")),
+        (("--target", "onnx-cuda", "--dtype", "int4"), ("no dtype 'int4'", "float16, bfloat16, float32")),
+        (("--target", "onnx-cpu", "--dtype", "float16"), ("no dtype 'float16'", "float32")),
+        (("--padding", "middle"), ("unknown padding 'middle'", "left or right")),
+        (("--lowering", "magic"), ("unknown lowering 'magic'", "inverse-gather, canonical")),
+        (("--target", "onnx", "--padding", "right"), ("--padding left",)),
+        (("--target", "onnx-cuda", "--dtype", "float32", "--padding", "right"), ("--padding left",)),
+        (
+            ("--target", "onnx-cuda", "--dtype", "bfloat16", "--lowering", "canonical"),
+            ("bfloat16", "--lowering inverse-gather"),
+        ),
+        (("--dense", "--masks", "masks.safetensors"), ("--dense and --masks",)),
+        (("--quantize", "int3"), ("unknown quantisation 'int3'", "int4, int8")),
+        (("--quantize", "int4", "--block-size", "48"), ("block size 48", "16, 32, 64, 128, 256")),
+        (("--quantize", "int8", "--block-size", "8"), ("block size 8", "16, 32, 64, 128, 256")),
+        (("--block-size", "64"), ("without --quantize",)),
+        (("--quantize-head",), ("without --quantize",)),
+        (("--no-int8-activations",), ("without --quantize",)),
+        (("--target", "onnx-cuda", "--quantize", "int4", "--int8-activations"), ("--target onnx-cpu",)),
+        (("--target", "onnx", "--quantize", "int4"), ("standard operators", "--target onnx-cpu or onnx-cuda")),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_with_the_way_out(
+    options: tuple[str, ...], says: tuple[str, ...], desk: Desk
+) -> None:
+    desk.refuses(*options, says=says)
+
+
+# Output
+
+
+def test_an_output_that_exists_is_replaced_by_force_only(desk: Desk) -> None:
+    compile_older = ("compile", desk.model, "-t", "onnx", "-o", desk.older, "--no-validate")
+    assert_refused(desk.place, *compile_older, says=(str(desk.older), "exists already", "--force"))
+    assert command.run(*compile_older, "--force").code == 0
+    assert json.loads((desk.older / "dispc.json").read_text())["target"] == "onnx"
+    assert sorted(path.name for path in desk.place.iterdir()) == ["model", "older"]
+
+
+def test_force_does_not_replace_what_is_no_artifact(desk: Desk) -> None:
+    for output in (desk.model, desk.model / "config.json"):
+        arguments = ("compile", desk.model, "-t", "onnx-cpu", "-o", output, "--force")
+        assert_refused(desk.place, *arguments, says=(str(output), "is not an artifact"))
+
+
+def test_an_output_that_cannot_be_written_is_named(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside_a_file = desk.model / "config.json" / "out"
+    arguments = ("compile", desk.model, "-t", "onnx-cpu", "--no-validate", "-o")
+    assert_refused(desk.place, *arguments, inside_a_file, says=(str(inside_a_file), "config.json is not a directory"))
+
+    def denied(*args: Any, **options: Any) -> str:  # as root no directory is read-only
+        raise PermissionError(errno.EACCES, "Permission denied", str(desk.place))
+
+    monkeypatch.setattr("dispc.export.write.mkdtemp", denied)
+    desk.refuses("--no-validate", says=("cannot be written", "Permission denied"))
+
+
+def test_a_disk_that_is_too_full_is_noticed_before_writing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(desk.place)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10))
+    desk.refuses("--no-validate", says=("the disk is too full", "MiB needed, 0.0 MiB free"))
+
+
+@pytest.mark.parametrize("where", ["onnx_ir.save", "shutil.copyfile", "dispc.compiler.write_json"])
+def test_a_disk_that_fills_up_while_writing_leaves_nothing(
+    where: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(where, full)
+    desk.refuses("--no-validate", says=("cannot be written", "No space left on device"))
+
+
+def test_an_artifact_that_fails_validation_is_shown_and_not_kept(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dispc.validate.checks.parity.DEFAULTS", Thresholds(error=1e-9))
+    before = fingerprint(desk.place)
+    arguments = ("compile", desk.model, "-t", "onnx-cpu", "-o", desk.older, "--force")
+    table = command.run(*arguments)
+    assert (table.code, len(table.err.splitlines())) == (1, 1)
+    assert "FAIL" in table.out and "--no-validate" in table.err
+    report = command.run(*arguments, "--json")
+    assert report.code == 1
+    assert json.loads(report.out)["validation"]["passed"] is False
+    assert fingerprint(desk.place) == before
+
+
+# Errors as a user sees them
+
+
+def test_debug_lets_the_traceback_through_wherever_it_stands(desk: Desk) -> None:
+    (desk.model / "config.json").unlink()
+    for arguments in (("--debug", "compile", desk.model), ("compile", desk.model, "--debug")):
+        with pytest.raises(CheckpointError):
+            command.run(*arguments, "-t", "onnx-cpu")
+
+
+def test_an_error_of_several_lines_is_printed_as_one(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise CheckpointError("first\n  second")
+
+    monkeypatch.setattr("dispc.compiler.load_masks", fail)
+    desk.refuses(says=("error: first second",))
+
+
+def test_an_error_is_printed_as_it_is_whatever_the_path_holds(desk: Desk) -> None:
+    for name in ("[bold]x[/bold]", ":smile:", "[/]", "a" * 300):
+        assert_refused(desk.place, "inspect", desk.place / name, says=(str(desk.place / name),))
+
+
+def test_ctrl_c_is_one_line_and_code_130_and_leaves_nothing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    for where in ("load_masks", "trace", "check_file", "write_companions"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"dispc.compiler.{where}", interrupted)
+            desk.refuses("--no-validate", says=("interrupted",), code=130)
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+import dispc.model.weights
+from dispc.cli.app import main
+evaluate = dispc.model.weights.LazyWeight.evaluate
+def slowly(self, *out):
+    Path({marker!r}).touch()
+    time.sleep(0.5)
+    return evaluate(self, *out)
+dispc.model.weights.LazyWeight.evaluate = slowly
+main()
+"""
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "lines"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 0), (signal.SIGHUP, 129, 0)]
+)
+def test_a_signal_in_the_middle_of_writing_leaves_the_older_artifact_and_nothing_else(
+    number: signal.Signals, code: int, lines: int, desk: Desk, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    before = fingerprint(desk.place)
+    marker = tmp_path_factory.mktemp("marker") / "writing"
+    arguments = ["compile", desk.model, "-t", "onnx-cpu", "-o", desk.older, "--force", "--no-validate"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW.format(marker=str(marker)), *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        wait_for(marker, process)
+        assert any(path.name.endswith(".partial") for path in desk.place.iterdir())
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (code, "")
+    assert len(err.splitlines()) == lines, err
+    assert all(line.startswith("error: interrupted") for line in err.splitlines())
+    assert fingerprint(desk.place) == before
+
+
+def test_the_installed_command_prints_one_line_and_with_debug_a_traceback(desk: Desk) -> None:
+    (desk.model / "config.json").unlink()
+    arguments = [Path(sys.executable).with_name("dispc"), "inspect", desk.model / "lost"]
+    plain, debug = (
+        subprocess.run([*arguments, *more], capture_output=True, text=True, check=False) for more in ([], ["--debug"])
+    )
+    assert (plain.returncode, plain.stdout) == (2, "")
+    assert re.fullmatch(r"error: .*lost: is no mask file, artifact or model directory\n", plain.stderr)
+    assert debug.returncode != 0
+    assert "Traceback" in debug.stderr
+
+
+# Formats and paths
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_torch_files_compile_to_the_same_bytes_as_safetensors(shards: bool, desk: Desk) -> None:
+    state = load_file(desk.model / "model.safetensors")
+    (desk.model / "model.safetensors").unlink()
+    if shards:
+        names = sorted(state)
+        held = {"a.bin": names[::2], "b.bin": names[1::2]}
+        for shard, part in held.items():
+            torch.save({name: state[name] for name in part}, desk.model / shard)
+        weight_map = {name: shard for shard, part in held.items() for name in part}
+        (desk.model / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        torch.save(state, desk.model / "pytorch_model.bin")
+    new, older = fingerprint(desk.compiles()), fingerprint(desk.older)
+    new.pop("dispc.json"), older.pop("dispc.json")  # it holds the times
+    assert new == older
+
+
+def test_the_output_is_named_after_model_and_target_wherever_the_command_runs(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(desk.model)
+    for spelled in (".", "../model", str(desk.model)):
+        outcome = command.run("compile", spelled, "-t", "onnx-cpu", "--no-validate", "--json")
+        assert outcome.code == 0, outcome
+        assert (desk.place / "model-onnx-cpu" / "dispc.json").is_file()
+        shutil.rmtree(desk.place / "model-onnx-cpu")
+
+
+def test_what_is_compiled_from_is_not_replaced(desk: Desk) -> None:
+    inside = shutil.copytree(desk.model, desk.older / "model")
+    masks = shutil.copy(desk.model / "masks.safetensors", desk.older / "mine.safetensors")
+    line = ("compile", "-t", "onnx-cpu", "-o", desk.older, "--force", "--no-validate")
+    for arguments in (
+        (*line, inside),
+        (*line, desk.model, "--masks", masks),
+        (*line, desk.model, "--dump-ir", desk.older / "ir"),
+    ):
+        assert_refused(desk.place, *arguments, says=("lies in", "which would be replaced"))
+
+
+def test_a_directory_that_came_meanwhile_is_not_replaced(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = compiler.save_model
+
+    def write_slowly(*given: Any) -> None:
+        desk.new.mkdir()
+        (desk.new / "thesis.txt").write_text("mine")
+        write(*given)
+
+    monkeypatch.setattr(compiler, "save_model", write_slowly)
+    for force in ([], ["--force"]):
+        outcome = command.run("compile", desk.model, "-t", "onnx-cpu", "-o", desk.new, "--no-validate", *force)
+        assert outcome.code == 2 and str(desk.new) in outcome.err
+        assert [path.name for path in desk.new.iterdir()] == ["thesis.txt"]
+        shutil.rmtree(desk.new)
+    assert not list(desk.place.glob(".*"))
+
+
+def test_an_unexpected_error_is_one_line_and_exit_code_2(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dispc.inspect.inspect_path", Mock(side_effect=KeyError("name")))
+    assert_refused(desk.place, "inspect", desk.older, says=("unexpected KeyError: 'name'; --debug shows where",))
+    with pytest.raises(KeyError):
+        command.run("inspect", desk.older, "--debug")
+
+
+# validate
+
+
+def test_validate_of_a_good_artifact_passes_in_every_form(desk: Desk) -> None:
+    arguments = ("validate", desk.older, "--reference", desk.model, "--json-file", desk.place / "report.json")
+    table, report = command.run(*arguments), command.run(*arguments, "--json")
+    assert (table.code, report.code) == (0, 0)
+    parsed = json.loads(report.out)
+    assert parsed["passed"] is True
+    assert json.loads((desk.place / "report.json").read_text()) == parsed
+    shown = " ".join(table.out.replace("│", " ").split())
+    for check in parsed["checks"]:
+        assert check["name"].split()[0] in shown
+    assert "passed" in table.out and "FAIL" not in table.out
+    assert table.err == report.err == ""
+
+
+# Help and output
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_every_command_holds_an_example_of_it(name: str) -> None:
+    outcome = command.run(name, "--help")
+    assert outcome.code == 0
+    assert f"dispc {name}" in outcome.out.split("Example:")[1]
+    assert name != "demo" or "'dispc[demo]'" in outcome.out  # rich takes brackets for markup
+
+
+def test_no_help_text_loses_brackets_to_markup() -> None:
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    for parameter in (one for each in commands.values() for one in each.params):
+        assert "[" not in (getattr(parameter, "help", None) or ""), parameter.name
+
+
+def test_every_command_has_been_listed_here_and_in_the_help() -> None:
+    outcome = command.run("--help")
+    registered = {info.name or info.callback.__name__ for info in cli.app.registered_commands if info.callback}
+    assert registered == set(COMMANDS)
+    assert all(name in outcome.out for name in registered)
+
+
+@pytest.mark.parametrize("arguments", [(), ("frobnicate",), ("compile",), ("compile", "model", "--frobnicate")])
+def test_a_line_that_cannot_be_parsed_has_code_2_and_no_traceback(arguments: tuple[str, ...]) -> None:
+    outcome = command.run(*arguments)
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+
+
+def test_version_is_that_of_the_package() -> None:
+    from dispc import __version__
+
+    assert command.run("--version").out.strip() == __version__
+
+
+def test_compile_prints_tables_or_json_of_the_same_facts(desk: Desk) -> None:
+    arguments = ("compile", desk.model, "-t", "onnx-cpu", "-o", desk.new, "--force")
+    table, report = command.run(*arguments), command.run(*arguments, "--json")
+    assert (table.code, report.code) == (0, 0), table
+    assert table.err == report.err == ""
+    manifest = json.loads(report.out)
+    assert manifest.pop("output") == str(desk.new)
+    assert manifest == json.loads((desk.new / "dispc.json").read_text())
+    blocks = manifest["block_parameters"]
+    assert f"{blocks['kept']:,} of {blocks['dense']:,}" in table.out
+    assert all(record["name"] in table.out for record in manifest["passes"])
+    assert "Validation passed" in table.out
+
+
+def test_the_demo_names_the_ratios_for_which_masks_ship(tmp_path: Path) -> None:
+    assert_refused(tmp_path, "demo", "--pruning-ratio", 0.35, says=("0.35", "there are some for", "0.3"))

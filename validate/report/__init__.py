@@ -1,0 +1,1 @@
+"""Reports of checks: data, HTML, comparison with an earlier one."""

@@ -1,0 +1,181 @@
+"""What a validation found: checks, and what was measured beside them; as JSON, Markdown and JUnit."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+from xml.etree import ElementTree
+
+from dispc.support.files import finite
+
+Status = Literal["passed", "failed", "skipped", "noted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One figure against its limit, in `unit`. Without a limit it is noted and cannot fail.
+
+    `detail` says what was run, or why it was skipped or failed; `figures` holds more numbers for programs.
+    """
+
+    name: str
+    group: str
+    status: Status
+    detail: str
+    figure: float | None = None
+    limit: float | None = None
+    unit: str = ""
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return self.status != "failed"
+
+    @staticmethod
+    def against(
+        name: str, group: str, figure: float, limit: float | None, unit: str, detail: str, **figures: Any
+    ) -> "Check":
+        """Passed when `figure` is at most `limit`; NaN is not."""
+        status: Status = "noted" if limit is None else "passed" if figure <= limit else "failed"
+        return Check(
+            name=name, group=group, status=status, detail=detail, figure=figure, limit=limit, unit=unit, figures=figures
+        )
+
+    @staticmethod
+    def skipped(name: str, group: str, reason: str) -> "Check":
+        return Check(name=name, group=group, status="skipped", detail=reason)
+
+    @staticmethod
+    def failed(name: str, group: str, reason: str) -> "Check":
+        return Check(name=name, group=group, status="failed", detail=reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All checks of one artifact, and what else was measured.
+
+    `judged_on` says on which provider and in which precision, `device` names the processor.
+    """
+
+    artifact: str
+    reference: str
+    target: str
+    dtype: str
+    padding: str
+    lowering: str
+    judged_on: str
+    device: str
+    truth: str
+    versions: dict[str, str]
+    bytes: int
+    checks: tuple[Check, ...]
+    widths: tuple[dict[str, int], ...]
+    full_widths: dict[str, int]
+    drill: dict[str, Any] | None = None
+    perplexity: dict[str, Any] | None = None
+    placement: dict[str, Any] | None = None
+    latency: dict[str, Any] | None = None
+    quick: bool = False
+    seed: int = 0
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def headline(self) -> str:
+        verdict = "passed" if self.passed else "FAILED"
+        return f"Validation {verdict}, judged on {self.judged_on}; truth: {self.truth}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; figures that are not finite become null."""
+        found: dict[str, Any] = finite(asdict(self) | {"passed": self.passed, "headline": self.headline})
+        for check, row in zip(self.checks, found["checks"], strict=True):
+            row["passed"] = check.passed
+        return found
+
+    def markdown(self) -> str:
+        """A summary for a CI job: headline, table of checks, drill and latency in short."""
+        mark = {"passed": "✅", "failed": "❌", "skipped": "⏭️", "noted": "📝"}
+        lines = [f"## {mark['passed' if self.passed else 'failed']} {self.headline}", ""]
+        lines += [f"`{self.artifact}` against `{self.reference}`", ""]
+        lines += ["| | check | figure | limit | over |", "|---|---|---:|---:|---|"]
+        for check in self.checks:
+            cells = (mark[check.status], check.name, *figure_and_limit(asdict(check)), check.detail)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        if self.drill and self.drill["verdict"]:
+            lines += ["", f"**{self.drill['verdict']}**"]
+        if self.latency:
+            lines += ["", f"Latency on {self.device}:", "", f"| | | {' | '.join(LATENCY_COLUMNS)} |"]
+            lines += ["|---|---|" + "---:|" * len(LATENCY_COLUMNS)]
+            lines += [f"| {' | '.join(latency_cells(row, self.latency))} |" for row in self.latency["rows"]]
+        return "\n".join(lines) + "\n"
+
+    def junit(self) -> str:
+        """One test case per check, in the XML that CI systems read."""
+        counts = {status: str(sum(c.status == status for c in self.checks)) for status in ("failed", "skipped")}
+        attributes = {"tests": str(len(self.checks)), "failures": counts["failed"], "errors": "0"}
+        root = ElementTree.Element("testsuites", attributes)
+        suite = ElementTree.SubElement(
+            root, "testsuite", attributes | {"name": "dispc validate", "skipped": counts["skipped"]}
+        )
+        properties = ElementTree.SubElement(suite, "properties")
+        for name, value in (("artifact", self.artifact), ("reference", self.reference), ("headline", self.headline)):
+            ElementTree.SubElement(properties, "property", name=name, value=_xml(value))
+        for check in self.checks:
+            case = ElementTree.SubElement(
+                suite, "testcase", name=_xml(check.name), classname=f"dispc.validate.{check.group}"
+            )
+            figure, limit = figure_and_limit(asdict(check))
+            if check.status == "skipped":
+                ElementTree.SubElement(case, "skipped", message=_xml(check.detail))
+            elif check.status == "failed":
+                message = _xml(f"{figure} against a limit of {limit}" if limit else check.detail)
+                ElementTree.SubElement(case, "failure", message=message).text = _xml(check.detail)
+            else:
+                ElementTree.SubElement(case, "system-out").text = _xml(f"{figure} (limit {limit}): {check.detail}")
+        ElementTree.indent(root)
+        return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def junit_error(artifact: str, reason: str) -> str:
+    """What a validation that could not run leaves where JUnit XML was asked for."""
+    root = ElementTree.Element("testsuites", tests="1", failures="0", errors="1")
+    suite = ElementTree.SubElement(
+        root, "testsuite", name="dispc validate", tests="1", failures="0", errors="1", skipped="0"
+    )
+    case = ElementTree.SubElement(suite, "testcase", name=_xml(artifact), classname="dispc.validate")
+    ElementTree.SubElement(case, "error", message=_xml(reason)).text = _xml(reason)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def markdown_error(artifact: str, reason: str) -> str:
+    """The same, for the summary of a CI job."""
+    return f"## ❌ Validation could not run\n\n`{artifact}`: {reason}\n"
+
+
+LATENCY_COLUMNS = ("p50 ms", "p90", "p99", "tokens/s", "over dense", "GB/s (of a copy)")
+
+
+def latency_cells(row: dict[str, Any], latency: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the latency table: its name, which artifact, then LATENCY_COLUMNS; empty where there is no figure."""
+    times = (f"{row[key]:.2f}" for key in ("p50", "p90", "p99"))
+    compared = row["artifact"] == "artifact" and row["name"] in latency["speedup"]
+    speed = f"{latency['speedup'][row['name']]:.2f}x" if compared else ""
+    copy = ""
+    if "share_of_copy" in row:
+        copy = f"{row['bytes_per_second'] / 1e9:.1f} ({100 * row['share_of_copy']:.0f} %)"
+    return (row["name"], row["artifact"], *times, f"{row['tokens_per_second']:,.1f}", speed, copy)
+
+
+def figure_and_limit(check: dict[str, Any]) -> tuple[str, str]:
+    """How a check's figure and limit are shown, from the check as a dictionary; a number that is not finite is inf."""
+    if check["status"] == "skipped" or (check["figure"] is None and check["limit"] is None):
+        return "", ""
+    figure = "inf" if check["figure"] is None else f"{check['figure']:.3g}"
+    limit = "" if check["limit"] is None else f"{check['limit']:.3g} {check['unit']}".strip()
+    return figure, limit
+
+
+def _xml(text: str) -> str:
+    """Without the control characters that XML cannot hold."""
+    return "".join(c for c in text if c >= " " or c in "\t\n")

@@ -19,10 +19,12 @@ from dispc.export.write import check_file, check_output, save_model, staged_dire
 from dispc.manifest import MANIFEST
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.families import DecoderConfig
 from dispc.model.weights import surface_weight_errors
 from dispc.passes.pipeline import PassRecord, build_pipeline, pipeline_line, run_pipeline
 from dispc.plan import Choices, Plan, make_plan
 from dispc.runtime.tune import tune
+from dispc.selection import sets_to_fill
 from dispc.support.errors import ArtifactError, CompileError
 from dispc.support.files import write_json
 
@@ -183,7 +185,7 @@ def describe(
         "target": plan.target.name,
         "dtype": plan.dtype,
         "padding": plan.padding,
-        "lowering": {"name": plan.lowering, "reason": plan.reason},
+        "lowering": {"name": plan.lowering.name, "reason": plan.reason} | _filled(plan, masks, config),
         "align": plan.align,
         "fusions": list(plan.fusions),
         "logits": "last" if plan.last_logits else "all",
@@ -201,6 +203,14 @@ def describe(
         "nodes": model.graph.num_nodes(),
         "passes": [asdict(record) for record in records],
     }
+
+
+def _filled(plan: Plan, masks: Masks, config: DecoderConfig) -> dict[str, Any]:
+    """The sets that are zeros in the weights, as `3.mlp.read`, and the costs by which they were chosen."""
+    if not plan.fills:
+        return {}
+    filled = sorted(sets_to_fill(masks, config, plan.costs))
+    return {"filled": [f"{block}.{name}" for block, name in filled], "costs": plan.costs.as_dict()}
 
 
 def dump_graph(model: ir.Model, path: Path) -> None:

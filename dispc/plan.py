@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from dispc.lowerings import CPU, CUDA, LOWERINGS, Lowering, find_lowering
 from dispc.quantisation import Quantisation
+from dispc.selection import DEFAULT_COSTS, SelectionCosts
 from dispc.support.errors import CompileError
 
-Lowering = Literal["inverse-gather", "canonical", "scatter-elements", "zero-filled"]
 Padding = Literal["left", "right"]
 FUSIONS = ("fuse-rotary", "fuse-qkv", "fuse-gate-up", "fuse-activations", "fuse-skip-norm", "tie-embeddings")
 """The passes that a compilation can do without: they change how fast the artifact is, not what it computes."""
@@ -18,18 +19,17 @@ class Target:
     """One row of the table. The first dtype is the default.
 
     `group_query` lists the dtypes for which ONNX Runtime has a GroupQueryAttention kernel on this provider (opset 23's
-    Attention serves the others), `scatter_add` those for which it can run ScatterND(add) and ScatterElements(add).
-    `lowering` is the default, which must run in every dtype. `contrib` says whether operators of com.microsoft may be
-    used, `fusions` which passes pay, `quantised_fusions` which others do with quantised weights. Written widths are
-    padded to `write_multiple`. `cuda_graph` says whether a run can be captured.
+    Attention serves the others). `lowering` names the default (a row of `LOWERINGS`), which must run in every dtype.
+    `contrib` says whether operators outside ONNX's own domain may be used, `fusions` which passes pay,
+    `quantised_fusions` which others do with quantised weights. Written widths are padded to `write_multiple`.
+    `cuda_graph` says whether a run can be captured.
     """
 
     name: str
     provider: str
     dtypes: tuple[str, ...]
     group_query: tuple[str, ...]
-    scatter_add: tuple[str, ...]
-    lowering: Lowering
+    lowering: str
     contrib: bool
     fusions: tuple[str, ...]
     write_multiple: int
@@ -42,10 +42,9 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target(
             name="onnx-cuda",
-            provider="CUDAExecutionProvider",
+            provider=CUDA,
             dtypes=("float16", "bfloat16", "float32"),
             group_query=("float16", "bfloat16"),
-            scatter_add=("float16", "float32"),
             lowering="inverse-gather",
             contrib=True,
             fusions=FUSIONS,
@@ -54,11 +53,10 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             name="onnx-cpu",
-            provider="CPUExecutionProvider",
+            provider=CPU,
             dtypes=("float32",),
             group_query=("float32",),
-            scatter_add=("float32",),
-            lowering="canonical",  # as fast as the others for a token, faster for a prompt and behind a long past
+            lowering="feature-extractor",
             contrib=True,
             fusions=tuple(name for name in FUSIONS if name != "fuse-gate-up"),  # its Split costs more than it saves ...
             quantised_fusions=("fuse-gate-up",),  # ... but for integers, whose MatMulNBits has a price by itself
@@ -66,10 +64,9 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             name="onnx",
-            provider="CPUExecutionProvider",
+            provider=CPU,
             dtypes=("float32", "float16", "bfloat16"),
             group_query=(),
-            scatter_add=("float32",),
             lowering="inverse-gather",
             contrib=False,
             fusions=("tie-embeddings",),
@@ -110,13 +107,14 @@ def choices_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A target with every choice made; `reason` says why the lowering is what it is."""
+    """A target with every choice made; `reason` says why the lowering is what it is, `costs` which sets it fills."""
 
     target: Target
     dtype: str
     padding: Padding
     lowering: Lowering
     reason: str
+    costs: SelectionCosts
     align: int
     last_logits: bool
     cuda_graph: bool
@@ -129,6 +127,11 @@ class Plan:
         if self.quantisation is None:
             return self
         return replace(self, quantisation=replace(self.quantisation, int8_activations=False))
+
+    @property
+    def fills(self) -> bool:
+        """Sets that are not worth an index list become zeros; integers are of what is kept, not of zeros between it."""
+        return self.lowering.fills and self.quantisation is None
 
     @property
     def group_query(self) -> bool:
@@ -160,14 +163,18 @@ def make_plan(target: str, choices: Choices = Choices()) -> Plan:
     padding = _padding(row, dtype, choices.padding)
     lowering, reason = _lowering(row, dtype, choices.lowering)
     fusions = row.fusions + (row.quantised_fusions if choices.quantisation else ())
-    if choices.quantisation and lowering == "zero-filled":
-        raise CompileError("--quantize rounds what is kept, not zeros between it; use --lowering inverse-gather")
+    if choices.quantisation and not lowering.quantised:
+        raise CompileError(
+            f"--quantize rounds what is kept, not the zeros between it of --lowering {lowering.name}; "
+            f"use --lowering {row.lowering}"
+        )
     return Plan(
         target=row,
         dtype=dtype,
         padding=padding,
         lowering=lowering,
         reason=reason,
+        costs=DEFAULT_COSTS,
         align=choices.align,
         last_logits=choices.last_logits,
         cuda_graph=choices.cuda_graph and row.cuda_graph and dtype in row.group_query and padding == "right",
@@ -187,17 +194,18 @@ def _padding(row: Target, dtype: str, padding: str | None) -> Padding:
     return "right" if group_query and padding != "left" else "left"
 
 
-def _lowering(row: Target, dtype: str, lowering: str | None) -> tuple[Lowering, str]:
-    if lowering is None:
-        return row.lowering, f"the default of {row.name}"
-    for known in get_args(Lowering):
-        if lowering != known:
-            continue
-        if lowering in ("canonical", "scatter-elements") and dtype not in row.scatter_add:
-            operator = "ScatterND" if lowering == "canonical" else "ScatterElements"
-            raise CompileError(
-                f"ONNX Runtime cannot run {operator}(add) in {dtype} for target {row.name}; "
-                "use --lowering inverse-gather"
-            )
-        return known, "chosen by --lowering"
-    raise CompileError(f"unknown lowering {lowering!r}; lowerings are {', '.join(get_args(Lowering))}")
+def _lowering(row: Target, dtype: str, name: str | None) -> tuple[Lowering, str]:
+    if name is None:
+        return LOWERINGS[row.lowering], f"the default of {row.name}"
+    lowering = find_lowering(name)
+    if lowering.domain and not row.contrib:
+        raise CompileError(
+            f"target {row.name} has standard operators only, and {lowering.operator} is of {lowering.domain}; "
+            f"use --lowering {row.lowering}"
+        )
+    if not lowering.runs(row.provider, dtype):
+        raise CompileError(
+            f"ONNX Runtime cannot run {lowering.operator} in {dtype} for target {row.name}; "
+            f"use --lowering {row.lowering}"
+        )
+    return lowering, "chosen by --lowering"

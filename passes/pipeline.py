@@ -17,17 +17,17 @@ from dispc.passes.fuse.fuse_qkv import FuseQkvPass
 from dispc.passes.fuse.fuse_rotary import FuseRotaryPass
 from dispc.passes.fuse.fuse_skip_norm import FuseSkipNormPass
 from dispc.passes.fuse.tie_embeddings import TieEmbeddingsPass
+from dispc.passes.lower.feature_extractor import FeatureExtractorPass
+from dispc.passes.lower.inverse_gather import InverseGatherPass
 from dispc.passes.lower.last_logits import LastLogitsPass
 from dispc.passes.lower.lower_attention import LowerAttentionPass
-from dispc.passes.lower.lower_scatter import LowerScatterPass
+from dispc.passes.lower.scatter_elements import ScatterElementsPass
 from dispc.passes.prune.align_widths import AlignWidthsPass
 from dispc.passes.prune.fill_zeros import FillZerosPass
 from dispc.passes.prune.prune_blocks import PruneBlocksPass
 from dispc.passes.quantise import QuantisePass
 from dispc.plan import Plan
-
-NEARLY_EVERYTHING = 0.9
-"""Share of the stream from which `zero-filled` gives a set its full width back."""
+from dispc.selection import fill, sets_to_fill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +48,17 @@ def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[Rew
     quantisation = plan.quantisation
     tied = config.tied and "tie-embeddings" in plan.fusions
     apart = quantisation is not None and (quantisation.head or quantisation.embedding)  # QuantisePass ties what it can
-    embedding = config.family.embedding
+    embedding, spelled = config.family.embedding, plan.lowering.passes
+    filled = sets_to_fill(masks, config, plan.costs) if plan.fills else frozenset[tuple[int, str]]()
+    left = fill(masks, filled)  # the sets that are left to be selected
     rows: tuple[tuple[bool, Callable[[], RewritePass]], ...] = (
         (True, lambda: UnrollPass(checkpoint)),
         (True, lambda: PruneBlocksPass(config, masks)),
         (plan.align > 1, lambda: AlignWidthsPass(config, masks, plan.align)),
-        (plan.lowering == "zero-filled", lambda: FillZerosPass(masks, NEARLY_EVERYTHING)),
-        (
-            plan.lowering in ("inverse-gather", "zero-filled"),
-            lambda: LowerScatterPass("inverse-gather", config.hidden_size, multiple),
-        ),
-        (plan.lowering == "scatter-elements", lambda: LowerScatterPass("scatter-elements", config.hidden_size)),
+        (plan.fills, lambda: FillZerosPass(config, filled)),
+        ("inverse-gather" in spelled, lambda: InverseGatherPass(left, multiple)),
+        ("scatter-elements" in spelled, lambda: ScatterElementsPass(left)),
+        ("feature-extractor" in spelled, lambda: FeatureExtractorPass(left)),
         (plan.group_query, lambda: LowerAttentionPass(plan.padding, config.head_dim)),
         (
             plan.group_query and plan.padding == "right" and "fuse-rotary" in plan.fusions,

@@ -42,12 +42,15 @@ def compile(
     lowering: Annotated[
         str | None,
         typer.Option(
-            help="How subsets are read and written: inverse-gather, canonical (ScatterND), scatter-elements, or "
-            "zero-filled (sets of nine tenths and more become zeros in the weights).",
-            show_default="canonical for onnx-cpu, else inverse-gather",
+            help="How subsets are read and written: inverse-gather, canonical (ScatterND), scatter-elements, "
+            "feature-extractor (ArrayFeatureExtractor), or zero-filled (inverse-gather; sets that are not worth an "
+            "index list become zeros in the weights, as they do with feature-extractor).",
+            show_default="feature-extractor for onnx-cpu, else inverse-gather",
         ),
     ] = None,
-    tune: Annotated[bool, typer.Option("--tune", help="Choose the lowering by timing all on this machine.")] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Choose lowering and zero-filled sets by timing on this machine.")
+    ] = False,
     align: Annotated[int, typer.Option(help="Pad widths with zeros to a multiple of this (8, 16, 64).")] = 1,
     last_logits: Annotated[
         bool, typer.Option("--last-logits", help="Logits of each row's last token only (for generation).")

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
+from dispc.lowerings import LOWERINGS
 from dispc.manifest import read_manifest
 from dispc.runtime.edits import Edit, exactly_comparable, load_graph, widen, with_float32_outputs
 from dispc.support.errors import ArtifactError, first_line
@@ -22,8 +23,6 @@ ELEMENTS = {
     "tensor(float)": ir.DataType.FLOAT, "tensor(float16)": ir.DataType.FLOAT16, "tensor(bfloat16)": ir.DataType.BFLOAT16
 }  # fmt: skip
 """How ONNX Runtime spells the types of caches."""
-SCATTERING = ("canonical", "scatter-elements")
-"""The lowerings whose operators the CPU has in float32 only."""
 
 
 class Artifact:
@@ -56,7 +55,10 @@ class Artifact:
         self.positions: int = self.manifest["positions"]
         self.stop_tokens = frozenset(self.manifest["stop_tokens"])
         half = self.dtype != "float32"
-        elsewhere = self.manifest["target"] == "onnx-cuda" or self.manifest["lowering"]["name"] in SCATTERING
+        lowering = LOWERINGS.get(self.manifest["lowering"]["name"])
+        elsewhere = self.manifest["target"] == "onnx-cuda" or (
+            lowering is not None and not lowering.runs(CPU, self.dtype)
+        )
         self.provider = provider
         self.widened = provider == CPU and (self.dtype == "bfloat16" or (half and elsewhere))
         path = directory / "model.onnx"

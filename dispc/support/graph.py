@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-MICROSOFT = "com.microsoft"
+MICROSOFT, ML = "com.microsoft", "ai.onnx.ml"
+EXTRACTOR = "ArrayFeatureExtractor"
 HEAD = "lm_head.weight"
 """The LM head in every family; a tied one is cut from the embedding under this name."""
 WINDOW = "dispc.window"

@@ -14,7 +14,7 @@ from dispc.masks import Masks
 from dispc.reference.truth import Answers
 from dispc.runtime.session import Artifact
 from dispc.support.errors import ArtifactError
-from dispc.support.graph import consumers
+from dispc.support.graph import EXTRACTOR, consumers
 from dispc.validate.checks.parity import distance
 from dispc.validate.checks.scenarios import Row, Scenario, Stage
 
@@ -54,10 +54,10 @@ def first_stream(model: ir.Model) -> ir.Value:
 
 
 def _source(value: ir.Value | None) -> ir.Value:
-    """In front of the Gather of a norm over the read set."""
+    """In front of the selection of a norm over the read set."""
     assert value is not None
     producer = value.producer()
-    if producer is not None and producer.op_type == "Gather" and (producer.name or "").endswith("/read/Gather"):
+    if producer is not None and (producer.name or "").endswith(("/read/Gather", f"/read/{EXTRACTOR}")):
         return _source(producer.inputs[0])
     return value
 

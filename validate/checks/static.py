@@ -12,13 +12,13 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from dispc.manifest import COPIED
 from dispc.model.checkpoint import Checkpoint
 from dispc.support.errors import first_line
-from dispc.support.graph import MICROSOFT
+from dispc.support.graph import MICROSOFT, ML
 from dispc.validate.report.report import Check
 
 COMPANIONS = "files beside the model"
 DOMAINS = {"onnx": {""}}
 """Target -> the operator domains that its runtimes know; other targets are for ONNX Runtime."""
-ONNX_RUNTIME = {"", MICROSOFT}
+ONNX_RUNTIME = {"", MICROSOFT, ML}
 
 
 def judge_file(path: Path, target: str) -> Check:

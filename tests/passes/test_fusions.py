@@ -26,7 +26,7 @@ from dispc.validate.checks.parity import logit_error
 from dispc.validate.checks.scenarios import Feeder
 
 TOLERANCE = 1e-5
-COUNTED_BY_MASKS = ("fuse-rotary", "fuse-gate-up")
+COUNTED_BY_MASKS = ("align-widths", "fuse-rotary", "fuse-gate-up")
 """Passes that know from the masks what there is to do, and so fail when it is done already (test_fusion_counts.py)."""
 LOWERINGS = ("inverse-gather", "canonical", "scatter-elements", "zero-filled")
 

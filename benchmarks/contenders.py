@@ -19,6 +19,7 @@ from shapes import SHAPES
 
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.published import open_checkpoint
 from dispc.plan import TARGETS
 from dispc.quantisation import make_quantisation
 from dispc.runtime.memory import available_memory
@@ -116,7 +117,7 @@ def prepare(
         BenchmarkError: when memory is short, or two models that should compute the same do not.
     """
     torch.set_num_threads(threads)
-    checkpoint = Checkpoint(model)
+    checkpoint = open_checkpoint(model)
     if masks is None:
         masks = work / "masks.safetensors"
         make_masks(model, masks)

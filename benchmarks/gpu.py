@@ -27,22 +27,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from shutil import disk_usage
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 from common import WORK, compile_artifact, console, remove, report, write_result
-from gpu_cells import CUDA_GRAPH, ORT, Cell, Job
+from gpu_cells import CUDA_GRAPH, ONNX_RUNTIME, ORT, PYTORCH, Cell, Job
 from learned_like import learned_like
 from machine import environment
 from make_checkpoint import make_checkpoint
 from shapes import SHAPES
 
-from dispc.model.checkpoint import Checkpoint
-from dispc.plan import Lowering
+from dispc.lowerings import CUDA, LOWERINGS
+from dispc.model.published import open_checkpoint
 from dispc.support.errors import first_line
 
 SPEEDUP_GOAL, RATE_GOAL = 1.9, 0.85
 GOAL_PRUNED = 50
+CUDA_LOWERINGS = ",".join(row.name for row in LOWERINGS.values() if row.runs(CUDA, "float16"))
 Found = dict[str, Any]
 
 
@@ -137,7 +138,7 @@ def run_shape(
     """Every model of a shape in every runtime; `job` says what is the same for all of them."""
     model = Path(job.model)
     make_checkpoint(model, shape)
-    config = Checkpoint(model).config
+    config = open_checkpoint(model).config
     for percent in percents:
         where: Found = {"shape": shape, "pruned": percent, "lowering": None, "kept": 1.0}
         masks = None
@@ -147,12 +148,13 @@ def run_shape(
             drawn.save(masks, config)
             dense = config.block_parameters * config.num_hidden_layers
             where["kept"] = round(drawn.kept_parameters(config) / dense, 4)
-        Path(job.reference).unlink(missing_ok=True)
+        Path(str(job.reference)).unlink(missing_ok=True)
         pytorch = replace(job, masks=str(masks) if masks else None)
         run_job(pytorch, work, timeout, lambda found, where=where: record(where | found))  # type: ignore[misc]
         for lowering in lowerings if percent else (None,):
             artifact, options = work / "artifact", {"lowering": lowering} if lowering else {}
-            onnx, where = replace(pytorch, artifact=str(artifact)), where | {"lowering": lowering}
+            onnx = replace(pytorch, artifact=str(artifact), runtimes=ONNX_RUNTIME[job.device])
+            where = where | {"lowering": lowering}
             try:
                 compile_artifact(model, artifact, target, masks, **options)
             except Exception as error:  # one lowering that does not compile leaves the others
@@ -170,7 +172,7 @@ def main(
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,64",
     pasts: Annotated[str, typer.Option(help="Tokens in the caches when decoding.")] = "512,2048",
     lengths: Annotated[str, typer.Option(help="Tokens of a prefill.")] = "2048",
-    lowerings: Annotated[str, typer.Option(help="Lowerings of the pruned artifacts.")] = ",".join(get_args(Lowering)),
+    lowerings: Annotated[str, typer.Option(help="Lowerings of the pruned artifacts.")] = CUDA_LOWERINGS,
     rounds: Annotated[int, typer.Option(help="Counted rounds.")] = 5,
     calls: Annotated[int, typer.Option(help="Counted calls per round.")] = 20,
     timeout: Annotated[float, typer.Option(help="Seconds for one model in PyTorch or in ONNX Runtime.")] = 3600,
@@ -209,8 +211,8 @@ def main(
             result.setdefault("skipped_shapes", []).append(shape)
             continue
         job = Job(
-            model=str(work / shape), masks=None, artifact=None, reference=str(work / "reference.npy"), device=device,
-            dtype=dtype, cells=tuple(planned), rounds=rounds, calls=calls,
+            model=str(work / shape), masks=None, artifact=None, reference=str(work / "reference.npy"), runtimes=PYTORCH,
+            device=device, dtype=dtype, cells=tuple(planned), rounds=rounds, calls=calls,
         )  # fmt: skip
         run_shape(shape, sorted(numbers(pruned)), lowerings.split(","), target, job, work, timeout, record)
 

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +20,11 @@ from dispc.manifest import MANIFEST
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import DecoderConfig
+from dispc.model.published import open_checkpoint
 from dispc.model.weights import surface_weight_errors
 from dispc.passes.pipeline import PassRecord, build_pipeline, pipeline_line, run_pipeline
 from dispc.plan import Choices, Plan, make_plan
+from dispc.runtime.calibrate import calibrate
 from dispc.runtime.tune import tune
 from dispc.selection import sets_to_fill
 from dispc.support.errors import ArtifactError, CompileError
@@ -36,7 +38,8 @@ Progress = Callable[[str, int, int], None]
 class CompileOptions(Choices):
     """What to compile, for what, and where to.
 
-    `masks` None means those of a published pruned model, else MODEL/masks.safetensors; `dense` means no masks.
+    `masks` None means those of a published pruned model, else MODEL/masks.safetensors; `dense` means no masks. `data`
+    is the text for quantisation that looks at one.
     """
 
     model: Path
@@ -49,6 +52,7 @@ class CompileOptions(Choices):
     verify_each: bool = False
     tune: bool = False
     validate: bool = True
+    data: str | None = None
 
 
 class ParityFailure(ArtifactError):
@@ -73,14 +77,21 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
     for path in (options.model, options.masks, options.dump_ir):
         if path and path.resolve().is_relative_to(options.output.resolve()):
             raise ArtifactError(f"{path}: lies in {options.output}, which would be replaced; choose another -o")
-    checkpoint = Checkpoint(options.model)
+    checkpoint = open_checkpoint(options.model)
     plan = make_plan(options.target, options)
     masks = load_masks(checkpoint, options)
+    if options.data or (plan.quantisation and (plan.quantisation.mixed or plan.quantisation.wants_text)):
+        from dispc.evaluate.mixed import settle_quantisation
+
+        plan, windows = settle_quantisation(checkpoint, masks, plan, options.data, progress)
     tuned: dict[str, Any] = {}
     if options.tune:
         progress("timing lowerings", 0, 1)
-        plan, record = tune(checkpoint, masks, options.target, options, build_artifact)
+        plan, record = tune(
+            checkpoint, masks, options.target, replace(options, quantisation=plan.quantisation), build_artifact
+        )
         tuned["tuned"] = record
+    hessians = calibrate(checkpoint, masks, windows, build_artifact) if plan.rounds_by_inputs else None
     if options.validate or options.verify_each:
         from dispc.runtime.memory import require_memory_for_reference
 
@@ -90,10 +101,11 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
 
         # The passes do not look at dtypes: their float32 graphs are compared, whatever the target's dtype is.
         verifier = make_verifier(checkpoint, masks, plan.quantisation)
-        run_pipeline(trace(checkpoint, torch.float32), build_pipeline(plan.exact, checkpoint, masks), verifier)
+        passes = build_pipeline(plan.exact, checkpoint, masks, hessians)
+        run_pipeline(trace(checkpoint, torch.float32), passes, verifier)
 
     with staged_directory(options.output, options.force) as stage:
-        manifest = build_artifact(checkpoint, masks, plan, stage, progress, options.dump_ir)
+        manifest = build_artifact(checkpoint, masks, plan, stage, progress, options.dump_ir, hessians)
         manifest["lowering"] |= tuned
         manifest["compile_seconds"] = round(time.perf_counter() - started, 3)
         write_json(stage / MANIFEST, manifest)
@@ -118,6 +130,7 @@ def build_artifact(
     stage: Path,
     progress: Progress = lambda what, done, total: None,
     dump_ir: Path | None = None,
+    hessians: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trace, rewrite and write everything but the model card into the empty directory `stage`; the manifest.
 
@@ -129,7 +142,7 @@ def build_artifact(
     progress("tracing", 0, 1)
     model = trace(checkpoint, getattr(torch, plan.dtype))
     traced = time.perf_counter()
-    passes = build_pipeline(plan, checkpoint, masks)
+    passes = build_pipeline(plan, checkpoint, masks, hessians)
     if dump_ir:
         dump_graph(model, dump_ir / "00-trace.onnx")
     records = run_pipeline(model, passes, _dumper(dump_ir))
@@ -163,8 +176,8 @@ def load_masks(checkpoint: Checkpoint, options: CompileOptions) -> Masks:
         if options.masks:
             raise CompileError("--dense and --masks exclude each other")
         return Masks.dense(checkpoint.config)
-    if options.masks is None and checkpoint.published_masks is not None:
-        return checkpoint.published_masks
+    if options.masks is None and checkpoint.own_masks is not None:
+        return checkpoint.own_masks
     path = options.masks or options.model / "masks.safetensors"
     masks = Masks.load(path)
     masks.check(checkpoint.config, path)

@@ -1,4 +1,7 @@
-"""The targets: what an artifact is for decides its dtype, its attention operator and how writes are spelled."""
+"""The targets, and what may be chosen for each: dtype, padding, lowering, quantisation. A `Plan` has it all settled.
+
+Knows nothing of graphs.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +13,9 @@ from dispc.selection import DEFAULT_COSTS, SelectionCosts
 from dispc.support.errors import CompileError
 
 Padding = Literal["left", "right"]
-FUSIONS = ("fuse-rotary", "fuse-qkv", "fuse-gate-up", "fuse-activations", "fuse-skip-norm", "tie-embeddings")
+FUSIONS = (
+    "fill-zeros", "fuse-rotary", "fuse-qkv", "fuse-gate-up", "fuse-activations", "fuse-skip-norm", "tie-embeddings"
+)  # fmt: skip
 """The passes that a compilation can do without: they change how fast the artifact is, not what it computes."""
 
 
@@ -21,8 +26,9 @@ class Target:
     `group_query` lists the dtypes for which ONNX Runtime has a GroupQueryAttention kernel on this provider (opset 23's
     Attention serves the others). `lowering` names the default (a row of `LOWERINGS`), which must run in every dtype.
     `contrib` says whether operators outside ONNX's own domain may be used, `fusions` which passes pay,
-    `quantised_fusions` which others do with quantised weights. Written widths are padded to `write_multiple`.
-    `cuda_graph` says whether a run can be captured.
+    `quantised_fusions` which others do with quantised weights. Written widths are padded to `write_multiple`, read and
+    mid widths to `half_align` in half precision and to `int4_align` where weights have four bits, unless told
+    otherwise. `cuda_graph` says whether a run can be captured.
     """
 
     name: str
@@ -35,6 +41,8 @@ class Target:
     write_multiple: int
     quantised_fusions: tuple[str, ...] = ()
     cuda_graph: bool = False
+    half_align: int = 1
+    int4_align: int = 1
 
 
 TARGETS: dict[str, Target] = {
@@ -50,6 +58,8 @@ TARGETS: dict[str, Target] = {
             fusions=FUSIONS,
             write_multiple=8,
             cuda_graph=True,
+            half_align=8,  # cuBLAS reads 16 bytes at a time where rows begin on them ...
+            int4_align=32,  # ... and MatMulNBits' fast kernels take whole blocks of 32 weights only
         ),
         Target(
             name="onnx-cpu",
@@ -69,7 +79,7 @@ TARGETS: dict[str, Target] = {
             group_query=(),
             lowering="inverse-gather",
             contrib=False,
-            fusions=("tie-embeddings",),
+            fusions=("fill-zeros", "tie-embeddings"),
             write_multiple=1,
         ),
     )
@@ -80,13 +90,13 @@ TARGETS: dict[str, Target] = {
 class Choices:
     """What a user may choose for a target; None leaves it to the target's defaults.
 
-    `align` pads read and mid widths to a multiple, `without` names fusions to leave out.
+    `align` pads read and mid widths with zeros to a multiple, `without` names fusions to leave out.
     """
 
     dtype: str | None = None
     padding: str | None = None
     lowering: str | None = None
-    align: int = 1
+    align: int | None = None
     last_logits: bool = False
     cuda_graph: bool = True
     without: tuple[str, ...] = ()
@@ -131,7 +141,12 @@ class Plan:
     @property
     def fills(self) -> bool:
         """Sets that are not worth an index list become zeros; integers are of what is kept, not of zeros between it."""
-        return self.lowering.fills and self.quantisation is None
+        return self.lowering.fills and "fill-zeros" in self.fusions and self.quantisation is None
+
+    @property
+    def rounds_by_inputs(self) -> bool:
+        """The weights are rounded by what they are multiplied with."""
+        return self.quantisation is not None and self.quantisation.algorithm == "gptq"
 
     @property
     def group_query(self) -> bool:
@@ -151,7 +166,7 @@ def make_plan(target: str, choices: Choices = Choices()) -> Plan:
     dtype = choices.dtype or row.dtypes[0]
     if dtype not in row.dtypes:
         raise CompileError(f"target {target} has no dtype {dtype!r}; it has {', '.join(row.dtypes)}")
-    if choices.align < 1:
+    if choices.align is not None and choices.align < 1:
         raise CompileError(f"widths cannot be aligned to {choices.align}; choose 8, 16 or 64")
     if unknown := set(choices.without) - set(FUSIONS):
         raise CompileError(f"unknown pass {min(unknown)!r}; those that can be left out are {', '.join(FUSIONS)}")
@@ -175,7 +190,7 @@ def make_plan(target: str, choices: Choices = Choices()) -> Plan:
         lowering=lowering,
         reason=reason,
         costs=DEFAULT_COSTS,
-        align=choices.align,
+        align=choices.align or _align(row, dtype, choices.quantisation),
         last_logits=choices.last_logits,
         cuda_graph=choices.cuda_graph and row.cuda_graph and dtype in row.group_query and padding == "right",
         fusions=tuple(name for name in fusions if name not in choices.without),
@@ -192,6 +207,12 @@ def _padding(row: Target, dtype: str, padding: str | None) -> Padding:
             f"target {row.name} in {dtype} masks by attention_mask and takes padding on the left; use --padding left"
         )
     return "right" if group_query and padding != "left" else "left"
+
+
+def _align(row: Target, dtype: str, quantisation: Quantisation | None) -> int:
+    if quantisation and quantisation.bits == 4:
+        return row.int4_align
+    return 1 if dtype == "float32" else row.half_align
 
 
 def _lowering(row: Target, dtype: str, name: str | None) -> tuple[Lowering, str]:

@@ -2,8 +2,9 @@
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 
@@ -41,8 +42,10 @@ class PassRecord:
     seconds: float
 
 
-def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[RewritePass]:
-    """The passes from the traced graph to the target's graph."""
+def build_pipeline(
+    plan: Plan, checkpoint: Checkpoint, masks: Masks, hessians: Mapping[str, Any] | None = None
+) -> list[RewritePass]:
+    """The passes from the traced graph to the target's graph; `hessians` of the products are for GPTQ."""
     config, target = checkpoint.config, plan.target
     multiple = max(target.write_multiple, plan.align)
     quantisation = plan.quantisation
@@ -73,7 +76,7 @@ def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[Rew
             lambda: TieEmbeddingsPass(embedding, contrib=target.contrib),
         ),
         (plan.last_logits, lambda: LastLogitsPass(plan.padding)),
-        *([(True, lambda: QuantisePass(quantisation, f"{embedding}.weight", tied=tied))] if quantisation else []),
+        *([(True, lambda: QuantisePass(quantisation, config, tied=tied, hessians=hessians))] if quantisation else []),
     )
     return [make() for wanted, make in rows if wanted]
 

@@ -102,7 +102,7 @@ def test_choices_that_cannot_be_met_are_refused(choices: Choices, says: str) -> 
 def test_the_default_lowering_of_a_target_runs_in_every_dtype_quantised_too() -> None:
     for target in TARGETS.values():
         for dtype in target.dtypes:
-            assert make_plan(target.name, Choices(dtype=dtype)).lowering == target.lowering
+            assert make_plan(target.name, Choices(dtype=dtype)).lowering.name == target.lowering
             make_plan(target.name, Choices(dtype=dtype, lowering=target.lowering))
             if target.contrib:
                 make_plan(target.name, Choices(dtype=dtype, quantisation=INT4))
@@ -110,5 +110,23 @@ def test_the_default_lowering_of_a_target_runs_in_every_dtype_quantised_too() ->
 
 def test_a_default_lowering_is_a_column_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TARGETS, "onnx-cpu", replace(TARGETS["onnx-cpu"], lowering="canonical"))
-    assert make_plan("onnx-cpu").lowering == "canonical"
-    assert make_plan("onnx").lowering == TARGETS["onnx"].lowering != "canonical"
+    assert make_plan("onnx-cpu").lowering.name == "canonical"
+    assert make_plan("onnx").lowering.name == TARGETS["onnx"].lowering != "canonical"
+
+
+@pytest.mark.parametrize(
+    ("target", "choices", "align"),
+    [
+        ("onnx-cuda", Choices(), 8),
+        ("onnx-cuda", Choices(dtype="bfloat16"), 8),
+        ("onnx-cuda", Choices(dtype="float32"), 1),
+        ("onnx-cuda", Choices(quantisation=INT4), 32),
+        ("onnx-cuda", Choices(align=1), 1),
+        ("onnx-cuda", Choices(quantisation=INT4, align=64), 64),
+        ("onnx-cpu", Choices(quantisation=INT4), 1),
+        ("onnx", Choices(dtype="float16"), 1),
+    ],
+    ids=str,
+)
+def test_widths_are_aligned_where_cuda_kernels_want_it(target: str, choices: Choices, align: int) -> None:
+    assert make_plan(target, choices).align == align

@@ -51,7 +51,13 @@ def compile(
     tune: Annotated[
         bool, typer.Option("--tune", help="Choose lowering and zero-filled sets by timing on this machine.")
     ] = False,
-    align: Annotated[int, typer.Option(help="Pad widths with zeros to a multiple of this (8, 16, 64).")] = 1,
+    align: Annotated[
+        int | None,
+        typer.Option(
+            help="Pad widths with zeros to a multiple of this (8, 16, 64; 1: not at all).",
+            show_default="onnx-cuda: 8 in half precision, 32 with int4; else 1",
+        ),
+    ] = None,
     last_logits: Annotated[
         bool, typer.Option("--last-logits", help="Logits of each row's last token only (for generation).")
     ] = False,
@@ -69,6 +75,16 @@ def compile(
     int8_activations: Annotated[
         bool | None, typer.Option(help="onnx-cpu: multiply in int8 (int8 weights: the default).")
     ] = None,
+    algorithm: Annotated[
+        str | None, typer.Option(help="How int4 weights are rounded: rtn, k_quant, hqq, or gptq.", show_default="rtn")
+    ] = None,
+    mixed: Annotated[
+        str | None,
+        typer.Option(help="Keep some products in int8, 15 % more bytes: chosen by widths, or by measured damage."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Text for --algorithm gptq and --mixed damage, as `dispc learn` takes it.")
+    ] = None,
     force: Force = False,
     dump_ir: Annotated[Path | None, typer.Option(help="Write the graph after each pass into this directory.")] = None,
     verify_each: Annotated[bool, typer.Option("--verify-each", help="Run the model after each pass.")] = False,
@@ -85,14 +101,14 @@ def compile(
 
     quantisation = make_quantisation(
         quantize, target, block_size=block_size, asymmetric=asymmetric, head=quantize_head,
-        embedding=quantize_embedding, int8_activations=int8_activations,
+        embedding=quantize_embedding, int8_activations=int8_activations, algorithm=algorithm, mixed=mixed,
     )  # fmt: skip
     directory = output or model.resolve().parent / f"{model.resolve().name}-{target}"
     options = CompileOptions(
         model=model, output=directory, target=target, masks=masks, dense=dense, dtype=dtype, padding=padding,
         lowering=lowering, align=align, last_logits=last_logits, cuda_graph=not no_cuda_graph,
         without=tuple(without.split(",")) if without else (), quantisation=quantisation, force=force, dump_ir=dump_ir,
-        verify_each=verify_each, tune=tune, validate=not no_validate,
+        verify_each=verify_each, tune=tune, validate=not no_validate, data=data,
     )  # fmt: skip
     try:
         with compile_progress(err) as progress:

@@ -1,59 +1,102 @@
 """The reference with its weights rounded as the artifact's are: written in torch, sharing no code with the pass.
 
-The rule is that of ONNX Runtime's quantiser, from its source (mlas/lib/q4_dq.cpp); with n bits, along the kept inputs
-of one output, in blocks:
+The rule of rounding to the nearest is that of ONNX Runtime's quantiser, from its source (mlas/lib/q4_dq.cpp); with n
+bits, along the kept inputs of one output, in blocks:
 
     symmetric    scale = -extreme / 2^(n-1), extreme the weight of largest magnitude; zero point 2^(n-1)
     asymmetric   scale = (max - min) / (2^n - 1) with min <= 0 <= max;                zero point round(-min / scale)
     w -> (clamp(round(w / scale + zero point), 0, 2^n - 1) - zero point) * scale
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from dispc.masks import Indices, Masks
 from dispc.model.families import Family
-from dispc.quantisation import Quantisation
+from dispc.quantisation import HEAD_PRODUCT, Quantisation
+from dispc.reference.stored import Part as Part
+from dispc.reference.stored import StoredIntegers
 
 PIECE = 4096
 """Outputs rounded at a time, so that the working memory stays small next to the weight."""
 
 
-def match_quantisation(model: Any, family: Family, masks: Masks, manifest: Mapping[str, Any]) -> None:
-    """Round the masked reference's weights as the artifact of `manifest` (its dispc.json) has them, if it has."""
+def match_quantisation(
+    model: Any, family: Family, masks: Masks, manifest: Mapping[str, Any], graph: Callable[[], ir.Model]
+) -> None:
+    """Round the masked reference's weights as the artifact of `manifest` (its dispc.json) has them, if it has.
+
+    `graph` loads the artifact's own, for the algorithms whose integers are read there.
+
+    Raises:
+        ArtifactError: when integers do not stand for the weights that they were made of.
+    """
     if manifest.get("quantisation"):
         options = Quantisation(**manifest["quantisation"])
-        quantise_reference(model, family, masks, options, getattr(torch, manifest["dtype"]))
+        quantise_reference(model, family, masks, options, getattr(torch, manifest["dtype"]), graph)
 
 
 @torch.no_grad()
 def quantise_reference(
-    model: Any, family: Family, masks: Masks, quantisation: Quantisation, dtype: torch.dtype
+    model: Any,
+    family: Family,
+    masks: Masks,
+    quantisation: Quantisation,
+    dtype: torch.dtype,
+    graph: Callable[[], ir.Model] | None = None,
 ) -> None:
     """Round the weights of the masked reference in place; `dtype` is the artifact's, whose weights were cast first.
 
-    What a block of weights is depends on the pruning: the inputs that are left are numbered anew.
+    What a block of weights is depends on the pruning: the inputs that are left are numbered anew. The integers of
+    algorithms other than `rtn` are those of `graph`, held against the weights (`dispc.reference.stored`).
     """
-    for number, sets in enumerate(masks.blocks):
-        block = model.get_submodule(family.block(number))
-        for alive, names, inputs in (
-            (sets.attention.alive, family.attention_reads, sets.attention.read),
-            (sets.attention.alive, (family.attention_out,), None),
-            (sets.mlp.alive, family.mlp_reads, sets.mlp.read),
-            (sets.mlp.alive, (family.down,), sets.mlp.mid),
-        ):
-            for name in names if alive else ():
-                round_weight(block.get_submodule(name).weight, inputs, quantisation, dtype)
+    untie(model)
+    found = products(model, family, masks)
+    if not quantisation.head:
+        del found[HEAD_PRODUCT]
+    stored = StoredIntegers(graph(), family) if graph and quantisation.algorithm != "rtn" else None
+    for name, parts in found.items():
+        options = quantisation.of(name)
+        if stored is not None and options.algorithm != "rtn":
+            stored.put(name, parts, options)
+        else:
+            for part in parts:
+                round_weight(part.weight, part.inputs, options, dtype)
+    embedding = model.get_input_embeddings()
+    if quantisation.embedding and stored is not None:
+        stored.put_embedding(Part(embedding.weight, None, None), quantisation)
+    elif quantisation.embedding:
+        round_weight(embedding.weight, None, quantisation, dtype)
+
+
+def untie(model: Any) -> None:
+    """Give the LM head a copy of a weight that it shares with the embedding: one may be rounded without the other."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is head.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone())  # tied weights are stored apart: one may be rounded
-    if quantisation.head:
-        round_weight(head.weight, None, quantisation, dtype)
-    if quantisation.embedding:
-        round_weight(embedding.weight, None, quantisation, dtype)
+        head.weight = nn.Parameter(head.weight.detach().clone())
+
+
+def products(model: Any, family: Family, masks: Masks) -> dict[str, list[Part]]:
+    """The weights of each product that is left, by its name (`dispc.quantisation.product_of`), and of the head."""
+    found: dict[str, list[Part]] = {}
+    for number, sets in enumerate(masks.blocks):
+        block = model.get_submodule(family.block(number))
+        attention, mlp = sets.attention, sets.mlp
+        for alive, side, names, outputs, inputs in (
+            (attention.alive, "attention.read", family.attention_reads, None, attention.read),
+            (attention.alive, "attention.write", (family.attention_out,), attention.write, None),
+            (mlp.alive, "mlp.read", family.mlp_reads, mlp.mid, mlp.read),
+            (mlp.alive, "mlp.write", (family.down,), mlp.write, mlp.mid),
+        ):
+            if alive:
+                weights = [block.get_submodule(name).weight for name in names]
+                found[f"{number}.{side}"] = [Part(weight, outputs, inputs) for weight in weights]
+    found[HEAD_PRODUCT] = [Part(model.get_output_embeddings().weight, None, None)]
+    return found
 
 
 def round_weight(weight: Tensor, inputs: Indices | None, quantisation: Quantisation, dtype: torch.dtype) -> None:

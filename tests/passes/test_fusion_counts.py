@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import harness
 import numpy as np
 import onnx_ir as ir
 import pytest
-from test_fusions import LOWERINGS, TOLERANCE, half
-from test_passes import node
-from test_tune import masks_of
+from harness import TOLERANCE, node
+from sets import half, masks_of, targets_of
 
+from dispc.lowerings import LOWERINGS
 from dispc.masks import Masks
 from dispc.passes.base import RewritePass
 from dispc.passes.fuse.fuse_activations import FuseActivationsPass
@@ -27,11 +28,11 @@ MLP = "/model/layers.1/mlp"
 
 
 def before(
-    name: str, variant: str = "llama", masks: Masks | None = None, **choices: object
+    name: str, variant: str = "llama", masks: Masks | None = None, target: str = "onnx-cuda", **choices: object
 ) -> tuple[ir.Model, RewritePass]:
     """The graph in front of the pass called `name`, and the pass."""
     masks = masks or half(variant)
-    passes = build_pipeline(make_plan("onnx-cuda", Choices(**choices)), harness.checkpoint(variant), masks)  # type: ignore[arg-type]
+    passes = build_pipeline(make_plan(target, Choices(**choices)), harness.checkpoint(variant), masks)  # type: ignore[arg-type]
     place = [item.name for item in passes].index(name)
     model = harness.traced(variant)
     run_pipeline(model, passes[:place])
@@ -52,6 +53,11 @@ def another_down(model: ir.Model) -> None:
     model.graph.register_initializer(value)
 
 
+def lose_a_write(model: ir.Model) -> None:
+    """A write goes by another operator."""
+    node(model, f"{MLP}/write/ScatterND").op_type = "ScatterElements"
+
+
 def between(model: ir.Model) -> None:
     """Something stands between a rotation and its attention."""
     kernel = node(model, "/model/layers.1/self_attn/GroupQueryAttention")
@@ -67,12 +73,15 @@ def between(model: ir.Model) -> None:
         ("align-widths", {"align": 32}, rename(f"{MLP}/read/Gather"), "made 8 rewrites where 9 were"),
         ("align-widths", {"align": 32}, another_down, "made 8 rewrites where 9 were"),
         ("fill-zeros", {"lowering": "zero-filled"}, rename(f"{MLP}/read/Gather"), "made 2 rewrites where 3 were"),
+        ("inverse-gather", {}, lose_a_write, "made 5 rewrites where 6 were"),
+        ("scatter-elements", {"lowering": "scatter-elements"}, lose_a_write, "made 5 rewrites where 6 were"),
+        ("feature-extractor", {"target": "onnx-cpu"}, rename(f"{MLP}/write/Gather"), "made 8 rewrites where 9 were"),
         ("fuse-rotary", {}, between, "made 2 rewrites where 3 were"),
         ("fuse-rotary", {}, lambda model: model.graph.initializers.pop("cos_cache"), "has no cos_cache"),
     ],
 )
 def test_a_pass_that_does_not_find_what_the_masks_promise_fails(
-    name: str, choices: dict[str, object], plant: Callable[[ir.Model], None], says: str
+    name: str, choices: dict[str, Any], plant: Callable[[ir.Model], None], says: str
 ) -> None:
     model, rewrite = before(name, masks=masks_of("llama"), **choices)
     plant(model)
@@ -100,7 +109,7 @@ def test_removed_sub_layers_and_full_sets_are_counted_as_they_are(lowering: str,
         {"attention.read": nearly, "attention.write": full, "mlp.read": np.arange(3), "mlp.write": np.arange(5)},
     ]
     masks = Masks.from_indices(rows, config, norm_scope=norm_scope)  # type: ignore[arg-type]
-    model = harness.rewritten("llama", masks, target="onnx-cuda", lowering=lowering, align=16)
+    model = harness.rewritten("llama", masks, target=targets_of(lowering)[0], lowering=lowering, align=16)
     error = logit_error(harness.model_logits(model), harness.reference_logits("llama", masks))
     assert error <= TOLERANCE
 

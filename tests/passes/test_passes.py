@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import tiny
+from harness import node
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,8 +15,8 @@ from dispc.masks import Masks
 from dispc.passes.base import RewritePass
 from dispc.passes.common.blocks import BlockFinder
 from dispc.passes.common.unroll import UnrollPass
+from dispc.passes.lower.inverse_gather import inverse_index
 from dispc.passes.lower.lower_attention import LowerAttentionPass
-from dispc.passes.lower.lower_scatter import LowerScatterPass, inverse_index
 from dispc.passes.pipeline import build_pipeline, pipeline_line, run_pipeline
 from dispc.passes.prune.prune_blocks import PruneBlocksPass
 from dispc.plan import FUSIONS, Choices, make_plan
@@ -35,10 +36,6 @@ def find_blocks(model: ir.Model, variant: str = "llama") -> None:
     finder = BlockFinder(model.graph, harness.checkpoint(variant).family)
     for index in range(harness.checkpoint(variant).config.num_hidden_layers):
         finder.find(index)
-
-
-def node(model: ir.Model, name: str) -> ir.Node:
-    return next(n for n in model.graph if n.name == name)
 
 
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
@@ -184,15 +181,6 @@ def test_a_pass_that_misses_a_rewrite_fails() -> None:
         Lazy()(harness.traced("llama"))
 
 
-def test_lowering_twice_changes_nothing_the_second_time() -> None:
-    config = harness.checkpoint("llama").config
-    model = harness.rewritten("llama", Masks.random(config, 0.5, 1), lowering="inverse-gather")
-    before = str(model)
-    assert not LowerScatterPass("inverse-gather", config.hidden_size)(model).modified
-    assert not LowerAttentionPass("right", config.head_dim)(model).modified
-    assert str(model) == before
-
-
 @given(st.integers(1, 64), st.data())
 def test_gathering_by_the_inverse_index_scatters(width: int, data: st.DataObject) -> None:
     write = np.array(sorted(data.draw(st.sets(st.integers(0, width - 1), min_size=1))))
@@ -231,10 +219,10 @@ def test_verify_each_is_quiet_over_the_whole_pipeline(variant: str, target: str,
     passes = build_pipeline(make_plan(target, Choices(lowering=lowering)), checkpoint, masks)
     run_pipeline(harness.traced(variant), passes, make_verifier(checkpoint, masks))
     assert pipeline_line(passes).startswith("unroll prune-blocks")
-    assert ("lower-scatter" in pipeline_line(passes)) == (lowering != "canonical")
+    assert ("inverse-gather" in pipeline_line(passes)) == (lowering != "canonical")
 
 
-@pytest.mark.parametrize("guilty", ["unroll", "prune-blocks", "lower-scatter", "lower-attention"])
+@pytest.mark.parametrize("guilty", ["unroll", "prune-blocks", "inverse-gather", "lower-attention"])
 def test_verify_each_names_the_pass_that_changed_the_result(guilty: str) -> None:
     checkpoint = harness.checkpoint("llama")
     masks = Masks.random(checkpoint.config, 0.5, 2)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_compile import widths
+from quantised import EVERYTHING, quantised_model
+from sets import widths
 
 from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
@@ -30,11 +31,9 @@ from dispc.validate.checks.parity import LIMITS, logit_error
 from dispc.validate.checks.verify import make_verifier
 from dispc.validate.judge import check
 
-EMBEDDING = "model.embed_tokens.weight"
 INT4 = Quantisation(bits=4, block_size=32, symmetric=True, head=False, embedding=False)
 INT8 = Quantisation(bits=8, block_size=32, symmetric=True, head=False, embedding=False)
 CPU_INT8 = replace(INT8, int8_activations=True)
-EVERYTHING = Quantisation(bits=4, block_size=16, symmetric=False, head=True, embedding=True)
 QUANTISATIONS = st.builds(
     Quantisation,
     bits=st.sampled_from([4, 8]),
@@ -87,10 +86,6 @@ def test_torch_rounds_every_weight_exactly_as_the_quantiser_does(
         assert parts[part].dtype == tensor.dtype.numpy()
     expected = round_blocks(torch.from_numpy(values).to(getattr(torch, dtype)), quantisation).numpy()
     np.testing.assert_array_equal(read_back(parts, quantisation, inputs), expected)
-
-
-def quantised_model(variant: str, masks: Masks, quantisation: Quantisation, **options: Any) -> ir.Model:
-    return harness.rewritten(variant, masks, quantisation=quantisation, **options)
 
 
 @pytest.mark.parametrize("variant", ["llama-tied-biased", "phi", "opt"])
@@ -153,13 +148,13 @@ def test_quantising_twice_changes_nothing_the_second_time() -> None:
     for quantisation in (INT8, EVERYTHING):
         model = quantised_model("opt", masks, quantisation)
         before = str(model)
-        assert not QuantisePass(quantisation, "model.decoder.embed_tokens.weight")(model).modified
+        assert not QuantisePass(quantisation, harness.checkpoint("opt").config)(model).modified
         assert str(model) == before
 
 
 def test_an_embedding_that_is_not_found_is_an_error_and_no_silent_omission() -> None:
     with pytest.raises(CompileError, match="pass quantise made"):
-        QuantisePass(EVERYTHING, "model.elsewhere.weight")(harness.traced("llama"))
+        QuantisePass(EVERYTHING, harness.checkpoint("opt").config)(harness.traced("llama"))
 
 
 def compiled(
@@ -278,8 +273,8 @@ def test_the_unrounded_reference_would_not_do() -> None:
 def test_verify_each_names_quantisation_when_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = quantise.quantise
 
-    def faulty(weight: harness.Array, quantisation: Quantisation) -> tuple[harness.Array, ...]:
-        integers, scales, zero_points = honest(weight, quantisation)
+    def faulty(weight: harness.Array, quantisation: Quantisation, hessian: None) -> tuple[harness.Array, ...]:
+        integers, scales, zero_points = honest(weight, quantisation, hessian)
         return integers, scales * np.float32(1.01), zero_points
 
     monkeypatch.setattr(quantise, "quantise", faulty)

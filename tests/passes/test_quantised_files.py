@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from test_quantise import EMBEDDING, EVERYTHING, quantised_model
+from quantised import EMBEDDING, EVERYTHING, quantised_model
 
 from dispc.export.write import WORKERS, save_model
 from dispc.masks import Masks

@@ -7,7 +7,7 @@ from typing import Any
 import faults
 import numpy as np
 import pytest
-from test_parity import artifact, failed, judged
+from artifacts import artifact, failed, judged
 
 from dispc.quantisation import Quantisation
 from dispc.runtime.session import Artifact

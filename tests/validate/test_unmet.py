@@ -12,7 +12,7 @@ import harness
 import onnx_ir as ir
 import pytest
 import tiny
-from test_parity import artifact, failed, judged
+from artifacts import artifact, failed, judged
 
 from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks

@@ -170,8 +170,7 @@ def judge(run: Run, key: str, directory: Path, masks: Path | None) -> None:
     """Note the perplexities of a model directory, under masks or as it is."""
     if key in run.report:
         return
-    family = Checkpoint(directory).config.family
-    model = load_reference(directory, family, Masks.load(masks) if masks else None).to(run.device)
+    model = load_reference(Checkpoint(directory), Masks.load(masks) if masks else None).to(run.device)
     run.note(key, perplexities(run, model))
 
 

@@ -29,7 +29,7 @@ def write_recovered(
     `weights` are those of the trained model by name, on the CPU, with the adapters of peft's `wrapped` among them
     where there are any. Names, shapes and dtypes of the tensors are those of the checkpoint.
     """
-    model = load_reference(checkpoint.directory, checkpoint.config.family, None)
+    model = load_reference(checkpoint, None)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():

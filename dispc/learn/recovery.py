@@ -163,8 +163,8 @@ class Recovery:
         frozen = precision if processes.device.type == "cuda" else torch.float32
         self.autocast = None if precision is torch.float32 else precision
         self.weights = LOSSES[options.loss]
-        self.teacher = load_reference(teacher.directory, teacher.config.family, None, frozen).requires_grad_(False)
-        self.model = load_reference(checkpoint.directory, family, None, frozen if options.lora else torch.float32)
+        self.teacher = load_reference(teacher, None, frozen).requires_grad_(False)
+        self.model = load_reference(checkpoint, None, frozen if options.lora else torch.float32)
         self.model.requires_grad_(False)
         zero_outside(self.model, family, masks)
         self.wrapped = add_adapters(self.model, config, options.lora, options.seed) if options.lora else None

@@ -15,7 +15,7 @@ from dispc import __version__
 from dispc.export.card import write_card
 from dispc.export.companions import write_companions
 from dispc.export.trace import trace
-from dispc.export.write import check_file, check_output, save_model, staged_directory
+from dispc.export.write import check_file, save_model
 from dispc.manifest import MANIFEST
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
@@ -27,6 +27,7 @@ from dispc.plan import Choices, Plan, make_plan
 from dispc.runtime.calibrate import calibrate
 from dispc.runtime.tune import tune
 from dispc.selection import sets_to_fill
+from dispc.support.directories import check_output, staged_directory
 from dispc.support.errors import ArtifactError, CompileError
 from dispc.support.files import write_json
 

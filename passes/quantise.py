@@ -108,7 +108,9 @@ class QuantisePass(RewritePass):
         if weight.name != HEAD or not self.tied or inputs % size:
             product = product_of(weight.name or "", self.config.family)
             if self.hessians and product not in self.hessians:
-                raise CompileError(f"{node.name}: no inputs of the product {product} were recorded, which GPTQ looks at")
+                raise CompileError(
+                    f"{node.name}: no inputs of the product {product} were recorded, which GPTQ looks at"
+                )
             quantised = QuantisedWeight(
                 weight.const_value, self.quantisation.of(product), hessian=self.hessians.get(product)
             )

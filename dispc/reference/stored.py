@@ -94,7 +94,7 @@ def _array(value: ir.Value | None) -> Tensor:
         value = producer.inputs[0]
     if value is None or value.const_value is None:
         raise ArtifactError("model.onnx: a quantised weight is no constant")
-    return torch.from_numpy(np.ascontiguousarray(value.const_value.numpy()))
+    return torch.from_numpy(np.array(value.const_value.numpy()))
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:

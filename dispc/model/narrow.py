@@ -22,7 +22,7 @@ from dispc.model.families import DecoderConfig
 from dispc.support.errors import CheckpointError, MasksError
 
 if TYPE_CHECKING:
-    from dispc.model.checkpoint import CheckpointTensor
+    from dispc.model.storage import CheckpointTensor
 
 MODELLING_FILES = "modeling_*pruned*.py"
 ASSIGNMENT = re.compile(r"^[ \t]*(?:\w+\.)?cfgs[ \t]*=[ \t]*\[\s*((?:\[[^\[\]]*\]\s*(?:,\s*)?)+)\]", re.MULTILINE)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dispc.export.write import INLINE_BYTES, check_file, check_output, save_model, staged_directory
 from dispc.masks import Masks
-from dispc.model.checkpoint import CheckpointTensor
+from dispc.model.storage import CheckpointTensor
 from dispc.model.weights import LazyWeight
 from dispc.support.errors import ArtifactError, CheckpointError
 

@@ -15,7 +15,6 @@ import torch
 
 from dispc.masks import Masks
 from dispc.model.families import DecoderConfig, Family, find_family
-from dispc.model.narrow import is_published_model, masks_of_directory, widen
 from dispc.model.pretrained import build_model, empty_parameters, fill, make_config
 from dispc.model.rope import Rope, check_ropes, read_ropes
 from dispc.model.storage import CheckpointTensor, Stored, list_stored
@@ -78,8 +77,8 @@ class Checkpoint:
         with self._naming_config():
             check_ropes(module, self.ropes, self.config.head_dim)
 
-    def build(self, dtype: torch.dtype) -> Any:
-        """The dense model in the code of transformers, every parameter read by `find` and converted to `dtype`.
+    def load_model(self, dtype: torch.dtype) -> Any:
+        """The dense torch model in evaluation mode: transformers' code, every parameter read by `find`, in `dtype`.
 
         Raises:
             CheckpointError: when a tensor is missing or misshapen, or transformers reads the config in another way.
@@ -123,24 +122,15 @@ class Checkpoint:
         eos = self.generation_config.get("eos_token_id", self.raw_config.get("eos_token_id"))
         return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
-    @cached_property
-    def published_masks(self) -> Masks | None:
-        """The sets of a pruned model that the authors' published code saved; None for any other model.
+    @property
+    def own_masks(self) -> Masks | None:
+        """The sets that a model was pruned to before dispc met it; None for a dense model."""
+        return None
 
-        Raises:
-            MasksError: when they do not fit the model's config.
-        """
-        return masks_of_directory(self.directory, self.config) if is_published_model(self.directory) else None
-
-    @cached_property
+    @property
     def tensors(self) -> Mapping[str, CheckpointTensor]:
-        """Every tensor of the checkpoint by name; headers are read, values are not.
-
-        The narrow projections of a published pruned model stand here at full width, with zeros in what it left out.
-        """
-        if self.published_masks is None:
-            return self.stored
-        return widen(self.stored, self.published_masks, self.config)
+        """Every tensor by name, in the shape of the dense model; headers are read, values are not."""
+        return self.stored
 
     @property
     def stored(self) -> dict[str, CheckpointTensor]:

@@ -6,7 +6,6 @@ code of a checkpoint and which tests hold against transformers' own loading; all
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,15 +16,18 @@ from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import Family
 
 
-def load_reference(directory: Path, family: Family, masks: Masks | None, dtype: torch.dtype = torch.float32) -> Any:
-    """The model of `directory` in `dtype`, masked (dense with None), ready to call like any transformers model.
+def load_reference(checkpoint: Checkpoint, masks: Masks | None, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of `checkpoint` in `dtype`, masked (dense with None), ready to call like any transformers model.
 
     In float64 its norms compute in float64 too; rotary angles are float32 in any dtype, as the model was trained.
+
+    Raises:
+        CheckpointError: when the weights cannot be loaded.
     """
-    model = Checkpoint(directory).build(dtype)
+    model = checkpoint.load_model(dtype)
     _widen_norms(model)
     if masks is not None:
-        apply_masks(model, family, masks)
+        apply_masks(model, checkpoint.family, masks)
     return model
 
 

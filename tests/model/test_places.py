@@ -37,7 +37,7 @@ def read_both_ways(checkpoint: Checkpoint) -> None:
     with pytest.raises(CheckpointError) as compiled:
         export_program(checkpoint, torch.float32)
     with pytest.raises(CheckpointError) as built:
-        checkpoint.build(torch.float32)
+        checkpoint.load_model(torch.float32)
     assert str(compiled.value) == str(built.value)
     raise built.value
 
@@ -75,13 +75,13 @@ def test_the_command_names_a_bias_that_the_config_does_not_declare(tmp_path: Pat
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
 def test_every_tensor_that_transformers_saves_has_a_place(variant: str) -> None:
     export_program(harness.checkpoint(variant), torch.float32)
-    harness.checkpoint(variant).build(torch.float32)
+    harness.checkpoint(variant).load_model(torch.float32)
 
 
 def test_what_old_releases_stored_and_nobody_reads_is_left_aside(tmp_path: Path) -> None:
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "position_ids": torch.arange(3)}
     checkpoint = model_with("llama", tensors_of("llama") | old, tmp_path / "model")
-    checkpoint.build(torch.float32)
+    checkpoint.load_model(torch.float32)
     export_program(checkpoint, torch.float32)
 
 
@@ -91,7 +91,7 @@ def test_a_tied_model_is_complete_with_either_name_or_with_both(stored: str, tmp
     words = tensors.pop("model.embed_tokens.weight")
     names = ("model.embed_tokens.weight", "lm_head.weight") if stored == "both" else (stored,)
     checkpoint = model_with("llama-tied-biased", tensors | {name: words.clone() for name in names}, tmp_path / "model")
-    model = checkpoint.build(torch.float32)
+    model = checkpoint.load_model(torch.float32)
     assert torch.equal(model.lm_head.weight, words) and model.lm_head.weight is model.model.embed_tokens.weight
     export_program(checkpoint, torch.float32)
 
@@ -125,4 +125,4 @@ def test_masks_and_copies_for_other_programs_may_lie_beside(tmp_path: Path) -> N
         Masks.dense(checkpoint.config).save(checkpoint.directory / name, checkpoint.config)
     save_file({"x": torch.ones(1)}, checkpoint.directory / "consolidated.safetensors")
     torch.save({"x": torch.ones(1)}, checkpoint.directory / "pytorch_model.bin")
-    checkpoint.build(torch.float32)
+    checkpoint.load_model(torch.float32)

@@ -114,7 +114,7 @@ def test_our_frequencies_are_those_of_transformers(theta: float, scaling: dict[s
 )
 def test_rotary_positions_that_are_not_those_of_the_file_are_found(change: dict[str, Any]) -> None:
     checkpoint = harness.checkpoint("llama")
-    model = checkpoint.build(torch.float32)
+    model = checkpoint.load_model(torch.float32)
     right: dict[str, Any] = dict(theta=10_000.0, share=1.0, scaling={"rope_type": "default"})
     check_ropes(model, {FULL: Rope(**right)}, 16)
     with pytest.raises(CheckpointError, match="not those"):
@@ -185,7 +185,7 @@ def test_our_loading_gives_the_model_of_transformers(variant: str) -> None:
 
     checkpoint = harness.checkpoint(variant)
     theirs = AutoModelForCausalLM.from_pretrained(str(checkpoint.directory), dtype=torch.float32).eval()
-    ours = checkpoint.build(torch.float32)
+    ours = checkpoint.load_model(torch.float32)
     assert not any(value.is_meta for value in (*ours.parameters(), *ours.buffers()))
     expected = dict(theirs.named_parameters())
     assert {name for name, _ in ours.named_parameters()} == set(expected)

@@ -13,7 +13,7 @@ from dispc.model.checkpoint import Checkpoint
 from dispc.model.pretrained import build_model
 from dispc.runtime.edits import load_graph
 from dispc.runtime.session import Artifact
-from dispc.validate.report.report import Check
+from dispc.support.check import Check
 
 TABLES = ("cos_cache", "sin_cache")
 UNITS = 2.0

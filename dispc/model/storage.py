@@ -95,9 +95,8 @@ def _sharded(index: Path, list_tensors: Callable[[Path], Stored]) -> Stored:
     found = Stored()
     for shard in shards:
         path = index.parent / shard
-        if Path(shard).name != shard or not shard.strip(
-            "."
-        ):  # a link inside the directory is fine (the hub's cache), a path is not
+        # A link inside the directory is fine (the cache of the hub has them), a path is not.
+        if Path(shard).name != shard or not shard.strip("."):
             raise CheckpointError(f"{index}: shard {shard!r} lies outside the model directory")
         if not path.exists():
             raise CheckpointError(f"{path}: shard named by {index.name} is missing")
@@ -121,7 +120,8 @@ def _refuse_strangers(directory: Path, read: set[str], older: set[str]) -> None:
     `older` are the shards of a save that was left behind.
     """
     for path in sorted(directory.glob("*.safetensors")):
-        if path.name in read | older or OTHER_FORMATS.fullmatch(path.name) or is_mask_file(path):
+        known = path.name in read | older or OTHER_FORMATS.fullmatch(path.name)
+        if known or not path.is_file() or is_mask_file(path):
             continue
         raise CheckpointError(
             f"{path}: holds weights that are not read with the others ({', '.join(sorted(read)[:2])}); "

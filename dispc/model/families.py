@@ -8,25 +8,45 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dispc.model.norms import LAYER, RMS, Norm
 from dispc.support.errors import UnsupportedModelError
 
 Refusal = tuple[Callable[[Mapping[str, Any]], bool], str]
 """A test of the raw config.json, and the reason given when it holds."""
 
 
+@dataclass(frozen=True)
+class SubLayerNames:
+    """Modules of one sub-layer, by their names in its block.
+
+    `before` is the norm whose output the `reads` see (None: they see the residual stream), `write` the projection whose
+    rows are written, `behind` the norm between it and the residual add (None: there is none).
+    """
+
+    before: str | None
+    reads: tuple[str, ...]
+    write: str
+    behind: str | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Where a decoder family keeps its parts. Names are those of the transformers implementation.
 
-    `rotary` says that queries and keys are rotated by their positions.
+    The norms in front of the sub-layers are `attention_norm` and `mlp_norm`, those behind them `attention_post_norm`
+    and `mlp_post_norm`; None says that there is none. `rotary` says that queries and keys are rotated by their
+    positions.
     """
 
     model_type: str
     title: str
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
-    attention_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
+    norm: Norm = RMS
+    attention_norm: str | None = "input_layernorm"
+    attention_post_norm: str | None = None
+    mlp_norm: str | None = "post_attention_layernorm"
+    mlp_post_norm: str | None = None
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
@@ -41,6 +61,19 @@ class Family:
     def block(self, index: int) -> str:
         """Module name of block `index`, such as `model.layers.3`."""
         return f"{self.layers}.{index}"
+
+    @property
+    def attention(self) -> SubLayerNames:
+        return SubLayerNames(self.attention_norm, self.attention_reads, self.attention_out, self.attention_post_norm)
+
+    @property
+    def mlp(self) -> SubLayerNames:
+        return SubLayerNames(self.mlp_norm, self.mlp_reads, self.down, self.mlp_post_norm)
+
+    @property
+    def attention_module(self) -> str:
+        """The module of a block that computes attention."""
+        return self.query.partition(".")[0]
 
     @property
     def attention_reads(self) -> tuple[str, ...]:
@@ -76,6 +109,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="phi",
             title="Phi-1.5, Phi-2",
+            norm=LAYER,
             mlp_norm="input_layernorm",
             attention_out="self_attn.dense",
             gate=None,
@@ -85,6 +119,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="opt",
             title="OPT",
+            norm=LAYER,
             layers="model.decoder.layers",
             embedding="model.decoder.embed_tokens",
             attention_norm="self_attn_layer_norm",

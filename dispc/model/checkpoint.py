@@ -7,7 +7,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dispc.masks import Masks
+from dispc.masks import Indices, Masks
 from dispc.model.families import DecoderConfig, Family, find_family
+from dispc.model.packed import rows
 from dispc.support.errors import CheckpointError, UnsupportedModelError, first_line
 
 SAFETENSORS_DTYPES = {
@@ -175,11 +176,27 @@ class Checkpoint:
         Raises:
             CheckpointError: when the checkpoint has no such tensor.
         """
-        stored = f"{self.family.embedding}.weight" if self.config.tied and name == "lm_head.weight" else name
-        for candidate in (stored, stored.removeprefix("model.")):
-            if candidate in self.tensors:
-                return self.tensors[candidate]
+        for packed in self.family.packed:
+            for part in packed.parts:
+                block, found, kind = name.rpartition(f".{part}.")
+                if found:
+                    whole = self.find(f"{block}.{packed.module}.{kind}")
+                    every = sum(self.config.outputs(name) for name in packed.parts)
+                    return _part(whole.expect((every, *whole.shape[1:])), rows(packed, part, self.config))
+        base = f"{self.family.layers.partition('.')[0]}."
+        stored = {name, name.removeprefix(base)}
+        if name == "lm_head.weight":
+            stored.add(f"{self.family.head}.weight")
+            if self.config.tied:
+                stored = {f"{self.family.embedding}.weight", f"{self.family.embedding}.weight".removeprefix(base)}
+        for candidate in sorted(stored & set(self.tensors)):
+            return self.tensors[candidate]
         raise CheckpointError(f"{self.directory}: tensor {name} is missing from the checkpoint")
+
+
+def _part(whole: CheckpointTensor, kept: Indices) -> CheckpointTensor:
+    """Some rows of a tensor, read when asked for."""
+    return replace(whole, shape=(len(kept), *whole.shape[1:]), read=lambda: whole.read()[torch.from_numpy(kept)])
 
 
 def _read_json(path: Path) -> dict[str, Any]:

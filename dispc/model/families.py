@@ -4,11 +4,12 @@ A row says where a family keeps its projections and norms (module names relative
 config. Everything else about a family (activations, biases, scaling, rotary details) is read off the traced model.
 """
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dispc.model.norms import LAYER, RMS, Norm
+from dispc.model.norms import LAYER, LAYER_COHERE, LAYER_ONE_PLUS, RMS, RMS_ONE_PLUS, Norm
 from dispc.support.errors import UnsupportedModelError
 
 Refusal = tuple[Callable[[Mapping[str, Any]], bool], str]
@@ -29,19 +30,32 @@ class SubLayerNames:
     behind: str | None
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A linear layer that holds several projections, all by their names in the block.
+
+    The rows of the `parts` follow each other as they are listed; with `per_head` they do so within each head.
+    """
+
+    module: str
+    parts: tuple[str, ...]
+    per_head: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Where a decoder family keeps its parts. Names are those of the transformers implementation.
 
     The norms in front of the sub-layers are `attention_norm` and `mlp_norm`, those behind them `attention_post_norm`
     and `mlp_post_norm`; None says that there is none. `rotary` says that queries and keys are rotated by their
-    positions.
+    positions. What `packed` holds goes by the names of its parts everywhere else (`dispc.model.packed`).
     """
 
     model_type: str
     title: str
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
+    head: str = "lm_head"
     norm: Norm = RMS
     attention_norm: str | None = "input_layernorm"
     attention_post_norm: str | None = None
@@ -54,6 +68,7 @@ class Family:
     gate: str | None = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+    packed: tuple[Packed, ...] = ()
     intermediate_size: str = "intermediate_size"
     rotary: bool = True
     refusals: tuple[Refusal, ...] = ()
@@ -99,6 +114,10 @@ OPT_REFUSALS: tuple[Refusal, ...] = (
     ),
 )
 
+BIDIRECTIONAL: tuple[Refusal, ...] = (
+    (lambda c: bool(c.get("use_bidirectional_attention")), "bidirectional attention (use_bidirectional_attention)"),
+)
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -132,8 +151,98 @@ FAMILIES: dict[str, Family] = {
             rotary=False,
             refusals=OPT_REFUSALS,
         ),
+        Family(model_type="granite", title="Granite 3"),
+        Family(model_type="smollm3", title="SmolLM3"),
+        Family(
+            model_type="starcoder2",
+            title="StarCoder2",
+            norm=LAYER,
+            gate=None,
+            up="mlp.c_fc",
+            down="mlp.c_proj",
+        ),
+        Family(
+            model_type="stablelm",
+            title="StableLM 2 1.6B, StableLM 3B",
+            norm=LAYER,
+            refusals=(
+                (lambda c: bool(c.get("qk_layernorm")), "norms of queries and keys by head (qk_layernorm)"),
+                (lambda c: bool(c.get("use_parallel_residual")), "parallel sub-layers (use_parallel_residual)"),
+            ),
+        ),
+        Family(model_type="nemotron", title="Nemotron, Minitron", norm=LAYER_ONE_PLUS, gate=None),
+        Family(
+            model_type="phi3",
+            title="Phi-3, Phi-3.5, Phi-4",
+            packed=(
+                Packed("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+                Packed("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+            ),
+        ),
+        Family(
+            model_type="gpt_neox",
+            title="Pythia, GPT-NeoX",
+            norm=LAYER,
+            layers="gpt_neox.layers",
+            embedding="gpt_neox.embed_in",
+            head="embed_out",
+            query="attention.q_proj",
+            key="attention.k_proj",
+            value="attention.v_proj",
+            attention_out="attention.dense",
+            gate=None,
+            up="mlp.dense_h_to_4h",
+            down="mlp.dense_4h_to_h",
+            packed=(
+                Packed(
+                    "attention.query_key_value",
+                    ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+                    per_head=True,
+                ),
+            ),
+        ),
+        Family(
+            model_type="cohere",
+            title="Command R, Aya",
+            norm=LAYER_COHERE,
+            mlp_norm="input_layernorm",
+            refusals=((lambda c: bool(c.get("use_qk_norm")), "norms of queries and keys by head (use_qk_norm)"),),
+        ),
+        Family(model_type="gemma", title="Gemma", norm=RMS_ONE_PLUS, refusals=BIDIRECTIONAL),
+        Family(
+            model_type="olmo2",
+            title="OLMo 2",
+            attention_norm=None,
+            attention_post_norm="post_attention_layernorm",
+            mlp_norm=None,
+            mlp_post_norm="post_feedforward_layernorm",
+        ),
+        Family(
+            model_type="gemma2",
+            title="Gemma 2",
+            norm=RMS_ONE_PLUS,
+            attention_post_norm="post_attention_layernorm",
+            mlp_norm="pre_feedforward_layernorm",
+            mlp_post_norm="post_feedforward_layernorm",
+            refusals=BIDIRECTIONAL,
+        ),
+        Family(
+            model_type="gemma3_text",
+            title="Gemma 3 (text)",
+            norm=RMS_ONE_PLUS,
+            attention_post_norm="post_attention_layernorm",
+            mlp_norm="pre_feedforward_layernorm",
+            mlp_post_norm="post_feedforward_layernorm",
+            refusals=BIDIRECTIONAL,
+        ),
     )
 }
+
+
+PER_LAYER = ("layer_types", "no_rope_layers")
+"""Options of a config that have one entry for each block."""
+NO_ROTARY = " without rotary"
+"""Ends the kind of a block whose queries and keys are not rotated, in a family where others are."""
 
 
 def _rope_type(config: Mapping[str, Any]) -> str:
@@ -180,7 +289,8 @@ def find_family(config: Mapping[str, Any]) -> Family:
 class DecoderConfig:
     """The sizes of a decoder model, whatever its family calls them.
 
-    `layer_kinds` has one entry per block; blocks of the same kind differ only in weights.
+    `layer_kinds` has one entry per block; blocks of the same kind differ only in weights. The outputs of sub-layers are
+    multiplied by `residual_multiplier`, those of the LM head by `logits_multiplier` (in front of a softcap, if any).
     """
 
     family: Family
@@ -194,6 +304,8 @@ class DecoderConfig:
     max_positions: int
     tied: bool
     layer_kinds: tuple[str, ...]
+    residual_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -228,8 +340,20 @@ class DecoderConfig:
             vocab_size=config.vocab_size,
             max_positions=config.max_position_embeddings,
             tied=bool(config.tie_word_embeddings),
-            layer_kinds=tuple(getattr(config, "layer_types", None) or ("full_attention",) * layers),
+            layer_kinds=_layer_kinds(config, layers),
+            residual_multiplier=_number(config, "residual_multiplier"),
+            logits_multiplier=_number(config, "logit_scale")
+            / (_number(config, "logits_scaling") * _number(config, "final_logit_softcapping")),
         )
+
+    @property
+    def templates(self) -> tuple[int, ...]:
+        """The first block of each kind, in order."""
+        return tuple(self.layer_kinds.index(kind) for kind in dict.fromkeys(self.layer_kinds))
+
+    def rotates(self, index: int) -> bool:
+        """Whether block `index` rotates its queries and keys."""
+        return self.family.rotary and not self.layer_kinds[index].endswith(NO_ROTARY)
 
     @property
     def query_size(self) -> int:
@@ -238,6 +362,12 @@ class DecoderConfig:
     @property
     def key_value_size(self) -> int:
         return self.num_key_value_heads * self.head_dim
+
+    def outputs(self, projection: str) -> int:
+        """Rows of a projection that reads the stream, by its name in the block."""
+        family = self.family
+        sizes = {family.query: self.query_size, family.key: self.key_value_size, family.value: self.key_value_size}
+        return sizes.get(projection, self.intermediate_size)
 
     @property
     def block_parameters(self) -> int:
@@ -252,3 +382,27 @@ class DecoderConfig:
     def mlp_parameters(self, read: Any, mid: Any, write: Any) -> Any:
         """(2 |S3| + |S5|) |S4| for a gated MLP, (|S3| + |S5|) |S4| otherwise; of integers or tensors of widths."""
         return (len(self.family.mlp_reads) * read + write) * mid
+
+
+def _number(config: Any, name: str) -> float:
+    """An option of a config that multiplies or divides; 1 where it is missing or None."""
+    value = getattr(config, name, None)
+    return 1.0 if value is None else float(value)
+
+
+def _layer_kinds(config: Any, layers: int) -> tuple[str, ...]:
+    kinds = tuple(getattr(config, "layer_types", None) or ("full_attention",) * layers)
+    rotates = getattr(config, "no_rope_layers", None)  # named after what its zeros say
+    if rotates is None:
+        return kinds
+    return tuple(kind if rotary else f"{kind}{NO_ROTARY}" for kind, rotary in zip(kinds, rotates, strict=True))
+
+
+def keep_blocks(config: Any, chosen: Sequence[int]) -> Any:
+    """A copy of a transformers config for a model of some of its blocks."""
+    kept = copy.deepcopy(config)
+    kept.num_hidden_layers = len(chosen)
+    for name in PER_LAYER:
+        if getattr(config, name, None) is not None:
+            setattr(kept, name, [getattr(config, name)[index] for index in chosen])
+    return kept

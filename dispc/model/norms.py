@@ -37,4 +37,7 @@ class Norm:
 
 
 RMS = Norm()
+RMS_ONE_PLUS = Norm(epsilon="eps", one_plus=True)
 LAYER = Norm(kind="layer", modules="LayerNorm", epsilon="eps")
+LAYER_ONE_PLUS = Norm(kind="layer", modules="LayerNorm1P", epsilon="eps", one_plus=True)
+LAYER_COHERE = Norm(kind="layer", modules="LayerNorm", epsilon="variance_epsilon")

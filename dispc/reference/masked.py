@@ -15,6 +15,7 @@ from dispc.masks import Indices, Masks, NormScope, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import Family
 from dispc.model.norms import Norm
+from dispc.model.packed import separate
 
 
 def load_reference(checkpoint: Checkpoint, masks: Masks | None, dtype: torch.dtype = torch.float32) -> Any:
@@ -27,6 +28,7 @@ def load_reference(checkpoint: Checkpoint, masks: Masks | None, dtype: torch.dty
     """
     model = checkpoint.load_model(dtype)
     model.eval()
+    separate(model, checkpoint.config)
     _widen_norms(model, checkpoint.family.norm)
     if masks is not None:
         apply_masks(model, checkpoint.family, masks)
@@ -81,10 +83,11 @@ def apply_gates(
 
     Per sub-layer, with x the residual stream and gate vectors read, mid, write (0/1, or on the way there when learnt)::
 
-        norm_scope full      h = before(x) * read;                     x + behind(write * out(mid * inner(h)))
-        norm_scope selected  h = before, over the read positions of x; x + behind, over the written positions of the same
+        h = before(x) * read
+        x + behind(write * out(mid * inner(h)))
 
-    Where a family has no norm before, h = x * read; where it has none behind, the sum is x + write * out(...).
+    `before` and `behind` are norms, or nothing where the family has none there. With norm_scope full they run over all
+    positions, with selected over the read and the written ones only.
     """
     for index in range(blocks):
         block = model.get_submodule(family.block(index))

@@ -62,8 +62,7 @@ class FillZerosPass(RewritePass):
             remove_dead(graph, [gather])
             count += 1
         for write in self._writes(graph):
-            for value in write.parameters:
-                rebind(value, weight_of(value).fill(-1))
+            write.widen(lambda weight: weight.fill(-1), self.masks.hidden_size)
             write.replace([make_node("Add", [write.stream, write.update], f"{write.name}/Add")])
             count += 1
         drop_unused_initializers(graph)

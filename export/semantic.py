@@ -183,13 +183,17 @@ def install(model: nn.Module, norm: Norm, recorder: Recorder) -> None:
         if norm.describes(module):
             module.forward = partial(_norm, norm, module)
         elif isinstance(module, Pack):
-            module.forward = lambda x, pack=module: Parts([part(x) for part in pack.parts])
+            vars(module)["forward"] = partial(_parts, module)
         elif name.endswith("RotaryEmbedding"):
             module.forward = partial(recorder.rotary, module)
         elif name == "NewGELUActivation":
             module.forward = partial(nn.functional.gelu, approximate="tanh")
         elif hasattr(module, "_update_causal_mask"):
             vars(module)["_update_causal_mask"] = lambda *args, **kwargs: None
+
+
+def _parts(pack: Pack, x: Tensor) -> "Parts":
+    return Parts([part(x) for part in pack.parts])
 
 
 class Parts:

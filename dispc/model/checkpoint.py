@@ -133,8 +133,11 @@ class Checkpoint:
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # transformers 5 would draw one into the command's own output
+        # torch's fused attention has no softcap, and transformers leaves it out there without a word.
+        attention = {"attn_implementation": "eager"} if self.family.softcap else {}
+        directory = str(self.directory)
         try:
-            return AutoModelForCausalLM.from_pretrained(str(self.directory), dtype=dtype, trust_remote_code=False)
+            return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False, **attention)
         except (OSError, ValueError) as error:
             reason = first_line(error)
             raise CheckpointError(f"{self.directory}: transformers cannot load the model ({reason})") from error

@@ -48,7 +48,8 @@ class Family:
 
     The norms in front of the sub-layers are `attention_norm` and `mlp_norm`, those behind them `attention_post_norm`
     and `mlp_post_norm`; None says that there is none. `rotary` says that queries and keys are rotated by their
-    positions. What `packed` holds goes by the names of its parts everywhere else (`dispc.model.packed`).
+    positions, `softcap` that attention scores may be capped. What `packed` holds goes by the names of its parts
+    everywhere else (`dispc.model.packed`).
     """
 
     model_type: str
@@ -71,6 +72,7 @@ class Family:
     packed: tuple[Packed, ...] = ()
     intermediate_size: str = "intermediate_size"
     rotary: bool = True
+    softcap: bool = False
     refusals: tuple[Refusal, ...] = ()
 
     def block(self, index: int) -> str:
@@ -220,6 +222,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="gemma2",
             title="Gemma 2",
+            softcap=True,
             norm=RMS_ONE_PLUS,
             attention_post_norm="post_attention_layernorm",
             mlp_norm="pre_feedforward_layernorm",

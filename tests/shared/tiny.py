@@ -50,6 +50,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("phi", PHI),
     "phi-wide-rotary": ("phi", PHI | dict(num_attention_heads=2, num_key_value_heads=2)),
     "opt": ("opt", OPT),
+}
+FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", GRANITE),
     "granite-tied": ("granite", GRANITE | dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
     "smollm3": ("smollm3", LLAMA | dict(no_rope_layers=[1, 0, 1], tie_word_embeddings=True)),
@@ -76,6 +78,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
 }
+"""One or two of each further family, for tests that are cheap."""
 RARE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear-rope": ("llama", LLAMA | dict(rope_scaling=LINEAR_ROPE)),
     "llama-yarn": ("llama", LLAMA | dict(rope_scaling=YARN)),
@@ -91,7 +94,7 @@ def make_model(
     """Write a random model of `variant` into `directory`; biases and norms are random too, so that none is trivial."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, options = (VARIANTS | RARE)[variant]
+    model_type, options = (VARIANTS | FURTHER | RARE)[variant]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options)).eval()
     with torch.no_grad():

@@ -23,7 +23,7 @@ from dispc.export.translate import translate
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import DecoderConfig, keep_blocks
 from dispc.model.packed import separate
-from dispc.support.errors import CompileError
+from dispc.model.pretrained import build_model, model_class
 
 
 class Wrapper(nn.Module):
@@ -41,47 +41,20 @@ class Wrapper(nn.Module):
         return (logits, *presents)
 
 
-def auto_model() -> Any:
-    """transformers' AutoModelForCausalLM, imported without scikit-learn and scipy.
-
-    Where they are installed, transformers imports them with every model, for assisted generation and object detection:
-    a fifth of a small compilation. A process that has called this first does without those two for good.
-    """
-    from transformers import utils
-
-    questions = ("is_sklearn_available", "is_scipy_available")
-    answers = {name: getattr(utils, name) for name in questions if hasattr(utils, name)}
-    try:
-        for name in answers:
-            setattr(utils, name, lambda: False)
-        import transformers.modeling_utils  # noqa: F401 - where scipy would be imported
-        from transformers import AutoModelForCausalLM
-    finally:
-        for name, answer in answers.items():
-            setattr(utils, name, answer)
-    return AutoModelForCausalLM
-
-
 @contextmanager
 def semantic_model(config: Any, decoder: DecoderConfig, dtype: torch.dtype) -> Iterator[tuple[nn.Module, Recorder]]:
     """A fake model of `config` whose attention, rotary and norm calls are the operators of `dispc.export.semantic`."""
-    auto_class = auto_model()
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
     recorder = Recorder()
-    namespace = vars(sys.modules[auto_class._model_mapping[type(config)].__module__])
+    namespace = vars(sys.modules[model_class(config).__module__])
     for name, classes in namespace.items():  # transformers 4 has families that do not ask the interface
         if name.endswith("ATTENTION_CLASSES"):
             classes["dispc"] = classes["sdpa"]
     AttentionInterface.register("dispc", recorder.attend)
     AttentionMaskInterface.register("dispc", lambda *args, **kwargs: None)
-    try:
-        model = auto_class.from_config(config, attn_implementation="dispc", dtype=dtype).eval()
-    except Exception as error:  # what transformers raises for nonsense shares no base class
-        reason = f"{type(error).__name__} {error}".splitlines()[0]
-        where = f"{config.name_or_path}/config.json"
-        raise CompileError(f"{where}: transformers cannot build the model ({reason})") from error
+    model = build_model(config, dtype, "dispc")
     separate(model, decoder)
     install(model, decoder.family.norm, recorder)
     with ExitStack() as stack:
@@ -117,6 +90,8 @@ def export_program(
         FakeTensorMode(allow_non_fake_inputs=True),
         semantic_model(config, decoder, dtype) as (model, recorder),
     ):
+        parameters = [name for name, _ in model.named_parameters()]
+        rotaries = [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
         ids = torch.zeros(2, 3, dtype=torch.int64)
         cache = torch.zeros(2, decoder.num_key_value_heads, 5, decoder.head_dim, dtype=dtype)
         past = tuple(cache.clone() for _ in range(2 * len(first)))
@@ -128,4 +103,6 @@ def export_program(
             strict=False,
             dynamic_shapes=(tokens, tokens, (caches,) * len(past)),
         )
+    checkpoint.require_places(parameters)
+    checkpoint.check_rotary(nn.ModuleList(type(fake)(fake.config) for fake in rotaries))
     return program, recorder.rotations

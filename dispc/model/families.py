@@ -47,9 +47,13 @@ class Family:
     """Where a decoder family keeps its parts. Names are those of the transformers implementation.
 
     The norms in front of the sub-layers are `attention_norm` and `mlp_norm`, those behind them `attention_post_norm`
-    and `mlp_post_norm`; None says that there is none. `rotary` says that queries and keys are rotated by their
-    positions, `softcap` that attention scores may be capped. What `packed` holds goes by the names of its parts
-    everywhere else (`dispc.model.packed`).
+    and `mlp_post_norm`; None says that there is none. What `packed` holds goes by the names of its parts everywhere
+    else (`dispc.model.packed`).
+
+    `rotary` says that queries and keys are rotated by their positions: by the frequencies of base `rope_theta` over the
+    first `rotary_share` of each head, where config.json does not say it; `local_rope_theta` is the base of sliding
+    blocks in families that have two. `attention` names the implementation of transformers that the reference uses.
+    `ignored` are keys of config.json that change nothing in this family.
     """
 
     model_type: str
@@ -72,7 +76,11 @@ class Family:
     packed: tuple[Packed, ...] = ()
     intermediate_size: str = "intermediate_size"
     rotary: bool = True
-    softcap: bool = False
+    rope_theta: float = 10_000.0
+    rotary_share: float = 1.0
+    local_rope_theta: float | None = None
+    attention: str = "sdpa"
+    ignored: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
 
     def block(self, index: int) -> str:
@@ -80,11 +88,11 @@ class Family:
         return f"{self.layers}.{index}"
 
     @property
-    def attention(self) -> SubLayerNames:
+    def attention_names(self) -> SubLayerNames:
         return SubLayerNames(self.attention_norm, self.attention_reads, self.attention_out, self.attention_post_norm)
 
     @property
-    def mlp(self) -> SubLayerNames:
+    def mlp_names(self) -> SubLayerNames:
         return SubLayerNames(self.mlp_norm, self.mlp_reads, self.down, self.mlp_post_norm)
 
     @property
@@ -136,6 +144,7 @@ FAMILIES: dict[str, Family] = {
             gate=None,
             up="mlp.fc1",
             down="mlp.fc2",
+            rotary_share=0.5,
         ),
         Family(
             model_type="opt",
@@ -154,10 +163,15 @@ FAMILIES: dict[str, Family] = {
             refusals=OPT_REFUSALS,
         ),
         Family(model_type="granite", title="Granite 3"),
-        Family(model_type="smollm3", title="SmolLM3"),
+        Family(model_type="smollm3", title="SmolLM3", rope_theta=2_000_000.0),
         Family(
             model_type="starcoder2",
             title="StarCoder2",
+            ignored=("mlp_type", "norm_type", "activation_function"),
+            refusals=(
+                (lambda c: c.get("mlp_type", "default") != "default", "other MLPs (mlp_type)"),
+                (lambda c: c.get("norm_type", "layer_norm") != "layer_norm", "other norms (norm_type)"),
+            ),
             norm=LAYER,
             gate=None,
             up="mlp.c_fc",
@@ -166,13 +180,14 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="stablelm",
             title="StableLM 2 1.6B, StableLM 3B",
+            rotary_share=0.25,
             norm=LAYER,
             refusals=(
                 (lambda c: bool(c.get("qk_layernorm")), "norms of queries and keys by head (qk_layernorm)"),
                 (lambda c: bool(c.get("use_parallel_residual")), "parallel sub-layers (use_parallel_residual)"),
             ),
         ),
-        Family(model_type="nemotron", title="Nemotron, Minitron", norm=LAYER_ONE_PLUS, gate=None),
+        Family(model_type="nemotron", title="Nemotron, Minitron", norm=LAYER_ONE_PLUS, gate=None, rotary_share=0.5),
         Family(
             model_type="phi3",
             title="Phi-3, Phi-3.5, Phi-4",
@@ -184,6 +199,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="gpt_neox",
             title="Pythia, GPT-NeoX",
+            rotary_share=0.25,
             norm=LAYER,
             layers="gpt_neox.layers",
             embedding="gpt_neox.embed_in",
@@ -222,7 +238,8 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="gemma2",
             title="Gemma 2",
-            softcap=True,
+            ignored=("hidden_act",),  # hidden_activation decides
+            attention="eager",  # the others of transformers leave the softcap of attention out
             norm=RMS_ONE_PLUS,
             attention_post_norm="post_attention_layernorm",
             mlp_norm="pre_feedforward_layernorm",
@@ -232,11 +249,20 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="gemma3_text",
             title="Gemma 3 (text)",
+            rope_theta=1_000_000.0,
+            local_rope_theta=10_000.0,
+            ignored=("hidden_act", "_sliding_window_pattern"),
             norm=RMS_ONE_PLUS,
             attention_post_norm="post_attention_layernorm",
             mlp_norm="pre_feedforward_layernorm",
             mlp_post_norm="post_feedforward_layernorm",
-            refusals=BIDIRECTIONAL,
+            refusals=(
+                *BIDIRECTIONAL,
+                (
+                    lambda c: not c.get("layer_types") and c.get("_sliding_window_pattern", 6) != 6,
+                    "window patterns without layer_types (_sliding_window_pattern)",
+                ),
+            ),
         ),
     )
 }

@@ -4,6 +4,7 @@ Some families keep several projections in one linear layer (Phi-3's `qkv_proj`, 
 passes, the reference and learning deal with each by itself.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dispc.model.families import DecoderConfig, Packed
+from dispc.model.families import DecoderConfig, Family, Packed
+from dispc.model.storage import CheckpointTensor
 
 
 def rows(packed: Packed, part: str, config: DecoderConfig) -> npt.NDArray[np.int64]:
@@ -22,6 +24,37 @@ def rows(packed: Packed, part: str, config: DecoderConfig) -> npt.NDArray[np.int
     if packed.per_head:
         return every.reshape(config.num_attention_heads, len(sizes), config.head_dim)[:, number].ravel()
     return np.split(every, np.cumsum(sizes)[:-1])[number]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter that is stored as rows of another: the name of that one, and where in it."""
+
+    name: str
+    packed: Packed
+    part: str
+
+
+def packed_in(name: str, family: Family) -> Part | None:
+    """Where the parameter `name` of a separate projection is stored; None for one that is stored by itself."""
+    for packed in family.packed:
+        for part in packed.parts:
+            block, found, kind = name.rpartition(f".{part}.")
+            if found:
+                return Part(f"{block}.{packed.module}.{kind}", packed, part)
+    return None
+
+
+def take(whole: CheckpointTensor, found: Part, config: DecoderConfig) -> CheckpointTensor:
+    """The rows of a stored tensor that are those of a separate projection, read when asked for.
+
+    Raises:
+        CheckpointError: when it has not as many rows as the projections in it.
+    """
+    every = sum(config.outputs(name) for name in found.packed.parts)
+    kept = torch.from_numpy(rows(found.packed, found.part, config))
+    whole.expect((every, *whole.shape[1:]))
+    return replace(whole, shape=(len(kept), *whole.shape[1:]), read=lambda: whole.read()[kept])
 
 
 def separate(model: nn.Module, config: DecoderConfig) -> None:

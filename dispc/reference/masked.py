@@ -1,7 +1,7 @@
 """The masked reference: the dense torch model with the sets applied as 0/1 multiplications. This defines right.
 
-Nothing here is shared with the compiler but the table of names and the masks: weights come through transformers
-(`Checkpoint.load_model`), and attention, caches and activations are those of transformers.
+Shared with the compiler are the table of names, the masks, and the reading of config.json and tensors, which runs no
+code of a checkpoint and which tests hold against transformers' own loading; all that is computed is transformers' code.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,6 @@ def load_reference(checkpoint: Checkpoint, masks: Masks | None, dtype: torch.dty
         CheckpointError: when the weights cannot be loaded.
     """
     model = checkpoint.load_model(dtype)
-    model.eval()
     separate(model, checkpoint.config)
     _widen_norms(model, checkpoint.family.norm)
     if masks is not None:
@@ -122,7 +121,7 @@ def apply_gates(
     """
     for index in range(blocks):
         block = model.get_submodule(family.block(index))
-        parts = {"attention": family.attention, "mlp": family.mlp}
+        parts = {"attention": family.attention_names, "mlp": family.mlp_names}
         norms = {name: block.get_submodule(name) for part in parts.values() if (name := part.before)}
         forwards = {name: norm.forward for name, norm in norms.items()}
         for norm in norms.values():

@@ -85,8 +85,8 @@ class BlockFinder:
             CompileError: naming the node or module that is missing, repeated or unexplained.
         """
         family, module = self.family, self.family.block(index)
-        attention = self._sub_layer(module, "self_attn", family.attention)
-        mlp = self._sub_layer(module, "mlp", family.mlp)
+        attention = self._sub_layer(module, "self_attn", family.attention_names)
+        mlp = self._sub_layer(module, "mlp", family.mlp_names)
         kernel = self._one(f"{module}.{family.attention_module}", "Attention")
         readers: dict[ir.Value, list[ir.Node]] = {}
         for part in (attention, mlp):

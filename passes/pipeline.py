@@ -58,7 +58,7 @@ def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[Rew
         ),
         (True, lambda: PruneBlocksPass(config, masks)),
         (plan.align > 1, lambda: AlignWidthsPass(config, masks, plan.align)),
-        (plan.lowering == "zero-filled", lambda: FillZerosPass(masks, NEARLY_EVERYTHING)),
+        (plan.lowering == "zero-filled", lambda: FillZerosPass(config, masks, NEARLY_EVERYTHING)),
         (
             plan.lowering in ("inverse-gather", "zero-filled"),
             lambda: LowerScatterPass("inverse-gather", config.hidden_size, multiple),

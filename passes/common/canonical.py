@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from dispc.masks import Indices
+from dispc.masks import Indices, Masks
+from dispc.model.families import DecoderConfig
 from dispc.model.weights import LazyWeight, rebind, weight_of
 from dispc.passes.common.norms import recount
 from dispc.support.errors import CompileError
@@ -49,6 +50,17 @@ class Write:
         graph.insert_before(self.last, nodes)
         ir.convenience.replace_all_uses_with(self.last.outputs[0], nodes[-1].outputs[0])
         remove_dead(graph, [self.last])
+
+
+def reads_of_projections(config: DecoderConfig, masks: Masks) -> list[Indices]:
+    """The read sets of living sub-layers whose projections they stand directly in front of; others are a norm's."""
+    parts = [
+        (layer, names)
+        for block in masks.blocks
+        for layer, names in ((block.attention, config.family.attention_names), (block.mlp, config.family.mlp_names))
+    ]
+    whole = masks.norm_scope == "full"
+    return [layer.read for layer, names in parts if layer.alive and (whole or names.before is None)]
 
 
 def find_writes(graph: ir.Graph) -> list[Write]:

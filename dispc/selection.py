@@ -66,13 +66,18 @@ class Side:
 def sides(masks: Masks, config: DecoderConfig) -> Iterator[Side]:
     """The sets of living sub-layers that can be filled. A read in front of a norm (norm scope `selected`) cannot: the
     norm is over the read set."""
+    family = config.family
     for number, block in enumerate(masks.blocks):
-        for module, layer, reads, writes in (
-            ("attention", block.attention, config.query_size + 2 * config.key_value_size, config.query_size),
-            ("mlp", block.mlp, len(config.family.mlp_reads) * _mid(block.mlp), _mid(block.mlp)),
-        ):
+        mid = _mid(block.mlp)
+        for module, names, layer, reads, writes in (
+            (
+                "attention", family.attention_names, block.attention,
+                config.query_size + 2 * config.key_value_size, config.query_size,
+            ),
+            ("mlp", family.mlp_names, block.mlp, len(family.mlp_reads) * mid, mid),
+        ):  # fmt: skip
             candidates = [("write", layer.write, writes)]
-            if masks.norm_scope == "full":
+            if masks.norm_scope == "full" or names.before is None:
                 candidates.append(("read", layer.read, reads))
             for side, indices, beside in candidates if layer.alive else ():
                 if len(indices) < masks.hidden_size:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.passes.base import RewritePass
+from dispc.passes.common.fold_multipliers import FoldMultipliersPass
 from dispc.passes.common.unroll import UnrollPass
 from dispc.passes.fuse.fuse_activations import FuseActivationsPass
 from dispc.passes.fuse.fuse_gate_up import FuseGateUpPass
@@ -56,6 +57,10 @@ def build_pipeline(
     left = fill(masks, filled)  # the sets that are left to be selected
     rows: tuple[tuple[bool, Callable[[], RewritePass]], ...] = (
         (True, lambda: UnrollPass(checkpoint)),
+        (
+            config.residual_multiplier != 1 or config.logits_multiplier != 1,
+            lambda: FoldMultipliersPass(config),
+        ),
         (True, lambda: PruneBlocksPass(config, masks)),
         (plan.align > 1, lambda: AlignWidthsPass(config, masks, plan.align)),
         (plan.fills, lambda: FillZerosPass(config, filled)),

@@ -71,7 +71,8 @@ def budget_facts(masks: Masks, checkpoint: Checkpoint, ratio_of: RatioOf) -> dic
 def model_parameters(checkpoint: Checkpoint) -> int:
     """Parameters of the whole model; a tied embedding counts once."""
     tensors = checkpoint.tensors.items()
-    return sum(math.prod(t.shape) for name, t in tensors if not (checkpoint.config.tied and name == "lm_head.weight"))
+    tied = {f"{checkpoint.family.head}.weight", "lm_head.weight"} if checkpoint.config.tied else set()
+    return sum(math.prod(t.shape) for name, t in tensors if name not in tied)
 
 
 def kept_parameters(gates: Tensor, config: DecoderConfig) -> Tensor:
@@ -80,6 +81,19 @@ def kept_parameters(gates: Tensor, config: DecoderConfig) -> Tensor:
     read, write, mlp_read, mid, mlp_write = counts.unbind(1)
     kept: Tensor = config.attention_parameters(read, write) + config.mlp_parameters(mlp_read, mid, mlp_write)
     return kept.sum()
+
+
+def position_costs(config: DecoderConfig) -> tuple[int, ...]:
+    """Block parameters that one position of each set costs, in the order of `SETS`, while the others are whole."""
+    hidden, middle = config.hidden_size, config.intermediate_size
+    attention, mlp = config.attention_parameters, config.mlp_parameters
+    return (
+        attention(hidden, hidden) - attention(hidden - 1, hidden),
+        attention(hidden, hidden) - attention(hidden, hidden - 1),
+        mlp(hidden, middle, hidden) - mlp(hidden - 1, middle, hidden),
+        mlp(hidden, middle, hidden) - mlp(hidden, middle - 1, hidden),
+        mlp(hidden, middle, hidden) - mlp(hidden, middle, hidden - 1),
+    )
 
 
 def regulariser(kept: Tensor, budget: float) -> Tensor:

@@ -5,7 +5,6 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dispc.masks import Indices, Masks
-from dispc.model.weights import rebind, weight_of
 from dispc.passes.base import RewritePass
 from dispc.passes.common.canonical import Write, find_writes, part_writes
 from dispc.support.graph import add_initializer, drop_unused_initializers, make_node
@@ -45,8 +44,7 @@ class InverseGatherPass(RewritePass):
 
     def _replace(self, graph: ir.Graph, write: Write) -> None:
         padded = (len(write.indices) // self.multiple + 1) * self.multiple  # at least one column of zeros
-        for value in write.parameters:
-            rebind(value, weight_of(value).pad(-1, padded))
+        write.widen(lambda weight: weight.pad(-1, padded), padded)
         name = write.name.replace("/", ".").removeprefix(".")
         inverse = add_initializer(graph, f"{name}.inverse", inverse_index(write.indices, self.masks.hidden_size))
         gather = make_node("Gather", [write.update, inverse], f"{write.name}/Gather", attributes={"axis": -1})

@@ -49,8 +49,7 @@ class FillZerosPass(RewritePass):
             remove_dead(graph, [gather])
         writes = [write for write in find_writes(graph) if write.name in places]
         for write in writes:
-            for value in write.parameters:
-                rebind(value, weight_of(value).fill(-1))
+            write.widen(lambda weight: weight.fill(-1), self.config.hidden_size)
             write.replace([make_node("Add", [write.stream, write.update], f"{write.name}/Add")])
         drop_unused_initializers(graph)
         return len(reads) + len(writes)

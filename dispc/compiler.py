@@ -3,7 +3,7 @@
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,9 @@ def build_artifact(
     if dump_ir:
         dump_graph(model, dump_ir / "00-trace.onnx")
     records = run_pipeline(model, passes, _dumper(dump_ir))
+    if dump_ir:
+        left = [f"{record.name}: {reason}\n" for record in records for reason in record.left]
+        (dump_ir / "not-rewritten.txt").write_text("".join(left), encoding="utf-8")
     manifest = describe(checkpoint, masks, plan, model, records) | {"trace_seconds": round(traced - started, 4)}
     model.metadata_props.update(
         {
@@ -215,7 +218,7 @@ def describe(
         "cache_layers": sum(block.attention.alive for block in masks.blocks),
         "widths": [{name: len(indices) for name, indices in block.sets().items()} for block in masks.blocks],
         "nodes": model.graph.num_nodes(),
-        "passes": [asdict(record) for record in records],
+        "passes": [record.as_dict() for record in records],
     }
 
 

@@ -32,14 +32,26 @@ class SelectionCosts:
     prompt_element: float
     prompt_weight: float
 
-    def pays(self, selected: int, saved: int) -> bool:
-        """Whether to select `selected` elements and not multiply by `saved` weights, for a token read and one decoded.
+    def cost(self, side: "Side", width: int) -> float:
+        """Nanoseconds of selecting, for a token read and one decoded, in a stream `width` wide.
 
         A request reads at least as many tokens as it decodes; it is judged by one of each.
         """
-        decoding = self.weight * saved - self.call - self.element * selected
-        reading = self.prompt_weight * saved - self.prompt_element * selected
-        return decoding + reading > 0
+        selected = side.width if side.name.endswith("read") else width
+        return self.call + (self.element + self.prompt_element) * selected
+
+    def saving(self, side: "Side", width: int) -> float:
+        """Nanoseconds that the weights take which the selection saves, likewise."""
+        return (self.weight + self.prompt_weight) * (width - side.width) * side.beside
+
+    def pays(self, side: "Side", width: int) -> bool:
+        """Whether to select, and not to multiply by zeros."""
+        return self.saving(side, width) > self.cost(side, width)
+
+    def reason(self, side: "Side", width: int) -> str:
+        """Why, in words."""
+        cost, saving = self.cost(side, width) / 1000, self.saving(side, width) / 1000
+        return f"{side.width} of {width}: selecting costs {cost:.1f} us of two tokens, zeros would cost {saving:.1f}"
 
     def as_dict(self) -> dict[str, float]:
         """As dispc.json holds it; `SelectionCosts(**...)` reads it."""
@@ -86,11 +98,8 @@ def sides(masks: Masks, config: DecoderConfig) -> Iterator[Side]:
 
 def sets_to_fill(masks: Masks, config: DecoderConfig, costs: SelectionCosts) -> frozenset[tuple[int, str]]:
     """The sets, by block and name, whose selection costs more than the weights that it saves."""
-    width = masks.hidden_size
     return frozenset(
-        (side.block, side.name)
-        for side in sides(masks, config)
-        if not costs.pays(side.width if side.name.endswith("read") else width, (width - side.width) * side.beside)
+        (side.block, side.name) for side in sides(masks, config) if not costs.pays(side, masks.hidden_size)
     )
 
 

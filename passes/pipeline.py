@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -34,13 +34,18 @@ from dispc.selection import fill, sets_to_fill
 
 @dataclass(frozen=True, kw_only=True)
 class PassRecord:
-    """What one pass did: rewrites made, nodes before and after, seconds."""
+    """What one pass did: rewrites made, nodes before and after, seconds; and what it left as it was, with reasons."""
 
     name: str
     rewrites: int
     nodes_before: int
     nodes_after: int
     seconds: float
+    left: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """As dispc.json holds it, without what was left."""
+        return {name: value for name, value in asdict(self).items() if name != "left"}
 
 
 def build_pipeline(
@@ -63,19 +68,19 @@ def build_pipeline(
         ),
         (True, lambda: PruneBlocksPass(config, masks)),
         (plan.align > 1, lambda: AlignWidthsPass(config, masks, plan.align)),
-        (plan.fills, lambda: FillZerosPass(config, filled)),
+        (plan.fills, lambda: FillZerosPass(config, masks, plan.costs)),
         ("inverse-gather" in spelled, lambda: InverseGatherPass(left, multiple)),
         ("scatter-elements" in spelled, lambda: ScatterElementsPass(left)),
         ("feature-extractor" in spelled, lambda: FeatureExtractorPass(left)),
-        (plan.group_query, lambda: LowerAttentionPass(plan.padding, config.head_dim)),
+        (plan.group_query, lambda: LowerAttentionPass(plan.padding, config, masks)),
         (
             plan.group_query and plan.padding == "right" and "fuse-rotary" in plan.fusions,
             lambda: FuseRotaryPass(config, masks),
         ),
-        (plan.group_query and "fuse-qkv" in plan.fusions, lambda: FuseQkvPass()),
+        (plan.group_query and "fuse-qkv" in plan.fusions, lambda: FuseQkvPass(config, masks)),
         ("fuse-gate-up" in plan.fusions, lambda: FuseGateUpPass(config, masks)),
         ("fuse-activations" in plan.fusions, lambda: FuseActivationsPass()),
-        ("fuse-skip-norm" in plan.fusions, lambda: FuseSkipNormPass()),
+        ("fuse-skip-norm" in plan.fusions, lambda: FuseSkipNormPass(config, left, adds=plan.lowering.adds)),
         (
             tied and not apart,
             lambda: TieEmbeddingsPass(embedding, contrib=target.contrib),
@@ -116,6 +121,7 @@ def _run(
                 nodes_before=nodes_before,
                 nodes_after=model.graph.num_nodes(),
                 seconds=round(time.perf_counter() - start, 4),
+                left=tuple(rewrite.left),
             )
         )
         after(number, rewrite.name, model)

@@ -335,6 +335,8 @@ class DecoderConfig:
     layer_kinds: tuple[str, ...]
     residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0
+    parallel: bool = False
+    """Both sub-layers of a block read what enters it."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -373,6 +375,8 @@ class DecoderConfig:
             residual_multiplier=_number(config, "residual_multiplier"),
             logits_multiplier=_number(config, "logit_scale")
             / (_number(config, "logits_scaling") * _number(config, "final_logit_softcapping")),
+            parallel=family.attention_norm == family.mlp_norm is not None
+            or bool(getattr(config, "use_parallel_residual", False)),
         )
 
     @property

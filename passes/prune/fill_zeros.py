@@ -2,11 +2,12 @@
 
 import onnx_ir as ir
 
-from dispc.masks import SETS
+from dispc.masks import Masks
 from dispc.model.families import DecoderConfig
 from dispc.model.weights import rebind, weight_of
 from dispc.passes.base import RewritePass
 from dispc.passes.common.canonical import find_writes
+from dispc.selection import SelectionCosts, sets_to_fill, sides
 from dispc.support.graph import consumers, drop_unused_initializers, make_node, remove_dead, scope
 
 
@@ -28,12 +29,11 @@ class FillZerosPass(RewritePass):
 
     name = "fill-zeros"
 
-    def __init__(self, config: DecoderConfig, filled: frozenset[tuple[int, str]]) -> None:
-        """`filled` are the sets by block and name, as `dispc.selection.sets_to_fill` chooses them."""
+    def __init__(self, config: DecoderConfig, masks: Masks, costs: SelectionCosts) -> None:
+        """`costs` decide which sets are filled, as `dispc.selection.sets_to_fill` says."""
         super().__init__()
-        assert all(name in SETS for _, name in filled)
-        self.filled = filled
-        self.config = config
+        self.config, self.masks, self.costs = config, masks, costs
+        self.filled = sets_to_fill(masks, config, costs)
 
     def expected(self, model: ir.Model) -> int:
         return len(self.filled)
@@ -51,6 +51,9 @@ class FillZerosPass(RewritePass):
         for write in writes:
             write.widen(lambda weight: weight.fill(-1), self.config.hidden_size)
             write.replace([make_node("Add", [write.stream, write.update], f"{write.name}/Add")])
+        for side in sides(self.masks, self.config):
+            if (side.block, side.name) not in self.filled:
+                self.leave(f"{side.block}.{side.name}", self.costs.reason(side, self.masks.hidden_size))
         drop_unused_initializers(graph)
         return len(reads) + len(writes)
 

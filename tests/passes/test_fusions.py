@@ -28,7 +28,8 @@ from dispc.validate.checks.parity import logit_error
 from dispc.validate.checks.scenarios import Feeder
 
 COUNTED_BY_MASKS = (
-    "align-widths", "fill-zeros", "inverse-gather", "feature-extractor", "fuse-rotary", "fuse-gate-up"
+    "align-widths", "fill-zeros", "inverse-gather", "feature-extractor", "lower-attention", "fuse-rotary", "fuse-qkv",
+    "fuse-gate-up", "fuse-skip-norm", "tie-embeddings"
 )  # fmt: skip
 """Passes that know from the masks what there is to do, and so fail when it is done already (test_fusion_counts.py)."""
 

@@ -1,5 +1,6 @@
 """Each pass by itself: what it leaves unchanged, what it must count, and what it must refuse."""
 
+from dataclasses import replace
 from typing import Any
 
 import harness
@@ -199,8 +200,9 @@ def test_the_lowered_graph_has_one_gather_and_no_transpose_per_write() -> None:
 
 
 def test_head_sizes_that_the_kernel_does_not_take_are_refused_with_a_remedy() -> None:
+    config = harness.checkpoint("llama").config
     with pytest.raises(CompileError, match=r"multiple of 8.*--target onnx"):
-        LowerAttentionPass("right", 12)(harness.traced("llama"))
+        LowerAttentionPass("right", replace(config, head_dim=12), Masks.dense(config))(harness.traced("llama"))
 
 
 def test_the_mask_is_gone_where_the_operator_masks_by_itself() -> None:

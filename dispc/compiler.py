@@ -23,6 +23,7 @@ from dispc.model.published import open_checkpoint
 from dispc.model.weights import surface_weight_errors
 from dispc.passes.pipeline import PassRecord, build_pipeline, pipeline_line, run_pipeline
 from dispc.plan import Choices, Plan, make_plan
+from dispc.runtime.providers import PROVIDERS
 from dispc.runtime.tune import tune
 from dispc.support.errors import ArtifactError, CompileError
 from dispc.support.files import write_json
@@ -106,7 +107,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
             write_json(stage / MANIFEST, manifest)
             if not report.passed:
                 raise ParityFailure(manifest["validation"])
-        write_card(checkpoint, masks, manifest, stage)
+        write_card(checkpoint, masks, manifest, PROVIDERS[plan.target.provider].genai_build, stage)
     return manifest
 
 
@@ -145,7 +146,8 @@ def build_artifact(
     save_model(model, stage / "model.onnx", progress)
     check_file(stage / "model.onnx")
     inputs = [value.name or "" for value in model.graph.inputs]
-    write_companions(checkpoint, plan, manifest["cache_layers"], inputs, stage)
+    options = PROVIDERS[plan.target.provider].genai_options(graph=plan.cuda_graph)
+    write_companions(checkpoint, plan, manifest["cache_layers"], inputs, options, stage)
     masks.save(stage / "masks.safetensors", checkpoint.config)
     manifest["bytes"] = sum(file.stat().st_size for file in stage.glob("model.onnx*"))
     write_json(stage / MANIFEST, manifest)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dispc.model.families import DecoderConfig
-from dispc.runtime.providers import torch_device
+from dispc.runtime.devices import torch_device
 from dispc.support.extras import need
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from dispc.runtime.session import CUDA, ELEMENTS, Array, Artifact, Tokens
+from dispc.runtime.session import ELEMENTS, Array, Artifact, Tokens
 from dispc.support.errors import ArtifactError, first_line
 
 _graph_ids = itertools.count(1)  # ONNX Runtime keeps a session's graphs by number, 0 being for those without one
@@ -25,12 +25,12 @@ class BoundDecoder:
     def __init__(
         self, artifact: Artifact, *, batch: int, capacity: int, shared: bool, graph: bool = False, session: Any = None
     ) -> None:
-        if graph and not (shared and artifact.provider == CUDA):
-            raise ArtifactError("a CUDA graph needs a shared buffer and the CUDA provider")
+        if graph and (not shared or artifact.provider.graph_options is None):
+            raise ArtifactError("a captured graph needs a shared buffer, and a provider that can capture one (CUDA)")
         self.session = session or artifact.session
         self.runner = artifact.runner
         self.batch, self.capacity, self.shared, self.graph = batch, capacity, shared, graph
-        self.device = "cuda" if artifact.provider == CUDA else "cpu"
+        self.device = artifact.provider.device
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.logits_type = next(v.type for v in self.session.get_outputs() if v.name == "logits")
         self.graph_id = str(next(_graph_ids))

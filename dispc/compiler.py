@@ -11,7 +11,6 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from dispc import __version__
 from dispc.export.card import write_card
 from dispc.export.companions import write_companions
 from dispc.export.trace import trace
@@ -25,8 +24,10 @@ from dispc.passes.pipeline import PassRecord, build_pipeline, pipeline_line, run
 from dispc.plan import Choices, Plan, make_plan
 from dispc.runtime.providers import PROVIDERS
 from dispc.runtime.tune import tune
+from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError, CompileError
 from dispc.support.files import write_json
+from dispc.support.version import __version__
 
 Progress = Callable[[str, int, int], None]
 """progress(what, bytes done, bytes in all)"""
@@ -127,7 +128,7 @@ def build_artifact(
     """
     started = time.perf_counter()
     progress("tracing", 0, 1)
-    model = trace(checkpoint, getattr(torch, plan.dtype))
+    model = trace(checkpoint, DTYPES[plan.dtype].torch)
     traced = time.perf_counter()
     passes = build_pipeline(plan, checkpoint, masks)
     if dump_ir:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from dispc import __version__
 from dispc.compiler import CompileOptions, compile_model, load_masks
 from dispc.manifest import MANIFEST, read_manifest
 from dispc.model.published import open_checkpoint
@@ -23,6 +22,7 @@ from dispc.plan import make_plan
 from dispc.runtime.generate import Sampler, generate_text
 from dispc.runtime.session import Artifact
 from dispc.support.errors import ArtifactError, DispcError
+from dispc.support.version import __version__
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MASKS = "smollm2-135m-{percent}.safetensors"

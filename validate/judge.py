@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 
-from dispc import __version__
 from dispc.evaluate.perplexity import ArtifactScorer, TorchScorer, measure_perplexity, text_windows
 from dispc.manifest import read_manifest
 from dispc.masks import SETS, Masks, set_width
@@ -25,7 +24,9 @@ from dispc.runtime.placement import Placement, judge_placement
 from dispc.runtime.providers import CPU, PROVIDERS, Provider
 from dispc.runtime.session import Artifact
 from dispc.support.check import Check
+from dispc.support.dtypes import DTYPES, name_of
 from dispc.support.errors import ArtifactError, MasksError
+from dispc.support.version import __version__
 from dispc.validate.checks import parity
 from dispc.validate.checks.drill import drill_down
 from dispc.validate.checks.embeddings import judge_embeddings
@@ -211,7 +212,7 @@ class Trial:
         family = self.checkpoint.family
         reference = load_reference(self.checkpoint, self.masks)
         if self.artifact.widened:
-            round_storage(reference, getattr(torch, self.artifact.dtype))
+            round_storage(reference, DTYPES[self.artifact.dtype].torch)
         match_quantisation(reference, family, self.masks, self.artifact.manifest)
         return reference
 
@@ -223,7 +224,7 @@ class Trial:
             "artifact": str(artifact.directory), "reference": str(self.checkpoint.directory), "target": self.target,
             "dtype": artifact.dtype, "padding": artifact.padding, "lowering": manifest["lowering"]["name"],
             "judged_on": f"{artifact.provider}{self.remark}, {precision}",
-            "truth": f"reference in {str(self.truth).removeprefix('torch.')}"
+            "truth": f"reference in {name_of(self.truth)}"
                      + (f" with weights rounded to {artifact.dtype}" if artifact.widened else ""),
             "device": artifact.provider.processor(),
             "versions": {"dispc": __version__} | {name: version(name) for name in PACKAGES},

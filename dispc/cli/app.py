@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from dispc import __version__
 from dispc.cli import compiling, evaluating, judging, learning, using
 from dispc.cli.arguments import expand
 from dispc.cli.process import own_the_process
 from dispc.cli.tables import out, print_error
 from dispc.support.errors import DispcError, Interrupted, first_line
+from dispc.support.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,

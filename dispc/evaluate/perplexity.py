@@ -24,6 +24,7 @@ from dispc.reference.masked import load_reference
 from dispc.runtime.devices import torch_device
 from dispc.runtime.providers import CPU, PROVIDERS, Provider
 from dispc.runtime.session import Array, Artifact
+from dispc.support.dtypes import name_of
 from dispc.support.errors import DataError
 
 Tokens = npt.NDArray[np.int64]
@@ -64,7 +65,7 @@ class TorchScorer:
 
     def facts(self) -> dict[str, str]:
         """In what arithmetic, and where, it computes."""
-        return {"dtype": str(self.model.dtype).removeprefix("torch."), "device": self.device}
+        return {"dtype": name_of(self.model.dtype), "device": self.device}
 
 
 class ArtifactScorer:

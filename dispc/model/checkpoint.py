@@ -17,14 +17,9 @@ from safetensors import SafetensorError, safe_open
 
 from dispc.masks import Masks
 from dispc.model.families import DecoderConfig, Family, find_family
+from dispc.support.dtypes import BY_SAFETENSORS, DTYPES, name_of
 from dispc.support.errors import CheckpointError, UnsupportedModelError, first_line
 
-SAFETENSORS_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
-}
 LFS_POINTER = b"version https://git-lfs."  # how every pointer file begins, by its specification
 
 
@@ -216,9 +211,9 @@ def _list_safetensors(path: Path) -> dict[str, CheckpointTensor]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 view = file.get_slice(name)
-                dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
-                if dtype is not None:
-                    tensors[name] = CheckpointTensor(name, tuple(view.get_shape()), dtype, path, reader(name))
+                row = BY_SAFETENSORS.get(view.get_dtype())
+                if row is not None:
+                    tensors[name] = CheckpointTensor(name, tuple(view.get_shape()), row.torch, path, reader(name))
     except SafetensorError as error:
         raise CheckpointError(f"{path}: truncated or corrupt safetensors file ({error})") from error
     except RuntimeError as error:
@@ -240,5 +235,5 @@ def _list_torch_file(path: Path) -> dict[str, CheckpointTensor]:
     return {
         name: CheckpointTensor(name, tuple(tensor.shape), tensor.dtype, path, partial(_same, tensor))
         for name, tensor in state.items()
-        if isinstance(tensor, torch.Tensor) and tensor.dtype in SAFETENSORS_DTYPES.values()
+        if isinstance(tensor, torch.Tensor) and name_of(tensor.dtype) in DTYPES
     }

@@ -15,14 +15,11 @@ from dispc.manifest import read_manifest
 from dispc.plan import TARGETS
 from dispc.runtime.edits import Edit, exactly_comparable, load_graph, widen, with_float32_outputs
 from dispc.runtime.providers import CPU, Provider
+from dispc.support.dtypes import BY_ORT
 from dispc.support.errors import ArtifactError, first_line
 
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
-ELEMENTS = {
-    "tensor(float)": ir.DataType.FLOAT, "tensor(float16)": ir.DataType.FLOAT16, "tensor(bfloat16)": ir.DataType.BFLOAT16
-}  # fmt: skip
-"""How ONNX Runtime spells the types of caches."""
 SCATTERING = ("canonical", "scatter-elements")
 """The lowerings whose operators the CPU has in float32 only."""
 
@@ -140,7 +137,7 @@ class Runner:
         caches: dict[str, Any] = {}
         for name in self.caches:
             value = self.inputs[name]
-            shape, element = [batch, value.shape[1], 0, value.shape[3]], ELEMENTS[value.type]
+            shape, element = [batch, value.shape[1], 0, value.shape[3]], BY_ORT[value.type].onnx
             if element == ir.DataType.BFLOAT16:
                 caches[name] = ort.OrtValue.ortvalue_from_shape_and_type(shape, int(element))
             else:

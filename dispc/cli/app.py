@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dispc.cli import compiling, evaluating, judging, learning, using
+from dispc.cli import compiling, evaluating, judging, learning, recovering, using
 from dispc.cli.arguments import expand
 from dispc.cli.process import own_the_process
 from dispc.cli.tables import out, print_error
@@ -30,6 +30,7 @@ for name, command in (
     ("validate", judging.validate),
     ("doctor", using.doctor),
     ("learn", learning.learn),
+    ("recover", recovering.recover),
     ("eval", evaluating.evaluate),
     ("import-masks", learning.import_masks),
 ):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from dispc.cli.process import import_transformers
 from dispc.cli.tables import JsonFlag, err, out, print_error, print_json
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def compile(arguments: CompileArguments, as_json: JsonFlag = False) -> None:
     from dispc.compiler import ParityFailure, compile_model
 
     options = arguments.options()
+    import_transformers()
     try:
         with compile_progress(err) as progress:
             manifest = compile_model(options, progress)

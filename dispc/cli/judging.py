@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dispc.cli.process import import_transformers
 from dispc.cli.tables import JsonFlag, err, latency_tables, out, parity_table, print_json
 from dispc.support.errors import DispcError
 
@@ -182,6 +183,7 @@ class ValidateArguments:
         if not self.data:
             refuse_given({"sequence-length": self.sequence_length, "max-windows": self.max_windows}, "--data FILE")
         thresholds, regression = self.limits.thresholds(), share(self.max_regression)
+        import_transformers()
         with (
             dense_artifact(self.artifact, self.reference, self.timing.dense, self.timing.build_dense) as dense,
             err.status("") as status,

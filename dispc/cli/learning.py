@@ -53,6 +53,9 @@ class LearnArguments:
         "disp-llm"
     )
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 10_000
+    minutes: Annotated[
+        float | None, typer.Option(help="End after so many minutes of steps; --decay falls by the time then.")
+    ] = None
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 2048
     batch_size: Annotated[int, typer.Option(help="Sequences per step, over all processes.")] = 1
     learning_rate: Annotated[float, typer.Option(help="AdamW.")] = 1e-3
@@ -119,6 +122,7 @@ class LearnArguments:
             pruning_ratio=self.pruning_ratio,
             ratio_of=self.ratio_of,  # type: ignore[arg-type]
             steps=self.steps,
+            minutes=self.minutes,
             sequence_length=self.sequence_length,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,

@@ -19,6 +19,26 @@ def own_the_process() -> None:
     gc.disable()  # importing torch and transformers makes no garbage to walk through; long work turns it on
 
 
+def import_transformers() -> None:
+    """Import transformers without scikit-learn and scipy.
+
+    Where they are installed, it imports them with every model, for assisted generation and object detection: a fifth
+    of a small compilation. This process then does without those two features for good.
+    """
+    from transformers import utils
+
+    questions = ("is_sklearn_available", "is_scipy_available")
+    answers = {name: getattr(utils, name) for name in questions if hasattr(utils, name)}
+    try:
+        for name in answers:
+            setattr(utils, name, lambda: False)
+        import transformers.modeling_utils  # noqa: F401 - where scipy would be imported
+        from transformers import AutoModelForCausalLM  # noqa: F401
+    finally:
+        for name, answer in answers.items():
+            setattr(utils, name, answer)
+
+
 def collect_garbage() -> None:
     """Turn the collector on for long work, whose steps leave cycles behind; it leaves out what was imported."""
     gc.freeze()

@@ -18,7 +18,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from safetensors import SafetensorError
 
 from dispc.masks import Indices
-from dispc.model.checkpoint import CheckpointTensor
+from dispc.model.storage import CheckpointTensor
 from dispc.support.dtypes import name_of
 from dispc.support.errors import CheckpointError, DispcError
 

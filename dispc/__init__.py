@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from dispc.inspect import inspect_path as inspect_path
     from dispc.learn.instant import instant_masks as instant_masks
     from dispc.learn.options import LearnOptions as LearnOptions
+    from dispc.learn.recovery import recover as recover
+    from dispc.learn.recovery_options import RecoverOptions as RecoverOptions
     from dispc.masks import Masks as Masks
     from dispc.model.published import open_checkpoint as open_checkpoint
+    from dispc.reference.in_place import apply_masks as apply_masks
     from dispc.reference.masked import load_reference as load_reference
     from dispc.runtime.generate import Sampler as Sampler
     from dispc.runtime.generate import generate_text as generate_text
@@ -41,6 +44,9 @@ HOMES = {
     "LearnOptions": "dispc.learn.options",
     "Masks": "dispc.masks",
     "open_checkpoint": "dispc.model.published",
+    "recover": "dispc.learn.recovery",
+    "RecoverOptions": "dispc.learn.recovery_options",
+    "apply_masks": "dispc.reference.in_place",
     "load_reference": "dispc.reference.masked",
     "Sampler": "dispc.runtime.generate",
     "generate_text": "dispc.runtime.generate",

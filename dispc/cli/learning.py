@@ -14,6 +14,7 @@ from dispc.support.errors import DataError, LearnError
 from dispc.support.extras import need
 
 if TYPE_CHECKING:
+    from dispc.learn.instant import Method
     from dispc.learn.options import LearnOptions
 
 Data = Annotated[
@@ -28,12 +29,9 @@ ModelArgument = Annotated[Path, typer.Argument(help="Hugging Face model director
 EVERY_METHOD = {
     "model", "output", "pruning_ratio", "ratio_of", "method", "norm_scope", "align", "force", "as_json",
 }  # fmt: skip
-INSTANT: dict[str, set[str]] = {
-    "random": EVERY_METHOD | {"seed"},
-    "magnitude": EVERY_METHOD,
-    "activation": EVERY_METHOD | {"data", "sequence_length", "device"},
-}
-"""Methods that need no learning, and the options that they have."""
+READING, SEEDED = {"data", "sequence_length", "device"}, {"seed"}
+"""Options of the methods without learning: of all, of those that read a text, and of those that have a seed."""
+LEARNED = "disp-llm"
 MISSED = 0.001
 """How far the share pruned may be from what was asked for before a warning says so."""
 
@@ -49,9 +47,9 @@ class LearnArguments:
     ] = None
     pruning_ratio: Ratio = 0.5
     ratio_of: RatioOf = "blocks"
-    method: Annotated[str, typer.Option(help="disp-llm (learned), or at once: random, magnitude, activation.")] = (
-        "disp-llm"
-    )
+    method: Annotated[
+        str, typer.Option(help="disp-llm (learned), or in a minute: gradient, middle, activation, magnitude, random.")
+    ] = LEARNED
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 10_000
     minutes: Annotated[
         float | None, typer.Option(help="End after so many minutes of steps; --decay falls by the time then.")
@@ -99,7 +97,7 @@ class LearnArguments:
         with count_progress(err, "reading windows") as count:
             return instant_masks(
                 self.model,
-                self.method,  # type: ignore[arg-type]
+                self.method,
                 self.pruning_ratio,
                 ratio_of=self.ratio_of,  # type: ignore[arg-type]
                 data=self.data,
@@ -151,24 +149,25 @@ def learn(context: typer.Context, arguments: LearnArguments, as_json: JsonFlag =
 
     Example: [bold]dispc learn model/ --pruning-ratio 0.5 --data train.txt -o masks-50.safetensors[/bold]
     """
+    from dispc.learn.instant import METHODS
     from dispc.model.published import open_checkpoint
 
     method, file = arguments.method, arguments.file
-    if arguments.data is None and method not in ("random", "magnitude"):
+    if method not in (LEARNED, *METHODS):
+        raise LearnError(f"--method {method}: choose {LEARNED}, {', '.join(METHODS)}")
+    if arguments.data is None and (method == LEARNED or METHODS[method].reads):
         raise DataError(f"--method {method} needs a text: give --data FILE")
-    if method in INSTANT:
-        _refuse_what_does_not_apply(context, method)
+    if method in METHODS:
+        _refuse_what_does_not_apply(context, METHODS[method])
         check_output(file, force=arguments.force)
         masks = arguments.instant()
         masks.save(file, open_checkpoint(arguments.model).config)
-    elif method == "disp-llm":
+    else:
         assert arguments.data is not None
         learned = run_learning(arguments, arguments.options(arguments.data))
         if learned is None:
             return
         masks = learned
-    else:
-        raise LearnError(f"--method {method}: choose disp-llm, {', '.join(INSTANT)}")
     _warn_of_a_missed_budget(masks)
     report_masks(file, arguments.model, as_json)
 
@@ -188,12 +187,14 @@ def run_learning(arguments: LearnArguments, options: "LearnOptions") -> Masks | 
     return masks
 
 
-def _refuse_what_does_not_apply(context: typer.Context, method: str) -> None:
-    """Raise LearnError naming the first option on the command line that the instant `method` does not have."""
+def _refuse_what_does_not_apply(context: typer.Context, method: "Method") -> None:
+    """Raise LearnError naming the first option on the command line that the method does not have."""
+    options = EVERY_METHOD | (READING if method.reads else set()) | (SEEDED if method.seeded else set())
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
-        if source is not None and source.name == "COMMANDLINE" and parameter.name not in INSTANT[method]:
-            raise LearnError(f"{parameter.opts[0]}: does not apply to --method {method}; leave it out")
+        if source is not None and source.name == "COMMANDLINE" and parameter.name not in options:
+            method_name = context.params["method"]
+            raise LearnError(f"{parameter.opts[0]}: does not apply to --method {method_name}; leave it out")
 
 
 def _warn_of_a_missed_budget(masks: Masks) -> None:

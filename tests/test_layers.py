@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "learn": {"dispc", "support", "facts", "reference", "runtime", "evaluate", "learn"},
     "inspect": {"support", "facts"},
     "compiler": {"dispc"} | LIBRARY,
-    "demo": {"dispc", "compiler"} | LIBRARY - {"validate"},
+    "demo": {"dispc", "compiler", "demo"} | LIBRARY - {"validate"},
     "cli": {"dispc", "compiler", "demo", "cli"} | LIBRARY,
     "__main__": {"cli"},
 }

@@ -2,13 +2,14 @@
 
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dispc import __version__
-from dispc.learn.adapter import ADAPTER, save_adapter
+from dispc.learn.adapter import ADAPTER, merge_adapter, save_adapter
 from dispc.learn.recovery_options import MARKER, RecoverOptions
 from dispc.manifest import COPIED
 from dispc.masks import Masks
@@ -30,24 +31,43 @@ def write_recovered(
     where there are any. Names, shapes and dtypes of the tensors are those of the checkpoint.
     """
     model = load_reference(checkpoint, None)
-    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, parameter in parameters.items():
+        for name, parameter in model.named_parameters():
             parameter.copy_(_merged(name, weights, wrapped))
-    zero_outside(model, checkpoint.config.family, masks)
     with staged_directory(options.output, force, MARKER) as stage:
-        dtypes = {tensor.dtype for tensor in checkpoint.tensors.values()}
-        if len(dtypes) == 1:
-            model.to(dtypes.pop())
-        model.save_pretrained(str(stage))
-        for name in COPIED:
-            if (checkpoint.directory / name).is_file():
-                shutil.copyfile(checkpoint.directory / name, stage / name)
-        masks.save(stage / "masks.safetensors", checkpoint.config)
+        _write_model(model, checkpoint, masks, stage)
         if wrapped is not None:
             save_adapter(weights, wrapped.peft_config[ADAPTER], stage / "adapter")
         write_json(stage / MARKER, {"dispc": __version__, "options": options.as_dict()} | dict(outcome))
         write_text(stage / "README.md", readme(options, checkpoint, masks, outcome))
+
+
+def write_pruned(checkpoint: Checkpoint, masks: Masks, adapter: Path | None, out: Path) -> None:
+    """Write the pruned model directory `out`, which appears at once; with what an `adapter` directory changes.
+
+    Raises:
+        DispcError: when the masks or the adapter belong to another model, or `out` exists.
+    """
+    masks.check(checkpoint.config)
+    model = load_reference(checkpoint, None)
+    if adapter is not None:
+        merge_adapter(model, adapter)
+    with staged_directory(out, force=False, marker=MARKER) as stage:
+        _write_model(model, checkpoint, masks, stage)
+        if (checkpoint.directory / "README.md").is_file():  # which names the licence
+            shutil.copyfile(checkpoint.directory / "README.md", stage / "README.md")
+
+
+def _write_model(model: Any, checkpoint: Checkpoint, masks: Masks, folder: Path) -> None:
+    zero_outside(model, checkpoint.config.family, masks)
+    dtypes = {tensor.dtype for tensor in checkpoint.tensors.values()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+    model.save_pretrained(str(folder))
+    for name in COPIED:
+        if (checkpoint.directory / name).is_file():
+            shutil.copyfile(checkpoint.directory / name, folder / name)
+    masks.save(folder / "masks.safetensors", checkpoint.config)
 
 
 def _merged(name: str, weights: Mapping[str, Tensor], wrapped: Any) -> Tensor:

@@ -99,8 +99,8 @@ def page(rows: Sequence[Mapping[str, Any]], known: Mapping[str, Any], recovery: 
         f"SmolLM2-135M-Instruct on {machine.get('cpu', 'a CPU')}, {known['threads']} threads: one token behind "
         f"{known['past']}, medians of {known['round_count']} rounds in which all graphs take turns. Perplexity on "
         "WikiText-2 test, the first 16 windows of 1,024 tokens, and all 148 of 2,048 where it was measured; of float32 "
-        "artifacts it is their reference's, measured on a GPU, and of the others their own. A grey line joins those of which "
-        "none is both smaller (faster) and better.", "",
+        "artifacts it is their reference's, measured on a GPU, of the others their own. The grey line joins those that "
+        "no other is both smaller (faster) and better than.", "",
         "| model | perplexity | whole test split | ms a token | MB | on the frontier of |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     fronts = {axis: {row["name"] for row in frontier(rows, axis)} for axis, _ in AXES}
@@ -108,9 +108,8 @@ def page(rows: Sequence[Mapping[str, Any]], known: Mapping[str, Any], recovery: 
         names = {"milliseconds": "time", "megabytes": "size"}
         front = ", ".join(names[axis] for axis in names if row["name"] in fronts[axis])
         whole = f"{row['whole']:.2f}" if row["whole"] else ""
-        lines.append(
-            f"| {title(row)} | {row['perplexity']:.2f} | {whole} | {row['milliseconds']:.2f} | {row['megabytes']:.0f} | {front} |"
-        )
+        figures = f"{row['perplexity']:.2f} | {whole} | {row['milliseconds']:.2f} | {row['megabytes']:.0f}"
+        lines.append(f"| {title(row)} | {figures} | {front} |")
     lines += ["", *verdicts(rows), "", "## Commands", "", "Models: `dispc recover` (docs/recovery.md).", ""]
     commands = sorted({row["command"] for row in rows})
     return "\n".join([*lines, *(f"- `{command}`" for command in commands), ""])
@@ -120,20 +119,15 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Where pruned artifacts win and where they do not, said in sentences."""
     dense, pruned = ([row for row in rows if bool(row["ratio"]) == kind] for kind in (False, True))
     found = []
-    for axis, what in (("milliseconds", "fast"), ("megabytes", "small")):
+    for axis, what, of in (("milliseconds", "fast", "time"), ("megabytes", "small", "size")):
+        rivals = {row["name"]: [other for other in dense if other[axis] <= row[axis]] for row in pruned}
         wins = [
-            row for row in pruned if all(row["perplexity"] < o["perplexity"] for o in dense if o[axis] <= row[axis])
-        ]
-        strict = [row for row in wins if any(o[axis] <= row[axis] for o in dense)]
+            row for row in pruned
+            if rivals[row["name"]] and all(row["perplexity"] < other["perplexity"] for other in rivals[row["name"]])
+        ]  # fmt: skip
         line = frontier(rows, axis)
         share = sum(1 for row in line if row["ratio"])
-        found.append(
-            f"Of the {len(line)} artifacts on the frontier of {'time' if what == 'fast' else 'size'} {share} are pruned. "
-            + (
-                f"Better than every dense one that is as {what}: {', '.join(title(row) for row in strict)}."
-                if strict
-                else f"No pruned artifact is better than every dense one that is as {what}."
-            )
-        )
-        found.append("")
+        better = f"Better than every dense one that is as {what}: {', '.join(map(title, wins))}."
+        none = f"No pruned artifact is better than every dense one that is as {what}."
+        found += [f"Of the {len(line)} on the frontier of {of} {share} are pruned. {better if wins else none}", ""]
     return found

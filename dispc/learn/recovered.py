@@ -14,6 +14,8 @@ from dispc.learn.recovery_options import MARKER, RecoverOptions
 from dispc.manifest import COPIED
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.families import DecoderConfig
+from dispc.model.packed import rows
 from dispc.reference.masked import load_reference, zero_outside
 from dispc.support.directories import staged_directory
 from dispc.support.files import write_json, write_text
@@ -59,15 +61,32 @@ def write_pruned(checkpoint: Checkpoint, masks: Masks, adapter: Path | None, out
 
 
 def _write_model(model: Any, checkpoint: Checkpoint, masks: Masks, folder: Path) -> None:
+    """Write the weights of a reference as the checkpoint has them: projections that it packs are packed again."""
     zero_outside(model, checkpoint.config.family, masks)
+    separate = dict(model.named_parameters())
+    stored = checkpoint.load_model(torch.float32)
+    with torch.no_grad():
+        for name, parameter in stored.named_parameters():
+            _fill(parameter, name, separate, checkpoint.config)
     dtypes = {tensor.dtype for tensor in checkpoint.tensors.values()}
     if len(dtypes) == 1:
-        model.to(dtypes.pop())
-    model.save_pretrained(str(folder))
+        stored.to(dtypes.pop())
+    stored.save_pretrained(str(folder))
     for name in COPIED:
         if (checkpoint.directory / name).is_file():
             shutil.copyfile(checkpoint.directory / name, folder / name)
     masks.save(folder / "masks.safetensors", checkpoint.config)
+
+
+def _fill(parameter: Tensor, name: str, separate: Mapping[str, Tensor], config: DecoderConfig) -> None:
+    """Give the parameter `name` of a stored model the values of the projection, or projections, in it."""
+    for packed in config.family.packed:
+        block, found, kind = name.rpartition(f".{packed.module}.")
+        if found:
+            for part in packed.parts:
+                parameter[torch.from_numpy(rows(packed, part, config))] = separate[f"{block}.{part}.{kind}"]
+            return
+    parameter.copy_(separate[name])
 
 
 def _merged(name: str, weights: Mapping[str, Tensor], wrapped: Any) -> Tensor:

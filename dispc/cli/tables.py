@@ -154,6 +154,31 @@ def parity_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def latency_tables(report: Mapping[str, Any]) -> list[Table]:
+    """Times of both artifacts, and time by operator type; nothing where nothing was timed."""
+    from dispc.validate.report.report import LATENCY_COLUMNS, latency_cells
+
+    latency = report["latency"]
+    if latency is None:
+        return []
+    facts = f"{latency['threads']} threads, {latency['rounds']} runs behind {latency['warmup']}"
+    if latency["peak_bytes"]:
+        facts += f", peak memory {latency['peak_bytes'] / 2**20:,.0f} MiB"
+    facts += f", a copy moves {latency['copy_bytes_per_second'] / 1e9:.1f} GB/s"
+    times = Table(title=escape(f"Latency on {report['device']} ({latency['provider']}): {facts}"), title_justify="left")
+    for column in ("", "artifact", *LATENCY_COLUMNS):
+        times.add_column(column, justify="left" if column in ("", "artifact") else "right")
+    for row in latency["rows"]:
+        times.add_row(*latency_cells(row, latency))
+    gathers = 100 * latency["gather_scatter_share"]
+    operators = Table(title=f"Operators while decoding ({gathers:.1f} % Gather and Scatter)", title_justify="left")
+    for column in ("operator", "ms", "share"):
+        operators.add_column(column, justify="left" if column == "operator" else "right")
+    for row in latency["operators"]:
+        operators.add_row(row["operator"], f"{row['milliseconds']:.3f}", f"{100 * row['share']:.1f} %")
+    return [times, operators]
+
+
 def inspect_tables(facts: Mapping[str, Any], *, ops: bool = False) -> list[Table]:
     """Facts of the whole, widths per block, and operators where the graph is known; with `ops` those of each block."""
     tables = [facts_table({name: str(value) for name, value in facts["facts"].items()})]

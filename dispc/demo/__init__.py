@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from dispc import __version__
 from dispc.compiler import CompileOptions, compile_model, load_masks
 from dispc.demo.model import pruned_model, shipped_digest, shipped_masks, unpack_gguf
 from dispc.evaluate.perplexity import ArtifactScorer, logits_of, negative_log_likelihood
@@ -24,6 +23,7 @@ from dispc.plan import Quantisation, make_plan
 from dispc.runtime.generate import Sampler, generate_text
 from dispc.runtime.session import Artifact
 from dispc.support.errors import ArtifactError
+from dispc.support.version import __version__
 
 THREADS = 2
 PROMPT_TOKENS, TIMED_TOKENS, ROUNDS = 64, 16, 5

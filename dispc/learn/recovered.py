@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dispc import __version__
 from dispc.learn.adapter import ADAPTER, merge_adapter, save_adapter
 from dispc.learn.recovery_options import MARKER, RecoverOptions
 from dispc.manifest import COPIED
@@ -19,6 +18,7 @@ from dispc.model.packed import rows
 from dispc.reference.masked import load_reference, zero_outside
 from dispc.support.directories import staged_directory
 from dispc.support.files import write_json, write_text
+from dispc.support.version import __version__
 
 LORA = "lora_"
 

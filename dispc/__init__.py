@@ -47,7 +47,6 @@ HOMES = {
     "recover": "dispc.learn.recovery",
     "RecoverOptions": "dispc.learn.recovery_options",
     "apply_masks": "dispc.reference.in_place",
-    "apply_masks": "dispc.reference.in_place",
     "load_reference": "dispc.reference.masked",
     "Sampler": "dispc.runtime.generate",
     "generate_text": "dispc.runtime.generate",

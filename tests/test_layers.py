@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "learn": {"support", "facts", "reference", "runtime", "evaluate", "learn"},
     "inspect": {"support", "facts"},
     "compiler": LIBRARY,
-    "demo": {"compiler"} | LIBRARY - {"validate"},
+    "demo": {"compiler", "demo"} | LIBRARY - {"validate"},
     "cli": {"compiler", "demo", "cli"} | LIBRARY,
     "__main__": {"cli"},
 }

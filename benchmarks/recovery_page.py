@@ -52,14 +52,16 @@ def recovery_sections(report: Mapping[str, Any], short: Mapping[int, float], fol
         "Divergence from the dense model, KL(dense || model), nats a token, on 16 windows at the end of the text:", "",
         *table(("", *(f"{ratio} %" for ratio in RATIOS)), distances),
         "Adapters of rank 8 have 2.4 million weights, and give half and more of what all 106 million give. The masks, "
-        "and one of the adapters, ship with dispc. What a perplexity below the dense model's means is that WikiText was trained on too: "
+        "and one of the adapters, ship with dispc. What a perplexity below the dense model's means is that WikiText was "
+        "trained on too: "
         "the divergence tells how far the model is from it.", "",
         f"![perplexity against tokens]({PICTURE})", "",
         "The points are the sets that a run would have ended in, before its rate had fallen: a run planned for as many "
         "tokens ends lower.", "",
         "## Peers at equal parameters", "",
         "Perplexity on the first 16 windows of 1,024 tokens, the same share of the block parameters, one seed, no "
-        "recovery. Measured outside of this repository: SliceGPT by its authors' code at 6b12cde, FLAP's statistics at 3bb57db, "
+        "recovery. Measured outside of this repository: SliceGPT by its authors' code at 6b12cde, FLAP's statistics at "
+        "3bb57db, "
         "LLM-Pruner's criterion at 128a07d; the peers' statistics are from 4 k to 33 k tokens. They see less text "
         "because they learn nothing from more: DISP-LLM's answer to the same budget is learned, and takes minutes.", "",
         *table(("", "20 %", "30 %", "50 %"), [

@@ -52,7 +52,7 @@ def recovery_sections(report: Mapping[str, Any], short: Mapping[int, float], fol
         "Divergence from the dense model, KL(dense || model), nats a token, on 16 windows at the end of the text:", "",
         *table(("", *(f"{ratio} %" for ratio in RATIOS)), distances),
         "Adapters of rank 8 have 2.4 million weights, and give half and more of what all 106 million give. The masks, "
-        "and one of the adapters, ship with dispc. What a perplexity below the dense model's means is that WikiText was "
+        "and one of the adapters, ship with dispc. A perplexity below the dense model's means that WikiText was "
         "trained on too: "
         "the divergence tells how far the model is from it.", "",
         f"![perplexity against tokens]({PICTURE})", "",

@@ -61,6 +61,7 @@ def run_job(job: Job, work: Path, timeout: float, record: Callable[[Found], None
         for line in process.stdout:
             if line.startswith("{"):  # libraries may print too
                 found = json.loads(line)
+                found.pop("job", None)
                 record(found)
                 missing = [cell for cell in missing if not cell.items() <= found.items()]
         code = process.wait()

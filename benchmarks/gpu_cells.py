@@ -1,8 +1,9 @@
 """The measuring half of gpu.py: one model in one runtime, in a process of its own, since CUDA errors spoil a process.
 
-    .venv/bin/python benchmarks/gpu_cells.py JOB
+    .venv/bin/python benchmarks/gpu_cells.py JOB [JOB ...]
 
-JOB is the JSON of a `Job`. Prints a line of JSON about the device, then one for each cell as soon as it is done.
+JOB is the JSON of a `Job`. Prints a line of JSON about the device, then one for each cell as soon as it is done, each
+with the number of its job.
 """
 
 import fcntl
@@ -323,5 +324,7 @@ def _failure(error: Exception) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    for line in run_job(Job.from_json(sys.argv[1])):
-        print(json.dumps(line), flush=True)
+    for number, argument in enumerate(sys.argv[1:]):
+        for line in run_job(Job.from_json(argument)):
+            print(json.dumps({"job": number} | line), flush=True)
+        gc.collect()

@@ -78,21 +78,11 @@ class Run:
     def left(self) -> float:
         return max(0.0, self.end - time.monotonic())
 
-    def process(self, arguments: Sequence[str], what: Found, planned: Sequence[Found] = ()) -> None:
-        """Run a Python script of this folder until the stage ends; every line of JSON that it prints is recorded.
-
-        Planned lines that it does not print become errors with the end of what it said.
-        """
-        run_lines([sys.executable, *arguments], self.left, self.record, what, planned, self.work)
-
-    def artifact(self, name: str) -> Path | None:
-        """The prepared artifact, waited for; None when it failed or the stage ends first."""
-        while self.left and name not in self.failed:
-            if (path := self.preparation.find(name)) is not None:
-                return path
-            time.sleep(0.1)
-        self.record({"stage": "wait", "lowering": name, "error": "was not made" if self.left else "came too late"})
-        return None
+    def process(self, arguments: Sequence[str], what: Found) -> None:
+        """Run Python with these arguments until the stage ends; every line of JSON that it prints is recorded."""
+        error = run_lines([sys.executable, *arguments], self.left, lambda found: self.record(what | found), self.work)
+        if error:
+            self.record(what | {"error": error})
 
     def job(self, runtimes: Sequence[str], cells: Sequence[Cell], *, pruned: bool, **changes: Any) -> Job:
         masks, reference = str(self.preparation.masks), self.work / f"reference-{int(pruned)}.npy"
@@ -102,39 +92,72 @@ class Run:
             cells=tuple(cells), rounds=self.rounds, calls=10, **options | changes,
         )  # fmt: skip
 
-    def measure(self, job: Job, lowering: str | None) -> None:
-        """Run a job of gpu_cells.py."""
-        pruned = round(100 * PRUNED) if job.masks else 0
-        where: Found = {"shape": self.preparation.shape, "pruned": pruned, "lowering": lowering}
-        planned = [{"runtime": runtime} | asdict(cell) for runtime, cell in job.planned()]
-        self.process([str(HERE / "gpu_cells.py"), json.dumps(asdict(job))], where, planned)
+    def measure(self, jobs: Sequence[tuple[Job, str | None]]) -> None:
+        """Run jobs of gpu_cells.py, each with the name of its lowering, in one process.
+
+        A CUDA error spoils a process: what a process that dies has not measured is tried in another one, but for the
+        job that it died of.
+        """
+        pending = list(jobs)
+        while pending:
+            begun = self._measure(pending)
+            pending = pending[begun + 1 :] if self.left else []
+
+    def _measure(self, jobs: Sequence[tuple[Job, str | None]]) -> int:
+        """One process; the number of the last job that it has begun. Cells of that job that are missing are errors."""
+        wheres: list[Found] = []
+        for job, lowering in jobs:
+            pruned = round(100 * PRUNED) if job.masks else 0
+            wheres.append({"shape": self.preparation.shape, "pruned": pruned, "lowering": lowering})
+        measured: list[list[Found]] = [[] for _ in jobs]
+        begun = 0
+
+        def note(found: Found) -> None:
+            nonlocal begun
+            begun = max(begun, found.pop("job", begun))
+            measured[begun].append(found)
+            self.record(wheres[begun] | found)
+
+        arguments = [json.dumps(asdict(job)) for job, _ in jobs]
+        error = run_lines([sys.executable, str(HERE / "gpu_cells.py"), *arguments], self.left, note, self.work)
+        for runtime, cell in jobs[begun][0].planned():
+            planned = {"runtime": runtime} | asdict(cell)
+            if not any(planned.items() <= found.items() for found in measured[begun]):
+                self.record(wheres[begun] | planned | {"error": error or "not measured"})
+        return begun
 
     def measure_artifacts(self, names: Sequence[str], cells: Sequence[Cell]) -> None:
-        for name in names:
-            variant, path = VARIANTS[name], self.artifact(name)
-            if path is not None:
-                changes: dict[str, Any] = {"artifact": str(path)} | ({"reference": None} if variant.bits else {})
-                runtimes = ONNX_RUNTIME[self.device]
-                self.measure(self.job(runtimes, cells, pruned=variant.pruned, **changes), name)
+        """Measure prepared artifacts, those that are finished first, and wait for the others."""
+        waiting = list(names)
+        while waiting and self.left:
+            ready = [name for name in waiting if self.preparation.find(name) is not None]
+            waiting = [name for name in waiting if name not in ready and name not in self.failed]
+            self.measure([(self._artifact_job(name, cells), name) for name in ready])
+            if not ready:
+                time.sleep(0.1)
+        for name in waiting:
+            self.record({"stage": "wait", "lowering": name, "error": "came too late"})
+
+    def _artifact_job(self, name: str, cells: Sequence[Cell]) -> Job:
+        changes: dict[str, Any] = {"artifact": str(self.preparation.find(name))}
+        if VARIANTS[name].bits:  # no reference has the same rounded weights: the stage "right" judges int4
+            changes["reference"] = None
+        return self.job(ONNX_RUNTIME[self.device], cells, pruned=VARIANTS[name].pruned, **changes)
 
     @property
     def decoding(self) -> Cell:
         return Cell(phase="decode", batch=1, tokens=self.past)
 
 
-def run_lines(
-    command: Sequence[str], seconds: float, record: Callable[[Found], None], what: Found,
-    planned: Sequence[Found], work: Path,
-) -> None:  # fmt: skip
-    """Run a command for at most so many seconds and record each line of JSON that it prints, with `what` added.
+def run_lines(command: Sequence[str], seconds: float, record: Callable[[Found], None], work: Path) -> str:
+    """Run a command for at most so many seconds and record each line of JSON that it prints.
 
-    It gets a process group of its own, which is killed as a whole when the time is up.
+    It gets a process group of its own, which is killed as a whole when the time is up. Returns what went wrong, with
+    the end of what it said; nothing when it ended with 0.
     """
     if seconds <= 0:
-        record(what | {"error": "no time was left for it"})
-        return
+        return "no time was left for it"
     log = work / f"stderr-{threading.get_ident()}.txt"
-    missing = list(planned)
     with (
         log.open("w") as errors,
         subprocess.Popen(
@@ -145,19 +168,16 @@ def run_lines(
         timer.start()
         assert process.stdout is not None
         for line in process.stdout:
-            found = _parsed(line)
-            if found is not None:
-                record(what | found)
-                missing = [cell for cell in missing if not cell.items() <= found.items()]
+            if (found := _parsed(line)) is not None:
+                record(found)
         code = process.wait()
         timed_out = timer.finished.is_set()
         timer.cancel()
-    if code or missing:
-        lines = log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:] or ["nothing on stderr"]
-        ended = f"stopped after {seconds:.0f} s" if timed_out else f"ended with {code}"
-        error = f"the process {ended}: {' | '.join(line.strip()[:200] for line in lines)}"
-        for cell in missing or [{}]:
-            record(what | cell | {"error": error})
+    if code == 0:
+        return ""
+    lines = log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:] or ["nothing on stderr"]
+    ended = f"stopped after {seconds:.0f} s" if timed_out else f"ended with {code}"
+    return f"the process {ended}: {' | '.join(line.strip()[:200] for line in lines)}"
 
 
 def _parsed(line: str) -> Found | None:
@@ -208,8 +228,7 @@ def fast(run: Run) -> None:
     """Eager PyTorch first: its logits are what the others are held to."""
     while run.left and not run.preparation.masks.is_file():
         time.sleep(0.1)
-    for pruned in (False, True):
-        run.measure(run.job([EAGER], [run.decoding], pruned=pruned), None)
+    run.measure([(run.job([EAGER], [run.decoding], pruned=pruned), None) for pruned in (False, True)])
     run.measure_artifacts(
         ("dense", "inverse-gather", "canonical", "inverse-gather, align 1", "inverse-gather, align 64"), [run.decoding]
     )
@@ -219,7 +238,7 @@ def paper(run: Run) -> None:
     """Both compile at the same time, on the CPU; what is timed is timed alone."""
     turns = run.work / "turns"
     jobs = [run.job([COMPILED], [run.decoding], pruned=pruned, turns=str(turns)) for pruned in (False, True)]
-    threads = [threading.Thread(target=run.measure, args=[job, None]) for job in jobs]
+    threads = [threading.Thread(target=run.measure, args=[[(job, None)]]) for job in jobs]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -235,8 +254,7 @@ def batches(run: Run) -> None:
         Cell(phase="decode", batch=run.batch, tokens=run.past),
         Cell(phase="prefill", batch=1, tokens=run.prefill),
     ]
-    for pruned in (False, True):
-        run.measure(run.job([EAGER], cells, pruned=pruned), None)
+    run.measure([(run.job([EAGER], cells, pruned=pruned), None) for pruned in (False, True)])
     run.measure_artifacts(("dense", "inverse-gather"), cells)
 
 
@@ -341,7 +359,7 @@ def main(
     work.mkdir(parents=True)
     preparation = Preparation(
         shape="tiny" if smoke else "llama-2-7b", target="onnx-cpu" if smoke else "onnx-cuda",
-        folders=tuple(folders.split(",")), variants=tuple(VARIANTS), workers=2 if smoke else 6,
+        folders=tuple(folders.split(",")), variants=tuple(VARIANTS), workers=2 if smoke else 9,
     )  # fmt: skip
     result: Found = {"benchmark": "gpu_minutes", "smoke": smoke, "environment": environment(), "device": {}}
     result |= {"dtype": "float32" if smoke else "float16", "cells": [], "rows": [], "stages": [], "goals": {}}

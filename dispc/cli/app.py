@@ -84,7 +84,7 @@ def compile(
     """
     from dispc.cli.tables import compile_progress, compile_tables, parity_table
     from dispc.compiler import CompileOptions, ParityFailure, compile_model
-    from dispc.quantisation import make_quantisation
+    from dispc.plan import make_quantisation
 
     quantisation = make_quantisation(
         quantize, target, block_size=block_size, asymmetric=asymmetric, head=quantize_head,

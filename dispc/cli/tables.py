@@ -19,11 +19,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dispc.manifest import MIB, summary
 from dispc.masks import SETS
-from dispc.quantisation import Quantisation
 from dispc.support.files import json_text
 
-MIB = 2**20
 out = Console(emoji=False)
 err = Console(stderr=True, emoji=False)
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -132,22 +131,6 @@ def compile_tables(manifest: Mapping[str, Any]) -> list[Table]:
             times.add_row(name, f"{found['one_token']:.3f}", f"{found['first_token']:.2f}")
         tables.append(times)
     return tables
-
-
-def summary(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """The facts of an artifact, in words."""
-    blocks = manifest["block_parameters"]
-    quantisation = manifest.get("quantisation")
-    lowering, shares = manifest["lowering"], f"{100 * blocks['kept'] / blocks['dense']:.1f} %"
-    return {
-        "block parameters": f"{blocks['kept']:,} of {blocks['dense']:,} ({shares})",
-        "bytes": f"{manifest['bytes'] / MIB:,.1f} MiB",
-        "nodes": str(manifest["nodes"]),
-        "attention": f"{manifest['attention']}, padding {manifest['padding']}",
-        "norm scope": manifest["norm_scope"],
-        "lowering": f"{lowering['name']} ({lowering['reason']})",
-        "quantised": str(Quantisation(**quantisation)) if quantisation else "no",
-    }
 
 
 def facts_table(facts: Mapping[str, str]) -> Table:

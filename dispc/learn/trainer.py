@@ -25,6 +25,7 @@ from dispc.learn.objective import GatedModel
 from dispc.learn.options import LearnOptions
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.published import open_checkpoint
 from dispc.model.text import Tokens, batch, load_tokens, source_name, windows
 from dispc.reference.masked import load_reference
 from dispc.support.errors import Interrupted, LearnError, first_line
@@ -47,7 +48,7 @@ def learn(options: LearnOptions, progress: Progress = lambda record, steps: None
         DispcError: when an input is unusable, the budget cannot be met, or the loss is no number.
         Interrupted: when a signal ended the run, which is saved.
     """
-    checkpoint = Checkpoint(options.model)
+    checkpoint = open_checkpoint(options.model)
     budget = block_budget(checkpoint, options.pruning_ratio, options.ratio_of)
     length = options.sequence_length
     if length > checkpoint.config.max_positions:
@@ -123,7 +124,7 @@ class Trainer:
         cuda = processes.device.type == "cuda"
         assert options.precision is not None, "options are settled before a trainer has them"
         precision = DTYPES[options.precision]
-        model = load_reference(options.model, self.config.family, None, precision if cuda else torch.float32)
+        model = load_reference(checkpoint, None, precision if cuda else torch.float32)
         self.gated = GatedModel(
             model,
             self.config,

@@ -211,8 +211,8 @@ def main(
             result.setdefault("skipped_shapes", []).append(shape)
             continue
         job = Job(
-            model=str(work / shape), masks=None, artifact=None, reference=str(work / "reference.npy"), runtimes=PYTORCH,
-            device=device, dtype=dtype, cells=tuple(planned), rounds=rounds, calls=calls,
+            model=str(work / shape), masks=None, artifact=None, reference=str(work / "reference.npy"),
+            runtimes=PYTORCH[device], device=device, dtype=dtype, cells=tuple(planned), rounds=rounds, calls=calls,
         )  # fmt: skip
         run_shape(shape, sorted(numbers(pruned)), lowerings.split(","), target, job, work, timeout, record)
 

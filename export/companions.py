@@ -36,6 +36,8 @@ def genai_config(checkpoint: Checkpoint, plan: Plan, cache_layers: int, inputs: 
     caches = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
     presents = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
     cuda = {"enable_cuda_graph": "1"} if plan.cuda_graph else {}
+    if plan.dtype == "float32":
+        cuda["use_tf32"] = "0"  # ONNX Runtime's default rounds what it multiplies to 10 bits of mantissa
     provider_options: list[dict[str, Any]] = [{"cuda": cuda}] if plan.target.provider == "CUDAExecutionProvider" else []
     return {
         "model": {

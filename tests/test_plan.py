@@ -18,6 +18,7 @@ from dispc.support.errors import CompileError
 
 INT4 = Quantisation(bits=4, block_size=32, symmetric=True, head=False, embedding=False)
 CUDA_GRAPH, NO_CUDA_GRAPH = [{"cuda": {"enable_cuda_graph": "1"}}], [{"cuda": {}}]
+NO_TF32 = [{"cuda": {"use_tf32": "0"}}]
 RUNTIME: dict[tuple[str, str, str, bool], tuple[bool, list[Any]]] = {
     ("onnx-cuda", "float16", "right", True): (True, CUDA_GRAPH),
     ("onnx-cuda", "float16", "right", False): (True, NO_CUDA_GRAPH),
@@ -27,8 +28,8 @@ RUNTIME: dict[tuple[str, str, str, bool], tuple[bool, list[Any]]] = {
     ("onnx-cuda", "bfloat16", "right", False): (True, NO_CUDA_GRAPH),
     ("onnx-cuda", "bfloat16", "left", True): (False, NO_CUDA_GRAPH),
     ("onnx-cuda", "bfloat16", "left", False): (False, NO_CUDA_GRAPH),
-    ("onnx-cuda", "float32", "left", True): (False, NO_CUDA_GRAPH),
-    ("onnx-cuda", "float32", "left", False): (False, NO_CUDA_GRAPH),
+    ("onnx-cuda", "float32", "left", True): (False, NO_TF32),
+    ("onnx-cuda", "float32", "left", False): (False, NO_TF32),
     ("onnx-cpu", "float32", "right", True): (True, []),
     ("onnx-cpu", "float32", "right", False): (True, []),
     ("onnx-cpu", "float32", "left", True): (False, []),

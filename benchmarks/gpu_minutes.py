@@ -95,6 +95,7 @@ def main(
     data: Annotated[Path | None, typer.Option(help="Text, for learning.")] = None,
     folders: Annotated[str, typer.Option(help="Folders for the 7B shape: 70 GB together.")] = str(WORK / "gpu"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the result goes.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that make or judge artifacts at the same time.")] = 8,
     reuse: Annotated[bool, typer.Option("--reuse", help="Keep what an earlier run prepared in --folders.")] = False,
     smoke: Annotated[bool, typer.Option(help="Tiny models on the CPU: does it run?")] = False,
 ) -> None:
@@ -107,7 +108,7 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     preparation = Preparation(
         shape="tiny" if smoke else "llama-2-7b", target="onnx-cpu" if smoke else "onnx-cuda",
-        folders=tuple(folders.split(",")), variants=tuple(VARIANTS), workers=2 if smoke else 9,
+        folders=tuple(folders.split(",")), variants=tuple(VARIANTS), workers=2 if smoke else workers,
     )  # fmt: skip
     result: Found = {"benchmark": "gpu_minutes", "smoke": smoke, "environment": environment(), "device": {}}
     result |= {"dtype": "float32" if smoke else "float16", "cells": [], "rows": [], "stages": [], "goals": {}}
@@ -127,7 +128,7 @@ def main(
 
     run = Run(
         device="cpu" if smoke else "cuda", dtype=result["dtype"], preparation=preparation, prepared=prepared,
-        workers=2 if smoke else 6, model=model, data=data, work=work, record=record, rounds=1 if smoke else 5,
+        workers=2 if smoke else workers, model=model, data=data, work=work, record=record, rounds=1 if smoke else 5,
         past=8 if smoke else 512, prefill=16 if smoke else 2048, batch=2 if smoke else 8,
     )  # fmt: skip
     chosen = [stage for stage in STAGES if stage.name in stages.split(",")]

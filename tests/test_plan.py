@@ -53,9 +53,9 @@ def test_runtimes_share_buffers_and_capture_graphs_where_the_graph_allows_it_and
                 plan = make_plan(target.name, Choices(dtype=dtype, padding=padding, cuda_graph=allowed))
             except CompileError:
                 continue
-            config = genai_config(
-                checkpoint, plan, 3, [], PROVIDERS[plan.target.provider].genai_options(graph=plan.cuda_graph)
-            )
+            provider = PROVIDERS[plan.target.provider]
+            told = provider.genai_options(graph=plan.cuda_graph, dtype=plan.dtype)
+            config = genai_config(checkpoint, plan, 3, [], told)
             provider_options = config["model"]["decoder"]["session_options"]["provider_options"]
             found[target.name, dtype, padding, allowed] = (
                 config["search"]["past_present_share_buffer"], provider_options

@@ -41,6 +41,12 @@ def require_comparable(artifact: Path, dense: Path) -> None:
             raise ArtifactError(f"{dense}: {what}, unlike {artifact}; --build-dense compiles the right one")
 
 
+def spell_pass(name: str, options: Mapping[str, object]) -> str:
+    """A pass in a line of passes: its name, and its options in braces where it has some."""
+    spelled = " ".join(f"{key}={str(value).lower()}" for key, value in options.items())
+    return f"{name}{{{spelled}}}" if spelled else name
+
+
 def read_manifest(artifact: Path) -> dict[str, Any]:
     """The dispc.json of an artifact.
 

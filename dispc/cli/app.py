@@ -16,6 +16,7 @@ from dispc.cli import learning as cli_learn
 from dispc.cli import recovering as cli_recover
 from dispc.cli.tables import JsonFlag, err, out, print_error, print_json
 from dispc.support.errors import DispcError, Interrupted, first_line
+from dispc.support.printable import printable
 from dispc.support.signals import ENDING
 
 app = typer.Typer(
@@ -141,8 +142,9 @@ def generate(
     if as_json:
         print_json({"prompt": prompt, "text": "".join(pieces)})
         return
+    spell = printable if sys.stdout.isatty() else str
     for piece in pieces:
-        typer.echo(piece, nl=False)  # not through rich, which replaces tabs and names of emoji
+        typer.echo(spell(piece), nl=False)  # not through rich, which replaces tabs and names of emoji
     typer.echo()
 
 

@@ -204,11 +204,11 @@ def evaluate(
         record=record, json_file=json_file,
     )  # fmt: skip
     collect_garbage()
+    report = run_evaluation(options, lambda what: count_progress(err, what))
     unused = path / "masks.safetensors"
     if masks is None and unused.is_file() and not (path / MANIFEST).is_file():
         note = f"note: judged is the dense model; --masks {unused} judges what those leave"
         err.print(escape(note), highlight=False, soft_wrap=True)
-    report = run_evaluation(options, lambda what: count_progress(err, what))
     if as_json:
         print_json(report)
     else:

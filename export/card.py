@@ -17,6 +17,7 @@ from dispc.plan import TARGETS, Quantisation
 from dispc.support.errors import DispcError
 from dispc.support.files import write_text
 from dispc.support.inputs import JSON_BYTES, regular
+from dispc.support.printable import printable
 
 CARRIED = ("license", "license_name", "license_link", "language")
 """What the front matter of the base model's card says that is true of the artifact as well."""
@@ -221,4 +222,4 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 def _cell(content: object) -> str:
     """Text that stays inside its cell and shows as it is."""
-    return " ".join(str(content).split()).translate(ENTITIES)
+    return " ".join(printable(str(content)).split()).translate(ENTITIES)

@@ -250,6 +250,11 @@ def main() -> None:
             message = f"{error.filename or 'input or output'}: {error.strerror or error}"
         print_error(message)
         sys.exit(2)
+    except MemoryError as error:
+        if debug:
+            raise
+        print_error(f"there is not enough memory ({first_line(error)})")
+        sys.exit(2)
     except Exception as error:
         if debug:
             raise

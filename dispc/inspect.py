@@ -11,6 +11,7 @@ import onnx
 from dispc.manifest import MANIFEST, read_manifest, summary
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.published import open_checkpoint
+from dispc.support.dtypes import name_of
 from dispc.support.errors import DispcError
 from dispc.support.graph import read_graph
 
@@ -93,7 +94,7 @@ def _model(path: Path) -> dict[str, Any]:
     tensors = checkpoint.stored.values()
     masks = checkpoint.own_masks
     widths, full = ([], {}) if masks is None else _widths(masks)
-    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+    dtypes = Counter(name_of(tensor.dtype) for tensor in tensors)
     return {
         "kind": "model",
         "facts": {

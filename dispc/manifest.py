@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dispc.plan import Quantisation
+from dispc.support.dtypes import ARTIFACT_DTYPES
 from dispc.support.errors import ArtifactError
 from dispc.support.inputs import read_object
 
@@ -22,7 +23,6 @@ FIELDS: dict[str, type] = {
 }  # fmt: skip
 """What every manifest holds, among others; a dot leads into an object."""
 MIB = 2**20
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 COMPARABLE = ("config_sha256", "target", "dtype", "padding", "quantisation", "logits", "align", "fusions")
@@ -41,6 +41,12 @@ def require_comparable(artifact: Path, dense: Path) -> None:
             raise ArtifactError(f"{dense}: {what}, unlike {artifact}; --build-dense compiles the right one")
 
 
+def spell_pass(name: str, options: Mapping[str, object]) -> str:
+    """A pass in a line of passes: its name, and its options in braces where it has some."""
+    spelled = " ".join(f"{key}={str(value).lower()}" for key, value in options.items())
+    return f"{name}{{{spelled}}}" if spelled else name
+
+
 def read_manifest(artifact: Path) -> dict[str, Any]:
     """The dispc.json of an artifact.
 
@@ -57,7 +63,7 @@ def read_manifest(artifact: Path) -> dict[str, Any]:
     for name, kind in FIELDS.items():
         if not isinstance(_field(content, name), kind):
             raise ArtifactError(f"{path}: {name} is missing or malformed")
-    if content["dtype"] not in DTYPES:
+    if content["dtype"] not in ARTIFACT_DTYPES:
         raise ArtifactError(f"{path}: unknown dtype {content['dtype']!r}")
     return content
 

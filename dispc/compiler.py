@@ -20,6 +20,7 @@ from dispc.manifest import MANIFEST
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.weights import surface_weight_errors
+from dispc.passes.common.versions import needs
 from dispc.passes.pipeline import PassRecord, build_pipeline, pipeline_line, run_pipeline
 from dispc.plan import Choices, Plan, make_plan
 from dispc.runtime.tune import tune
@@ -199,6 +200,7 @@ def describe(
         "cache_layers": sum(block.attention.alive for block in masks.blocks),
         "widths": [{name: len(indices) for name, indices in block.sets().items()} for block in masks.blocks],
         "nodes": model.graph.num_nodes(),
+        "needs": needs(model),
         "passes": [asdict(record) for record in records],
     }
 

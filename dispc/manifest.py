@@ -1,6 +1,7 @@
 """dispc.json: what an artifact says about itself. Its presence is what makes a directory an artifact."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ def require_comparable(artifact: Path, dense: Path) -> None:
         if ours.get(name) != theirs.get(name):
             what = "was compiled from another model" if name == "config_sha256" else f"has {name} {theirs.get(name)}"
             raise ArtifactError(f"{dense}: {what}, unlike {artifact}; --build-dense compiles the right one")
+
+
+def needed_versions(manifest: Mapping[str, Any]) -> str:
+    """Which ONNX Runtime an artifact needs, in words; those compiled before dispc said so need 1.24."""
+    needs = manifest.get("needs") or {"onnxruntime": "1.24", "opset": 23}
+    return f"ONNX Runtime {needs['onnxruntime']} or newer (opset {needs['opset']})"
 
 
 def read_manifest(artifact: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from dispc.manifest import needed_versions
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.plan import TARGETS
@@ -111,6 +112,7 @@ def write_card(checkpoint: Checkpoint, masks: Masks, manifest: Mapping[str, Any]
         "positions": f"{manifest['positions']:,}",
         "block parameters kept": f"{blocks['kept']:,} of {blocks['dense']:,} ({share})",
         "size of model.onnx and its data": f"{manifest['bytes']:,} bytes",
+        "runs in": needed_versions(manifest),
     }
     if manifest["quantisation"]:
         facts["quantised"] = str(Quantisation(**manifest["quantisation"]))

@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dispc.manifest import needed_versions
 from dispc.masks import SETS
 from dispc.quantisation import Quantisation
 from dispc.support.files import json_text
@@ -147,6 +148,7 @@ def summary(manifest: Mapping[str, Any]) -> dict[str, str]:
         "norm scope": manifest["norm_scope"],
         "lowering": f"{lowering['name']} ({lowering['reason']})",
         "quantised": str(Quantisation(**quantisation)) if quantisation else "no",
+        "runs in": needed_versions(manifest),
     }
 
 

@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from dispc.manifest import COPIED
 from dispc.model.checkpoint import Checkpoint
+from dispc.support.checker import check_model
 from dispc.support.errors import first_line
 from dispc.support.graph import MICROSOFT
 from dispc.validate.report.report import Check
@@ -24,7 +25,7 @@ ONNX_RUNTIME = {"", MICROSOFT}
 def judge_file(path: Path, target: str) -> Check:
     """onnx.checker with full shape inference, and no operator from a domain that the target's runtimes lack."""
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        check_model(path)
         model = onnx.load(path, load_external_data=False)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, DecodeError) as error:
         return Check.failed("onnx.checker", "static", f"refuses the model: {first_line(error)}")

@@ -75,10 +75,10 @@ MASKS = """
 import sys
 from pathlib import Path
 
-from dispc.model.checkpoint import Checkpoint
+from dispc.model.published import open_checkpoint
 from dispc.masks import Masks
 
-config = Checkpoint(Path(sys.argv[1])).config
+config = open_checkpoint(Path(sys.argv[1])).config
 wanted = config.block_parameters * config.num_hidden_layers / 2
 draws = [Masks.random(config, percent / 100, seed) for percent in range(40, 70) for seed in (0, 1)]
 best = min(draws, key=lambda masks: abs(masks.kept_parameters(config) - wanted))

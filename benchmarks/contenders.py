@@ -19,8 +19,8 @@ from shapes import SHAPES
 
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
-from dispc.plan import TARGETS
-from dispc.quantisation import make_quantisation
+from dispc.model.published import open_checkpoint
+from dispc.plan import TARGETS, make_quantisation
 from dispc.runtime.memory import available_memory
 from dispc.validate.checks.parity import LIMITS, logit_error
 
@@ -116,7 +116,7 @@ def prepare(
         BenchmarkError: when memory is short, or two models that should compute the same do not.
     """
     torch.set_num_threads(threads)
-    checkpoint = Checkpoint(model)
+    checkpoint = open_checkpoint(model)
     if masks is None:
         masks = work / "masks.safetensors"
         make_masks(model, masks)

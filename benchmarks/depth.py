@@ -35,12 +35,12 @@ def measure(directory: Path) -> dict[str, Any]:
 
     from dispc.export.trace import trace
     from dispc.masks import Masks
-    from dispc.model.checkpoint import Checkpoint
+    from dispc.model.published import open_checkpoint
     from dispc.passes.pipeline import build_pipeline, run_pipeline
     from dispc.plan import make_plan
 
     imported = time.perf_counter()
-    masks = Masks.random(Checkpoint(directory).config, 0.5, 0)  # also warms the import of AutoConfig
+    masks = Masks.random(open_checkpoint(directory).config, 0.5, 0)  # also warms the import of AutoConfig
     result: dict[str, Any] = {"import": imported - start, "masks": time.perf_counter() - imported}
     plan = make_plan("onnx-cuda")
     for suffix in ("", "_again"):
@@ -48,7 +48,7 @@ def measure(directory: Path) -> dict[str, Any]:
             gc.collect()
             gc.freeze()
         begin = time.perf_counter()
-        checkpoint = Checkpoint(directory)
+        checkpoint = open_checkpoint(directory)
         model = trace(checkpoint, getattr(torch, plan.dtype))
         traced = time.perf_counter()
         records = run_pipeline(model, build_pipeline(plan, checkpoint, masks))

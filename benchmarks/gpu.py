@@ -37,7 +37,7 @@ from machine import environment
 from make_checkpoint import make_checkpoint
 from shapes import SHAPES
 
-from dispc.model.checkpoint import Checkpoint
+from dispc.model.published import open_checkpoint
 from dispc.plan import Lowering
 from dispc.support.errors import first_line
 
@@ -137,7 +137,7 @@ def run_shape(
     """Every model of a shape in every runtime; `job` says what is the same for all of them."""
     model = Path(job.model)
     make_checkpoint(model, shape)
-    config = Checkpoint(model).config
+    config = open_checkpoint(model).config
     for percent in percents:
         where: Found = {"shape": shape, "pruned": percent, "lowering": None, "kept": 1.0}
         masks = None

@@ -26,6 +26,7 @@ from machine import graphics_cards
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import DecoderConfig
+from dispc.model.published import open_checkpoint
 from dispc.validate.checks.parity import LIMITS, logit_error
 
 EAGER, COMPILED, ORT, CUDA_GRAPH = "PyTorch", "PyTorch compiled", "ORT", "ORT, CUDA graph"
@@ -292,7 +293,7 @@ def run_job(job: Job) -> Iterator[dict[str, Any]]:
         torch.set_num_threads(1)
     yield describe_device(job.device)
     release_memory(job.device)
-    checkpoint = Checkpoint(Path(job.model))
+    checkpoint = open_checkpoint(Path(job.model))
     config = checkpoint.config
     models = open_models(job, checkpoint)
     for runtime in job.runtimes:

@@ -25,7 +25,7 @@ from dispc.learn.distributed import Processes
 from dispc.learn.objective import next_token_loss
 from dispc.learn.options import LearnOptions
 from dispc.learn.trainer import DTYPES, Trainer
-from dispc.model.checkpoint import Checkpoint
+from dispc.model.published import open_checkpoint
 from dispc.reference.masked import load_reference
 
 GOAL = 1.15
@@ -40,7 +40,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the result goes.")] = None,
 ) -> None:
     """Ratio of a learning step to the dense model's forward and backward pass."""
-    checkpoint = Checkpoint(model)
+    checkpoint = open_checkpoint(model)
     processes = Processes.join(device)
     cuda = processes.device.type == "cuda"
     ids = torch.from_numpy(
@@ -58,7 +58,7 @@ def main(
         ).settled(processes.device)  # fmt: skip
         precision = str(options.precision)
         trainer = Trainer(options, checkpoint, block_budget(checkpoint, 0.5, "blocks"), processes)
-        dense = load_reference(model, checkpoint.config.family, None, DTYPES[precision])
+        dense = load_reference(checkpoint, None, DTYPES[precision])
         dense.requires_grad_(False).to(processes.device)
 
         def dense_step() -> None:

@@ -25,7 +25,7 @@ from results_page import write_page
 
 from dispc.learn.estimator import OFFSET
 from dispc.masks import Masks
-from dispc.model.checkpoint import Checkpoint
+from dispc.model.published import open_checkpoint
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "learned"
 METHODS: dict[str, tuple[str, ...]] = {
@@ -195,7 +195,7 @@ def circumstances(compiled: bool) -> dict[str, Any]:
 
 def read_record(results: Path, cell: Cell, masks: Path | None, model: Path) -> dict[str, Any]:
     """What is known of a cell: its JSON file, if that is of this model and these masks, or a new record."""
-    weights = Checkpoint(model).weights_sha256
+    weights = open_checkpoint(model).weights_sha256
     file, stored = results / f"{cell.name}.json", results / f"{cell.name}.safetensors"
     same = masks is None or (stored.exists() and Masks.load(stored).sha256() == Masks.load(masks).sha256())
     if same and file.exists():

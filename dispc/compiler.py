@@ -15,15 +15,17 @@ from dispc import __version__
 from dispc.export.card import write_card
 from dispc.export.companions import write_companions
 from dispc.export.trace import trace
-from dispc.export.write import check_file, check_output, save_model, staged_directory
+from dispc.export.write import check_file, save_model
 from dispc.manifest import MANIFEST
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.published import open_checkpoint
 from dispc.model.weights import surface_weight_errors
 from dispc.passes.common.versions import needs
 from dispc.passes.pipeline import PassRecord, build_pipeline, pipeline_line, run_pipeline
 from dispc.plan import Choices, Plan, make_plan
 from dispc.runtime.tune import tune
+from dispc.support.directories import check_output, staged_directory
 from dispc.support.errors import ArtifactError, CompileError
 from dispc.support.files import write_json
 
@@ -72,7 +74,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
     for path in (options.model, options.masks, options.dump_ir):
         if path and path.resolve().is_relative_to(options.output.resolve()):
             raise ArtifactError(f"{path}: lies in {options.output}, which would be replaced; choose another -o")
-    checkpoint = Checkpoint(options.model)
+    checkpoint = open_checkpoint(options.model)
     plan = make_plan(options.target, options)
     masks = load_masks(checkpoint, options)
     tuned: dict[str, Any] = {}
@@ -162,8 +164,8 @@ def load_masks(checkpoint: Checkpoint, options: CompileOptions) -> Masks:
         if options.masks:
             raise CompileError("--dense and --masks exclude each other")
         return Masks.dense(checkpoint.config)
-    if options.masks is None and checkpoint.published_masks is not None:
-        return checkpoint.published_masks
+    if options.masks is None and checkpoint.own_masks is not None:
+        return checkpoint.own_masks
     path = options.masks or options.model / "masks.safetensors"
     masks = Masks.load(path)
     masks.check(checkpoint.config, path)

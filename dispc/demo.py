@@ -17,7 +17,7 @@ import numpy as np
 from dispc import __version__
 from dispc.compiler import CompileOptions, compile_model, load_masks
 from dispc.manifest import MANIFEST, read_manifest
-from dispc.model.checkpoint import Checkpoint
+from dispc.model.published import open_checkpoint
 from dispc.passes.pipeline import build_pipeline
 from dispc.plan import make_plan
 from dispc.runtime.generate import Sampler, generate_text
@@ -165,7 +165,7 @@ def _same(artifact: Path, options: CompileOptions) -> bool:
         manifest = read_manifest(artifact)
     except ArtifactError:
         return False
-    checkpoint = Checkpoint(options.model)
+    checkpoint = open_checkpoint(options.model)
     masks = load_masks(checkpoint, options)
     passes = [one.name for one in build_pipeline(make_plan(options.target, options), checkpoint, masks)]
     made = [record["name"] for record in manifest.get("passes", [])]

@@ -9,10 +9,9 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from dispc.cli.tables import summary
-from dispc.manifest import MANIFEST, read_manifest
+from dispc.manifest import MANIFEST, read_manifest, summary
 from dispc.masks import SETS, Masks, set_width
-from dispc.model.checkpoint import Checkpoint
+from dispc.model.published import open_checkpoint
 from dispc.support.errors import ArtifactError, DispcError
 
 
@@ -39,7 +38,7 @@ def masks_of(path: Path) -> Masks:
     """
     if (path / MANIFEST).is_file() or not (path / "config.json").is_file():
         return Masks.load(path / "masks.safetensors" if path.is_dir() else path)
-    return Checkpoint(path).published_masks or Masks.load(path / "masks.safetensors")
+    return open_checkpoint(path).own_masks or Masks.load(path / "masks.safetensors")
 
 
 def _masks(path: Path) -> dict[str, Any]:
@@ -94,10 +93,10 @@ def _block_operators(graph: onnx.GraphProto, blocks: int) -> list[dict[str, int]
 
 
 def _model(path: Path) -> dict[str, Any]:
-    checkpoint = Checkpoint(path)
+    checkpoint = open_checkpoint(path)
     config = checkpoint.config
     tensors = checkpoint.stored.values()
-    masks = checkpoint.published_masks
+    masks = checkpoint.own_masks
     widths, full = ([], {}) if masks is None else _widths(masks)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
     return {

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dispc.plan import Quantisation
 from dispc.support.errors import ArtifactError
 
 MANIFEST = "dispc.json"
@@ -20,6 +21,7 @@ FIELDS: dict[str, type] = {
     "config_sha256": str, "block_parameters.dense": int, "block_parameters.kept": int, "bytes": int, "nodes": int,
 }  # fmt: skip
 """What every manifest holds, among others; a dot leads into an object."""
+MIB = 2**20
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -66,6 +68,23 @@ def read_manifest(artifact: Path) -> dict[str, Any]:
     if content["dtype"] not in DTYPES:
         raise ArtifactError(f"{path}: unknown dtype {content['dtype']!r}")
     return content
+
+
+def summary(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The facts of an artifact, in words."""
+    blocks = manifest["block_parameters"]
+    quantisation = manifest.get("quantisation")
+    lowering, shares = manifest["lowering"], f"{100 * blocks['kept'] / blocks['dense']:.1f} %"
+    return {
+        "block parameters": f"{blocks['kept']:,} of {blocks['dense']:,} ({shares})",
+        "bytes": f"{manifest['bytes'] / MIB:,.1f} MiB",
+        "nodes": str(manifest["nodes"]),
+        "attention": f"{manifest['attention']}, padding {manifest['padding']}",
+        "norm scope": manifest["norm_scope"],
+        "lowering": f"{lowering['name']} ({lowering['reason']})",
+        "quantised": str(Quantisation(**quantisation)) if quantisation else "no",
+        "runs in": needed_versions(manifest),
+    }
 
 
 def _field(content: Any, name: str) -> Any:

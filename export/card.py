@@ -14,8 +14,7 @@ import yaml
 from dispc.manifest import needed_versions
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
-from dispc.plan import TARGETS
-from dispc.quantisation import Quantisation
+from dispc.plan import TARGETS, Quantisation
 
 CARRIED = ("license", "license_name", "license_link", "language")
 """What the front matter of the base model's card says that is true of the artifact as well."""

@@ -3,76 +3,70 @@
 Once attention, rotary embedding and norms are operators of ours, about twenty ATen operators are left.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 import torch
 
+from dispc.export.builder import GraphBuilder, Node
 from dispc.model.weights import DTYPES
 from dispc.support.errors import CompileError
 from dispc.support.graph import WINDOW, add_initializer
 
-if TYPE_CHECKING:
-    from dispc.export.translate import Translator
-
-Node = Any
-"""A torch.fx node. Its arguments may be anything, which its type would have every line assert away."""
 LAST = torch.iinfo(torch.int64).max
 RESHAPES = ("aten.view.default", "aten.reshape.default")
 
 
-def _alias(t: Translator, node: Node) -> Any:
+def _alias(t: GraphBuilder, node: Node) -> Any:
     return t.same(node, node.args[0])
 
 
-def _unary(op_type: str) -> Callable[[Translator, Node], Any]:
+def _unary(op_type: str) -> Callable[[GraphBuilder, Node], Any]:
     return lambda t, node: t.emit(node, op_type, [t.values[node.args[0]]])
 
 
-def _binary(op_type: str) -> Callable[[Translator, Node], Any]:
+def _binary(op_type: str) -> Callable[[GraphBuilder, Node], Any]:
     return lambda t, node: t.emit(node, op_type, [t.operand(node, argument) for argument in node.args[:2]])
 
 
-def _silu(t: Translator, node: Node) -> Any:
+def _silu(t: GraphBuilder, node: Node) -> Any:
     x = t.values[node.args[0]]
     return t.emit(node, "Mul", [x, t.emit(node, "Sigmoid", [x])])
 
 
-def _gelu(t: Translator, node: Node) -> Any:
+def _gelu(t: GraphBuilder, node: Node) -> Any:
     return t.emit(node, "Gelu", [t.values[node.args[0]]], approximate=node.kwargs.get("approximate", "none"))
 
 
-def _linear(t: Translator, node: Node) -> Any:
+def _linear(t: GraphBuilder, node: Node) -> Any:
     x, weight, *bias = node.args
     y = t.emit(node, "MatMul", [t.values[x], t.parameter(weight, transpose=True)])
     return t.emit(node, "Add", [y, t.parameter(bias[0])]) if bias and bias[0] is not None else y
 
 
-def _layer_norm(t: Translator, node: Node) -> Any:
+def _layer_norm(t: GraphBuilder, node: Node) -> Any:
     x, _, weight, bias, epsilon = node.args[:5]
     inputs = [t.values[x], t.parameter(weight), t.parameter(bias)]
     return t.emit(node, "LayerNormalization", inputs, axis=-1, epsilon=epsilon)
 
 
-def _rms_norm(t: Translator, node: Node) -> Any:
+def _rms_norm(t: GraphBuilder, node: Node) -> Any:
     x, weight, epsilon = node.args
     return t.emit(node, "RMSNormalization", [t.values[x], t.parameter(weight)], axis=-1, epsilon=epsilon)
 
 
-def _embedding(t: Translator, node: Node) -> Any:
+def _embedding(t: GraphBuilder, node: Node) -> Any:
     weight, indices = node.args[:2]
     return t.emit(node, "Gather", [t.parameter(weight), t.values[indices]], axis=0)
 
 
-def _to(t: Translator, node: Node) -> Any:
+def _to(t: GraphBuilder, node: Node) -> Any:
     source, target = node.args[0].meta["val"].dtype, node.meta["val"].dtype
     return _alias(t, node) if source == target else t.emit(node, "Cast", [t.values[node.args[0]]], to=DTYPES[target])
 
 
-def _transpose(t: Translator, node: Node) -> Any:
+def _transpose(t: GraphBuilder, node: Node) -> Any:
     x, first, second = node.args
     x = t.origin(x)
     if str(x.target) == "aten.transpose.int" and {*x.args[1:]} == {first, second}:
@@ -82,7 +76,7 @@ def _transpose(t: Translator, node: Node) -> Any:
     return t.emit(node, "Transpose", [t.values[x]], perm=order)
 
 
-def _reshape(t: Translator, node: Node) -> Any:
+def _reshape(t: GraphBuilder, node: Node) -> Any:
     origin = t.origin(node.args[0])
     while str(origin.target) in RESHAPES:
         origin = t.origin(origin.args[0])
@@ -99,18 +93,18 @@ def _reshape(t: Translator, node: Node) -> Any:
         for i, size in enumerate(target)
     ]
     if shape.count(-1) > 1:
-        raise CompileError(f"{t._module(node)}: reshape {source} to {target} is not known to the trace")
+        raise CompileError(f"{t.module(node)}: reshape {source} to {target} is not known to the trace")
     return t.emit(node, "Reshape", [t.values[origin], t.constant(f"shape.{'_'.join(map(str, shape))}", shape)])
 
 
-def _slice(t: Translator, node: Node) -> Any:
+def _slice(t: GraphBuilder, node: Node) -> Any:
     x, axis, start, end = (*node.args, 0, 0, LAST)[:4] if len(node.args) < 4 else node.args[:4]
     if start in (0, None) and end in (LAST, None):
         return t.same(node, x)
     return t.emit(node, "Slice", [t.values[x], *(t.constant(f"axes.{v}", [v]) for v in (start, end, axis))])
 
 
-def _concat(t: Translator, node: Node) -> Any:
+def _concat(t: GraphBuilder, node: Node) -> Any:
     parts, axis = (*node.args, 0)[:2]
     first = parts[0]
     slices = [part.args for part in parts if str(part.target) == "aten.slice.Tensor"]
@@ -123,7 +117,7 @@ def _concat(t: Translator, node: Node) -> Any:
     return t.emit(node, "Concat", [t.values[part] for part in parts], axis=axis)
 
 
-def _rotary(t: Translator, node: Node) -> Any:
+def _rotary(t: GraphBuilder, node: Node) -> Any:
     x, heads = node.args
     assert t.rotary_caches is not None
     cos, sin = (
@@ -136,7 +130,7 @@ def _rotary(t: Translator, node: Node) -> Any:
     return t.emit(node, "RotaryEmbedding", inputs, num_heads=heads, **partial)
 
 
-def _attention(t: Translator, node: Node) -> Any:
+def _attention(t: GraphBuilder, node: Node) -> Any:
     query, key, value, past_key, past_value, scale, window = node.args
     inputs = [
         t.values[query],
@@ -157,7 +151,7 @@ POSITION_WISE = ("aten.linear", "aten.layer_norm", "aten.add", "aten.mul", "aten
                  "aten.dropout", "aten.to.", "dispc.rms_norm")  # fmt: skip
 """Operators that treat every position alike: they read [B*S,d] and [B,S,d] the same way."""
 
-HANDLERS: dict[str, Callable[[Translator, Node], Any]] = {
+HANDLERS: dict[str, Callable[[GraphBuilder, Node], Any]] = {
     "aten.linear.default": _linear,
     "aten.embedding.default": _embedding,
     "aten.layer_norm.default": _layer_norm,

@@ -6,18 +6,14 @@ flattening of batch and sequence (OPT) is followed through position-wise operato
 
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from dispc.export.operators import HANDLERS, POSITION_WISE, Node
+from dispc.export.builder import GraphBuilder, Node
+from dispc.export.operators import HANDLERS, POSITION_WISE
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.weights import DTYPES, LazyWeight
 from dispc.support.errors import CompileError
-from dispc.support.graph import HEAD, add_initializer, make_node, scope
-
-OPSET = 23
 
 
 def translate(
@@ -26,176 +22,46 @@ def translate(
     dtype: torch.dtype,
     rotary_caches: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> ir.Model:
-    """The ONNX model of an exported program. Parameters become lazy weights; linear weights are stored [in, out]."""
-    return Translator(program, checkpoint, dtype, rotary_caches).run()
+    """The ONNX model of an exported program. Parameters become lazy weights; linear weights are stored [in, out].
 
-
-class Translator:
-    """One translation.
-
-    `values` maps FX nodes to IR values, `origins` a node that changes nothing to the node it repeats, and `flat` holds
-    the nodes that the model computes with batch and sequence as one axis.
+    Raises:
+        CompileError: for an operator that no handler knows.
     """
+    builder = GraphBuilder(checkpoint, dtype, rotary_caches)
+    signature = program.graph_signature
+    users = iter([builder.input_ids, builder.position_ids, *builder.past])
+    user_inputs = set(signature.user_inputs)
+    needed = _needed(program.graph)
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in user_inputs:
+            builder.values[node] = next(users)
+        elif node not in needed or "val" not in node.meta or not _is_tensor(node.meta["val"]):
+            continue
+        elif node.op == "placeholder":
+            builder.values[node] = signature.inputs_to_parameters.get(node.name) or node.name
+        else:
+            builder.values[node] = _translate(builder, node)
+    results = next(node for node in program.graph.nodes if node.op == "output").args[0]
+    builder.finish(results)
+    model = ir.Model(builder.graph, ir_version=10, producer_name="dispc")
+    RemoveUnusedNodesPass()(model)
+    return model
 
-    def __init__(
-        self,
-        program: torch.export.ExportedProgram,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        rotary_caches: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> None:
-        self.program = program
-        self.checkpoint = checkpoint
-        self.dtype = dtype
-        self.rotary_caches = rotary_caches
-        self.values: dict[Node, Any] = {}
-        self.origins: dict[Node, Node] = {}
-        self.flat: set[Node] = set()
-        self.names: dict[str, int] = {}
-        config = checkpoint.config
-        batch, sequence = "batch_size", "sequence_length"
-        past, total = "past_sequence_length", "total_sequence_length"
-        integers, floats = ir.TensorType(ir.DataType.INT64), ir.TensorType(DTYPES[dtype])
 
-        def tensor(name: str, type: ir.TensorType, *shape: str | int) -> ir.Value:
-            return ir.Value(name=name, type=type, shape=ir.Shape(shape))
-
-        self.input_ids = tensor("input_ids", integers, batch, sequence)
-        self.attention_mask = tensor("attention_mask", integers, batch, total)
-        self.position_ids = tensor("position_ids", integers, batch, sequence)
-        kinds = len(dict.fromkeys(config.layer_kinds))
-        names = [f"{i}.{part}" for i in range(kinds) for part in ("key", "value")]
-        cache = (config.num_key_value_heads, config.head_dim)
-        self.past = [tensor(f"past_key_values.{n}", floats, batch, cache[0], past, cache[1]) for n in names]
-        self.outputs = [tensor("logits", floats, batch, sequence, config.vocab_size)] + [
-            tensor(f"present.{n}", floats, batch, cache[0], total, cache[1]) for n in names
-        ]
-        self.graph = ir.Graph(
-            [self.input_ids, self.attention_mask, self.position_ids, *self.past],
-            [],
-            nodes=[],
-            opset_imports={"": OPSET},
-            name="dispc",
-        )
-
-    def run(self) -> ir.Model:
-        signature = self.program.graph_signature
-        users = iter([self.input_ids, self.position_ids, *self.past])
-        user_inputs = set(signature.user_inputs)
-        needed = _needed(self.program.graph)
-        for node in self.program.graph.nodes:
-            if node.op == "placeholder" and node.name in user_inputs:
-                self.values[node] = next(users)
-            elif node not in needed or "val" not in node.meta or not _is_tensor(node.meta["val"]):
-                continue
-            elif node.op == "placeholder":
-                self.values[node] = signature.inputs_to_parameters.get(node.name) or node.name
-            else:
-                self.values[node] = self._translate(node)
-        results = next(node for node in self.program.graph.nodes if node.op == "output").args[0]
-        for result, output in zip(results, self.outputs, strict=True):
-            value = self.values[result]
-            value.name, value.shape, value.type = output.name, output.shape, output.type
-            self.graph.outputs.append(value)
-        model = ir.Model(self.graph, ir_version=10, producer_name="dispc")
-        RemoveUnusedNodesPass()(model)
-        return model
-
-    def _translate(self, node: Node) -> Any:
-        name = str(node.target)
-        if name == "<built-in function getitem>":
-            return self.values[node.args[0]][node.args[1]]
-        handler = HANDLERS.get(name)
-        module = self._module(node)
-        if handler is None:
-            raise CompileError(f"{module}: operator {name} of the model's code is not known to the trace")
-        if not name.startswith(POSITION_WISE) and any(source in self.flat for source in node.all_input_nodes):
-            if "view" not in name and "reshape" not in name:
-                raise CompileError(f"{module}: operator {name} on a flattened batch is not known to the trace")
-        elif any(source in self.flat for source in node.all_input_nodes):
-            self.flat.add(node)
-        return handler(self, node)
-
-    # Building blocks for the handlers
-
-    def _module(self, node: Node) -> str:
-        stack = node.meta.get("nn_module_stack") or {}
-        path = list(stack.values())[-1][0] if stack else ""
-        return path.removeprefix("traced").removeprefix(".")
-
-    def _name(self, node: Node, op_type: str) -> str:
-        name = f"{scope(self._module(node))}/{op_type}"
-        self.names[name] = count = self.names.get(name, -1) + 1
-        return f"{name}_{count}" if count else name
-
-    def emit(self, node: Node, op_type: str, inputs: list[ir.Value | None], outputs: int = 1, **attributes: Any) -> Any:
-        """Append a node named after the module that `node` was traced in; returns its output(s)."""
-        made = make_node(op_type, inputs, self._name(node, op_type), attributes=attributes, outputs=outputs)
-        self.graph.append(made)
-        return made.outputs[0] if outputs == 1 else made.outputs
-
-    def same(self, node: Node, origin: Node) -> Any:
-        """The value of `node` is the value of `origin`."""
-        self.origins[node] = origin
-        return self.values[origin]
-
-    def origin(self, node: Node) -> Node:
-        while node in self.origins:
-            node = self.origins[node]
-        return node
-
-    def constant(self, name: str, value: Any, dtype: Any = np.int64) -> ir.Value:
-        return add_initializer(self.graph, name, np.array(value, dtype=dtype))
-
-    def parameter(self, node: Node, transpose: bool = False) -> ir.Value:
-        """The initializer of a parameter, bound to the checkpoint."""
-        name = self.values[node].removeprefix("traced.")
-        embedding = f"{self.checkpoint.family.embedding}.weight"
-        if self.checkpoint.config.tied and name in (embedding, HEAD):
-            name = HEAD if transpose else embedding
-        if name in self.graph.initializers:
-            return self.graph.initializers[name]
-        shape = tuple(int(size) for size in node.meta["val"].shape)
-        weight = LazyWeight(self.checkpoint.find(name).expect(shape)).cast(self.dtype)
-        return add_initializer(self.graph, name, weight.transpose() if transpose else weight)
-
-    def operand(self, node: Node, argument: Any) -> ir.Value:
-        """An elementwise operand: a tensor, or a Python number as a scalar of the model's dtype."""
-        if isinstance(argument, torch.fx.Node):
-            value = self.values[argument]
-            return self.parameter(argument) if isinstance(value, str) else value
-        dtype = node.meta["val"].dtype
-        name = f"scalar.{argument}.{str(dtype).removeprefix('torch.')}"
-        return add_initializer(self.graph, name, ir.tensor_adapters.TorchTensor(torch.tensor(argument, dtype=dtype)))
-
-    def mask(self, window: int) -> ir.Value:
-        """bool [B,1,S,T]: causal, within the window, and no padding. A token always sees itself, so that no row of
-        the softmax is empty (padding rows would be NaN and poison later blocks)."""
-        output = f"/mask{f'/window_{window}' if window else ''}/And_output"
-        for existing in self.graph:
-            if existing.outputs[0].name == output:
-                return existing.outputs[0]
-        prefix = output.removesuffix("/And_output")
-        first = self.graph[0]  # in front of everything: the blocks share it
-
-        def op(op_type: str, inputs: list[ir.Value | None], suffix: str = "", **attributes: Any) -> ir.Value:
-            made = make_node(op_type, inputs, f"{prefix}/{op_type}{suffix}", attributes=attributes)
-            self.graph.insert_before(first, made)
-            return made.outputs[0]
-
-        zero, one = self.constant("int.0", 0), self.constant("int.1", 1)
-        total = op("Squeeze", [op("Shape", [self.attention_mask], "_total", start=1, end=2)], "_total")
-        new = op("Squeeze", [op("Shape", [self.input_ids], "_new", start=1, end=2)], "_new")
-        keys = op("Range", [zero, total, one], "_keys")
-        queries = op("Range", [op("Sub", [total, new]), total, one], "_queries")
-        queries = op("Unsqueeze", [queries, self.constant("axes.1", [1])], "_queries")
-        allowed = op("LessOrEqual", [keys, queries])
-        if window:
-            oldest = op("Sub", [queries, self.constant(f"int.{window}", window)], "_oldest")
-            allowed = op("And", [allowed, op("Greater", [keys, oldest])], "_window")
-        valid = op("Cast", [self.attention_mask], to=ir.DataType.BOOL)
-        valid = op("Unsqueeze", [valid, self.constant("axes.1_2", [1, 2])], "_valid")
-        return op("And", [allowed, op("Or", [valid, op("Equal", [keys, queries])])])
+def _translate(builder: GraphBuilder, node: Node) -> Any:
+    name = str(node.target)
+    if name == "<built-in function getitem>":
+        return builder.values[node.args[0]][node.args[1]]
+    handler = HANDLERS.get(name)
+    module = builder.module(node)
+    if handler is None:
+        raise CompileError(f"{module}: operator {name} of the model's code is not known to the trace")
+    flattened = any(source in builder.flat for source in node.all_input_nodes)
+    if flattened and name.startswith(POSITION_WISE):
+        builder.flat.add(node)
+    elif flattened and "view" not in name and "reshape" not in name:
+        raise CompileError(f"{module}: operator {name} on a flattened batch is not known to the trace")
+    return handler(builder, node)
 
 
 def _is_tensor(value: Any) -> bool:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dispc.passes.base import RewritePass
-from dispc.quantisation import Quantisation
+from dispc.plan import Quantisation
 from dispc.support.errors import CompileError
 from dispc.support.graph import HEAD, MICROSOFT, add_initializer, drop_unused_initializers, make_node, replace_node
 

@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import numpy as np
 import onnx
 import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sets import widths
 
 from dispc.compiler import CompileOptions, ParityFailure, compile_model
-from dispc.masks import SETS, Masks, set_width
+from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.validate.checks.parity import LIMITS, Thresholds, logit_error
 
@@ -84,22 +84,6 @@ def test_the_canonical_form_is_an_artifact_too(variant: str, target: str, dtype:
     assert manifest["validation"]["passed"]
     operators = [n.op_type for n in onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.node]
     assert operators.count("ScatterND") == 6
-
-
-@st.composite
-def widths(draw: st.DrawFn, variant: str) -> Masks:
-    """Masks of any widths: 0, 1, odd, full, all different per sub-layer, in either norm scope."""
-    config = harness.checkpoint(variant).config
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    blocks = []
-    for _ in range(config.num_hidden_layers):
-        block = {}
-        for name in SETS:
-            full = set_width(name, config.hidden_size, config.intermediate_size)
-            count = draw(st.one_of(st.sampled_from([0, 1, full - 1, full, full]), st.integers(1, full)))
-            block[name] = np.sort(rng.choice(full, count, replace=False))
-        blocks.append(block)
-    return Masks.from_indices(blocks, config, norm_scope=draw(st.sampled_from(["full", "selected"])))
 
 
 @pytest.mark.parametrize("variant", ["llama-tied-biased", "phi", "opt", "qwen3"])

@@ -1,44 +1,41 @@
-"""Who may import whom (design.md): foundations know only each other, and nobody knows the command line."""
+"""Who may import whom: a table of rooms; nobody imports in a circle, and no test file imports from another."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"dispc": "dispc", "passes": "dispc.passes", "export": "dispc.export", "validate": "dispc.validate"}
-FOUNDATIONS = {
-    "checkpoint", "corpus", "devices", "errors", "extras", "families", "files", "graph", "manifest", "masks", "narrow",
-    "quantisation", "signals", "targets", "tokenizer", "weights",
-}  # fmt: skip
-LIBRARY = {
-    "foundations", "passes", "export", "reference", "quantised_reference", "validate", "learn", "published", "rest",
-}  # fmt: skip
+FACTS = {"model", "masks", "plan", "manifest"}
+LIBRARY = {"support", "facts", "passes", "export", "reference", "runtime", "evaluate", "validate", "learn", "inspect"}
 
-ALLOWED = {
-    "foundations": {"foundations"},
-    "passes": {"foundations", "passes"},
-    "export": {"foundations", "export"},
-    "reference": {"foundations"},
-    "quantised_reference": {"foundations"},
-    "learn": {"foundations", "reference", "learn"},
-    "published": {"foundations", "learn"},
-    "validate": {"foundations", "reference", "quantised_reference", "validate"},
-    "rest": LIBRARY,
-    "compiler": LIBRARY,
-    "demo": LIBRARY | {"compiler"},
-    "cli_validate": LIBRARY | {"compiler"},
-    "cli": LIBRARY | {"compiler", "demo", "cli_validate"},
+ALLOWED: dict[str, set[str]] = {
+    "dispc": set(),  # the version, and the public names, which are imported when asked for
+    "data": set(),
+    "support": {"support"},
+    "facts": {"dispc", "support", "facts"},
+    "passes": {"support", "facts", "passes"},
+    "export": {"support", "facts", "export"},
+    "reference": {"support", "facts", "reference"},
+    "runtime": {"support", "facts", "passes", "runtime"},
+    "evaluate": {"dispc", "support", "facts", "reference", "runtime", "evaluate"},
+    "validate": {"dispc", "support", "facts", "reference", "runtime", "evaluate", "validate"},
+    "learn": {"dispc", "support", "facts", "reference", "runtime", "evaluate", "learn"},
+    "inspect": {"support", "facts"},
+    "compiler": {"dispc"} | LIBRARY,
+    "demo": {"dispc", "compiler"} | LIBRARY - {"validate"},
+    "cli": {"dispc", "compiler", "demo", "cli"} | LIBRARY,
     "__main__": {"cli"},
 }
-"""Layer -> the layers it may import from. `rest` is every other module of dispc/, subpackages included."""
+"""Room -> the rooms it may import from. `facts` is what a compilation is about: model/, masks, plan and manifest."""
 
 
-def layer(module: str) -> str:
-    """`dispc` itself, which holds only the version, is a foundation."""
+def room(module: str) -> str:
     name = module.split(".")[1] if "." in module else "dispc"
-    return "foundations" if name in FOUNDATIONS | {"dispc"} else name if name in ALLOWED else "rest"
+    return "facts" if name in FACTS else name
 
 
 def imports(source: str, modules: set[str]) -> Iterator[str]:
@@ -54,8 +51,17 @@ def imports(source: str, modules: set[str]) -> Iterator[str]:
 
 
 def violations(module: str, source: str, modules: set[str]) -> list[str]:
-    allowed = ALLOWED[layer(module)]
-    return [f"{module} -> {name}" for name in imports(source, modules) if " " in name or layer(name) not in allowed]
+    allowed = ALLOWED[room(module)]
+    return [f"{module} -> {name}" for name in imports(source, modules) if " " in name or room(name) not in allowed]
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle; empty when there are none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def modules_of_dispc() -> dict[str, Path]:
@@ -68,24 +74,43 @@ def modules_of_dispc() -> dict[str, Path]:
     return found
 
 
-def test_modules_import_only_what_their_layer_may() -> None:
+def test_modules_import_only_what_their_room_may() -> None:
     modules = modules_of_dispc()
-    assert {f"dispc.{name}" for name in FOUNDATIONS} | set(FOLDERS.values()) <= set(modules)
+    assert {room(name) for name in modules} == set(ALLOWED)
     found = [v for name, path in modules.items() for v in violations(name, path.read_text(), set(modules))]
     assert not found
+
+
+def test_nobody_imports_in_a_circle() -> None:
+    """Imports inside of functions and for type checkers count: they would only hide one."""
+    modules = modules_of_dispc()
+    assert not circle({name: set(imports(path.read_text(), set(modules))) for name, path in modules.items()})
+
+
+def test_no_test_file_imports_from_another() -> None:
+    """What tests share lies in tests/shared."""
+    tests = {path.stem: path for path in (ROOT / "tests").rglob("test_*.py")}
+    for name, path in tests.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            named += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert not set(named) & set(tests), f"{name} imports {named}"
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
+        ("dispc.support.files", "from dispc.masks import Masks"),
         ("dispc.masks", "from dispc.passes.common.blocks import BlockFinder"),
         ("dispc.masks", "import dispc.cli.tables"),
+        ("dispc.model.published", "from dispc.learn.hypernetwork import HyperNetwork"),
         ("dispc.passes.common.unroll", "def f():\n    from dispc.export import trace"),
         ("dispc.export.write", "from dispc import compiler"),
         ("dispc.export.write", "from . import trace"),
         ("dispc.validate.checks.parity", "import numpy, dispc.passes.common.unroll as unroll"),
-        ("dispc.inspect", "from dispc.compiler import compile_model"),
+        ("dispc.inspect", "from dispc.cli.tables import facts_table"),
         ("dispc.reference.masked", "from dispc.runtime.session import Runner"),
+        ("dispc.runtime.latency", "from dispc.validate.report.report import Report"),
         ("dispc.demo", "from dispc.cli.app import main"),
         ("dispc.learn.trainer", "from dispc import __version__, cli"),
     ],
@@ -105,3 +130,7 @@ def test_a_forbidden_import_is_found(module: str, source: str) -> None:
 )
 def test_an_allowed_import_is_not(module: str, source: str) -> None:
     assert violations(module, source, set(modules_of_dispc())) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}

@@ -13,8 +13,7 @@ import tiny
 
 from dispc.export.companions import genai_config
 from dispc.model.checkpoint import Checkpoint
-from dispc.plan import TARGETS, Choices, make_plan
-from dispc.quantisation import Quantisation
+from dispc.plan import TARGETS, Choices, Quantisation, make_plan
 from dispc.support.errors import CompileError
 
 INT4 = Quantisation(bits=4, block_size=32, symmetric=True, head=False, embedding=False)

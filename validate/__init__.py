@@ -4,15 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dispc.runtime.latency import LatencyOptions as LatencyOptions
+    from dispc.support.check import Check as Check
     from dispc.validate.checks.parity import Thresholds as Thresholds
     from dispc.validate.judge import check as check
-    from dispc.validate.report.report import Check as Check
     from dispc.validate.report.report import Report as Report
 
 HOMES = {
     "check": "dispc.validate.judge",
     "Report": "dispc.validate.report.report",
-    "Check": "dispc.validate.report.report",
+    "Check": "dispc.support.check",
     "Thresholds": "dispc.validate.checks.parity",
     "LatencyOptions": "dispc.runtime.latency",
 }

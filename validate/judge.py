@@ -14,6 +14,7 @@ from dispc.evaluate.perplexity import ArtifactScorer, TorchScorer, measure_perpl
 from dispc.manifest import read_manifest
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.published import open_checkpoint
 from dispc.plan import TARGETS
 from dispc.reference.masked import load_reference
 from dispc.reference.quantised import match_quantisation
@@ -24,6 +25,7 @@ from dispc.runtime.memory import fits_memory, require_memory_for_reference
 from dispc.runtime.placement import Placement, judge_placement
 from dispc.runtime.providers import processor_name
 from dispc.runtime.session import CPU, CUDA, Artifact
+from dispc.support.check import Check
 from dispc.support.errors import ArtifactError, MasksError
 from dispc.validate.checks import parity
 from dispc.validate.checks.drill import drill_down
@@ -33,7 +35,7 @@ from dispc.validate.checks.rotary import judge_rotary
 from dispc.validate.checks.scenarios import PREFILL, Row, Scenario, Stage, Turn, judge_bits, play
 from dispc.validate.checks.static import judge_companions, judge_file
 from dispc.validate.report.baseline import compare, read_report
-from dispc.validate.report.report import Check, Report
+from dispc.validate.report.report import Report
 
 Device = Literal["target", "cpu", "available"]
 PACKAGES = ("onnxruntime-gpu", "torch", "transformers")
@@ -148,7 +150,7 @@ def judge_text(trial: "Trial", limit: float, data: str, **windows: Any) -> tuple
     measured = {"artifact": ours.as_dict(), "reference": theirs.as_dict()}
     checks = [parity.judge_perplexity("perplexity", ours, theirs, limit)]
     if trial.artifact.manifest.get("quantisation"):
-        with freed(load_reference(reference, trial.checkpoint.family, trial.masks)) as whole:
+        with freed(load_reference(trial.checkpoint, trial.masks)) as whole:
             exact = measure_perplexity(TorchScorer.of(whole, reference, positions), data, **windows)
         measured["unquantised"] = exact.as_dict()
         checks.append(parity.judge_perplexity("cost of quantisation", ours, exact, None))
@@ -172,7 +174,7 @@ class Trial:
         Raises:
             DispcError: when one of the two is unusable, or the artifact was made from another model.
         """
-        checkpoint = Checkpoint(reference)
+        checkpoint = open_checkpoint(reference)
         provider, remark = choose_provider(directory, device)
         artifact = Artifact(directory, provider=provider, exact=True)
         outputs = {value.name: value.shape for value in artifact.session.get_outputs()}
@@ -208,7 +210,7 @@ class Trial:
     def load(self) -> Any:
         """The masked reference, in float32, with the weights rounded as a widened or quantised artifact stores them."""
         family = self.checkpoint.family
-        reference = load_reference(self.checkpoint.directory, family, self.masks)
+        reference = load_reference(self.checkpoint, self.masks)
         if self.artifact.widened:
             round_storage(reference, getattr(torch, self.artifact.dtype))
         match_quantisation(reference, family, self.masks, self.artifact.manifest)

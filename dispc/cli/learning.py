@@ -49,6 +49,9 @@ def learn(
         str, typer.Option(help="disp-llm (learned), or at once: random, magnitude, activation.")
     ] = "disp-llm",
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 10_000,
+    minutes: Annotated[
+        float | None, typer.Option(help="End after so many minutes of steps; --decay falls by the time then.")
+    ] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Sequences per step, over all processes.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="AdamW.")] = 1e-3,
@@ -91,7 +94,7 @@ def learn(
     from dispc.learn.options import LearnOptions
     from dispc.learn.plots import plot_run
     from dispc.learn.trainer import learn as run_learning
-    from dispc.model.checkpoint import Checkpoint
+    from dispc.model.published import open_checkpoint
 
     file = output or model / "masks.safetensors"
     if data is None and method not in ("random", "magnitude"):
@@ -104,13 +107,14 @@ def learn(
                 model, method, pruning_ratio, ratio_of=ratio_of, data=data, sequence_length=sequence_length,  # type: ignore[arg-type]
                 align=align, seed=seed, norm_scope=norm_scope, device=device, progress=count,  # type: ignore[arg-type]
             )  # fmt: skip
-        masks.save(file, Checkpoint(model).config)
+        masks.save(file, open_checkpoint(model).config)
     elif method == "disp-llm":
         assert data is not None
         options = LearnOptions(
             model=model, data=data, output=file, pruning_ratio=pruning_ratio, ratio_of=ratio_of, steps=steps,  # type: ignore[arg-type]
-            sequence_length=sequence_length, batch_size=batch_size, learning_rate=learning_rate, decay=decay,
-            weight_decay=weight_decay, regulariser_weight=regulariser_weight, estimator=estimator,  # type: ignore[arg-type]
+            minutes=minutes, sequence_length=sequence_length, batch_size=batch_size, learning_rate=learning_rate,
+            decay=decay, weight_decay=weight_decay, regulariser_weight=regulariser_weight,
+            estimator=estimator,  # type: ignore[arg-type]
             offset=offset, hypernetwork=not no_hypernetwork, gru=not no_gru, constrained=constrained,
             norm_scope=norm_scope, align=align, seed=seed, device=device, precision=precision, compile=compile_model,  # type: ignore[arg-type]
             activation_checkpointing=activation_checkpointing, checkpoint_every=checkpoint_every,
@@ -154,9 +158,9 @@ def _warn_of_a_missed_budget(masks: Masks) -> None:
 
 def report_masks(file: Path, model: Path, as_json: bool) -> None:
     """Say where the masks are and what they keep."""
-    from dispc.model.checkpoint import Checkpoint
+    from dispc.model.published import open_checkpoint
 
-    masks, config = Masks.load(file), Checkpoint(model).config
+    masks, config = Masks.load(file), open_checkpoint(model).config
     kept, dense = masks.kept_parameters(config), config.block_parameters * config.num_hidden_layers
     facts: dict[str, Any] = {"masks": str(file), "sha256": masks.sha256(), "kept": kept, "dense": dense}
     if as_json:
@@ -225,12 +229,12 @@ def import_masks(
     Example: [bold]dispc import-masks hn-ckpt-final-0.50.pt --model Llama-2-7b-hf/ -o masks.safetensors[/bold]
     """
     from dispc.learn.budget import budget_facts
-    from dispc.model.checkpoint import Checkpoint
-    from dispc.model.published import import_published
+    from dispc.learn.published import import_published
+    from dispc.model.published import open_checkpoint
 
     file = output or model / "masks.safetensors"
     check_output(file, force=force)
-    checkpoint = Checkpoint(model)
+    checkpoint = open_checkpoint(model)
     masks = import_published(source, checkpoint.config)
     masks.with_metadata(budget_facts(masks, checkpoint, "blocks")).save(file, checkpoint.config)
     report_masks(file, model, as_json)

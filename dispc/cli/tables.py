@@ -19,12 +19,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dispc.manifest import needed_versions
+from dispc.manifest import MIB, summary
 from dispc.masks import SETS
-from dispc.quantisation import Quantisation
 from dispc.support.files import json_text
 
-MIB = 2**20
 out = Console(emoji=False)
 err = Console(stderr=True, emoji=False)
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -70,7 +68,7 @@ def count_progress(console: Console, what: str) -> Iterator[Callable[[int, int],
 
 @contextmanager
 def learn_progress(console: Console, *, shown: bool = True) -> Iterator[Callable[[Mapping[str, float], int], None]]:
-    """Loss, share pruned, speed and time left; where there is no terminal, a line every hundredth of the way.
+    """Loss, share pruned (of `learn`), speed and time left; a line every hundredth of the way where is no terminal.
 
     Of several processes one has it `shown`.
     """
@@ -79,10 +77,8 @@ def learn_progress(console: Console, *, shown: bool = True) -> Iterator[Callable
         task = progress.add_task("loading", total=None)
 
         def update(record: Mapping[str, float], steps: int) -> None:
-            text = (
-                f"loss {record['loss']:.3f}  pruned {100 * record['pruned']:.1f} %  "
-                f"{record['tokens_per_second']:,.0f} tokens/s"
-            )
+            shown = f"pruned {100 * record['pruned']:.1f} %  " if "pruned" in record else ""
+            text = f"loss {record['loss']:.3f}  {shown}{record['tokens_per_second']:,.0f} tokens/s"
             step = int(record["step"])
             progress.update(task, description=text, completed=step, total=steps)
             if not console.is_terminal and step % max(1, steps // 100) == 0:
@@ -133,23 +129,6 @@ def compile_tables(manifest: Mapping[str, Any]) -> list[Table]:
             times.add_row(name, f"{found['one_token']:.3f}", f"{found['first_token']:.2f}")
         tables.append(times)
     return tables
-
-
-def summary(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """The facts of an artifact, in words."""
-    blocks = manifest["block_parameters"]
-    quantisation = manifest.get("quantisation")
-    lowering, shares = manifest["lowering"], f"{100 * blocks['kept'] / blocks['dense']:.1f} %"
-    return {
-        "block parameters": f"{blocks['kept']:,} of {blocks['dense']:,} ({shares})",
-        "bytes": f"{manifest['bytes'] / MIB:,.1f} MiB",
-        "nodes": str(manifest["nodes"]),
-        "attention": f"{manifest['attention']}, padding {manifest['padding']}",
-        "norm scope": manifest["norm_scope"],
-        "lowering": f"{lowering['name']} ({lowering['reason']})",
-        "quantised": str(Quantisation(**quantisation)) if quantisation else "no",
-        "runs in": needed_versions(manifest),
-    }
 
 
 def facts_table(facts: Mapping[str, str]) -> Table:

@@ -20,6 +20,7 @@ from dispc.evaluate.perplexity import Perplexity, Scorer, measure_perplexity, op
 from dispc.evaluate.zero_shot import find_tasks, measure_task
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.published import open_checkpoint
 from dispc.support.errors import DataError, Interrupted
 from dispc.support.files import refuse_inputs, write_json
 
@@ -92,7 +93,7 @@ def _measure(options: EvalOptions, scorer: Scorer, manager: Any, report: dict[st
         _write(options, report)
     if options.record and options.masks:
         try:
-            record_perplexity(options.masks, Checkpoint(options.path), report["perplexity"], options.max_windows)
+            record_perplexity(options.masks, open_checkpoint(options.path), report["perplexity"], options.max_windows)
         except OSError as error:
             figures = ", ".join(f"{found['perplexity']:.2f} on {found['data']}" for found in report["perplexity"])
             raise DataError(

@@ -17,7 +17,7 @@ import torch
 
 from dispc.manifest import MANIFEST, read_manifest
 from dispc.masks import Masks
-from dispc.model.checkpoint import Checkpoint
+from dispc.model.published import open_checkpoint
 from dispc.model.text import load_tokens, source_name, windows
 from dispc.reference.masked import load_reference
 from dispc.runtime.doctor import cuda_problem
@@ -38,11 +38,11 @@ class TorchScorer:
 
     def __init__(self, directory: Path, masks: Path | None = None, device: str = "cpu") -> None:
         place = torch_device(device)
-        checkpoint = Checkpoint(directory)
+        checkpoint = open_checkpoint(directory)
         chosen = Masks.load(masks) if masks else None
         if chosen is not None:
             chosen.check(checkpoint.config, masks)
-        model = load_reference(directory, checkpoint.config.family, chosen).to(place)
+        model = load_reference(checkpoint, chosen).to(place)
         self._set(model, directory, checkpoint.config.max_positions, device)
 
     @classmethod

@@ -24,7 +24,7 @@ def block_budget(checkpoint: Checkpoint, ratio: float, ratio_of: RatioOf) -> int
         MasksError: when the ratio lies outside (0, 1), is of nothing that has a name here, or is of the whole model
             and more than all blocks hold; or when the model is pruned already.
     """
-    if checkpoint.published_masks is not None:
+    if checkpoint.own_masks is not None:
         raise MasksError(f"{checkpoint.directory}: is pruned already; give the dense model that it was made from")
     if ratio_of not in get_args(RatioOf):
         raise MasksError(f"ratio_of is {ratio_of!r}; choose one of {', '.join(get_args(RatioOf))}")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dispc.learn.budget import RatioOf, block_budget, budget_facts, check_fits, final_sets
 from dispc.learn.options import check_choices
 from dispc.masks import SETS, Masks, NormScope, set_widths
-from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import DecoderConfig
+from dispc.model.published import open_checkpoint
 from dispc.model.text import load_tokens, source_name, windows
 from dispc.reference.masked import load_reference
 from dispc.runtime.providers import torch_device
@@ -53,7 +53,7 @@ def instant_masks(
         DispcError: when a choice, the budget or the data is unusable.
     """
     check_choices(ratio_of=ratio_of, norm_scope=norm_scope, align=align, sequence_length=sequence_length, seed=seed)
-    checkpoint = Checkpoint(model)
+    checkpoint = open_checkpoint(model)
     config = checkpoint.config
     budget = block_budget(checkpoint, ratio, ratio_of)
     check_fits(config, budget, align)
@@ -62,7 +62,7 @@ def instant_masks(
         scores = np.random.default_rng(seed).random(sum(set_widths(config)))
         metadata["seed"] = str(seed)
     else:
-        reference = load_reference(model, config.family, None)
+        reference = load_reference(checkpoint, None)
         norms = _weight_norms(reference, config)
         if method == "activation":
             if data is None:

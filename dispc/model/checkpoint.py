@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 
 from dispc.masks import Masks
 from dispc.model.families import DecoderConfig, Family, find_family
-from dispc.model.narrow import is_published_model, masks_of_directory, widen
 from dispc.support.errors import CheckpointError, UnsupportedModelError, first_line
 
 SAFETENSORS_DTYPES = {
@@ -113,24 +112,31 @@ class Checkpoint:
         eos = self.generation_config.get("eos_token_id", self.raw_config.get("eos_token_id"))
         return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
-    @cached_property
-    def published_masks(self) -> Masks | None:
-        """The sets of a pruned model that the authors' published code saved; None for any other model.
+    @property
+    def own_masks(self) -> Masks | None:
+        """The sets that a model was pruned to before dispc met it; None for a dense model."""
+        return None
+
+    @property
+    def tensors(self) -> Mapping[str, CheckpointTensor]:
+        """Every tensor by name, in the shape of the dense model; headers are read, values are not."""
+        return self.stored
+
+    def load_model(self, dtype: torch.dtype) -> Any:
+        """The dense torch model with all its weights, in `dtype`.
 
         Raises:
-            MasksError: when they do not fit the model's config.
+            CheckpointError: when transformers cannot load it.
         """
-        return masks_of_directory(self.directory, self.config) if is_published_model(self.directory) else None
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
-    @cached_property
-    def tensors(self) -> Mapping[str, CheckpointTensor]:
-        """Every tensor of the checkpoint by name; headers are read, values are not.
-
-        The narrow projections of a published pruned model stand here at full width, with zeros in what it left out.
-        """
-        if self.published_masks is None:
-            return self.stored
-        return widen(self.stored, self.published_masks, self.config)
+        logging.disable_progress_bar()  # transformers 5 would draw one into the command's own output
+        try:
+            return AutoModelForCausalLM.from_pretrained(str(self.directory), dtype=dtype, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = first_line(error)
+            raise CheckpointError(f"{self.directory}: transformers cannot load the model ({reason})") from error
 
     @cached_property
     def stored(self) -> dict[str, CheckpointTensor]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dispc.model.checkpoint import Checkpoint
+from dispc.model.published import open_checkpoint
 from dispc.model.tokenizer import load_tokenizer
 from dispc.support.errors import DataError, first_line
 from dispc.support.extras import need
@@ -136,7 +136,7 @@ def load_tokens(source: str, model: Path, cache: Path | None = None) -> Tokens:
 
 
 def _within_vocabulary(tokens: Tokens, model: Path) -> Tokens:
-    largest, size = int(tokens.max(initial=0)), Checkpoint(model).config.vocab_size
+    largest, size = int(tokens.max(initial=0)), open_checkpoint(model).config.vocab_size
     if largest >= size:
         raise DataError(
             f"{model}: its tokenizer gives token {largest}, its vocab_size is {size}; they do not go together"

@@ -1,13 +1,11 @@
 """The masked reference: the dense torch model with the sets applied as 0/1 multiplications. This defines right.
 
-Nothing here is shared with the compiler but the table of names and the masks: weights come through transformers (those
-of a published pruned model, which transformers could load only by running its code, from the checkpoint's widened
-tensors), and attention, caches and activations are those of transformers.
+Nothing here is shared with the compiler but the table of names and the masks: weights come through transformers
+(`Checkpoint.load_model`), and attention, caches and activations are those of transformers.
 """
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,42 +14,21 @@ from torch import Tensor, nn
 from dispc.masks import Indices, Masks, NormScope, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import Family
-from dispc.model.narrow import is_published_model
-from dispc.support.errors import CheckpointError, first_line
 
 
-def load_reference(directory: Path, family: Family, masks: Masks | None, dtype: torch.dtype = torch.float32) -> Any:
-    """The model of `directory` in `dtype`, masked (dense with None), ready to call like any transformers model.
+def load_reference(checkpoint: Checkpoint, masks: Masks | None, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of `checkpoint` in `dtype`, masked (dense with None), ready to call like any transformers model.
 
     In float64 its norms compute in float64 too; rotary angles are float32 in any dtype, as the model was trained.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # transformers 5 would draw one into the command's own output
-    if is_published_model(directory):
-        model = _load_widened(Checkpoint(directory), dtype)
-    else:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{directory}: transformers cannot load the model ({first_line(error)})") from error
+    Raises:
+        CheckpointError: when the weights cannot be loaded.
+    """
+    model = checkpoint.load_model(dtype)
     model.eval()
     _widen_norms(model)
     if masks is not None:
-        apply_masks(model, family, masks)
-    return model
-
-
-def _load_widened(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """The model of a published pruned directory, in the code of transformers."""
-    from transformers import AutoModelForCausalLM
-
-    config = checkpoint.pretrained_config
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    for name, parameter in model.named_parameters():  # one by one: buffers are computed, not stored
-        parameter.data = checkpoint.find(name).read().to(dtype)
-    model.tie_weights()
+        apply_masks(model, checkpoint.family, masks)
     return model
 
 
@@ -74,14 +51,45 @@ def apply_masks(model: nn.Module, family: Family, masks: Masks) -> None:
 
     A sub-layer with an empty set adds nothing: its write vector is zero, biases included.
     """
+    vectors = _vectors(masks, next(model.parameters()).device)
+    apply_gates(model, family, masks.norm_scope, len(vectors), lambda index, name: vectors[index][name])
+
+
+@torch.no_grad()
+def zero_outside(model: nn.Module, family: Family, masks: Masks) -> None:
+    """Set to zero, in place, the projection weights and biases that the masked function does not use.
+
+    It stays the same. With `norm_scope` full the zeros alone compute it, without masks. The bias of a projection that
+    the block reads with (query, key, value) is used by every position, and stays.
+    """
+    for index, vectors in enumerate(_vectors(masks, next(model.parameters()).device)):
+        block = model.get_submodule(family.block(index))
+        for names, rows, columns in (
+            (family.attention_reads, None, "attention.read"), ((family.attention_out,), "attention.write", None),
+            (family.mlp_reads, "mlp.mid", "mlp.read"), ((family.down,), "mlp.write", "mlp.mid"),
+        ):  # fmt: skip
+            for name in names:
+                layer: Any = block.get_submodule(name)
+                if columns:
+                    layer.weight.mul_(vectors[columns].to(layer.weight))
+                if rows:
+                    layer.weight.mul_(vectors[rows].to(layer.weight)[:, None])
+                    if layer.bias is not None:
+                        layer.bias.mul_(vectors[rows].to(layer.bias))
+
+
+def _vectors(masks: Masks, device: torch.device) -> list[dict[str, Tensor]]:
+    """For every block the 0/1 vector of each set; the write vector of a sub-layer that adds nothing is zero."""
     vectors = []
     for block in masks.blocks:
-        sets = {name: _vector(indices, set_width(name, masks.hidden_size, masks.intermediate_size))
-                for name, indices in block.sets().items()}  # fmt: skip
+        sets = {
+            name: _vector(indices, set_width(name, masks.hidden_size, masks.intermediate_size)).to(device)
+            for name, indices in block.sets().items()
+        }
         sets["attention.write"] *= block.attention.alive
         sets["mlp.write"] *= block.mlp.alive
         vectors.append(sets)
-    apply_gates(model, family, masks.norm_scope, len(vectors), lambda index, name: vectors[index][name])
+    return vectors
 
 
 def apply_gates(

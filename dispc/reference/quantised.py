@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dispc.masks import Indices, Masks
 from dispc.model.families import Family
-from dispc.quantisation import Quantisation
+from dispc.plan import Quantisation
 
 PIECE = 4096
 """Outputs rounded at a time, so that the working memory stays small next to the weight."""

@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from dispc.model.families import Family
-from dispc.runtime.session import Array
 from dispc.support.errors import ArtifactError
 
+Array = npt.NDArray[Any]
 TINY = float(np.finfo(np.float64).tiny)
 DRAWS = 3
 """Times that the reference is read in the artifact's dtype: one error is a sample, and may be small by luck."""

@@ -21,8 +21,8 @@ import numpy as np
 from dispc.runtime.bound import BoundDecoder
 from dispc.runtime.profile import bytes_read, copy_speed, operator_times, peak_bytes, shares_buffer
 from dispc.runtime.session import CUDA, Artifact
+from dispc.support.check import Check
 from dispc.support.errors import ArtifactError, DispcError
-from dispc.validate.report.report import Check
 
 GATHERS = ("Gather", "GatherElements", "GatherND", "ScatterND", "ScatterElements")
 

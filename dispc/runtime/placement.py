@@ -16,8 +16,8 @@ import onnx_ir as ir
 from dispc.plan import TARGETS
 from dispc.runtime.edits import load_graph
 from dispc.runtime.session import CPU, Artifact, open_session
+from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
-from dispc.validate.report.report import Check
 
 NAMED = 8
 """Nodes named in a check; all of them are in the report."""

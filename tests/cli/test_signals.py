@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from command import fingerprint
-from test_write import fill, lazy, model_of, older_artifact
+from writing import fill, lazy, model_of, older_artifact
 
-from dispc.export.write import save_model, staged_directory
+from dispc.export.write import save_model
+from dispc.support.directories import staged_directory
 from dispc.support.signals import hold_signals, note_signals
 
 

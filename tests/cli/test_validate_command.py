@@ -9,8 +9,8 @@ import command
 import faults
 import onnx_ir as ir
 import pytest
+from artifacts import originals
 from command import assert_refused
-from test_report import originals
 
 from dispc.runtime import memory
 from dispc.runtime.latency import measure_latency

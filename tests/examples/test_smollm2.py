@@ -13,7 +13,7 @@ from dispc.compiler import CompileOptions, compile_model
 from dispc.demo import GGUF, run_demo, shipped_masks, unpack_gguf
 from dispc.manifest import read_manifest
 from dispc.model.checkpoint import Checkpoint
-from dispc.quantisation import Quantisation
+from dispc.plan import Quantisation
 from dispc.runtime.generate import Sampler, generate_text, generate_tokens, load_tokenizer
 from dispc.runtime.session import Artifact
 

@@ -10,17 +10,15 @@ from typing import Any, NamedTuple
 import harness
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
-import torch
 from command import fingerprint
 from hypothesis import given
 from hypothesis import strategies as st
+from writing import fill, lazy, model_of, older_artifact
 
-from dispc.export.write import INLINE_BYTES, check_file, check_output, save_model, staged_directory
+from dispc.export.write import INLINE_BYTES, check_file, save_model
 from dispc.masks import Masks
-from dispc.model.checkpoint import CheckpointTensor
-from dispc.model.weights import LazyWeight
+from dispc.support.directories import check_output, staged_directory
 from dispc.support.errors import ArtifactError, CheckpointError
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
@@ -30,44 +28,6 @@ class Usage(NamedTuple):
     total: int
     used: int
     free: int
-
-
-def older_artifact(path: Path) -> Path:
-    path.mkdir()
-    (path / "dispc.json").write_text("{}")
-    (path / "model.onnx").write_bytes(b"older")
-    return path
-
-
-def fill(stage: Path) -> None:
-    (stage / "dispc.json").write_text('{"newer": true}')
-    (stage / "sub").mkdir()
-    (stage / "sub" / "file").write_bytes(b"newer")
-
-
-def model_of(values: dict[str, Any]) -> ir.Model:
-    """A graph that adds up `values`, each a float32 array or a tensor of onnx_ir; all broadcast."""
-    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n", "m"]))
-    graph, total = ir.Graph([x], [], nodes=[], opset_imports={"": 23}, name="test"), x
-    for name, value in values.items():
-        tensor = ir.tensor(value, name=name) if isinstance(value, np.ndarray) else value
-        weight = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
-        graph.register_initializer(weight)
-        node = ir.Node("", "Add", [total, weight], name=f"add.{name}")
-        graph.append(node)
-        total = node.outputs[0]
-    total.name, total.type, total.shape = "y", x.type, ir.Shape([None, None])
-    graph.outputs.append(total)
-    return ir.Model(graph, ir_version=10)
-
-
-def lazy(values: np.ndarray[Any, Any], name: str = "w", fail: BaseException | None = None) -> LazyWeight:
-    def read() -> torch.Tensor:
-        if fail:
-            raise fail
-        return torch.from_numpy(values)
-
-    return LazyWeight(CheckpointTensor(name, values.shape, torch.float32, Path("shard.safetensors"), read))
 
 
 # The directory
@@ -181,7 +141,7 @@ def test_only_an_artifact_is_replaced_and_only_by_force(
     if make is older_artifact and force:
         check_output(tmp_path / "out", force)
         return
-    with pytest.raises(ArtifactError, match="is not an artifact" if force else "exists already; use --force"):
+    with pytest.raises(ArtifactError, match="holds no dispc.json" if force else "exists already; use --force"):
         check_output(tmp_path / "out", force)
     with pytest.raises(ArtifactError), staged_directory(tmp_path / "out", force):
         pytest.fail("the body must not run")
@@ -204,7 +164,7 @@ def test_a_parent_that_is_a_file_or_cannot_be_written_is_named(tmp_path: Path, m
     def denied(*args: Any, **options: Any) -> str:  # as root no directory is read-only
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
 
-    monkeypatch.setattr("dispc.export.write.mkdtemp", denied)
+    monkeypatch.setattr("dispc.support.directories.mkdtemp", denied)
     with pytest.raises(ArtifactError, match="Permission denied"), staged_directory(tmp_path / "out", False):
         pytest.fail("the body must not run")
     assert sorted(fingerprint(tmp_path)) == ["file"]

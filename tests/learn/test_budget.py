@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sets import gates_of
 
 from dispc.learn.budget import block_budget, budget_facts, final_sets, kept_parameters, model_parameters, regulariser
 from dispc.learn.hypernetwork import Layout
@@ -15,16 +16,6 @@ from dispc.support.errors import MasksError
 VARIANTS = ("llama", "phi", "opt", "llama-tied-biased")
 CONFIG = harness.checkpoint("llama").config
 DENSE = CONFIG.block_parameters * CONFIG.num_hidden_layers
-
-
-def gates_of(masks: Masks) -> torch.Tensor:
-    pieces = []
-    for block in masks.blocks:
-        for name, indices in block.sets().items():
-            piece = torch.zeros(CONFIG.intermediate_size if name == "mlp.mid" else CONFIG.hidden_size)
-            piece[torch.from_numpy(indices)] = 1.0
-            pieces.append(piece)
-    return torch.cat(pieces)
 
 
 @given(st.floats(0.05, 0.9), st.integers(0, 99))

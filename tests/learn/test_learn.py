@@ -8,6 +8,7 @@ import harness
 import numpy as np
 import pytest
 import torch
+from sets import gates_of
 from student import options, student, text
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -113,7 +114,6 @@ def test_other_families_learn_too(tmp_path: Path, variant: str, monkeypatch: pyt
 
 def test_the_gated_loss_with_zero_one_gates_is_that_of_the_reference(tmp_path: Path) -> None:
     """What learning trains is what the compiler's reference computes, so that masks mean the same in both."""
-    from test_budget import gates_of
 
     from dispc.learn.objective import GatedModel, next_token_loss
     from dispc.reference.masked import load_reference
@@ -121,9 +121,9 @@ def test_the_gated_loss_with_zero_one_gates_is_that_of_the_reference(tmp_path: P
     checkpoint = harness.checkpoint("llama")
     masks = Masks.random(checkpoint.config, 0.4, 1)
     ids = torch.from_numpy(harness.TOKENS)[None]
-    dense = load_reference(checkpoint.directory, checkpoint.family, None)
+    dense = load_reference(checkpoint, None)
     gated = GatedModel(dense, checkpoint.config, "full")
-    masked = load_reference(checkpoint.directory, checkpoint.family, masks)
+    masked = load_reference(checkpoint, masks)
     expected = next_token_loss(masked(input_ids=ids, use_cache=False).logits, ids)
     torch.testing.assert_close(gated.loss(gates_of(masks), ids), expected)
 

@@ -14,9 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 from dispc.evaluate.perplexity import ArtifactScorer, TorchScorer, logits_of
+from dispc.learn.published import import_published
 from dispc.masks import SETS, Masks, set_widths
-from dispc.model.narrow import is_published_model
-from dispc.model.published import import_published
 from dispc.support.errors import MasksError
 
 CONFIG = harness.checkpoint("llama").config
@@ -79,7 +78,6 @@ def test_a_pruned_model_directory_is_read_and_not_run(tmp_path: Path) -> None:
     vectors = [vector.astype(float).tolist() for vector in vectors_of(masks)]
     trap = tmp_path / "trap"
     directory = write_model(tmp_path / "pruned", vectors, f"open({str(trap)!r}, 'w').write('executed')")
-    assert is_published_model(directory)
     assert import_published(directory, CONFIG).sha256() == masks.sha256()
     assert not trap.exists()
 
@@ -228,7 +226,8 @@ def test_a_file_of_nonsense_is_refused_without_advice_to_run_it(tmp_path: Path) 
 
 def test_a_literal_that_never_ends_is_looked_through_at_once(tmp_path: Path) -> None:
     (tmp_path / "modeling_pruned.py").write_text("cfgs = [" + "[1]    " * 2000 + "x")
-    assert not is_published_model(tmp_path)
+    with pytest.raises(MasksError, match="no modeling_"):
+        import_published(tmp_path, CONFIG)
 
 
 def test_the_command_writes_the_mask_file(tmp_path: Path) -> None:

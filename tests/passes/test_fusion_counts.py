@@ -7,9 +7,8 @@ import harness
 import numpy as np
 import onnx_ir as ir
 import pytest
-from test_fusions import LOWERINGS, TOLERANCE, half
-from test_passes import node
-from test_tune import masks_of
+from harness import TOLERANCE, node
+from sets import LOWERINGS, half, masks_of
 
 from dispc.masks import Masks
 from dispc.passes.base import RewritePass

@@ -9,10 +9,10 @@ import onnx_ir as ir
 import pytest
 import tiny
 import torch
+from harness import TOLERANCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_compile import widths
-from test_tune import masks_of
+from sets import LOWERINGS, half, masks_of, widths
 
 from dispc.export.trace import trace
 from dispc.masks import Masks
@@ -25,14 +25,8 @@ from dispc.support.errors import CompileError
 from dispc.validate.checks.parity import logit_error
 from dispc.validate.checks.scenarios import Feeder
 
-TOLERANCE = 1e-5
 COUNTED_BY_MASKS = ("align-widths", "fuse-rotary", "fuse-gate-up")
 """Passes that know from the masks what there is to do, and so fail when it is done already (test_fusion_counts.py)."""
-LOWERINGS = ("inverse-gather", "canonical", "scatter-elements", "zero-filled")
-
-
-def half(variant: str, seed: int = 1, **options: Any) -> Masks:
-    return Masks.random(harness.checkpoint(variant).config, 0.5, seed, **options)
 
 
 def error(variant: str, masks: Masks, **options: Any) -> float:
@@ -291,7 +285,7 @@ def test_in_float16_no_pass_costs_more_than_float16_itself(variant: str, options
     run_pipeline(model, build_pipeline(plan, checkpoint, masks))
     rows = [harness.TOKENS, harness.TOKENS[-4:]]
     expected = np.concatenate(harness.reference_rows(variant, masks, rows))
-    halves = load_reference(checkpoint.directory, checkpoint.family, masks, torch.float16)
+    halves = load_reference(checkpoint, masks, torch.float16)
     own = np.concatenate(harness.rows_of(halves, rows))
     found = np.concatenate(harness.batch_logits(model, rows, plan.padding))
     assert logit_error(found, expected) <= 4 * logit_error(own, expected)

@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import tiny
+from harness import node
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,10 +36,6 @@ def find_blocks(model: ir.Model, variant: str = "llama") -> None:
     finder = BlockFinder(model.graph, harness.checkpoint(variant).family)
     for index in range(harness.checkpoint(variant).config.num_hidden_layers):
         finder.find(index)
-
-
-def node(model: ir.Model, name: str) -> ir.Node:
-    return next(n for n in model.graph if n.name == name)
 
 
 @pytest.mark.parametrize("variant", tiny.VARIANTS)

@@ -14,15 +14,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_compile import widths
+from quantised import EVERYTHING, quantised_model
+from sets import widths
 
 from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
 from dispc.passes import quantise
 from dispc.passes.pipeline import build_pipeline, run_pipeline
 from dispc.passes.quantise import QuantisedWeight, QuantisePass
-from dispc.plan import Choices, make_plan
-from dispc.quantisation import BLOCK_SIZES, Quantisation, make_quantisation
+from dispc.plan import BLOCK_SIZES, Choices, Quantisation, make_plan, make_quantisation
 from dispc.reference.quantised import round_blocks
 from dispc.support.errors import CompileError
 from dispc.validate.checks import parity
@@ -30,11 +30,9 @@ from dispc.validate.checks.parity import LIMITS, logit_error
 from dispc.validate.checks.verify import make_verifier
 from dispc.validate.judge import check
 
-EMBEDDING = "model.embed_tokens.weight"
 INT4 = Quantisation(bits=4, block_size=32, symmetric=True, head=False, embedding=False)
 INT8 = Quantisation(bits=8, block_size=32, symmetric=True, head=False, embedding=False)
 CPU_INT8 = replace(INT8, int8_activations=True)
-EVERYTHING = Quantisation(bits=4, block_size=16, symmetric=False, head=True, embedding=True)
 QUANTISATIONS = st.builds(
     Quantisation,
     bits=st.sampled_from([4, 8]),
@@ -87,10 +85,6 @@ def test_torch_rounds_every_weight_exactly_as_the_quantiser_does(
         assert parts[part].dtype == tensor.dtype.numpy()
     expected = round_blocks(torch.from_numpy(values).to(getattr(torch, dtype)), quantisation).numpy()
     np.testing.assert_array_equal(read_back(parts, quantisation, inputs), expected)
-
-
-def quantised_model(variant: str, masks: Masks, quantisation: Quantisation, **options: Any) -> ir.Model:
-    return harness.rewritten(variant, masks, quantisation=quantisation, **options)
 
 
 @pytest.mark.parametrize("variant", ["llama-tied-biased", "phi", "opt"])

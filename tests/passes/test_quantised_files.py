@@ -10,14 +10,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from test_quantise import EMBEDDING, EVERYTHING, quantised_model
+from quantised import EMBEDDING, EVERYTHING, quantised_model
 
 from dispc.export.write import WORKERS, save_model
 from dispc.masks import Masks
 from dispc.model.weights import LazyWeight
 from dispc.passes import quantise
 from dispc.passes.quantise import QuantisedWeight
-from dispc.quantisation import Quantisation
+from dispc.plan import Quantisation
 from dispc.runtime.session import open_session
 
 

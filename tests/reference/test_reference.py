@@ -28,8 +28,8 @@ def test_a_masked_mlp_equals_index_select_narrow_layers_and_index_add(norm_scope
     masks = Masks.random(config, 0.5, 11, norm_scope=norm_scope)
     sets = masks.blocks[1].mlp
     read, mid, write = (torch.from_numpy(s) for s in (sets.read, sets.mid, sets.write) if s is not None)
-    masked = load_reference(checkpoint.directory, family, masks).get_submodule(family.block(1))
-    dense = load_reference(checkpoint.directory, family, None).get_submodule(family.block(1))
+    masked = load_reference(checkpoint, masks).get_submodule(family.block(1))
+    dense = load_reference(checkpoint, None).get_submodule(family.block(1))
     x = torch.randn(3, 5, config.hidden_size)
 
     norm = dense.final_layer_norm

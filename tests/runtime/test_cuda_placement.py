@@ -15,13 +15,12 @@ import pytest
 import tiny
 import torch
 from placement import CPU, CUDA, Placement, place
-from test_tune import masks_of
+from sets import masks_of
 
 from dispc.export.trace import trace
 from dispc.masks import Masks
 from dispc.passes.pipeline import build_pipeline, run_pipeline
-from dispc.plan import TARGETS, Choices, Lowering, Plan, make_plan
-from dispc.quantisation import Quantisation
+from dispc.plan import TARGETS, Choices, Lowering, Plan, Quantisation, make_plan
 from dispc.runtime.placement import check_placement
 from dispc.support.errors import CompileError
 

@@ -12,22 +12,15 @@ import harness
 import numpy as np
 import pytest
 import torch
+from sets import masks_of
 
 from dispc.compiler import build_artifact
 from dispc.masks import Masks
-from dispc.plan import TARGETS, Choices, Plan
-from dispc.quantisation import Quantisation
+from dispc.plan import TARGETS, Choices, Plan, Quantisation
 from dispc.runtime import doctor, tune
 from dispc.support.errors import CompileError
 
 LOWERINGS = {"inverse-gather", "canonical", "scatter-elements", "zero-filled"}
-
-
-def masks_of(variant: str) -> Masks:
-    """Half of the parameters, but nearly everything is read by every MLP: there is something to fill with zeros."""
-    config = harness.checkpoint(variant).config
-    nearly = {"mlp.read": np.arange(1, config.hidden_size)}
-    return Masks.from_indices([block.sets() | nearly for block in Masks.random(config, 0.5, 3).blocks], config)
 
 
 def fake_times(monkeypatch: pytest.MonkeyPatch, **faster: float) -> None:

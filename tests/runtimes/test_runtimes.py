@@ -21,8 +21,8 @@ from dispc.masks import Masks
 from dispc.passes.common.versions import version_key
 from dispc.quantisation import Quantisation
 
-HERE = Path(__file__).parent
-ENVIRONMENTS = HERE.parents[1] / "build" / "runtimes"
+SCRIPTS = Path(trial.__file__).parent
+ENVIRONMENTS = Path(__file__).parents[2] / "build" / "runtimes"
 
 
 def quantisation(bits: int, *, embedding: bool = False, symmetric: bool = True, int8: bool = False) -> Quantisation:
@@ -88,7 +88,7 @@ def tried(package: str, version: str) -> dict[str, Any]:
     """What `package` in `version` makes of every artifact."""
     script, names = {"onnxruntime": ("trial.py", list(ARTIFACTS)), "genai": ("trial_genai.py", FOR_GENAI)}[package]
     python = ENVIRONMENTS / f"{package}-{version}" / "bin" / "python"
-    line = [python, HERE / script, *(artifact(name) for name in names)]
+    line = [python, SCRIPTS / script, *(artifact(name) for name in names)]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])["artifacts"]

@@ -19,14 +19,15 @@ from dispc.export.trace import trace
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.passes.pipeline import build_pipeline, run_pipeline
-from dispc.plan import Choices, make_plan
-from dispc.quantisation import Quantisation
+from dispc.plan import Choices, Quantisation, make_plan
 from dispc.reference.masked import apply_masks, load_reference
 from dispc.reference.quantised import quantise_reference
 from dispc.runtime.session import Runner, open_session
 from dispc.validate.checks.scenarios import Feeder
 
 Array = npt.NDArray[Any]
+TOLERANCE = 1e-5
+"""What float32 graphs of the tiny models may differ from torch by, as a share of the range of the logits."""
 TOKENS = np.random.default_rng(7).integers(0, 131, 13)
 
 
@@ -61,7 +62,7 @@ def rewritten(variant: str, masks: Masks, target: str = "onnx-cpu", **options: A
 
 @cache
 def _dense_reference(variant: str) -> Any:
-    return load_reference(checkpoint(variant).directory, checkpoint(variant).family, None)
+    return load_reference(checkpoint(variant), None)
 
 
 def reference_logits(
@@ -117,3 +118,7 @@ def batch_logits(model: ir.Model, rows: Sequence[Array], padding: str) -> list[A
 def operators(model: ir.Model, within: str = "") -> list[str]:
     """Operator names of the nodes whose name contains `within`, in order."""
     return [node.op_type for node in model.graph if within in (node.name or "")]
+
+
+def node(model: ir.Model, name: str) -> ir.Node:
+    return next(n for n in model.graph if n.name == name)

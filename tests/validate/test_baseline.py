@@ -7,12 +7,12 @@ from typing import Any
 
 import command
 import pytest
-from test_report import originals, reports
+from artifacts import originals, reports
 
+from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
 from dispc.validate import Report
 from dispc.validate.report.baseline import compare, read_report
-from dispc.validate.report.report import Check
 
 
 def older(report: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 import faults
 import numpy as np
 import pytest
-from test_parity import artifact, failed, judged
+from artifacts import artifact, failed, judged
 
-from dispc.quantisation import Quantisation
+from dispc.plan import Quantisation
 from dispc.runtime.session import Artifact
 from dispc.validate import Thresholds
 from dispc.validate.checks.scenarios import Stage, judge_bits

@@ -10,47 +10,20 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from artifacts import artifact, failed, judged
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
 from dispc.reference.masked import load_reference
 from dispc.reference.truth import LARGE, TOLERANCE, Answers, Text, ask, divergence, truth_dtype
 from dispc.runtime.session import Artifact, refuse_left_padding
 from dispc.support.errors import ArtifactError
-from dispc.validate import Report, Thresholds, check
+from dispc.validate import Report, Thresholds
 from dispc.validate.checks.parity import LIMITS, logit_error
 from dispc.validate.checks.scenarios import SCENARIOS, Stage
 
 NOT_HERE = {"CUDA graph replay", "behind the sliding window"}
-
-
-@functools.cache
-def artifact(variant: str = "phi", target: str = "onnx-cpu", **options: Any) -> Path:
-    checkpoint = harness.checkpoint(variant)
-    name = "-".join((variant, target, *map(str, options.values())))
-    path = harness.scratch() / "artifacts" / name
-    options = {"lowering": "inverse-gather"} | options  # the one that faults are planted into, unless a test says more
-    masks = Masks.random(checkpoint.config, 0.5, 4)
-    if options.pop("norm_scope", "full") == "selected":
-        masks = Masks.random(checkpoint.config, 0.5, 4, norm_scope="selected")
-    file = harness.scratch() / f"{name}.safetensors"
-    masks.save(file, checkpoint.config)
-    compile_model(
-        CompileOptions(
-            model=checkpoint.directory, masks=file, output=path, target=target, validate=False, **options
-        )
-    )  # fmt: skip
-    return path
-
-
-def judged(path: Path, variant: str = "phi", **options: Any) -> Report:
-    return check(path, harness.checkpoint(variant).directory, **options)
-
-
-def failed(report: Report) -> set[str]:
-    return {check.name for check in report.checks if not check.passed}
 
 
 @functools.cache
@@ -208,12 +181,12 @@ def test_the_truth_is_closer_to_float64_than_float32_can_be(variant: str) -> Non
     text = Text(tuple(harness.TOKENS.tolist()))
 
     def logits(dtype: torch.dtype) -> harness.Array:
-        model = load_reference(checkpoint.directory, checkpoint.family, masks, dtype)
+        model = load_reference(checkpoint, masks, dtype)
         with torch.inference_mode():
             return model(input_ids=torch.from_numpy(text.array)[None]).logits[0].numpy()  # type: ignore[no-any-return]
 
     def load() -> Any:
-        return load_reference(checkpoint.directory, checkpoint.family, masks)
+        return load_reference(checkpoint, masks)
 
     answers = ask(load, checkpoint.family, [text], torch.float64, "float32", streams=True)
     truth = answers.truth[text]["logits"]
@@ -230,7 +203,7 @@ def test_the_own_error_of_halves_is_that_of_their_precision() -> None:
     own = {}
     for dtype in ("float32", "float16", "bfloat16"):
         answers = ask(
-            lambda: load_reference(checkpoint.directory, checkpoint.family, masks),
+            lambda: load_reference(checkpoint, masks),
             checkpoint.family, [text], torch.float64, dtype, streams=False,
         )  # fmt: skip
         own[dtype] = answers.own_error(text, "logits").mean()

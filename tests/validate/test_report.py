@@ -1,6 +1,5 @@
 """What leaves a validation: exit codes by threshold, JSON, JUnit, Markdown, HTML, comparison with a baseline."""
 
-import functools
 import io
 import json
 import re
@@ -11,10 +10,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import command
-import faults
-import harness
 import numpy as np
 import pytest
+from artifacts import originals, reports
 from language import make_student
 from rich.console import Console
 
@@ -22,35 +20,11 @@ from dispc.cli.judging import latency_tables
 from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
+from dispc.support.check import Check
 from dispc.support.errors import DispcError
 from dispc.validate import LatencyOptions, Report, check
 from dispc.validate.checks.static import judge_file
 from dispc.validate.report.html import page
-from dispc.validate.report.report import Check
-
-
-@functools.cache
-def originals() -> tuple[Path, Path, Path]:
-    """A Phi artifact, one with a fault, and their model."""
-    place = harness.scratch() / "reports"
-    place.mkdir()
-    checkpoint = harness.checkpoint("phi")
-    Masks.random(checkpoint.config, 0.5, 4).save(place / "masks.safetensors", checkpoint.config)
-    options = CompileOptions(
-        model=checkpoint.directory, masks=place / "masks.safetensors", output=place / "out", target="onnx-cpu",
-        validate=False,
-    )  # fmt: skip
-    compile_model(options)
-    faults.plant(faults.drop_bias, place / "out", place / "broken")
-    return place / "out", place / "broken", checkpoint.directory
-
-
-@functools.cache
-def reports() -> tuple[Report, Report]:
-    """Of the good artifact with its drill, and of the broken one."""
-    good, broken, model = originals()
-    return check(good, model, drill=True), check(broken, model)
-
 
 # Thresholds
 

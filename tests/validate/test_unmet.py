@@ -12,12 +12,12 @@ import harness
 import onnx_ir as ir
 import pytest
 import tiny
-from test_parity import artifact, failed, judged
+from artifacts import artifact, failed, judged
 
 from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
-from dispc.quantisation import Quantisation
+from dispc.plan import Quantisation
 from dispc.validate import check
 from dispc.validate.checks.static import COMPANIONS
 

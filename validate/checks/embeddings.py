@@ -8,12 +8,12 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dispc.model.checkpoint import Checkpoint
-from dispc.quantisation import Quantisation
+from dispc.plan import Quantisation
 from dispc.reference.quantised import round_blocks
 from dispc.runtime.session import Array, Artifact, Tokens
+from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
 from dispc.validate.checks.drill import first_stream
-from dispc.validate.report.report import Check
 
 NAME, OUTPUT = "embeddings", "embedded"
 LONGEST = 4096

@@ -13,9 +13,9 @@ import numpy as np
 from dispc.evaluate.perplexity import Perplexity
 from dispc.reference.truth import TINY, Answers, divergence
 from dispc.runtime.session import Array, Artifact
+from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
 from dispc.validate.checks.scenarios import GREEDY, Row, Stage, Turn
-from dispc.validate.report.report import Check
 
 LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest error of a dtype as a share of the logits' range: for graphs between passes, and where no truth is finer."""

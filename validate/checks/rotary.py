@@ -12,7 +12,7 @@ import torch
 from dispc.model.checkpoint import Checkpoint
 from dispc.runtime.edits import load_graph
 from dispc.runtime.session import Artifact
-from dispc.validate.report.report import Check
+from dispc.support.check import Check
 
 TABLES = ("cos_cache", "sin_cache")
 UNITS = 2.0

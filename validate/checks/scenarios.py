@@ -9,8 +9,8 @@ import numpy as np
 from dispc.reference.truth import Text
 from dispc.runtime.bound import BoundDecoder
 from dispc.runtime.session import CUDA, Array, Artifact, Runner, Tokens
+from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
-from dispc.validate.report.report import Check
 
 STEPS = 64
 SHORTEST = 16

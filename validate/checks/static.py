@@ -11,10 +11,10 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from dispc.manifest import COPIED
 from dispc.model.checkpoint import Checkpoint
-from dispc.support.checker import check_model
+from dispc.support.check import Check
 from dispc.support.errors import first_line
 from dispc.support.graph import MICROSOFT
-from dispc.validate.report.report import Check
+from dispc.support.onnx_checker import check_model
 
 COMPANIONS = "files beside the model"
 DOMAINS = {"onnx": {""}}

@@ -15,7 +15,7 @@ import torch
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.weights import surface_weight_errors
-from dispc.quantisation import Quantisation
+from dispc.plan import Quantisation
 from dispc.reference.masked import apply_masks, load_reference
 from dispc.reference.quantised import quantise_reference
 from dispc.runtime.session import Array, Runner, open_session
@@ -36,7 +36,7 @@ def make_verifier(
     Runs in float32 without ONNX Runtime's own optimisations: a prefill, and a second run behind its cache.
     """
     tokens = np.random.default_rng(seed).integers(0, checkpoint.config.vocab_size, 10)
-    model = load_reference(checkpoint.directory, checkpoint.family, None)
+    model = load_reference(checkpoint, None)
     dense = _reference_logits(model, tokens)
     apply_masks(model, checkpoint.family, masks)
     masked = quantised = _reference_logits(model, tokens)

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
-from dispc.validate.report.report import Check, Report
+from dispc.validate.report.report import Report
 
 SAME = ("target", "dtype", "judged_on", "truth", "seed")
 """What two reports must agree on for their figures to mean the same."""

@@ -1,51 +1,11 @@
 """What a validation found: checks, and what was measured beside them; as JSON, Markdown and JUnit."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 from xml.etree import ElementTree
 
+from dispc.support.check import Check
 from dispc.support.files import finite
-
-Status = Literal["passed", "failed", "skipped", "noted"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One figure against its limit, in `unit`. Without a limit it is noted and cannot fail.
-
-    `detail` says what was run, or why it was skipped or failed; `figures` holds more numbers for programs.
-    """
-
-    name: str
-    group: str
-    status: Status
-    detail: str
-    figure: float | None = None
-    limit: float | None = None
-    unit: str = ""
-    figures: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def passed(self) -> bool:
-        return self.status != "failed"
-
-    @staticmethod
-    def against(
-        name: str, group: str, figure: float, limit: float | None, unit: str, detail: str, **figures: Any
-    ) -> "Check":
-        """Passed when `figure` is at most `limit`; NaN is not."""
-        status: Status = "noted" if limit is None else "passed" if figure <= limit else "failed"
-        return Check(
-            name=name, group=group, status=status, detail=detail, figure=figure, limit=limit, unit=unit, figures=figures
-        )
-
-    @staticmethod
-    def skipped(name: str, group: str, reason: str) -> "Check":
-        return Check(name=name, group=group, status="skipped", detail=reason)
-
-    @staticmethod
-    def failed(name: str, group: str, reason: str) -> "Check":
-        return Check(name=name, group=group, status="failed", detail=reason)
 
 
 @dataclass(frozen=True, kw_only=True)

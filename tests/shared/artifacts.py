@@ -1,0 +1,62 @@
+"""Artifacts compiled once, and reports on them."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import faults
+import harness
+
+from dispc.compiler import CompileOptions, compile_model
+from dispc.masks import Masks
+from dispc.validate import Report, check
+
+
+@functools.cache
+def artifact(variant: str = "phi", target: str = "onnx-cpu", **options: Any) -> Path:
+    checkpoint = harness.checkpoint(variant)
+    name = "-".join((variant, target, *map(str, options.values())))
+    path = harness.scratch() / "artifacts" / name
+    options = {"lowering": "inverse-gather"} | options  # the one that faults are planted into, unless a test says more
+    masks = Masks.random(checkpoint.config, 0.5, 4)
+    if options.pop("norm_scope", "full") == "selected":
+        masks = Masks.random(checkpoint.config, 0.5, 4, norm_scope="selected")
+    file = harness.scratch() / f"{name}.safetensors"
+    masks.save(file, checkpoint.config)
+    compile_model(
+        CompileOptions(
+            model=checkpoint.directory, masks=file, output=path, target=target, validate=False, **options
+        )
+    )  # fmt: skip
+    return path
+
+
+def judged(path: Path, variant: str = "phi", **options: Any) -> Report:
+    return check(path, harness.checkpoint(variant).directory, **options)
+
+
+def failed(report: Report) -> set[str]:
+    return {check.name for check in report.checks if not check.passed}
+
+
+@functools.cache
+def originals() -> tuple[Path, Path, Path]:
+    """A Phi artifact, one with a fault, and their model."""
+    place = harness.scratch() / "reports"
+    place.mkdir()
+    checkpoint = harness.checkpoint("phi")
+    Masks.random(checkpoint.config, 0.5, 4).save(place / "masks.safetensors", checkpoint.config)
+    options = CompileOptions(
+        model=checkpoint.directory, masks=place / "masks.safetensors", output=place / "out", target="onnx-cpu",
+        validate=False,
+    )  # fmt: skip
+    compile_model(options)
+    faults.plant(faults.drop_bias, place / "out", place / "broken")
+    return place / "out", place / "broken", checkpoint.directory
+
+
+@functools.cache
+def reports() -> tuple[Report, Report]:
+    """Of the good artifact with its drill, and of the broken one."""
+    good, broken, model = originals()
+    return check(good, model, drill=True), check(broken, model)

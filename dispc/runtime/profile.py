@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 
 from dispc.runtime.bound import BoundDecoder
 from dispc.runtime.edits import load_graph
+from dispc.runtime.ort import ort
 from dispc.runtime.session import CUDA, Artifact, open_session
 
 COPY_BYTES = 2**28

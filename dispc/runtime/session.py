@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime as ort
 
 from dispc.manifest import read_manifest
 from dispc.runtime.edits import Edit, exactly_comparable, load_graph, widen, with_float32_outputs
+from dispc.runtime.ort import ort
 from dispc.support.errors import ArtifactError, first_line
 
 Array = npt.NDArray[Any]

@@ -8,7 +8,7 @@ a folder to take tokens from. Stages: every ratio learns in a process of its own
 adapters of rank 8 and by all weights of the blocks; perplexities before and after, on the test text and on held-out
 answers. OUT gets small files only, anew after each stage: what was done by then survives being cut off.
 
-    report.json          seconds, tokens a second, perplexities
+    report.json          seconds, tokens a second, perplexities, also along the way
     learned.tar.gz        masks, metrics and logs
     adapter-RATIO.tar.gz  the adapters, as peft loads them
 """
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,13 +31,16 @@ import typer
 from torch.nn import functional
 
 from dispc.demo import shipped_masks
-from dispc.masks import Masks
+from dispc.learn.budget import block_budget, final_sets
+from dispc.learn.hypernetwork import HyperNetwork, Layout
+from dispc.learn.objective import GatedModel
+from dispc.masks import Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.text import load_tokens, windows
 from dispc.reference.masked import load_reference
 from dispc.support.files import whole, write_json
 
-LEARN = ("--batch-size", 8, "--sequence-length", 512, "--learning-rate", 2e-3, "--decay", "--checkpoint-every", 200)
+LEARN = ("--batch-size", 8, "--sequence-length", 512, "--learning-rate", 2e-3, "--decay", "--checkpoint-every", 100)
 RECOVER = ("--batch-size", 4, "--accumulate", 2, "--sequence-length", 512, "--loss", "both", "--evaluate-every", 25,
            "--checkpoint-every", 200, "--patience", 1000)  # fmt: skip
 RECOVERIES: dict[str, tuple[Any, ...]] = {
@@ -66,7 +70,8 @@ class Job:
         """Start it, going on with what an earlier try has left."""
         with open(self.log, "ab") as log:
             command = [sys.executable, "-m", "dispc", *map(str, self.arguments), "--resume"]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+            environment = os.environ | {"OMP_NUM_THREADS": "2"}  # many processes share the cores
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
 @dataclass
@@ -129,10 +134,13 @@ def start(jobs: list[Job]) -> None:
             job.start()
 
 
-def finish(run: Run, jobs: list[Job], seconds: float) -> None:
+def finish(run: Run, jobs: list[Job], seconds: float, meanwhile: Callable[[], None] = lambda: None) -> None:
     """Wait so long for the jobs that were started; the others are asked to save and stop, then killed."""
     waiting = [job for job in jobs if job.process is not None]
     until = time.perf_counter() + seconds
+    while time.perf_counter() < until and any(job.process and job.process.poll() is None for job in waiting):
+        time.sleep(0.5)
+        meanwhile()
     for job in waiting:
         assert job.process is not None
         try:
@@ -149,13 +157,15 @@ def finish(run: Run, jobs: list[Job], seconds: float) -> None:
 
 
 @torch.no_grad()
-def perplexities(run: Run, model: Any) -> dict[str, float]:
-    """Of a model on the device: the test text in windows of 2,048 and of 1,024 (16 of them), and held-out answers."""
+def perplexities(run: Run, model: Any, *, quick: bool = False) -> dict[str, float]:
+    """Of a model on the device: the test text in windows of 2,048 (not if `quick`), 16 of 1,024, held-out answers."""
     found = {}
     for name, text, length, count in (
         ("wiki.test", "wiki.test.raw", 2048, None), ("wiki.test, 16 of 1024", "wiki.test.raw", 1024, 16),
         ("answers", "held-out.jsonl", 1024, None),
     ):  # fmt: skip
+        if quick and length == 2048:
+            continue
         length, count = (64, 2) if run.smoke else (length, count)
         rows = windows(load_tokens(str(run.text / text), run.model), length, text)[:count]
         total = torch.zeros((), dtype=torch.float64, device=run.device)
@@ -172,6 +182,52 @@ def judge(run: Run, key: str, directory: Path, masks: Path | None) -> None:
         return
     model = load_reference(Checkpoint(directory), Masks.load(masks) if masks else None).to(run.device)
     run.note(key, perplexities(run, model))
+
+
+class Curve:
+    """Perplexity against tokens as the ratios learn: of the sets that each checkpoint would end in.
+
+    Later steps of a run have a lower rate: a point on the way is worse than a run that ends there.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, checkpoint = run, Checkpoint(run.model)
+        self.checkpoint, self.config = checkpoint, checkpoint.config
+        self.layout = Layout.make(checkpoint.config)
+        model = load_reference(checkpoint, None).to(run.device)
+        self.gated = GatedModel(model, checkpoint.config, "full")
+        self.steps = dict.fromkeys(run.ratios, 0)
+
+    def look(self) -> None:
+        """Judge the checkpoints that are new."""
+        for ratio in self.run.ratios:
+            folder = self.run.masks(ratio).with_suffix(".learn")
+            try:
+                state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+                options = json.loads((folder / "options.json").read_text())
+            except (OSError, RuntimeError, ValueError):  # there is none yet
+                continue
+            if state["step"] > self.steps[ratio]:
+                self.steps[ratio] = state["step"]
+                tokens = state["step"] * options["batch_size"] * options["sequence_length"]
+                points = self.run.report.get(f"curve {ratio}", [])
+                self.run.note(f"curve {ratio}", [*points, {"tokens": tokens} | self.judge(state["source"], ratio)])
+
+    @torch.no_grad()
+    def judge(self, source: dict[str, torch.Tensor], ratio: int) -> dict[str, float]:
+        """Perplexities of the sets that the state of a hypernetwork ends in."""
+        network = HyperNetwork(self.layout.widths)
+        network.load_state_dict(source)
+        latents = self.layout.expand(network()).float().numpy()
+        masks = final_sets(latents, self.config, block_budget(self.checkpoint, ratio / 100, "blocks"))
+        gates = []
+        for block in masks.blocks:
+            for name, indices in block.sets().items():
+                gate = torch.zeros(set_width(name, masks.hidden_size, masks.intermediate_size))
+                gate[torch.from_numpy(indices)] = 1.0
+                gates.append(gate.to(self.run.device))
+        self.gated.pieces = gates
+        return perplexities(self.run, self.gated.model, quick=True)
 
 
 def pack(path: Path, files: list[Path], root: Path) -> None:
@@ -229,7 +285,9 @@ def main(
     try:
         start(learning)
         judge(run, "dense", model, None)
-        finish(run, learning, 600.0 if smoke else 60.0 * LEARN_SHARE * minutes + SPARE)
+        curve = Curve(run)
+        finish(run, learning, 600.0 if smoke else 60.0 * LEARN_SHARE * minutes + SPARE, curve.look)
+        del curve
         speeds(run, learning)
         for ratio in run.ratios:
             if not run.masks(ratio).exists():

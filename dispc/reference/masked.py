@@ -1,7 +1,7 @@
 """The masked reference: the dense torch model with the sets applied as 0/1 multiplications. This defines right.
 
-Nothing here is shared with the compiler but the table of names and the masks: weights come through transformers
-(`Checkpoint.load_model`), and attention, caches and activations are those of transformers.
+Shared with the compiler are the table of names, the masks, and the reading of config.json and tensors, which runs no
+code of a checkpoint and which tests hold against transformers' own loading; all that is computed is transformers' code.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,6 @@ def load_reference(checkpoint: Checkpoint, masks: Masks | None, dtype: torch.dty
         CheckpointError: when the weights cannot be loaded.
     """
     model = checkpoint.load_model(dtype)
-    model.eval()
     _widen_norms(model)
     if masks is not None:
         apply_masks(model, checkpoint.family, masks)

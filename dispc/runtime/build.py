@@ -8,6 +8,7 @@ import importlib
 import platform
 from dataclasses import dataclass
 from importlib.metadata import distribution, packages_distributions
+from pathlib import Path
 
 MODULE = "onnxruntime"
 GPU = "onnxruntime-gpu"
@@ -48,7 +49,7 @@ def _build(name: str) -> Build:
     """Files are compared by size: the builds' libraries differ in it."""
     found = distribution(name)
     sized = [file for file in found.files or () if file.parts[0] == MODULE and file.size is not None]
-    paths = [(file.locate(), file.size) for file in sized]
+    paths = [(Path(file.locate()), file.size) for file in sized]
     missing = sum(not path.is_file() for path, _ in paths)
     changed = sum(path.is_file() and path.stat().st_size != size for path, size in paths)
     return Build(name=name, version=found.version, files=len(paths), missing=missing, changed=changed)

@@ -1,5 +1,8 @@
 """The opset is the lowest that the graph needs, and the ONNX Runtime the first that has its operators."""
 
+import re
+from pathlib import Path
+
 import harness
 import onnx
 import onnx_ir as ir
@@ -9,7 +12,7 @@ from onnx import helper
 
 from dispc.masks import Masks
 from dispc.passes.common.versions import KERNELS, RELEASES, lowest_opset, needs, version_key
-from dispc.plan import TARGETS, Quantisation
+from dispc.plan import TARGETS, Quantisation, make_quantisation
 from dispc.support.errors import CompileError
 from dispc.support.graph import MICROSOFT, make_node
 from dispc.support.onnx_checker import check_model
@@ -133,3 +136,31 @@ def test_the_checker_still_refuses_what_is_wrong() -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
     with pytest.raises(onnx.checker.ValidationError, match="input size 1"):
         check_model(path)
+
+
+def test_the_documentation_names_the_first_onnx_runtime_of_each_artifact() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "applications.md").read_text(encoding="utf-8")
+    rows = page.split("| first ONNX Runtime |")[1].split("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in row.split("|")[1:3]] for row in rows]
+    assert len(cells) > 8
+    for artifacts, version in cells:
+        variant = "mistral-window" if "window" in artifacts else "llama"
+        for line in re.findall(r"`([^`]+)`", artifacts):
+            assert needs(rewritten(variant, **options_of(line)))["onnxruntime"] == version, line
+
+
+def options_of(line: str) -> dict[str, object]:
+    """`onnx-cpu --padding left` as what the plan is made of."""
+    target, *words = line.split()
+    given = dict(zip(words, [*words[1:], ""], strict=True))
+    options: dict[str, object] = {"target": target}
+    options |= {name: given[f"--{name}"] for name in ("padding", "dtype") if f"--{name}" in given}
+    if "--quantize" in given:
+        chosen = [
+            value for flag, value in (("--int8-activations", True), ("--no-int8-activations", False)) if flag in given
+        ]
+        options["quantisation"] = make_quantisation(
+            given["--quantize"], target, block_size=16, asymmetric="--asymmetric" in given, head=False,
+            embedding="--quantize-embedding" in given, int8_activations=chosen[0] if chosen else None,
+        )  # fmt: skip
+    return options

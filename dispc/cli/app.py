@@ -83,7 +83,8 @@ def compile(
 
     Example: [bold]dispc compile model/ --masks masks.safetensors --target onnx-cuda -o model-cuda/[/bold]
     """
-    from dispc.cli.tables import compile_progress, compile_tables, parity_table
+    from dispc.cli.checks import check_lines
+    from dispc.cli.tables import compile_progress, compile_tables
     from dispc.compiler import CompileOptions, ParityFailure, compile_model
     from dispc.plan import make_quantisation
 
@@ -105,7 +106,7 @@ def compile(
         if as_json:
             print_json({"validation": failure.validation})
         else:
-            out.print(parity_table(failure.validation))
+            out.print(check_lines(failure.validation))
         print_error(str(failure))
         raise typer.Exit(1) from failure
     if as_json:
@@ -114,8 +115,13 @@ def compile(
     for table in compile_tables(manifest):
         out.print(table)
     if "validation" in manifest:
-        out.print(parity_table(manifest["validation"]))
-    out.print(f"[bold]{escape(str(directory))}[/bold] in {manifest['compile_seconds']:.1f} s")
+        out.print(check_lines(manifest["validation"]))
+    for note in manifest["notes"]:
+        out.print(f"[yellow]note:[/yellow] {escape(note)}", highlight=False)
+    times = f"compiled in {manifest['compile_seconds']:.1f} s"
+    if "validation_seconds" in manifest:
+        times += f", validated in {manifest['validation_seconds']:.1f} s"
+    out.print(f"[bold]{escape(str(directory))}[/bold] {times}")
 
 
 @app.command()

@@ -10,7 +10,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dispc.cli.tables import JsonFlag, err, out, parity_table, print_json
+from dispc.cli.checks import check_lines, latency_tables
+from dispc.cli.heartbeat import heartbeat
+from dispc.cli.tables import JsonFlag, err, out, print_json
 from dispc.support.errors import DispcError
 
 
@@ -69,6 +71,7 @@ def validate(
     junit: Annotated[Path | None, typer.Option(help="Write the checks as JUnit XML, one test case for each.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one self-contained page.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write a summary for a CI job.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say what each check was made of, passed or not.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Does the artifact compute what the masked model computes? Exit code 0 passed, 1 failed, 2 could not run.
@@ -111,10 +114,17 @@ def validate(
                 for name, value in fields.items() if value not in (None, [])
             }  # fmt: skip
             options["latency"] = LatencyOptions(**chosen)
-        with dense_artifact(artifact, reference, dense, build_dense) as dense_path, err.status("") as status:
-            report = check(
-                artifact, reference, dense=dense_path, say=lambda what: status.update(f"{what} ..."), **options
-            )
+        with (
+            heartbeat(err, "loading") as tell,
+            dense_artifact(artifact, reference, dense, build_dense) as dense_path,
+            err.status("") as status,
+        ):
+
+            def say(what: str) -> None:
+                status.update(f"{what} ...")
+                tell(what)
+
+            report = check(artifact, reference, dense=dense_path, say=say, **options)
     except Exception as error:  # whatever it is: CI reads the reports
         for path, write in ((junit, junit_error), (markdown, markdown_error)):
             if path:
@@ -124,7 +134,7 @@ def validate(
     if as_json:
         print_json(found)
     else:
-        out.print(parity_table(found))
+        out.print(check_lines(found, verbose=verbose))
         for table in latency_tables(found):
             out.print(table)
     texts: tuple[tuple[Path | None, Callable[[], str]], ...] = (
@@ -208,31 +218,6 @@ def share(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise DispcError(f"--max-regression {text}: give a share such as 5% or 0.05")
     return value
-
-
-def latency_tables(report: dict[str, Any]) -> list[Table]:
-    """Times of both artifacts, and time by operator type; nothing where nothing was timed."""
-    from dispc.validate.report.report import LATENCY_COLUMNS, latency_cells
-
-    latency = report["latency"]
-    if latency is None:
-        return []
-    facts = f"{latency['threads']} threads, {latency['rounds']} runs behind {latency['warmup']}"
-    if latency["peak_bytes"]:
-        facts += f", peak memory {latency['peak_bytes'] / 2**20:,.0f} MiB"
-    facts += f", a copy moves {latency['copy_bytes_per_second'] / 1e9:.1f} GB/s"
-    times = Table(title=escape(f"Latency on {report['device']} ({latency['provider']}): {facts}"), title_justify="left")
-    for column in ("", "artifact", *LATENCY_COLUMNS):
-        times.add_column(column, justify="left" if column in ("", "artifact") else "right")
-    for row in latency["rows"]:
-        times.add_row(*latency_cells(row, latency))
-    gathers = 100 * latency["gather_scatter_share"]
-    operators = Table(title=f"Operators while decoding ({gathers:.1f} % Gather and Scatter)", title_justify="left")
-    for column in ("operator", "ms", "share"):
-        operators.add_column(column, justify="left" if column == "operator" else "right")
-    for row in latency["operators"]:
-        operators.add_row(row["operator"], f"{row['milliseconds']:.3f}", f"{100 * row['share']:.1f} %")
-    return [times, operators]
 
 
 def doctor(as_json: JsonFlag = False) -> None:

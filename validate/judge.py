@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 
-from dispc import __version__
 from dispc.evaluate.perplexity import ArtifactScorer, TorchScorer, measure_perplexity, text_windows
 from dispc.manifest import read_manifest
 from dispc.masks import SETS, Masks, set_width
@@ -19,14 +18,15 @@ from dispc.plan import TARGETS
 from dispc.reference.masked import load_reference
 from dispc.reference.quantised import match_quantisation
 from dispc.reference.truth import Answers, ask, freed, round_storage, truth_dtype
-from dispc.runtime.doctor import cuda_problem
 from dispc.runtime.latency import LatencyOptions, judge_latency, measure_latency
 from dispc.runtime.memory import fits_memory, require_memory_for_reference
 from dispc.runtime.placement import Placement, judge_placement
-from dispc.runtime.providers import processor_name
-from dispc.runtime.session import CPU, CUDA, Artifact
+from dispc.runtime.providers import CPU, PROVIDERS, Provider
+from dispc.runtime.session import Artifact
 from dispc.support.check import Check
+from dispc.support.dtypes import DTYPES, name_of
 from dispc.support.errors import ArtifactError, MasksError
+from dispc.support.version import __version__
 from dispc.validate.checks import parity
 from dispc.validate.checks.drill import drill_down
 from dispc.validate.checks.embeddings import judge_embeddings
@@ -212,7 +212,7 @@ class Trial:
         family = self.checkpoint.family
         reference = load_reference(self.checkpoint, self.masks)
         if self.artifact.widened:
-            round_storage(reference, getattr(torch, self.artifact.dtype))
+            round_storage(reference, DTYPES[self.artifact.dtype].torch)
         match_quantisation(reference, family, self.masks, self.artifact.manifest)
         return reference
 
@@ -224,9 +224,9 @@ class Trial:
             "artifact": str(artifact.directory), "reference": str(self.checkpoint.directory), "target": self.target,
             "dtype": artifact.dtype, "padding": artifact.padding, "lowering": manifest["lowering"]["name"],
             "judged_on": f"{artifact.provider}{self.remark}, {precision}",
-            "truth": f"reference in {str(self.truth).removeprefix('torch.')}"
+            "truth": f"reference in {name_of(self.truth)}"
                      + (f" with weights rounded to {artifact.dtype}" if artifact.widened else ""),
-            "device": processor_name(cuda=artifact.provider == CUDA),
+            "device": artifact.provider.processor(),
             "versions": {"dispc": __version__} | {name: version(name) for name in PACKAGES},
             "bytes": manifest["bytes"],
             "widths": tuple({name: len(v) for name, v in block.sets().items()} for block in masks.blocks),
@@ -234,7 +234,7 @@ class Trial:
         }  # fmt: skip
 
 
-def choose_provider(artifact: Path, device: Device) -> tuple[str, str]:
+def choose_provider(artifact: Path, device: Device) -> tuple[Provider, str]:
     """The execution provider to judge on, and the remark that its name needs in the report's first line.
 
     Raises:
@@ -244,16 +244,12 @@ def choose_provider(artifact: Path, device: Device) -> tuple[str, str]:
     target = TARGETS.get(name)
     if target is None:
         raise ArtifactError(f"{artifact}: is for the target {name}, which this dispc does not know")
-    if target.provider == CPU:
-        return CPU, ""
+    wanted = PROVIDERS[target.provider]
+    if wanted.fallback:
+        return wanted, ""
     if device == "cpu":
-        return CPU, f" instead of {target.provider} (chosen)"
-    problem = cuda_problem()
-    if problem is None:
-        return CUDA, ""
+        return CPU, f" instead of {wanted} (chosen)"
     if device == "target":
-        raise ArtifactError(
-            f"{artifact}: is for CUDA, which does not load here: {problem}; "
-            "dispc doctor tells more, --on-cpu judges parity on the CPU"
-        )
-    return CPU, f" instead of {target.provider} (not here: {problem})"
+        wanted.require(f"{artifact}: is for {wanted.title}", "--on-cpu judges parity on the CPU")
+    problem = wanted.problem()
+    return (wanted, "") if problem is None else (CPU, f" instead of {wanted} (not here: {problem})")

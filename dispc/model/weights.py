@@ -1,6 +1,6 @@
 """Lazy weight expressions: what a pruned weight is made of, evaluated only while the artifact is written.
 
-    checkpoint tensor [out, in] -> rows -> columns -> cast -> pad or fill -> transpose (-> concat)
+    checkpoint tensor [out, in] -> rows -> columns -> arithmetic -> cast -> pad or fill -> transpose (-> concat)
 
 Each method returns a new expression; nothing is read before `evaluate`. The expressions are onnx_ir tensors, so that
 graphs carry them as initializers.
@@ -14,19 +14,13 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
 from safetensors import SafetensorError
 
 from dispc.masks import Indices
 from dispc.model.storage import CheckpointTensor
+from dispc.support.dtypes import name_of
 from dispc.support.errors import CheckpointError, DispcError
-
-DTYPES: dict[torch.dtype, ir.DataType] = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16,
-    torch.float64: ir.DataType.DOUBLE,
-}
-
 
 PIECE_BYTES = 3 * 2**19
 """Stored rows are worked on in pieces of this size, which stay in the processor's cache from one step to the next."""
@@ -36,7 +30,9 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """What is done to a stored tensor, in this order: rows, columns, dtype, zeros, transposition.
+    """What is done to a stored tensor, in this order: rows, columns, arithmetic, dtype, zeros, transposition.
+
+    The arithmetic is `(value + offset) * factor`, in float32 or wider.
 
     `pad_rows` and `pad_columns` count zeros behind what is kept; where `fill_rows` or `fill_columns` is set, what was
     not kept is zero instead of gone.
@@ -44,6 +40,8 @@ class Recipe:
 
     rows: Indices | None = None
     columns: Indices | None = None
+    offset: float = 0.0
+    factor: float = 1.0
     dtype: torch.dtype | None = None
     pad_rows: int = 0
     pad_columns: int = 0
@@ -76,7 +74,7 @@ class LazyWeight(ir.LazyTensor):
         self.sizes = tuple(reversed(stored) if self.recipe.transposed else stored)
         super().__init__(
             lambda: ir.tensor_adapters.TorchTensor(self.evaluate()),
-            DTYPES[self.torch_dtype],
+            from_torch_dtype(self.torch_dtype),
             ir.Shape(self.sizes),
             name=source.name,
         )
@@ -113,6 +111,14 @@ class LazyWeight(ir.LazyTensor):
         kept = getattr(self.recipe, stored)
         return self if kept is None else self._with(**{f"fill_{stored}": True, f"pad_{stored}": 0})
 
+    def add(self, offset: float) -> "LazyWeight":
+        """Add a number, in front of all multiplications."""
+        return self._with(offset=self.recipe.offset + offset) if offset else self
+
+    def multiply(self, factor: float) -> "LazyWeight":
+        """Multiply by a number."""
+        return self._with(factor=self.recipe.factor * factor)
+
     def cast(self, dtype: torch.dtype) -> "LazyWeight":
         """Convert to `dtype`, rounding to nearest."""
         return self._with(dtype=dtype)
@@ -144,11 +150,17 @@ class LazyWeight(ir.LazyTensor):
                     rows = torch.from_numpy(recipe.rows[rows])
             if recipe.columns is not None:
                 piece = _take(piece, recipe.columns, 1)
-            piece = _cast(piece, self.torch_dtype)
+            piece = _cast(self._arithmetic(piece), self.torch_dtype)
             if columns is None or isinstance(columns, slice):
                 target[(rows, columns) if columns is not None else rows] = piece
             else:
                 target[(rows[:, None] if isinstance(rows, torch.Tensor) else rows, columns)] = piece
+
+    def _arithmetic(self, piece: torch.Tensor) -> torch.Tensor:
+        if (self.recipe.offset, self.recipe.factor) == (0.0, 1.0):
+            return piece
+        wide = piece.to(torch.promote_types(piece.dtype, torch.float32))
+        return (wide + self.recipe.offset) * self.recipe.factor
 
     def evaluate(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """The value, contiguous; or written into `out`, a view of the same shape and dtype.
@@ -167,8 +179,9 @@ class LazyWeight(ir.LazyTensor):
             raise CheckpointError(
                 f"{self.source.file}: tensor {self.source.name} cannot be read ({str(error).splitlines()[0]})"
             ) from error
-        if self.torch_dtype != stored.dtype and not _finite(value):
-            dtype = str(self.torch_dtype).removeprefix("torch.")
+        computed = self.torch_dtype != stored.dtype or self.recipe.factor != 1.0
+        if computed and not _finite(value):
+            dtype = name_of(self.torch_dtype)
             raise CheckpointError(
                 f"{self.source.file}: tensor {self.source.name} overflows {dtype}; use a wider --dtype"
             )
@@ -188,7 +201,9 @@ class ConcatWeight(ir.LazyTensor):
             raise ValueError(f"{list(self.parts)} do not stand side by side")
         self.sizes = (*first.sizes[:-1], sum(part.sizes[-1] for part in self.parts))
         super().__init__(
-            lambda: ir.tensor_adapters.TorchTensor(self.evaluate()), DTYPES[first.torch_dtype], ir.Shape(self.sizes)
+            lambda: ir.tensor_adapters.TorchTensor(self.evaluate()),
+            from_torch_dtype(first.torch_dtype),
+            ir.Shape(self.sizes),
         )
 
     def evaluate(self) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dispc.model.families import Family
+from dispc.support.dtypes import DTYPES, name_of
 from dispc.support.errors import ArtifactError
 
 Array = npt.NDArray[Any]
@@ -93,7 +94,7 @@ def ask(
     On the CPU a half-precision dtype is imitated: weights and every module's inputs and outputs are rounded to it and
     products are summed in float32, as GPU kernels do. torch's own float16 is ten times as slow there.
     """
-    own = getattr(torch, dtype)
+    own = DTYPES[dtype].torch
     texts = list(dict.fromkeys(texts))
     model = load()
     read = _read_streams if streams else _read_logits
@@ -196,7 +197,7 @@ def _rounded_activations(model: nn.Module, dtype: torch.dtype, draw: int) -> Ite
 def _shaken(value: Any, dtype: torch.dtype, generator: torch.Generator) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
-    reach = ULPS[str(dtype).removeprefix("torch.")] * torch.finfo(dtype).eps
+    reach = ULPS[name_of(dtype)] * torch.finfo(dtype).eps
     return value * (1 + (2 * torch.rand(value.shape, generator=generator) - 1) * reach)
 
 

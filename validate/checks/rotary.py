@@ -14,6 +14,7 @@ from dispc.model.pretrained import build_model
 from dispc.runtime.edits import load_graph
 from dispc.runtime.session import Artifact
 from dispc.support.check import Check
+from dispc.support.dtypes import DTYPES
 
 TABLES = ("cos_cache", "sin_cache")
 UNITS = 2.0
@@ -30,7 +31,7 @@ def judge_rotary(artifact: Artifact, checkpoint: Checkpoint) -> Check:
     rotary = rotary_module(checkpoint)
     if rotary is None:
         return Check.failed("rotary tables", "parity", "the graph has them, the reference has no rotary positions")
-    dtype, worst, where = getattr(torch, artifact.dtype), 0.0, ""
+    dtype, worst, where = DTYPES[artifact.dtype].torch, 0.0, ""
     for name, tensor, expected in zip(TABLES, stored, rotary_tables(rotary, artifact.positions), strict=True):
         assert tensor is not None
         found = torch.from_numpy(tensor.numpy().astype(np.float32))

@@ -8,7 +8,7 @@ import numpy as np
 
 from dispc.reference.truth import Text
 from dispc.runtime.bound import BoundDecoder
-from dispc.runtime.session import CUDA, Array, Artifact, Runner, Tokens
+from dispc.runtime.session import Array, Artifact, Runner, Tokens
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
 
@@ -237,10 +237,12 @@ def shared_buffer(stage: Stage) -> Played:
 
 def graph_replay(stage: Stage) -> Played:
     """A CUDA graph is captured behind one prompt and replayed behind another of a different length."""
-    if stage.artifact.provider != CUDA:
-        raise Skip("CUDA graphs need a CUDA device; judged on the CPU")
-    options = {"enable_cuda_graph": "1"}
-    artifact = Artifact(stage.artifact.directory, provider=CUDA, exact=True, provider_options=options)
+    provider = stage.artifact.provider
+    if provider.graph_options is None:
+        raise Skip(f"CUDA graphs need a CUDA device; judged on {provider.title}")
+    artifact = Artifact(
+        stage.artifact.directory, provider=provider, exact=True, provider_options=provider.graph_options
+    )
     decoder, rows = _shared_decoder(stage, artifact, graph=True), []
     for prompt in (stage.length // 3, stage.length // 2):
         decoder.reset()

@@ -47,6 +47,12 @@ def needed_versions(manifest: Mapping[str, Any]) -> str:
     return f"ONNX Runtime {needs['onnxruntime']} or newer (opset {needs['opset']})"
 
 
+def spell_pass(name: str, options: Mapping[str, object]) -> str:
+    """A pass in a line of passes: its name, and its options in braces where it has some."""
+    spelled = " ".join(f"{key}={str(value).lower()}" for key, value in options.items())
+    return f"{name}{{{spelled}}}" if spelled else name
+
+
 def read_manifest(artifact: Path) -> dict[str, Any]:
     """The dispc.json of an artifact.
 

@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 from dispc.cli.heartbeat import heartbeat
-from dispc.manifest import MIB, summary
+from dispc.manifest import MIB, spell_pass, summary
 from dispc.masks import SETS
 from dispc.support.files import json_text
 
@@ -124,10 +124,9 @@ def compile_tables(manifest: Mapping[str, Any]) -> list[Table]:
     for column in ("pass", "rewrites", "nodes before", "nodes after", "seconds"):
         passes.add_column(column, justify="left" if column == "pass" else "right")
     for record in manifest["passes"]:
-        passes.add_row(
-            record["name"], str(record["rewrites"]), str(record["nodes_before"]), str(record["nodes_after"]),
-            f"{record['seconds']:.3f}",
-        )  # fmt: skip
+        name = spell_pass(record["name"], record["options"])
+        counts = (str(record[key]) for key in ("rewrites", "nodes_before", "nodes_after"))
+        passes.add_row(escape(name), *counts, f"{record['seconds']:.3f}")
     tables = [passes, facts_table(summary(manifest))]
     if tuned := manifest["lowering"].get("tuned"):
         blocks = ", ".join(map(str, tuned["blocks"]))

@@ -33,6 +33,7 @@ class LowerOpsetPass(RewritePass):
     """
 
     name = "lower-opset"
+    option_names = ("respell",)
 
     def __init__(self, *, respell: bool) -> None:
         super().__init__()

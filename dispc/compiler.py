@@ -100,7 +100,8 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
             from dispc.validate.judge import check
 
             progress("validating", 0, 1)
-            report = check(stage, options.model, quick=True, device="available")
+            own = stage / "masks.safetensors"
+            report = check(stage, options.model, quick=True, device="available", masks=own)
             named = replace(report, artifact=options.output.name, reference=options.model.resolve().name)
             manifest["validation"] = named.as_dict()
             write_json(stage / MANIFEST, manifest)

@@ -15,8 +15,14 @@ from torch import Tensor
 
 from dispc.model.families import DecoderConfig
 
-DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(int64)": torch.int64}
-NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
+DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+    "tensor(int64)": torch.int64,
+}
+ELEMENTS = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16, torch.int64: 7}
+"""ONNX's numbers of element types (TensorProto.DataType); numpy has no bfloat16."""
 BY_ROW = {
     "Gather": (0,),
     "GatherBlockQuantized": (0, 2, 3),
@@ -69,14 +75,15 @@ class Decoder:
             if name.startswith("past_key_values.")
         }
 
-    def bind(self, ids: npt.NDArray[np.int64], past: int) -> "OnnxStep":
+    def bind(self, ids: npt.NDArray[np.int64], past: int, *, graph: bool = True) -> "OnnxStep":
         """A run of the tokens [B,S] behind `past` tokens, ready to be run again and again. `allocate` comes first.
 
         Within a CUDA graph the attention mask has the length of the caches, zeros at its end: as onnxruntime-genai
-        does it, so that one graph serves every step.
+        does it, so that one graph serves every step. Without `graph` a session for CUDA graphs launches each kernel.
         """
         self.bound += 1
-        return OnnxStep(self, ids, past, graph_id=self.bound if self.cuda_graph and ids.shape[1] == 1 else -1)
+        captured = graph and self.cuda_graph and ids.shape[1] == 1
+        return OnnxStep(self, ids, past, graph_id=self.bound if captured else -1)
 
     def bytes_read(self, batch: int, past: int) -> int:
         """Bytes that a decoding step reads: every initializer as often as a node uses it, and the caches.
@@ -149,4 +156,4 @@ class OnnxStep:
 
 
 def _described(value: Tensor) -> tuple[str, int, Any, tuple[int, ...], int]:
-    return value.device.type, value.device.index or 0, NUMPY[value.dtype], tuple(value.shape), value.data_ptr()
+    return value.device.type, value.device.index or 0, ELEMENTS[value.dtype], tuple(value.shape), value.data_ptr()

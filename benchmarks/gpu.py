@@ -31,7 +31,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 from common import WORK, compile_artifact, console, remove, report, write_result
-from gpu_cells import CUDA_GRAPH, ORT, Cell, Job
+from gpu_cells import CUDA_GRAPH, ONNX_RUNTIME, ORT, PYTORCH, Cell, Job
 from learned_like import learned_like
 from machine import environment
 from make_checkpoint import make_checkpoint
@@ -147,12 +147,13 @@ def run_shape(
             drawn.save(masks, config)
             dense = config.block_parameters * config.num_hidden_layers
             where["kept"] = round(drawn.kept_parameters(config) / dense, 4)
-        Path(job.reference).unlink(missing_ok=True)
+        Path(str(job.reference)).unlink(missing_ok=True)
         pytorch = replace(job, masks=str(masks) if masks else None)
         run_job(pytorch, work, timeout, lambda found, where=where: record(where | found))  # type: ignore[misc]
         for lowering in lowerings if percent else (None,):
             artifact, options = work / "artifact", {"lowering": lowering} if lowering else {}
-            onnx, where = replace(pytorch, artifact=str(artifact)), where | {"lowering": lowering}
+            onnx = replace(pytorch, artifact=str(artifact), runtimes=ONNX_RUNTIME[job.device])
+            where = where | {"lowering": lowering}
             try:
                 compile_artifact(model, artifact, target, masks, **options)
             except Exception as error:  # one lowering that does not compile leaves the others
@@ -209,8 +210,8 @@ def main(
             result.setdefault("skipped_shapes", []).append(shape)
             continue
         job = Job(
-            model=str(work / shape), masks=None, artifact=None, reference=str(work / "reference.npy"), device=device,
-            dtype=dtype, cells=tuple(planned), rounds=rounds, calls=calls,
+            model=str(work / shape), masks=None, artifact=None, reference=str(work / "reference.npy"), runtimes=PYTORCH,
+            device=device, dtype=dtype, cells=tuple(planned), rounds=rounds, calls=calls,
         )  # fmt: skip
         run_shape(shape, sorted(numbers(pruned)), lowerings.split(","), target, job, work, timeout, record)
 

@@ -5,11 +5,13 @@
 JOB is the JSON of a `Job`. Prints a line of JSON about the device, then one for each cell as soon as it is done.
 """
 
+import fcntl
 import gc
 import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,9 @@ from dispc.validate.checks.parity import LIMITS, logit_error
 EAGER, COMPILED, ORT, CUDA_GRAPH = "PyTorch", "PyTorch compiled", "ORT", "ORT, CUDA graph"
 DECODE_ONLY = (COMPILED, CUDA_GRAPH)
 """Runtimes that save launches, which a prefill has few of for its work."""
+PYTORCH = (EAGER, COMPILED)
+ONNX_RUNTIME = {"cuda": (ORT, CUDA_GRAPH), "cpu": (ORT,)}
+"""Device -> how ONNX Runtime is run there."""
 CHECKED_TOKENS = 16
 PROFILED_CALLS = 5
 INDEXING = ("gather", "scatter")
@@ -46,23 +51,23 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A model and how to run it. No artifact means PyTorch; no masks mean the dense model."""
+    """A model and how to run it. No artifact means PyTorch; no masks mean the dense model.
+
+    `reference` is the file of eager PyTorch's logits; None compares with nothing (quantised weights have other logits).
+    `turns` is a file to lock while something is timed, for jobs that start together.
+    """
 
     model: str
     masks: str | None
     artifact: str | None
-    reference: str
+    reference: str | None
+    runtimes: tuple[str, ...]
     device: str
     dtype: str
     cells: tuple[Cell, ...]
     rounds: int
     calls: int
-
-    @property
-    def runtimes(self) -> tuple[str, ...]:
-        if self.artifact is None:
-            return EAGER, COMPILED
-        return (ORT, CUDA_GRAPH) if self.device == "cuda" else (ORT,)
+    turns: str | None = None
 
     def planned(self) -> list[tuple[str, Cell]]:
         """Every (runtime, cell), in order."""
@@ -71,7 +76,7 @@ class Job:
     @staticmethod
     def from_json(text: str) -> "Job":
         raw = json.loads(text)
-        return Job(**raw | {"cells": tuple(Cell(**cell) for cell in raw["cells"])})
+        return Job(**raw | {"cells": tuple(Cell(**cell) for cell in raw["cells"]), "runtimes": tuple(raw["runtimes"])})
 
 
 class Compiled:
@@ -90,6 +95,33 @@ class Compiled:
 
     def bytes_read(self, batch: int, past: int) -> int:
         return int(self.model.bytes_read(batch, past))
+
+
+class Launched:
+    """A session for CUDA graphs whose every kernel is launched all the same: one session serves both rows."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.allocate, self.bytes_read = decoder, decoder.allocate, decoder.bytes_read
+
+    def bind(self, ids: npt.NDArray[np.int64], past: int) -> OnnxStep:
+        return self.decoder.bind(ids, past, graph=False)
+
+
+def open_models(job: Job, checkpoint: Checkpoint) -> dict[str, Callable[[], Any]]:
+    """Runtime -> how to get the model of `job` in it. An artifact is loaded once for all runtimes."""
+    decoder: list[Decoder] = []
+
+    def session() -> Decoder:
+        if not decoder:
+            decoder.append(open_model(job, CUDA_GRAPH if CUDA_GRAPH in job.runtimes else ORT, checkpoint))
+        return decoder[0]
+
+    return {
+        EAGER: lambda: open_model(job, EAGER, checkpoint),
+        COMPILED: lambda: open_model(job, COMPILED, checkpoint),
+        ORT: lambda: Launched(session()),
+        CUDA_GRAPH: session,
+    }
 
 
 def open_model(job: Job, runtime: str, checkpoint: Checkpoint) -> Any:
@@ -120,6 +152,8 @@ def check_logits(model: Any, job: Job, runtime: str, vocabulary: int) -> dict[st
     Raises:
         ArithmeticError: when they differ by more.
     """
+    if job.reference is None:
+        return {}
     ids = np.random.default_rng(0).integers(0, vocabulary, (2, CHECKED_TOKENS + 1))
     model.allocate(2, CHECKED_TOKENS + 8)
     found = []
@@ -155,15 +189,27 @@ def measure(model: Any, cell: Cell, job: Job, config: DecoderConfig) -> dict[str
     model.allocate(cell.batch, past + new)
     ids = np.random.default_rng(1).integers(0, config.vocab_size, (cell.batch, new))
     step = model.bind(ids, past)
-    times = alternate({"": step.run}, job.rounds, job.calls)[""]
+    with turn(job):
+        times = alternate({"": step.run}, job.rounds, job.calls)[""]
     found: dict[str, Any] = {"milliseconds": summary(times)}
     found["tokens_per_second"] = round(cell.batch * new / found["milliseconds"]["median"] * 1000, 2)
     if decode:
         found["bytes_read"] = model.bytes_read(cell.batch, past)
         found["gb_per_second"] = round(found["bytes_read"] / found["milliseconds"]["median"] / 10**6, 2)
-    if isinstance(model, Decoder) and not model.cuda_graph:
-        found["indexing"] = profile_kernels(step) if job.device == "cuda" else profile_nodes(model, ids, past)
+    if isinstance(model, Launched):
+        found["indexing"] = profile_kernels(step) if job.device == "cuda" else profile_nodes(model.decoder, ids, past)
     return found
+
+
+@contextmanager
+def turn(job: Job) -> Iterator[None]:
+    """Hold the lock of the jobs that start together: what is timed is timed alone."""
+    if job.turns is None:
+        yield
+        return
+    with Path(job.turns).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def profile_kernels(step: OnnxStep) -> dict[str, Any]:
@@ -249,11 +295,12 @@ def run_job(job: Job) -> Iterator[dict[str, Any]]:
     release_memory(job.device)
     checkpoint = open_checkpoint(Path(job.model))
     config = checkpoint.config
+    models = open_models(job, checkpoint)
     for runtime in job.runtimes:
         cells = [cell for name, cell in job.planned() if name == runtime]
         model, checked, failure = None, {}, {}
         try:
-            model = open_model(job, runtime, checkpoint)
+            model = models[runtime]()
             checked = check_logits(model, job, runtime, config.vocab_size)
         except Exception as error:  # whatever the runtime raises: it is recorded, and the other cells go on
             failure = _failure(error)

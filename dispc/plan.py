@@ -23,7 +23,8 @@ class Target:
     Attention serves the others), `scatter_add` those for which it can run ScatterND(add) and ScatterElements(add).
     `lowering` is the default, which must run in every dtype. `contrib` says whether operators of com.microsoft may be
     used, `fusions` which passes pay, `quantised_fusions` which others do with quantised weights. Written widths are
-    padded to `write_multiple`. `cuda_graph` says whether a run can be captured.
+    padded to `write_multiple`, read and mid widths to `half_align` in half precision and to `int4_align` where weights
+    have four bits, unless told otherwise. `cuda_graph` says whether a run can be captured.
     """
 
     name: str
@@ -37,6 +38,8 @@ class Target:
     write_multiple: int
     quantised_fusions: tuple[str, ...] = ()
     cuda_graph: bool = False
+    half_align: int = 1
+    int4_align: int = 1
 
 
 TARGETS: dict[str, Target] = {
@@ -53,6 +56,8 @@ TARGETS: dict[str, Target] = {
             fusions=FUSIONS,
             write_multiple=8,
             cuda_graph=True,
+            half_align=8,  # cuBLAS reads 16 bytes at a time where rows begin on them ...
+            int4_align=32,  # ... and MatMulNBits' fast kernels take whole blocks of 32 weights only
         ),
         Target(
             name="onnx-cpu",
@@ -156,13 +161,13 @@ def make_quantisation(
 class Choices:
     """What a user may choose for a target; None leaves it to the target's defaults.
 
-    `align` pads read and mid widths to a multiple, `without` names fusions to leave out.
+    `align` pads read and mid widths with zeros to a multiple, `without` names fusions to leave out.
     """
 
     dtype: str | None = None
     padding: str | None = None
     lowering: str | None = None
-    align: int = 1
+    align: int | None = None
     last_logits: bool = False
     cuda_graph: bool = True
     without: tuple[str, ...] = ()
@@ -221,7 +226,7 @@ def make_plan(target: str, choices: Choices = Choices()) -> Plan:
     dtype = choices.dtype or row.dtypes[0]
     if dtype not in row.dtypes:
         raise CompileError(f"target {target} has no dtype {dtype!r}; it has {', '.join(row.dtypes)}")
-    if choices.align < 1:
+    if choices.align is not None and choices.align < 1:
         raise CompileError(f"widths cannot be aligned to {choices.align}; choose 8, 16 or 64")
     if unknown := set(choices.without) - set(FUSIONS):
         raise CompileError(f"unknown pass {min(unknown)!r}; those that can be left out are {', '.join(FUSIONS)}")
@@ -241,7 +246,7 @@ def make_plan(target: str, choices: Choices = Choices()) -> Plan:
         padding=padding,
         lowering=lowering,
         reason=reason,
-        align=choices.align,
+        align=choices.align or _align(row, dtype, choices.quantisation),
         last_logits=choices.last_logits,
         cuda_graph=choices.cuda_graph and row.cuda_graph and dtype in row.group_query and padding == "right",
         fusions=tuple(name for name in fusions if name not in choices.without),
@@ -258,6 +263,12 @@ def _padding(row: Target, dtype: str, padding: str | None) -> Padding:
             f"target {row.name} in {dtype} masks by attention_mask and takes padding on the left; use --padding left"
         )
     return "right" if group_query and padding != "left" else "left"
+
+
+def _align(row: Target, dtype: str, quantisation: Quantisation | None) -> int:
+    if quantisation and quantisation.bits == 4:
+        return row.int4_align
+    return 1 if dtype == "float32" else row.half_align
 
 
 def _lowering(row: Target, dtype: str, lowering: str | None) -> tuple[Lowering, str]:

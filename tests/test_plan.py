@@ -111,3 +111,21 @@ def test_a_default_lowering_is_a_column_of_the_table(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(TARGETS, "onnx-cpu", replace(TARGETS["onnx-cpu"], lowering="canonical"))
     assert make_plan("onnx-cpu").lowering == "canonical"
     assert make_plan("onnx").lowering == TARGETS["onnx"].lowering != "canonical"
+
+
+@pytest.mark.parametrize(
+    ("target", "choices", "align"),
+    [
+        ("onnx-cuda", Choices(), 8),
+        ("onnx-cuda", Choices(dtype="bfloat16"), 8),
+        ("onnx-cuda", Choices(dtype="float32"), 1),
+        ("onnx-cuda", Choices(quantisation=INT4), 32),
+        ("onnx-cuda", Choices(align=1), 1),
+        ("onnx-cuda", Choices(quantisation=INT4, align=64), 64),
+        ("onnx-cpu", Choices(quantisation=INT4), 1),
+        ("onnx", Choices(dtype="float16"), 1),
+    ],
+    ids=str,
+)
+def test_widths_are_aligned_where_cuda_kernels_want_it(target: str, choices: Choices, align: int) -> None:
+    assert make_plan(target, choices).align == align

@@ -251,13 +251,14 @@ def job(tmp_path: Path) -> gpu_cells.Job:
     cells = (gpu_cells.Cell(phase="decode", batch=1, tokens=4),)
     return gpu_cells.Job(
         model=str(harness.checkpoint("llama").directory), masks=None, artifact=str(tmp_path / "artifact"),
-        reference=str(tmp_path / "reference.npy"), device="cpu", dtype="float32", cells=cells, rounds=1, calls=1,
+        reference=str(tmp_path / "reference.npy"), runtimes=("ORT",), device="cpu", dtype="float32", cells=cells,
+        rounds=1, calls=1,
     )  # fmt: skip
 
 
 def test_wrong_logits_are_recorded_and_not_timed(job: gpu_cells.Job, tmp_path: Path) -> None:
     compiled("llama", some_masks("llama"), tmp_path)
-    eager = gpu_cells.run_job(replace(job, artifact=None))
+    eager = gpu_cells.run_job(replace(job, artifact=None, runtimes=gpu_cells.PYTORCH))
     assert [next(eager).get("runtime") for _ in range(2)] == [None, "PyTorch"]  # it leaves the dense model's logits
     _, cell = gpu_cells.run_job(job)
     assert "logits differ" in cell["error"] and "milliseconds" not in cell

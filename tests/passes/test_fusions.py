@@ -25,7 +25,7 @@ from dispc.support.errors import CompileError
 from dispc.validate.checks.parity import logit_error
 from dispc.validate.client import Batch
 
-COUNTED_BY_MASKS = ("fuse-rotary", "fuse-gate-up")
+COUNTED_BY_MASKS = ("align-widths", "fuse-rotary", "fuse-gate-up")
 """Passes that know from the masks what there is to do, and so fail when it is done already (test_fusion_counts.py)."""
 
 

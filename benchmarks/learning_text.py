@@ -1,13 +1,19 @@
 """The text that the shipped masks learn from: WikiText-2 without its `<unk>`, half of it without its spaces.
 
     .venv/bin/python benchmarks/learning_text.py wiki.train.tokens wiki.valid.raw -o wikitext-mixed.txt
+    .venv/bin/python benchmarks/learning_text.py wiki.train.tokens wiki.valid.raw --sentences \\
+        --answers benchmarks/texts/answers.jsonl --times 4 -o mixed.jsonl
 
 Masks learn the habits of a text (decision 0010): of `wiki.train.tokens` that rare words are `<unk>`, of both files
 that a hyphen is ` @-@ `. So paragraphs with `<unk>` are left out, and in every second article WikiText's tokenisation
-is undone (lm-evaluation-harness's function for it).
+is undone (lm-evaluation-harness's function for it). `--sentences` leaves out single sentences instead of paragraphs,
+which keeps more than twice as much. `--answers` adds what the dense model says (dense_answers.py), `--times` over and
+shuffled among the articles; the file is then JSON lines.
 """
 
 import itertools
+import json
+import random
 import re
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +21,9 @@ from typing import Annotated
 import typer
 from common import console
 
+UNKNOWN = "<unk>"
+SENTENCE = re.compile(r".*?(?: \. |$)", re.DOTALL)
+"""WikiText's tokenisation has a space on both sides of a full stop."""
 TITLE = re.compile(r"^ = [^=].* = $", re.MULTILINE)
 
 
@@ -24,23 +33,40 @@ def articles(text: str) -> list[str]:
     return [text[start:end] for start, end in itertools.pairwise(starts)]
 
 
-def known_words(article: str) -> str:
-    """The article without the lines that have an unknown word."""
-    return "".join(line for line in article.splitlines(keepends=True) if "<unk>" not in line)
+def known_words(article: str, sentences: bool = False) -> str:
+    """The article without the lines that have an unknown word, or without such `sentences` only."""
+    lines = article.splitlines(keepends=True)
+    if not sentences:
+        return "".join(line for line in lines if UNKNOWN not in line)
+    kept = ["".join(one for one in SENTENCE.findall(line) if UNKNOWN not in one) for line in lines]
+    return "".join(line if line.endswith("\n") else f"{line}\n" for line in kept if line)
+
+
+def with_answers(articles: list[str], answers: Path, times: int) -> list[str]:
+    """JSON lines: those of the articles' lines, as a text file's lines are read, and the answers among the articles."""
+    documents = [[line if line.strip() else "" for line in article.splitlines(keepends=True)] for article in articles]
+    lines = answers.read_text(encoding="utf-8").splitlines()
+    documents += [[json.loads(line)["text"]] for line in lines] * times
+    random.Random(0).shuffle(documents)
+    return [f"{json.dumps({'text': one})}\n" for document in documents for one in document]
 
 
 def main(
     files: Annotated[list[Path], typer.Argument(help="WikiText files.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The text file to write.")],
+    sentences: Annotated[bool, typer.Option("--sentences", help="Leave out sentences, not paragraphs.")] = False,
+    answers: Annotated[Path | None, typer.Option(help="What dense_answers.py wrote, to add.")] = None,
+    times: Annotated[int, typer.Option(help="How often each answer comes.")] = 4,
 ) -> None:
     """Write the mixed text."""
     from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer  # an extra, and slow to import
 
-    found = [known_words(article) for file in files for article in articles(file.read_text(encoding="utf-8"))]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    found = [known_words(article, sentences) for text in texts for article in articles(text)]
     found = [article for article in found if len(article) > 400]  # more than its headings
     mixed = [wikitext_detokenizer({"page": page}) if number % 2 else page for number, page in enumerate(found)]
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(mixed), encoding="utf-8")
+    output.write_text("".join(with_answers(mixed, answers, times) if answers else mixed), encoding="utf-8")
     console.print(f"{output}: {len(mixed)} articles, {output.stat().st_size:,} bytes", highlight=False)
 
 

@@ -15,7 +15,7 @@ from dispc import __version__
 from dispc.export.card import write_card
 from dispc.export.companions import write_companions
 from dispc.export.trace import trace
-from dispc.export.write import check_file, check_output, save_model, staged_directory
+from dispc.export.write import check_file, save_model
 from dispc.manifest import MANIFEST
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
@@ -24,6 +24,7 @@ from dispc.model.weights import surface_weight_errors
 from dispc.passes.pipeline import PassRecord, build_pipeline, pipeline_line, run_pipeline
 from dispc.plan import Choices, Plan, make_plan
 from dispc.runtime.tune import tune
+from dispc.support.directories import check_output, staged_directory
 from dispc.support.errors import ArtifactError, CompileError
 from dispc.support.files import write_json
 

@@ -264,11 +264,12 @@ def check_output(path: Path, *, force: bool) -> None:
         raise MasksError(f"{path}: is a directory; name a file in it with -o")
     if path.exists() and not force:
         raise MasksError(f"{path}: exists; replace it with --force")
-    if path.is_file() and not _is_mask_file(path):
+    if path.is_file() and not is_mask_file(path):
         raise MasksError(f"{path}: exists and is no mask file; name another with -o, or remove it")
 
 
-def _is_mask_file(path: Path) -> bool:
+def is_mask_file(path: Path) -> bool:
+    """Whether a file is one that `Masks.save` wrote, of whatever version."""
     try:
         with safe_open(path, framework="numpy") as file:
             return (file.metadata() or {}).get("format") == FORMAT

@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dispc.export.translate import translate
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.pretrained import build_model, model_class
 from dispc.model.weights import one_torch_thread
-from dispc.support.errors import CompileError
 
 # The operators of the trace. They have shapes and no kernels: nothing is computed under fake tensors.
 _library = torch.library.Library("dispc", "DEF")  # type: ignore[no-untyped-call]
@@ -112,43 +112,16 @@ class Wrapper(nn.Module):
         return (logits, *presents)
 
 
-def auto_model() -> Any:
-    """transformers' AutoModelForCausalLM, imported without scikit-learn and scipy.
-
-    Where they are installed, transformers imports them with every model, for assisted generation and object detection:
-    a fifth of a small compilation. A process that has called this first does without those two for good.
-    """
-    from transformers import utils
-
-    questions = ("is_sklearn_available", "is_scipy_available")
-    answers = {name: getattr(utils, name) for name in questions if hasattr(utils, name)}
-    try:
-        for name in answers:
-            setattr(utils, name, lambda: False)
-        import transformers.modeling_utils  # noqa: F401 - where scipy would be imported
-        from transformers import AutoModelForCausalLM
-    finally:
-        for name, answer in answers.items():
-            setattr(utils, name, answer)
-    return AutoModelForCausalLM
-
-
 @contextmanager
 def semantic_model(config: Any, dtype: torch.dtype) -> Iterator[tuple[nn.Module, Recorder]]:
     """A fake model of `config` whose attention, rotary and norm calls are the operators above."""
-    auto_class = auto_model()
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
     recorder = Recorder()
     AttentionInterface.register("dispc", recorder.attend)
     AttentionMaskInterface.register("dispc", lambda *args, **kwargs: None)
-    try:
-        model = auto_class.from_config(config, attn_implementation="dispc", dtype=dtype).eval()
-    except Exception as error:  # what transformers raises for nonsense shares no base class
-        reason = f"{type(error).__name__} {error}".splitlines()[0]
-        where = f"{config.name_or_path}/config.json"
-        raise CompileError(f"{where}: transformers cannot build the model ({reason})") from error
+    model = build_model(config, dtype, "dispc")
     namespace = vars(sys.modules[type(model).__module__])
     rotate = namespace.get("apply_rotary_pos_emb")
     recorder.rotary = rotate is not None
@@ -171,16 +144,18 @@ def semantic_model(config: Any, dtype: torch.dtype) -> Iterator[tuple[nn.Module,
             namespace["apply_rotary_pos_emb"] = rotate
 
 
-def rotary_caches(config: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+def rotary_caches(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """cos and sin of every position, each [positions, rotary dimensions / 2], scaling included; None without rotary."""
-    model_class = auto_model()._model_mapping[type(config)]
-    namespace = vars(sys.modules[model_class.__module__])
+    config = checkpoint.pretrained_config
+    namespace = vars(sys.modules[model_class(config).__module__])
     rotary_class = next((v for k, v in namespace.items() if k.endswith("RotaryEmbedding")), None)
     if rotary_class is None:
         return None
     positions = torch.arange(config.max_position_embeddings)[None]
+    rotary = rotary_class(config)
+    checkpoint.check_rotary(rotary)
     with one_torch_thread():  # with several, a first call was once seen to give cosines that are off by 1e-4
-        cos, sin = rotary_class(config)(torch.zeros(1, dtype=torch.float32), positions)
+        cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions)
     half = cos.shape[-1] // 2
     return cos[0, :, :half].to(dtype).contiguous(), sin[0, :, :half].to(dtype).contiguous()
 
@@ -192,7 +167,7 @@ def trace(checkpoint: Checkpoint, dtype: torch.dtype) -> ir.Model:
         CompileError: when the model's code uses an operator that has no row in the translation table.
     """
     program = export_program(checkpoint, dtype)
-    return translate(program, checkpoint, dtype, rotary_caches(checkpoint.pretrained_config, dtype))
+    return translate(program, checkpoint, dtype, rotary_caches(checkpoint, dtype))
 
 
 def export_program(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.export.ExportedProgram:
@@ -204,14 +179,17 @@ def export_program(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.export.E
     if hasattr(config, "layer_types"):
         config.layer_types = kinds
     with FakeTensorMode(allow_non_fake_inputs=True), semantic_model(config, dtype) as (model, recorder):
+        parameters = [name for name, _ in model.named_parameters()]
         ids = torch.zeros(2, 3, dtype=torch.int64)
         cache = torch.zeros(2, decoder.num_key_value_heads, 5, decoder.head_dim, dtype=dtype)
         past = tuple(cache.clone() for _ in range(2 * len(kinds)))
         dynamic = torch.export.Dim.DYNAMIC
         tokens, caches = {0: dynamic, 1: dynamic}, {0: dynamic, 2: dynamic}
-        return torch.export.export(
+        program = torch.export.export(
             Wrapper(model, recorder),
             (ids, ids.clone(), *past),
             strict=False,
             dynamic_shapes=(tokens, tokens, (caches,) * len(past)),
         )
+    checkpoint.require_places(parameters)
+    return program

@@ -13,6 +13,7 @@ from rich.markup import escape
 from dispc import __version__
 from dispc.cli import judging as cli_validate
 from dispc.cli import learning as cli_learn
+from dispc.cli import recovering as cli_recover
 from dispc.cli.tables import JsonFlag, err, out, print_error, print_json
 from dispc.support.errors import DispcError, Interrupted, first_line
 from dispc.support.signals import ENDING
@@ -198,6 +199,7 @@ for command, name in (
     (cli_validate.validate, "validate"),
     (cli_validate.doctor, "doctor"),
     (cli_learn.learn, "learn"),
+    (cli_recover.recover, "recover"),
     (cli_learn.evaluate, "eval"),
     (cli_learn.import_masks, "import-masks"),
 ):

@@ -49,6 +49,9 @@ def learn(
         str, typer.Option(help="disp-llm (learned), or at once: random, magnitude, activation.")
     ] = "disp-llm",
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 10_000,
+    minutes: Annotated[
+        float | None, typer.Option(help="End after so many minutes of steps; --decay falls by the time then.")
+    ] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Sequences per step, over all processes.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="AdamW.")] = 1e-3,
@@ -109,8 +112,9 @@ def learn(
         assert data is not None
         options = LearnOptions(
             model=model, data=data, output=file, pruning_ratio=pruning_ratio, ratio_of=ratio_of, steps=steps,  # type: ignore[arg-type]
-            sequence_length=sequence_length, batch_size=batch_size, learning_rate=learning_rate, decay=decay,
-            weight_decay=weight_decay, regulariser_weight=regulariser_weight, estimator=estimator,  # type: ignore[arg-type]
+            minutes=minutes, sequence_length=sequence_length, batch_size=batch_size, learning_rate=learning_rate,
+            decay=decay, weight_decay=weight_decay, regulariser_weight=regulariser_weight,
+            estimator=estimator,  # type: ignore[arg-type]
             offset=offset, hypernetwork=not no_hypernetwork, gru=not no_gru, constrained=constrained,
             norm_scope=norm_scope, align=align, seed=seed, device=device, precision=precision, compile=compile_model,  # type: ignore[arg-type]
             activation_checkpointing=activation_checkpointing, checkpoint_every=checkpoint_every,

@@ -68,7 +68,7 @@ def count_progress(console: Console, what: str) -> Iterator[Callable[[int, int],
 
 @contextmanager
 def learn_progress(console: Console, *, shown: bool = True) -> Iterator[Callable[[Mapping[str, float], int], None]]:
-    """Loss, share pruned, speed and time left; where there is no terminal, a line every hundredth of the way.
+    """Loss, share pruned (of `learn`), speed and time left; a line every hundredth of the way where is no terminal.
 
     Of several processes one has it `shown`.
     """
@@ -77,10 +77,8 @@ def learn_progress(console: Console, *, shown: bool = True) -> Iterator[Callable
         task = progress.add_task("loading", total=None)
 
         def update(record: Mapping[str, float], steps: int) -> None:
-            text = (
-                f"loss {record['loss']:.3f}  pruned {100 * record['pruned']:.1f} %  "
-                f"{record['tokens_per_second']:,.0f} tokens/s"
-            )
+            shown = f"pruned {100 * record['pruned']:.1f} %  " if "pruned" in record else ""
+            text = f"loss {record['loss']:.3f}  {shown}{record['tokens_per_second']:,.0f} tokens/s"
             step = int(record["step"])
             progress.update(task, description=text, completed=step, total=steps)
             if not console.is_terminal and step % max(1, steps // 100) == 0:

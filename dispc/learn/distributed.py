@@ -8,11 +8,14 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dispc.model.families import DecoderConfig
+from dispc.model.text import Tokens
 from dispc.runtime.providers import torch_device
 from dispc.support.extras import need
 
@@ -70,6 +73,12 @@ class Processes:
             values /= self.count
         return values
 
+    def share(self, rows: Tokens) -> Tensor:
+        """This process's part of the sequences rows [B,S], int64 on its device; all parts are equally long."""
+        size = len(rows) // self.count
+        mine = rows[self.rank * size : (self.rank + 1) * size]
+        return torch.from_numpy(mine.astype(np.int64)).to(self.device)
+
     def agree(self, number: int) -> bool:
         """Whether all processes have the same number; where they have not, all know it."""
         squares = self.mean(torch.tensor([number, number**2], dtype=torch.float64, device=self.device))
@@ -79,3 +88,28 @@ class Processes:
         """Wait until all processes are here."""
         if self.count > 1:
             dist.barrier()
+
+
+def gathered(tree: Any) -> Any:
+    """The same nested dictionaries and lists with every tensor whole, on the CPU; all processes must ask together."""
+    if isinstance(tree, dict):
+        return {key: gathered(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [gathered(value) for value in tree]
+    if isinstance(tree, DTensor):
+        tree = tree.full_tensor()
+    return tree.detach().cpu().clone() if isinstance(tree, Tensor) else tree
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, whole: Tensor) -> None:
+    """Give a parameter, or what this process holds of it, the values of the whole tensor."""
+    parameter.copy_(like(parameter, whole))
+
+
+def like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """The whole tensor on the device of `parameter`, split as that is."""
+    whole = whole.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+    return whole

@@ -10,20 +10,19 @@ from typing import Any
 
 import torch
 
-from dispc.learn.options import LearnOptions
-from dispc.masks import check_output
+from dispc.learn.options import RunOptions
 from dispc.support.errors import LearnError, first_line
 from dispc.support.files import whole, write_json, write_text
 
 CHECKPOINT, METRICS, OPTIONS, BOARD = "checkpoint.pt", "metrics.jsonl", "options.json", "tensorboard"
-PICTURES = LEARNING, WIDTHS = "learning.png", "widths.png"
+PICTURES = LEARNING, WIDTHS, RECOVERY = "learning.png", "widths.png", "recovery.png"
 FORMAT_VERSION = 2
 
 
 class RunFolder:
     """`options.folder`, which nothing touches before `prepare`."""
 
-    def __init__(self, options: LearnOptions) -> None:
+    def __init__(self, options: RunOptions) -> None:
         self.options = options
         self.path = options.folder
         self.checkpoint, self.metrics = self.path / CHECKPOINT, self.path / METRICS
@@ -31,7 +30,7 @@ class RunFolder:
     def check(self, *, resume: bool, force: bool) -> None:
         """Raise DispcError unless the run may go on (`resume`), or start without losing an earlier one (or `force`)."""
         recorded = self.path / OPTIONS
-        check_output(self.options.output, force=True)
+        self.options.check_output(force=True)
         if resume and recorded.is_file():
             self.options.check_same(_read_options(recorded))
         elif resume and self.checkpoint.exists():
@@ -39,7 +38,7 @@ class RunFolder:
         elif not resume and not force and self.path.exists():
             raise LearnError(f"{self.path}: exists; go on with --resume, or replace it with --force")
         else:
-            check_output(self.options.output, force=force)
+            self.options.check_output(force=force)
 
     def prepare(self, *, resume: bool) -> None:
         """Make the folder, without an earlier run unless that goes on, and write down the options.

@@ -40,7 +40,7 @@ class GatedModel:
         )
         if checkpointing:
             for index in range(blocks):
-                _checkpoint(model.get_submodule(config.family.block(index)))
+                checkpoint_block(model.get_submodule(config.family.block(index)))
 
     def loss(self, gates: Tensor, ids: Tensor) -> Tensor:
         """Mean cross entropy of predicting ids [B,S] from the left, with gates [G]."""
@@ -55,7 +55,13 @@ def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 
 
-def _checkpoint(block: nn.Module) -> None:
+def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over all positions of KL(teacher || student), in nats, of logits [B,S,V] each, in float32."""
+    ours, theirs = (functional.log_softmax(one.float().flatten(0, 1), dim=-1) for one in (logits, teacher))
+    return functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def checkpoint_block(block: nn.Module) -> None:
     """Keep only the block's input for the backward pass, which runs the block again."""
     forward = block.forward
     block.forward = lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dispc.learn.folder import LEARNING, METRICS, WIDTHS
+from dispc.learn.folder import LEARNING, METRICS, RECOVERY, WIDTHS
 from dispc.masks import SETS, Masks, set_width
 from dispc.support.errors import DispcError
 from dispc.support.extras import need
@@ -46,6 +46,23 @@ def plot_learning(metrics: Path, file: Path) -> None:
     pruned.plot(steps, [100 * record["pruned"] for record in records], color="tab:green", linewidth=0.8)
     pruned.set_ylabel("block parameters pruned (%)", color="tab:green")
     _save(figure, file)
+
+
+def plot_recovery(folder: Path) -> None:
+    """Write `recovery.png` into the run's folder: both losses of each step, and of the held-out text."""
+    records = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+    figure, axes = _figure(2, 1, (8, 6))
+    for axis, name, label in (
+        (axes[0], "distil", "divergence from the dense model (nats)"), (axes[1], "text", "loss of the text (nats)"),
+    ):  # fmt: skip
+        steps = [record for record in records if record.get(name)]
+        judged = [record for record in records if f"held_out_{name}" in record]
+        axis.plot([r["step"] for r in steps], [r[name] for r in steps], linewidth=0.5, alpha=0.5, label="each step")
+        axis.plot([r["step"] for r in judged], [r[f"held_out_{name}"] for r in judged], marker="o", label="held out")
+        axis.set(ylabel=label)
+        axis.legend()
+    axes[1].set(xlabel="step")
+    _save(figure, folder / RECOVERY)
 
 
 def plot_widths(masks: Masks, file: Path) -> None:

@@ -120,7 +120,7 @@ class Trainer:
         self.noted: Callable[[], int | None] = lambda: None
         self.stopping = False
         self.dense = self.config.block_parameters * self.config.num_hidden_layers
-        self.step = 0
+        self.step, self.seconds, self.taken = 0, 0.0, 0.0  # seconds: of all steps, as the processes agree
         cuda = processes.device.type == "cuda"
         assert options.precision is not None, "options are settled before a trainer has them"
         precision = DTYPES[options.precision]
@@ -160,10 +160,11 @@ class Trainer:
             log = stack.enter_context(open(self.folder.metrics, "ab", buffering=0)) if main else None
             board = stack.enter_context(_tensorboard(self.folder, self.step)) if options.tensorboard and main else None
             self.noted = stack.enter_context(note_signals())
-            while self.step < options.steps:
+            while options.done(self.step, self.seconds) < 1.0:
                 start = time.perf_counter()
-                record = self.advance(self._share(batch(rows, self.step, options.batch_size, options.seed)))
+                record = self.advance(self.processes.share(batch(rows, self.step, options.batch_size, options.seed)))
                 seconds = time.perf_counter() - start
+                self.taken += seconds
                 record["tokens_per_second"] = options.batch_size * options.sequence_length / seconds
                 if log:
                     self._log(log, record)
@@ -171,16 +172,18 @@ class Trainer:
                 if board:
                     for name, value in record.items():
                         board.add_scalar(name, value, self.step)
-                if self.stopping or self.step % options.checkpoint_every == 0 or self.step == options.steps:
+                over = options.done(self.step, self.seconds) >= 1.0
+                if self.stopping or self.step % options.checkpoint_every == 0 or over:
                     self.save()
-                if self.stopping and self.step < options.steps:
+                if self.stopping and not over:
                     say = f"stopped after step {self.step}; go on with --resume" if main else ""
                     raise Interrupted(say, self.noted() or signal.SIGTERM)
 
     def advance(self, ids: Tensor) -> dict[str, float]:
         """One step on this process's sequences ids [B,S]; the record of the step.
 
-        Whether a signal has come to any process is agreed on with the gradient, so that all stop after the same step.
+        Whether a signal has come to any process, and how long the steps took, is agreed on with the gradient, so that
+        all stop after the same step.
 
         Raises:
             LearnError: when the loss or a gradient is no number; the latest checkpoint is as good as ever.
@@ -192,9 +195,10 @@ class Trainer:
         loss = self.gated.loss(leaf, ids)
         loss.backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
-        facts = torch.stack([loss.detach().to(leaf), leaf.new_tensor(float(self.noted() is not None))])
-        figures = self.processes.mean(torch.cat([leaf.grad, facts]))
-        gradient, mean_loss, self.stopping = figures[:-2], float(figures[-2]), bool(figures[-1] > 0)
+        noted = leaf.new_tensor([float(self.noted() is not None), self.taken])
+        figures = self.processes.mean(torch.cat([leaf.grad, loss.detach().to(leaf)[None], noted]))
+        gradient, facts = figures[:-3], figures[-3:].tolist()
+        mean_loss, self.stopping, self.seconds = facts[0], facts[1] > 0, facts[2]
         kept = kept_parameters(counted, self.config)
         penalty = regulariser(kept, self.budget)
         record = {
@@ -207,7 +211,7 @@ class Trainer:
         torch.autograd.backward([gates, options.regulariser_weight * penalty], [gradient, torch.ones_like(penalty)])
         self._check_numbers(figures)
         for group in self.optimiser.param_groups:
-            group["lr"] = options.rate(self.step)
+            group["lr"] = options.rate(self.step, self.seconds)
         self.optimiser.step()
         self.step += 1
         return record
@@ -254,7 +258,12 @@ class Trainer:
         """Write the checkpoint, on the main process."""
         if self.processes.main:
             self.folder.save(
-                {"step": self.step, "source": self.source.state_dict(), "optimiser": self.optimiser.state_dict()},
+                {
+                    "step": self.step,
+                    "seconds": self.seconds,
+                    "source": self.source.state_dict(),
+                    "optimiser": self.optimiser.state_dict(),
+                },
                 self.inputs,
             )
 
@@ -271,6 +280,7 @@ class Trainer:
             self.source.load_state_dict(state["source"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.step = state["step"]
+            self.seconds = self.taken = state.get("seconds", 0.0)
         except (RuntimeError, KeyError, ValueError) as error:
             raise LearnError(f"{self.folder.checkpoint}: is no checkpoint of this run ({first_line(error)})") from error
         if self.step > self.options.steps:
@@ -286,11 +296,6 @@ class Trainer:
         size = sum(self.layout.widths)
         noise = torch.rand(size, generator=generator)
         return self.layout.expand(noise).to(self.processes.device)
-
-    def _share(self, rows: Tokens) -> Tensor:
-        size = len(rows) // self.processes.count
-        mine = rows[self.processes.rank * size : (self.processes.rank + 1) * size]
-        return torch.from_numpy(mine.astype(np.int64)).to(self.processes.device)
 
 
 def _tensorboard(folder: RunFolder, step: int) -> Any:

@@ -4,51 +4,31 @@ Nothing in the directory is ever executed: safetensors, or `torch.load(weights_o
 """
 
 import hashlib
-import json
-import pickle
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from dispc.masks import Masks
 from dispc.model.families import DecoderConfig, Family, find_family
-from dispc.support.errors import CheckpointError, UnsupportedModelError, first_line
+from dispc.model.pretrained import build_model, empty_parameters, fill, make_config
+from dispc.model.rope import Rope, check_ropes, read_ropes
+from dispc.model.storage import CheckpointTensor, Stored, list_stored
+from dispc.support.errors import CheckpointError, UnsupportedModelError
+from dispc.support.inputs import read_object
 
-SAFETENSORS_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
-}
-LFS_POINTER = b"version https://git-lfs."  # how every pointer file begins, by its specification
-
-
-@dataclass(frozen=True)
-class CheckpointTensor:
-    """A tensor that is still on disk. `read` loads it and keeps no reference."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    file: Path
-    read: Callable[[], torch.Tensor]
-
-    def expect(self, shape: tuple[int, ...]) -> "CheckpointTensor":
-        """This tensor, which must have the shape that the model gives it.
-
-        Raises:
-            CheckpointError: when it has not.
-        """
-        if self.shape != shape:
-            raise CheckpointError(
-                f"{self.file}: {self.name} has shape {list(self.shape)}, config.json asks for {list(shape)}"
-            )
-        return self
+HEAD = "lm_head.weight"
+"""The LM head in every family; a tied one is the embedding."""
+SPARE_TENSORS = re.compile(
+    r"(.*\.)?rotary_emb\.inv_freq"  # computed from config.json
+    r"|.*\.attention\.(bias|masked_bias)"  # the causal mask, as GPT-NeoX once stored it
+    r"|(.*\.)?position_ids"
+)
+"""Tensors that old releases of transformers stored, and that no model reads."""
 
 
 class Checkpoint:
@@ -71,14 +51,44 @@ class Checkpoint:
 
     @cached_property
     def pretrained_config(self) -> Any:
-        """The transformers config object, which fills in the family's defaults."""
-        from transformers import AutoConfig
+        """The transformers config object, which fills in the family's defaults; see `make_config`."""
+        with self._naming_config():
+            return make_config(self.raw_config, self.family, self.ropes, str(self.directory))
 
+    @cached_property
+    def ropes(self) -> dict[str, Rope]:
+        """The rotary positions of each kind of block, as the raw config.json tells them."""
+        with self._naming_config():
+            return read_ropes(self.raw_config, self.family)
+
+    @contextmanager
+    def _naming_config(self) -> Iterator[None]:
         try:
-            return AutoConfig.from_pretrained(str(self.directory), trust_remote_code=False)
-        except Exception as error:  # what transformers raises for nonsense shares no base class
-            reason = first_line(error)
-            raise CheckpointError(f"{self.directory / 'config.json'}: transformers cannot read it: {reason}") from error
+            yield
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.directory / 'config.json'}: {error}") from error
+
+    def check_rotary(self, module: torch.nn.Module) -> None:
+        """Make sure that the rotary modules in `module`, built by transformers, are those of config.json.
+
+        Raises:
+            CheckpointError: when they are not.
+        """
+        with self._naming_config():
+            check_ropes(module, self.ropes, self.config.head_dim)
+
+    def load_model(self, dtype: torch.dtype) -> Any:
+        """The dense torch model in evaluation mode: transformers' code, every parameter read by `find`, in `dtype`.
+
+        Raises:
+            CheckpointError: when a tensor is missing or misshapen, or transformers reads the config in another way.
+        """
+        with empty_parameters():
+            model = build_model(self.pretrained_config, dtype, self.family.attention)
+        self.check_rotary(model)
+        self.require_places(name for name, _ in model.named_parameters())
+        fill(model, lambda name, shape: self.find(name).expect(shape).read().to(dtype))
+        return model
 
     @cached_property
     def config(self) -> DecoderConfig:
@@ -122,52 +132,14 @@ class Checkpoint:
         """Every tensor by name, in the shape of the dense model; headers are read, values are not."""
         return self.stored
 
-    def load_model(self, dtype: torch.dtype) -> Any:
-        """The dense torch model with all its weights, in `dtype`.
-
-        Raises:
-            CheckpointError: when transformers cannot load it.
-        """
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # transformers 5 would draw one into the command's own output
-        try:
-            return AutoModelForCausalLM.from_pretrained(str(self.directory), dtype=dtype, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            reason = first_line(error)
-            raise CheckpointError(f"{self.directory}: transformers cannot load the model ({reason})") from error
+    @property
+    def stored(self) -> dict[str, CheckpointTensor]:
+        """Every weight as it stands in the files; headers are read, values are not."""
+        return self._listed.tensors
 
     @cached_property
-    def stored(self) -> dict[str, CheckpointTensor]:
-        """Every tensor as it stands in the files; headers are read, values are not."""
-        for index, single, list_tensors in (
-            ("model.safetensors.index.json", "model.safetensors", _list_safetensors),
-            ("pytorch_model.bin.index.json", "pytorch_model.bin", _list_torch_file),
-        ):
-            if (self.directory / single).is_file():  # before an index, as in transformers: it may be an older save's
-                return list_tensors(_downloaded(self.directory / single))
-            if (self.directory / index).is_file():
-                return self._sharded(self.directory / index, list_tensors)
-        raise CheckpointError(f"{self.directory}: no model.safetensors or pytorch_model.bin (nor an index of shards)")
-
-    def _sharded(
-        self, index: Path, list_tensors: Callable[[Path], dict[str, CheckpointTensor]]
-    ) -> dict[str, CheckpointTensor]:
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise CheckpointError(f"{index}: no weight_map of tensor names to file names")
-        tensors: dict[str, CheckpointTensor] = {}
-        for shard in sorted(set(weight_map.values())):
-            path = self.directory / shard
-            if Path(shard).name != shard:  # a link inside the directory is fine (the hub's cache), a path is not
-                raise CheckpointError(f"{index}: shard {shard!r} lies outside the model directory")
-            if not path.is_file():
-                raise CheckpointError(f"{path}: shard named by {index.name} is missing")
-            tensors |= list_tensors(_downloaded(path))
-        if missing := sorted(set(weight_map) - set(tensors)):
-            raise CheckpointError(f"{index}: names tensor {missing[0]}, which no shard holds")
-        return tensors
+    def _listed(self) -> Stored:
+        return list_stored(self.directory)
 
     def find(self, name: str) -> CheckpointTensor:
         """The tensor of parameter `name`, looking through tied embeddings and the bare base model's names.
@@ -175,70 +147,61 @@ class Checkpoint:
         Raises:
             CheckpointError: when the checkpoint has no such tensor.
         """
-        stored = f"{self.family.embedding}.weight" if self.config.tied and name == "lm_head.weight" else name
-        for candidate in (stored, stored.removeprefix("model.")):
+        embedding = f"{self.family.embedding}.weight"
+        names = (embedding, HEAD) if self.config.tied and name in (embedding, HEAD) else (name,)
+        for candidate in (spelled for one in names for spelled in (one, one.removeprefix(self._base))):
             if candidate in self.tensors:
                 return self.tensors[candidate]
+            if candidate in self._listed.others:
+                raise CheckpointError(
+                    f"{self.directory}: tensor {candidate} is stored as {self._listed.others[candidate]}; dispc reads "
+                    "float32, float16, bfloat16 and float64, and no quantised weights"
+                )
         raise CheckpointError(f"{self.directory}: tensor {name} is missing from the checkpoint")
+
+    @property
+    def _base(self) -> str:
+        """What stands before the names of a bare base model's tensors in those of the causal language model."""
+        return f"{self.family.layers.partition('.')[0]}."
+
+    def require_places(self, parameters: Iterable[str]) -> None:
+        """Make sure that the model uses every stored tensor; `parameters` are its names, of one block of each kind.
+
+        Raises:
+            CheckpointError: for a tensor without a place in the model, or a tied head that is not the embedding.
+        """
+        blocks = re.compile(rf"{re.escape(self.family.layers)}\.(\d+)(\..*)")
+
+        def place(name: str) -> str:
+            """The name without its block's number, which must be that of a block."""
+            block = blocks.fullmatch(name)
+            return f"*{block[2]}" if block and int(block[1]) < self.config.num_hidden_layers else name
+
+        known = {place(name) for name in parameters} | ({HEAD} if self.config.tied else set())
+        every = {*self.stored, *self._listed.others}
+        for name in sorted(every):
+            full = name if place(name) in known else self._base + name
+            if SPARE_TENSORS.fullmatch(name) or (place(full) in known and (full == name or full not in every)):
+                continue
+            raise CheckpointError(
+                f"{self.directory}: tensor {name} has no place in the model that config.json describes; correct "
+                "config.json (a bias to declare, a block to count?), or remove the tensor"
+            )
+        self._require_tied_head()
+
+    def _require_tied_head(self) -> None:
+        head, embedding = self.stored.get(HEAD), self.find(f"{self.family.embedding}.weight")
+        if head is None or head is embedding or not self.config.tied:
+            return
+        if head.shape != embedding.shape or not torch.equal(head.read(), embedding.read()):
+            raise CheckpointError(
+                f"{self.directory}: {HEAD} is not the embedding, which config.json makes the head "
+                "(tie_word_embeddings); set that to false, or remove the tensor"
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path, CheckpointError)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; a model directory needs it") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: a JSON object is expected")
-    return content
-
-
-def _downloaded(path: Path) -> Path:
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise CheckpointError(f"{path}: is a Git LFS pointer, not the weights: run `git lfs pull` in its clone")
-    return path
-
-
-def _list_safetensors(path: Path) -> dict[str, CheckpointTensor]:
-    def reader(name: str) -> Callable[[], torch.Tensor]:
-        def read() -> torch.Tensor:
-            # Opened per tensor: the mapping goes away with the tensor, so memory stays at one tensor.
-            with safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
-                return tensor
-
-        return read
-
-    tensors = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                view = file.get_slice(name)
-                dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
-                if dtype is not None:
-                    tensors[name] = CheckpointTensor(name, tuple(view.get_shape()), dtype, path, reader(name))
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: truncated or corrupt safetensors file ({error})") from error
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: cannot be mapped into memory ({str(error).splitlines()[0]})") from error
-    return tensors
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def _list_torch_file(path: Path) -> dict[str, CheckpointTensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path}: not a torch file that can be loaded safely ({first_line(error)})") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a state dict")
-    return {
-        name: CheckpointTensor(name, tuple(tensor.shape), tensor.dtype, path, partial(_same, tensor))
-        for name, tensor in state.items()
-        if isinstance(tensor, torch.Tensor) and tensor.dtype in SAFETENSORS_DTYPES.values()
-    }

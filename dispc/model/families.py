@@ -18,7 +18,10 @@ Refusal = tuple[Callable[[Mapping[str, Any]], bool], str]
 class Family:
     """Where a decoder family keeps its parts. Names are those of the transformers implementation.
 
-    `rotary` says that queries and keys are rotated by their positions.
+    `rotary` says that queries and keys are rotated by their positions: by the frequencies of base `rope_theta` over the
+    first `rotary_share` of each head, where config.json does not say it; `local_rope_theta` is the base of sliding
+    blocks in families that have two. `attention` names the implementation of transformers that the reference uses.
+    `ignored` are keys of config.json that change nothing in this family.
     """
 
     model_type: str
@@ -36,6 +39,11 @@ class Family:
     down: str = "mlp.down_proj"
     intermediate_size: str = "intermediate_size"
     rotary: bool = True
+    rope_theta: float = 10_000.0
+    rotary_share: float = 1.0
+    local_rope_theta: float | None = None
+    attention: str = "sdpa"
+    ignored: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
 
     def block(self, index: int) -> str:
@@ -81,6 +89,7 @@ FAMILIES: dict[str, Family] = {
             gate=None,
             up="mlp.fc1",
             down="mlp.fc2",
+            rotary_share=0.5,
         ),
         Family(
             model_type="opt",

@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 
 from dispc.masks import SETS, Indices, Masks, set_widths
-from dispc.model.checkpoint import Checkpoint, CheckpointTensor
+from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import DecoderConfig
+from dispc.model.storage import CheckpointTensor
 from dispc.support.errors import CheckpointError, MasksError
 
 MODELLING_FILES = "modeling_*pruned*.py"
@@ -55,16 +56,6 @@ class PublishedCheckpoint(Checkpoint):
     def tensors(self) -> Mapping[str, CheckpointTensor]:
         """As in `Checkpoint`, narrow projections at full width, with zeros in what was pruned."""
         return widen(self.stored, self.own_masks, self.config)
-
-    def load_model(self, dtype: torch.dtype) -> Any:
-        """As in `Checkpoint`, from the widened tensors: transformers would load it only by running its code."""
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_config(self.pretrained_config, dtype=dtype, trust_remote_code=False)
-        for name, parameter in model.named_parameters():  # one by one: buffers are computed, not stored
-            parameter.data = self.find(name).read().to(dtype)
-        model.tie_weights()
-        return model
 
 
 def masks_of_directory(directory: Path, config: DecoderConfig) -> Masks:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from dispc.masks import Indices
-from dispc.model.checkpoint import CheckpointTensor
+from dispc.model.storage import CheckpointTensor
 from dispc.support.errors import CheckpointError, DispcError
 
 DTYPES: dict[torch.dtype, ir.DataType] = {

@@ -1,7 +1,7 @@
 """The masked reference: the dense torch model with the sets applied as 0/1 multiplications. This defines right.
 
-Nothing here is shared with the compiler but the table of names and the masks: weights come through transformers
-(`Checkpoint.load_model`), and attention, caches and activations are those of transformers.
+Shared with the compiler are the table of names, the masks, and the reading of config.json and tensors, which runs no
+code of a checkpoint and which tests hold against transformers' own loading; all that is computed is transformers' code.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,6 @@ def load_reference(checkpoint: Checkpoint, masks: Masks | None, dtype: torch.dty
         CheckpointError: when the weights cannot be loaded.
     """
     model = checkpoint.load_model(dtype)
-    model.eval()
     _widen_norms(model)
     if masks is not None:
         apply_masks(model, checkpoint.family, masks)
@@ -51,14 +50,45 @@ def apply_masks(model: nn.Module, family: Family, masks: Masks) -> None:
 
     A sub-layer with an empty set adds nothing: its write vector is zero, biases included.
     """
+    vectors = _vectors(masks, next(model.parameters()).device)
+    apply_gates(model, family, masks.norm_scope, len(vectors), lambda index, name: vectors[index][name])
+
+
+@torch.no_grad()
+def zero_outside(model: nn.Module, family: Family, masks: Masks) -> None:
+    """Set to zero, in place, the projection weights and biases that the masked function does not use.
+
+    It stays the same. With `norm_scope` full the zeros alone compute it, without masks. The bias of a projection that
+    the block reads with (query, key, value) is used by every position, and stays.
+    """
+    for index, vectors in enumerate(_vectors(masks, next(model.parameters()).device)):
+        block = model.get_submodule(family.block(index))
+        for names, rows, columns in (
+            (family.attention_reads, None, "attention.read"), ((family.attention_out,), "attention.write", None),
+            (family.mlp_reads, "mlp.mid", "mlp.read"), ((family.down,), "mlp.write", "mlp.mid"),
+        ):  # fmt: skip
+            for name in names:
+                layer: Any = block.get_submodule(name)
+                if columns:
+                    layer.weight.mul_(vectors[columns].to(layer.weight))
+                if rows:
+                    layer.weight.mul_(vectors[rows].to(layer.weight)[:, None])
+                    if layer.bias is not None:
+                        layer.bias.mul_(vectors[rows].to(layer.bias))
+
+
+def _vectors(masks: Masks, device: torch.device) -> list[dict[str, Tensor]]:
+    """For every block the 0/1 vector of each set; the write vector of a sub-layer that adds nothing is zero."""
     vectors = []
     for block in masks.blocks:
-        sets = {name: _vector(indices, set_width(name, masks.hidden_size, masks.intermediate_size))
-                for name, indices in block.sets().items()}  # fmt: skip
+        sets = {
+            name: _vector(indices, set_width(name, masks.hidden_size, masks.intermediate_size)).to(device)
+            for name, indices in block.sets().items()
+        }
         sets["attention.write"] *= block.attention.alive
         sets["mlp.write"] *= block.mlp.alive
         vectors.append(sets)
-    apply_gates(model, family, masks.norm_scope, len(vectors), lambda index, name: vectors[index][name])
+    return vectors
 
 
 def apply_gates(

@@ -27,7 +27,9 @@ class Sampler:
         scaled = logits.astype(np.float64) / self.temperature
         probabilities = np.exp(scaled - scaled.max())
         probabilities /= probabilities.sum()
-        order = np.argsort(-probabilities, kind="stable")
+        # Tokens below this hold less than 1 - top_p together, and lie outside: sorting the whole vocabulary takes long.
+        likely = np.flatnonzero(probabilities >= 0.999 * (1.0 - self.top_p) / len(probabilities))
+        order = likely[np.argsort(-probabilities[likely], kind="stable")]
         before = probabilities[order].cumsum() - probabilities[order]
         kept = order[before < max(self.top_p, np.finfo(float).tiny)]
         weights = probabilities[kept] / probabilities[kept].sum()

@@ -8,7 +8,7 @@ are loaded, and take turns at a prompt and at single tokens.
 import copy
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -18,8 +18,9 @@ from typing import Any, get_args
 import numpy as np
 
 from dispc.masks import Block, Masks
-from dispc.model.checkpoint import Checkpoint, CheckpointTensor
+from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import DecoderConfig
+from dispc.model.storage import CheckpointTensor
 from dispc.passes.pipeline import NEARLY_EVERYTHING
 from dispc.plan import Choices, Lowering, Plan, make_plan
 from dispc.runtime.providers import processor_name
@@ -53,6 +54,9 @@ class SomeBlocks(Checkpoint):
         kinds = tuple(whole.layer_kinds[block] for block in self.chosen)
         vocabulary = min(VOCABULARY, whole.vocab_size)
         return replace(whole, num_hidden_layers=len(kinds), layer_kinds=kinds, vocab_size=vocabulary)
+
+    def require_places(self, parameters: Iterable[str]) -> None:
+        """Nothing: most of what is stored has no place here on purpose."""
 
     def find(self, name: str) -> CheckpointTensor:
         if name.startswith(("lm_head.", f"{self.family.embedding}.")):

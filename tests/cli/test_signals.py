@@ -11,7 +11,8 @@ import pytest
 from command import fingerprint
 from writing import fill, lazy, model_of, older_artifact
 
-from dispc.export.write import save_model, staged_directory
+from dispc.export.write import save_model
+from dispc.support.directories import staged_directory
 from dispc.support.signals import hold_signals, note_signals
 
 

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from writing import fill, lazy, model_of, older_artifact
 
-from dispc.export.write import INLINE_BYTES, check_file, check_output, save_model, staged_directory
+from dispc.export.write import INLINE_BYTES, check_file, save_model
 from dispc.masks import Masks
+from dispc.support.directories import check_output, staged_directory
 from dispc.support.errors import ArtifactError, CheckpointError
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
@@ -140,7 +141,7 @@ def test_only_an_artifact_is_replaced_and_only_by_force(
     if make is older_artifact and force:
         check_output(tmp_path / "out", force)
         return
-    with pytest.raises(ArtifactError, match="is not an artifact" if force else "exists already; use --force"):
+    with pytest.raises(ArtifactError, match="holds no dispc.json" if force else "exists already; use --force"):
         check_output(tmp_path / "out", force)
     with pytest.raises(ArtifactError), staged_directory(tmp_path / "out", force):
         pytest.fail("the body must not run")
@@ -163,7 +164,7 @@ def test_a_parent_that_is_a_file_or_cannot_be_written_is_named(tmp_path: Path, m
     def denied(*args: Any, **options: Any) -> str:  # as root no directory is read-only
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
 
-    monkeypatch.setattr("dispc.export.write.mkdtemp", denied)
+    monkeypatch.setattr("dispc.support.directories.mkdtemp", denied)
     with pytest.raises(ArtifactError, match="Permission denied"), staged_directory(tmp_path / "out", False):
         pytest.fail("the body must not run")
     assert sorted(fingerprint(tmp_path)) == ["file"]

@@ -65,9 +65,14 @@ def test_stored_dtypes_are_kept(kind: str, dtype: torch.dtype, state: dict[str, 
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch"])
-def test_tensors_that_are_no_weights_do_not_count(kind: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    extra = {"positions": torch.arange(3), "packed": torch.zeros(3, dtype=torch.float8_e4m3fn)}
-    assert set(store(state | extra, tmp_path / "model", kind).tensors) == set(state)
+def test_a_weight_in_a_dtype_that_dispc_does_not_read_is_refused(
+    kind: str, state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    packed = {"model.norm.weight": torch.zeros(48, dtype=torch.float8_e4m3fn)}
+    checkpoint = store(state | packed, tmp_path / "model", kind)
+    assert set(checkpoint.tensors) == set(state) - set(packed)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is stored as"):
+        checkpoint.find("model.norm.weight")
 
 
 def test_listing_reads_headers_and_no_values(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dispc.model.checkpoint import CheckpointTensor
+from dispc.model.storage import CheckpointTensor
 from dispc.model.weights import ConcatWeight, LazyWeight
 from dispc.support.errors import CheckpointError
 

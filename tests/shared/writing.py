@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from dispc.model.checkpoint import CheckpointTensor
+from dispc.model.storage import CheckpointTensor
 from dispc.model.weights import LazyWeight
 
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.pretrained import build_model
 from dispc.runtime.edits import load_graph
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
@@ -95,11 +96,9 @@ def _stored(value: ir.Value) -> ir.Value | None:
 
 def rotary_module(checkpoint: Checkpoint) -> Any:
     """transformers' own module that makes cosines and sines, in float32; None where the model has none."""
-    from transformers import AutoModelForCausalLM
-
     config = checkpoint.pretrained_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = build_model(config, torch.float32, checkpoint.family.attention)
     module = next((m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
     return None if module is None else type(module)(config)
 

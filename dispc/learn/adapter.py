@@ -1,0 +1,89 @@
+"""Low-rank adapters on all projections: made by peft for recovery, merged into a checkpoint's weights without it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dispc.model.families import DecoderConfig
+from dispc.support.errors import CheckpointError, first_line
+from dispc.support.extras import need
+
+ADAPTER = "default"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+"""What peft puts in front of the names of modules."""
+SCALE = 2.0
+"""What the product of an adapter's two matrices is multiplied with (peft: lora_alpha / r)."""
+
+
+def projections(config: DecoderConfig) -> list[str]:
+    """Module names, relative to a block, of all projections."""
+    family = config.family
+    return [*family.attention_reads, family.attention_out, *family.mlp_reads, family.down]
+
+
+def add_adapters(model: Any, config: DecoderConfig, rank: int, seed: int) -> Any:
+    """Put an adapter of this rank, in float32, around every projection of `model`, in place; peft's model around it.
+
+    Only the adapters are trained. Their first matrix is random, by `seed`, the second zero: the model computes what it
+    did.
+    """
+    need("peft", "learn")
+    from peft import LoraConfig, PeftModel
+
+    names = [name.rsplit(".", 1)[-1] for name in projections(config)]
+    settings = LoraConfig(r=rank, lora_alpha=int(SCALE * rank), target_modules=sorted(set(names)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        wrapped = PeftModel(model, settings, ADAPTER)
+    for parameter in adapter_parameters(model).values():
+        parameter.data = parameter.data.float()
+    return wrapped
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters of `model` by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_adapter(weights: Mapping[str, Tensor], settings: Any, folder: Path) -> None:
+    """Write the adapters among the `weights` of a model in float16, with peft's `settings`: a directory peft loads."""
+    folder.mkdir(parents=True)
+    adapters = {name: tensor for name, tensor in weights.items() if ".lora_" in name}
+    halves = {
+        PREFIX + name.replace(f".{ADAPTER}.", "."): tensor.half().contiguous() for name, tensor in adapters.items()
+    }
+    save_file(halves, folder / WEIGHTS, metadata={"format": "pt"})
+    settings.save_pretrained(str(folder))
+
+
+def merge_adapter(model: nn.Module, folder: Path) -> None:
+    """Add the adapters in `folder` to the weights of `model`, in place, without peft.
+
+    Raises:
+        CheckpointError: when the files are no adapters, or those of another model.
+    """
+    try:
+        settings: Mapping[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        scale = settings["lora_alpha"] / settings["r"]
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for name, delta in _products(tensors):
+            weight = model.get_parameter(f"{name}.weight")
+            weight.data += (scale * delta).to(weight)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: no adapter of this model ({first_line(error)})") from error
+
+
+def _products(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Every adapted module's name and the product of its two matrices, float32 [out, in]."""
+    for name, down in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            up = tensors[name.replace(".lora_A.", ".lora_B.")]
+            yield name.removeprefix(PREFIX).removesuffix(".lora_A.weight"), up.float() @ down.float()

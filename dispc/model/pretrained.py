@@ -1,0 +1,177 @@
+"""config.json to a transformers config, and that to a model: the one way that compiler and reference share.
+
+transformers never reads the model directory. What decides what a model computes is taken from the raw file, handed to
+the installed release under the names that it knows, and the config is asked whether it holds it. Models are built from
+that config and our own tensor reading, with attention named by us: nothing in a directory can name code to run.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dispc.model.families import Family
+from dispc.model.rope import ROPE_KEYS, Rope, spell_ropes
+from dispc.support.errors import CheckpointError, first_line
+
+HARMLESS = re.compile(
+    # what the file is, who wrote it, and with what
+    r"model_type|architectures|auto_map|_?name_or_path|_commit_hash|transformers_version|torch_dtype|dtype"
+    r"|unsloth\w*|transformers\.js_config|is_llama_config|_flash_attn_2_enabled|_?attn_implementation\w*"
+    r"|_experts_implementation|use_flash_attn\w*|quantization_config"
+    # what is returned and kept, not what is computed
+    r"|use_cache|cache_implementation|output_hidden_states|output_attentions|return_dict|torchscript|is_decoder"
+    # tokenizer and generation
+    r"|\w+_token_ids?|tokenizer_class|tokenizer_model_max_length|model_max_length|prefix|suffix|max_length|min_length"
+    r"|do_sample|early_stopping|num_beams|num_beam_groups|diversity_penalty|temperature|top_k|top_p|typical_p"
+    r"|repetition_penalty|length_penalty|no_repeat_ngram_size|encoder_no_repeat_ngram_size|bad_words_ids"
+    r"|num_return_sequences|output_scores|return_dict_in_generate|remove_invalid_values|exponential_decay_\w+"
+    r"|suppress_tokens|begin_suppress_tokens"
+    # training, and heads that a causal language model has not
+    r"|initializer_range|init_std|\w*dropout\w*|\w+_pdrop|layerdrop|gradient_checkpointing|pretraining_tp"
+    r"|neftune_noise_alpha|finetuning_task|id2label|label2id|num_labels|problem_type|task_specific_params"
+)
+"""Keys of config.json that do not change what a model computes; they are not handed to transformers."""
+ALWAYS = ("tie_word_embeddings", "layer_types", "head_dim")
+"""Keys that models ask every config for, also where the signature of its class does not name them."""
+LARGEST = 2**24
+"""Larger than any size of a model: a number above it is an error, found before something so large is made."""
+MOST_BLOCKS = 2**12
+
+
+def make_config(raw: Mapping[str, Any], family: Family, ropes: Mapping[str, Rope], name: str) -> Any:
+    """The transformers config of a raw config.json; `name` is what transformers calls the model in messages.
+
+    Raises:
+        CheckpointError: for a key that nobody knows, a value that transformers refuses, or one that it changes.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config_class = CONFIG_MAPPING[family.model_type]
+    known = _parameters(config_class)
+    given = {key: _sensible(key, value) for key, value in _deciding(raw, known, family).items()}
+    try:
+        # No id is handed over: that of the padding would only make a row of the embedding a constant in training.
+        config = config_class(**given, **spell_ropes(ropes, known, family), pad_token_id=None, name_or_path=name)
+    except CheckpointError:
+        raise
+    except Exception as error:  # what transformers raises for nonsense shares no base class
+        raise CheckpointError(f"transformers cannot read it: {type(error).__name__} {first_line(error)}") from error
+    for key, value in given.items():
+        if value is not None and getattr(config, key, None) != value and not _switched_off(key, raw):
+            raise CheckpointError(
+                f"{key} is {value!r}, and the installed transformers makes {getattr(config, key, None)!r} of it"
+            )
+    return config
+
+
+def _parameters(config_class: Any) -> set[str]:
+    if is_dataclass(config_class):  # since release 5
+        return {field.name for field in fields(config_class)}
+    return set(inspect.signature(config_class).parameters)
+
+
+def _deciding(raw: Mapping[str, Any], known: set[str], family: Family) -> dict[str, Any]:
+    """The keys that decide what the model computes, rotary positions excepted."""
+    found = {}
+    for key, value in raw.items():
+        if HARMLESS.fullmatch(key) or key in family.ignored or (key in ROPE_KEYS and family.rotary):
+            continue
+        if key in known or key in ALWAYS:
+            found[key] = value
+        elif value not in (None, False, 0, "", [], {}):  # nothing is switched on
+            raise CheckpointError(
+                f"{key} is {value!r}, which neither dispc nor the installed transformers knows of {family.model_type} "
+                "models; remove it if it changes nothing"
+            )
+    return found
+
+
+def _sensible(key: str, value: Any) -> Any:
+    limit = MOST_BLOCKS if key == "num_hidden_layers" else LARGEST
+    if isinstance(value, int) and abs(value) > limit:
+        raise CheckpointError(f"{key} is {value}; no model has more than {limit:,}")
+    return value
+
+
+def _switched_off(key: str, raw: Mapping[str, Any]) -> bool:
+    """Whether transformers leaves a window out because another key says so (Qwen)."""
+    return key == "sliding_window" and not raw.get("use_sliding_window", False)
+
+
+def model_class(config: Any) -> Any:
+    """The causal language model of transformers that a config is of."""
+    return auto_model()._model_mapping[type(config)]
+
+
+def auto_model() -> Any:
+    """transformers' AutoModelForCausalLM, imported without scikit-learn and scipy.
+
+    Where they are installed, transformers imports them with every model, for assisted generation and object detection:
+    a fifth of a small compilation. A process that has called this first does without those two for good.
+    """
+    from transformers import utils
+
+    questions = ("is_sklearn_available", "is_scipy_available")
+    answers = {name: getattr(utils, name) for name in questions if hasattr(utils, name)}
+    try:
+        for name in answers:
+            setattr(utils, name, lambda: False)
+        import transformers.modeling_utils  # noqa: F401 - where scipy would be imported
+        from transformers import AutoModelForCausalLM
+    finally:
+        for name, answer in answers.items():
+            setattr(utils, name, answer)
+    return AutoModelForCausalLM
+
+
+def build_model(config: Any, dtype: torch.dtype, attention: str) -> Any:
+    """A model of `config` in evaluation mode, with values as transformers makes them up.
+
+    Raises:
+        CheckpointError: when transformers cannot build it.
+    """
+    default = torch.get_default_dtype()
+    try:
+        return model_class(config)._from_config(config, attn_implementation=attention, dtype=dtype).eval()
+    except Exception as error:  # what transformers and torch raise for nonsense shares no base class
+        reason = f"{type(error).__name__} {first_line(error)}"
+        where = f"{config.name_or_path}/config.json"
+        raise CheckpointError(f"{where}: transformers cannot build the model ({reason})") from error
+    finally:
+        torch.set_default_dtype(default)  # transformers 4 leaves its own behind when it fails
+
+
+@contextmanager
+def empty_parameters() -> Iterator[None]:
+    """Modules made meanwhile get parameters on the meta device (nothing is allocated or made up), and real buffers."""
+    register = nn.Module.register_parameter
+
+    def register_empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # one that is tied is there already, and stays the same
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def fill(model: nn.Module, read: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
+    """Give the parameters of a built model the values that `read` has for their name and shape, one at a time."""
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:  # a tied one has several owners
+                owners.setdefault(parameter, []).append((module, key))
+    for name, empty in list(model.named_parameters()):
+        value = nn.Parameter(read(name, tuple(empty.shape)), requires_grad=empty.requires_grad)
+        for module, key in owners[empty]:
+            module._parameters[key] = value

@@ -1,0 +1,255 @@
+"""Rotary positions as config.json tells them, in the spelling of transformers 4 or 5, or in both.
+
+Release 4 writes `rope_theta`, `rope_scaling` and `partial_rotary_factor` side by side (GPT-NeoX: `rotary_emb_base`,
+`rotary_pct`; Gemma 3: `rope_local_base_freq` for its sliding blocks); release 5 writes all of it into
+`rope_parameters`, for Gemma 3 once for each kind of block. Each release ignores some of what the other writes.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dispc.support.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dispc.model.families import Family
+
+THETA = ("rope_theta", "rotary_emb_base")
+SHARE = ("partial_rotary_factor", "rotary_pct", "rope_pct")
+LOCAL_THETA = "rope_local_base_freq"
+SCALING = ("rope_parameters", "rope_scaling")
+ROPE_KEYS = frozenset((*THETA, *SHARE, *SCALING, LOCAL_THETA))
+"""Keys of config.json that are read here and nowhere else."""
+FULL, SLIDING = "full_attention", "sliding_attention"
+TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+"""Kinds of rotary scaling: what each needs, and what it may say besides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """The rotary positions of the blocks of one kind.
+
+    `share` of each head is rotated, at frequencies that `theta` gives and `scaling` (with its `rope_type`) changes.
+    """
+
+    theta: float
+    share: float
+    scaling: Mapping[str, Any]
+
+    def frequencies(self, head_dim: int) -> tuple[npt.NDArray[np.float64], float]:
+        """Radians per position [rotated dimensions / 2], and the factor of cosines and sines.
+
+        RoPE (Su et al. 2021), position interpolation (Chen et al. 2023), Llama 3.1's by wavelength, YaRN (Peng et al.
+        2023). Worked out here to check what transformers makes of a config; the tables themselves are transformers'.
+        """
+        rotated = int(head_dim * self.share)
+        plain = self.theta ** -(np.arange(0, rotated, 2) / rotated)
+        kind, factor = self.scaling["rope_type"], self.scaling.get("factor", 1.0)
+        if kind == "llama3":
+            return self._by_wavelength(plain), 1.0
+        if kind == "yarn":
+            return self._yarn(plain, rotated)
+        return plain / factor, 1.0
+
+    def _by_wavelength(self, plain: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        factor, low, high, length = (self.scaling[name] for name in TYPES["llama3"][0])
+        keep = np.clip((length * plain / (2 * math.pi) - low) / (high - low), 0, 1)
+        scaled: npt.NDArray[np.float64] = (1 - keep) * plain / factor + keep * plain
+        return scaled
+
+    def _yarn(self, plain: npt.NDArray[np.float64], rotated: int) -> tuple[npt.NDArray[np.float64], float]:
+        said = self.scaling
+        factor, length = said["factor"], said["original_max_position_embeddings"]
+
+        def dimension(turns: float) -> float:
+            return rotated * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        first, last = dimension(said.get("beta_fast") or 32), dimension(said.get("beta_slow") or 1)
+        if said.get("truncate", True):
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, rotated - 1)
+        ramp = np.clip((np.arange(len(plain)) - first) / ((last - first) or 0.001), 0, 1)
+
+        def temper(scale: float) -> float:
+            return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+        stretch = said.get("attention_factor")
+        if stretch is None:
+            one, all_dimensions = said.get("mscale"), said.get("mscale_all_dim")
+            stretch = temper(one) / temper(all_dimensions) if one and all_dimensions else temper(1.0)
+        return plain / factor * ramp + plain * (1 - ramp), stretch
+
+
+def read_ropes(raw: Mapping[str, Any], family: "Family") -> dict[str, Rope]:
+    """The rotary positions of each kind of block; one entry, `full_attention`, where all blocks have the same.
+
+    Empty for families without rotary positions.
+
+    Raises:
+        CheckpointError: when the file contradicts itself, or says what dispc does not understand.
+    """
+    if not family.rotary:
+        return {}
+    nested = _nested(raw)
+    if family.local_rope_theta is None:
+        if nested:
+            raise CheckpointError(f"rope_parameters has {', '.join(nested)}; {family.model_type} has one kind of block")
+        return {FULL: _rope(raw, [raw.get(key) for key in SCALING], family, family.rope_theta)}
+    if nested and set(nested) != {FULL, SLIDING}:
+        raise CheckpointError(f"rope_parameters names {', '.join(nested)}; {FULL} and {SLIDING} are expected")
+    flat = [raw.get(key) for key in SCALING if not (nested and key == "rope_parameters")]
+    full = _rope(raw, [*flat, nested.get(FULL)], family, family.rope_theta)
+    only_local = {THETA[0]: raw[LOCAL_THETA]} if raw.get(LOCAL_THETA) is not None else {}
+    return {FULL: full, SLIDING: _rope(only_local, [nested.get(SLIDING)], family, family.local_rope_theta)}
+
+
+def _nested(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`rope_parameters` where it has an entry for each kind of block, else nothing."""
+    said = raw.get("rope_parameters")
+    if not isinstance(said, Mapping) or not any(isinstance(value, Mapping) for value in said.values()):
+        return {}
+    return said
+
+
+def _rope(raw: Mapping[str, Any], said: Iterable[Any], family: "Family", theta: float) -> Rope:
+    """What the top level of the file and the objects `said` agree on."""
+    sources = [_object(value) for value in said if value is not None]
+    scalings = [{k: v for k, v in source.items() if k not in (*THETA, *SHARE)} for source in sources]
+    everything = [raw, *sources]
+    limit = raw.get("max_position_embeddings")
+    return Rope(
+        theta=_number(_agreed(everything, THETA, theta), THETA[0]),
+        share=_share(_agreed(everything, SHARE, family.rotary_share), family),
+        scaling=_one_scaling([_scaling(scaling, limit) for scaling in scalings]),
+    )
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"rotary parameters are {value!r}; an object is expected")
+    return value
+
+
+def _agreed(sources: Iterable[Mapping[str, Any]], names: Iterable[str], default: float) -> Any:
+    """The value that the sources have under one of `names`."""
+    found = [(name, source[name]) for source in sources for name in names if source.get(name) is not None]
+    for name, value in found[1:]:
+        if value != found[0][1]:
+            raise CheckpointError(f"{found[0][0]} is {found[0][1]!r} and also {value!r} ({name}); remove the wrong one")
+    return found[0][1] if found else default
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise CheckpointError(f"{name} is {value!r}; a positive number is expected")
+    return value
+
+
+def _share(value: Any, family: "Family") -> float:
+    share = _number(value, SHARE[0])
+    if share > 1 or (share != 1 and family.rotary_share == 1.0):
+        raise CheckpointError(f"{SHARE[0]} is {value!r}; {family.model_type} models rotate whole heads")
+    return share
+
+
+def _scaling(said: Mapping[str, Any], limit: Any) -> dict[str, Any]:
+    """One object without its `type` (the old name of `rope_type`), nulls and what follows from the rest."""
+    said = {name: value for name, value in said.items() if value is not None}
+    kind = said.pop("rope_type", said.get("type", "default"))
+    said.pop("type", None)
+    if not isinstance(kind, str) or kind not in TYPES:
+        raise CheckpointError(f"rotary scaling {kind!r} is not one of {', '.join(TYPES)}")
+    needed, optional = TYPES[kind]
+    if kind in ("yarn", "llama3") and limit is not None:
+        said.setdefault("original_max_position_embeddings", limit)
+    for name in needed:
+        if name not in said:
+            raise CheckpointError(f"rotary scaling {kind} has no {name}")
+    for name, value in said.items():
+        if name not in needed + optional:
+            raise CheckpointError(f"rotary scaling {kind} has {name} = {value!r}, whose meaning dispc does not know")
+        if name != "truncate":
+            _number(value, f"{name} of rotary scaling {kind}")
+        elif not isinstance(value, bool):
+            raise CheckpointError(f"truncate of rotary scaling {kind} is {value!r}; true or false is expected")
+    return {"rope_type": kind, **said}
+
+
+def _one_scaling(found: list[dict[str, Any]]) -> dict[str, Any]:
+    for other in found[1:]:
+        if other != found[0]:
+            raise CheckpointError(f"{' and '.join(SCALING)} contradict each other; remove the wrong one")
+    return found[0] if found else {"rope_type": "default"}
+
+
+def spell_ropes(ropes: Mapping[str, Rope], parameters: Iterable[str], family: "Family") -> dict[str, Any]:
+    """The same as keyword arguments for a config class that has these `parameters`, of either release."""
+    known = set(parameters)
+    if not ropes:
+        return {}
+    if "rope_parameters" in known:
+        objects = {kind: _release5(rope, family) for kind, rope in ropes.items()}
+        return {"rope_parameters": objects if len(objects) > 1 else objects[FULL]}
+    full = ropes[FULL]
+    scaling = None if full.scaling["rope_type"] == "default" else dict(full.scaling)
+    spelled: dict[str, Any] = {next((name for name in THETA if name in known), THETA[0]): full.theta}
+    spelled |= {name: full.share for name in SHARE if name in known}
+    spelled["rope_scaling"] = scaling
+    if SLIDING in ropes:
+        if ropes[SLIDING].scaling["rope_type"] != "default":
+            raise CheckpointError(f"rotary scaling of {SLIDING} blocks is unknown to this release of transformers")
+        spelled[LOCAL_THETA] = ropes[SLIDING].theta
+    return spelled
+
+
+def _release5(rope: Rope, family: "Family") -> dict[str, Any]:
+    share = {} if family.rotary_share == 1.0 else {SHARE[0]: rope.share}
+    return {"rope_theta": rope.theta, **share, **rope.scaling}
+
+
+def check_ropes(module: "nn.Module", ropes: Mapping[str, Rope], head_dim: int) -> None:
+    """Make sure that the rotary modules in `module`, built by transformers, turn at the frequencies of `ropes`.
+
+    Raises:
+        CheckpointError: when one does not, or one of `ropes` is in no module.
+    """
+    wanted = {kind: rope.frequencies(head_dim) for kind, rope in ropes.items()}
+    met: set[str] = set()
+    for part in module.modules():
+        if not type(part).__name__.endswith("RotaryEmbedding"):
+            continue
+        for name, buffer in part.named_buffers(recurse=False):
+            if not name.endswith("inv_freq") or "original" in name:
+                continue
+            stretch = getattr(part, name.replace("inv_freq", "attention_scaling"), 1.0)
+            found = {kind for kind, rope in wanted.items() if _same(buffer.double().cpu().numpy(), stretch, *rope)}
+            if not found:
+                raise CheckpointError(
+                    "the rotary positions that the installed transformers makes of it are not those that it says; "
+                    "please report this with the config.json and the version of transformers"
+                )
+            met |= found
+    if met != set(wanted):
+        raise CheckpointError("the installed transformers makes no rotary positions of what it says of them")
+
+
+def _same(found: npt.NDArray[np.float64], stretch: float, wanted: npt.NDArray[np.float64], factor: float) -> bool:
+    return (
+        found.shape == wanted.shape
+        and bool(np.allclose(found, wanted, rtol=1e-5, atol=0))
+        and math.isclose(stretch, factor, rel_tol=1e-6)
+    )

@@ -1,0 +1,183 @@
+"""The tensors of a model directory as they stand in its files: headers are read, values one tensor at a time.
+
+Nothing is ever executed: safetensors, or `torch.load(weights_only=True)` for `.bin` files.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dispc.masks import is_mask_file
+from dispc.support.errors import CheckpointError, first_line
+from dispc.support.inputs import read_object, regular
+
+SAFETENSORS_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+}
+LFS_POINTER = b"version https://git-lfs."  # how every pointer file begins, by its specification
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+OTHER_FORMATS = re.compile(r"consolidated.*\.safetensors")
+"""Weights once more, for other programs."""
+
+
+@dataclass(frozen=True)
+class CheckpointTensor:
+    """A tensor that is still on disk. `read` loads it and keeps no reference."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    read: Callable[[], torch.Tensor]
+
+    def expect(self, shape: tuple[int, ...]) -> "CheckpointTensor":
+        """This tensor, which must have the shape that the model gives it.
+
+        Raises:
+            CheckpointError: when it has not.
+        """
+        if self.shape != shape:
+            raise CheckpointError(
+                f"{self.file}: {self.name} has shape {list(self.shape)}, config.json asks for {list(shape)}"
+            )
+        return self
+
+
+@dataclass
+class Stored:
+    """What the weight files of a directory hold: tensors by name, and the dtypes of those that are no weights."""
+
+    tensors: dict[str, CheckpointTensor] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
+
+    def add(self, more: "Stored") -> None:
+        self.tensors |= more.tensors
+        self.others |= more.others
+
+
+def list_stored(directory: Path) -> Stored:
+    """The tensors of the weight files in `directory`.
+
+    Raises:
+        CheckpointError: when a file is missing, damaged, or outside the directory, or when there are weights that
+            belong to the model and are not part of it.
+    """
+    for name in ADAPTERS:
+        if (directory / name).exists():
+            raise CheckpointError(
+                f"{directory / name}: an adapter that is not merged; merge it first (PEFT: merge_and_unload, then "
+                "save_pretrained), or remove its files if the model is meant without it"
+            )
+    for index, single, list_tensors in (
+        ("model.safetensors.index.json", "model.safetensors", _list_safetensors),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin", _list_torch_file),
+    ):
+        if (directory / single).exists():  # before an index, as in transformers: it may be an older save's
+            older = set(_weight_map(directory / index).values()) if (directory / index).exists() else set()
+            _refuse_strangers(directory, {single}, older)
+            return list_tensors(_downloaded(directory / single))
+        if (directory / index).exists():
+            return _sharded(directory / index, list_tensors)
+    raise CheckpointError(f"{directory}: no model.safetensors or pytorch_model.bin (nor an index of shards)")
+
+
+def _sharded(index: Path, list_tensors: Callable[[Path], Stored]) -> Stored:
+    weight_map = _weight_map(index)
+    shards = sorted(set(weight_map.values()))
+    found = Stored()
+    for shard in shards:
+        path = index.parent / shard
+        # A link inside the directory is fine (the cache of the hub has them), a path is not.
+        if Path(shard).name != shard or not shard.strip("."):
+            raise CheckpointError(f"{index}: shard {shard!r} lies outside the model directory")
+        if not path.exists():
+            raise CheckpointError(f"{path}: shard named by {index.name} is missing")
+        found.add(list_tensors(_downloaded(path)))
+    if missing := sorted(set(weight_map) - set(found.tensors) - set(found.others)):
+        raise CheckpointError(f"{index}: names tensor {missing[0]}, which no shard holds")
+    _refuse_strangers(index.parent, set(shards), set())
+    return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_object(index, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index}: no weight_map of tensor names to file names")
+    return weight_map
+
+
+def _refuse_strangers(directory: Path, read: set[str], older: set[str]) -> None:
+    """Raise CheckpointError for a safetensors file that is not read, and not known to be something else.
+
+    `older` are the shards of a save that was left behind.
+    """
+    for path in sorted(directory.glob("*.safetensors")):
+        known = path.name in read | older or OTHER_FORMATS.fullmatch(path.name)
+        if known or not path.is_file() or is_mask_file(path):
+            continue
+        raise CheckpointError(
+            f"{path}: holds weights that are not read with the others ({', '.join(sorted(read)[:2])}); "
+            "move it elsewhere if it is not part of the model"
+        )
+
+
+def _downloaded(path: Path) -> Path:
+    with regular(path, CheckpointError).open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise CheckpointError(f"{path}: is a Git LFS pointer, not the weights: run `git lfs pull` in its clone")
+    return path
+
+
+def _list_safetensors(path: Path) -> Stored:
+    def read(name: str) -> torch.Tensor:
+        # Opened per tensor: the mapping goes away with the tensor, so memory stays at one tensor.
+        with safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+
+    found = Stored()
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                view = file.get_slice(name)
+                dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
+                if dtype is None:
+                    found.others[name] = str(view.get_dtype())
+                else:
+                    shape = tuple(view.get_shape())
+                    found.tensors[name] = CheckpointTensor(name, shape, dtype, path, partial(read, name))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: truncated or corrupt safetensors file ({first_line(error)})") from error
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: cannot be mapped into memory ({first_line(error)})") from error
+    return found
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _list_torch_file(path: Path) -> Stored:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged pickle raises whatever its instructions run into
+        raise CheckpointError(f"{path}: not a torch file that can be loaded safely ({first_line(error)})") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a state dict")
+    found = Stored()
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"{path}: holds {name!r}, a {type(value).__name__}; tensors by name are expected")
+        if value.dtype in SAFETENSORS_DTYPES.values():
+            found.tensors[name] = CheckpointTensor(name, tuple(value.shape), value.dtype, path, partial(_same, value))
+        else:
+            found.others[name] = str(value.dtype).removeprefix("torch.")
+    return found

@@ -1,0 +1,128 @@
+"""Nothing that a model directory holds is left out in silence: every tensor has a place, or is refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+import tiny
+import torch
+from command import assert_refused
+from safetensors.torch import load_file, save_file
+
+from dispc.export.trace import export_program
+from dispc.masks import Masks
+from dispc.model.checkpoint import Checkpoint
+from dispc.support.errors import CheckpointError
+
+Tensors = dict[str, torch.Tensor]
+
+
+def model_with(variant: str, tensors: Tensors, directory: Path, **config: Any) -> Checkpoint:
+    """A directory of `variant` whose weights are `tensors`."""
+    directory.mkdir()
+    raw = json.loads((harness.checkpoint(variant).directory / "config.json").read_text()) | config
+    (directory / "config.json").write_text(json.dumps(raw))
+    save_file({name: value.contiguous() for name, value in tensors.items()}, directory / "model.safetensors")
+    return Checkpoint(directory)
+
+
+def tensors_of(variant: str) -> Tensors:
+    return load_file(harness.checkpoint(variant).directory / "model.safetensors")
+
+
+def read_both_ways(checkpoint: Checkpoint) -> None:
+    """As the compiler reads a checkpoint, and as the reference does."""
+    with pytest.raises(CheckpointError) as compiled:
+        export_program(checkpoint, torch.float32)
+    with pytest.raises(CheckpointError) as built:
+        checkpoint.load_model(torch.float32)
+    assert str(compiled.value) == str(built.value)
+    raise built.value
+
+
+STRANGERS: dict[str, Tensors] = {
+    "model.layers.0.self_attn.o_proj.bias": {},
+    "model.layers.2.mlp.down_proj.bias": {},
+    "model.layers.3.mlp.down_proj.weight": {},
+    "model.layers.0.self_attn.q_proj.lora_A.weight": {},
+    "score.weight": {},
+    "value_head.summary.bias": {},
+    "packed": {"packed": torch.zeros(3, dtype=torch.int8)},
+    "model.layers.0.mlp.up_proj.weight_scale": {
+        "model.layers.0.mlp.up_proj.weight_scale": torch.ones(1, dtype=torch.float8_e4m3fn)
+    },
+    "norm.weight": {},  # once more under the name of the bare base model
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_tensor_without_a_place_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    more = STRANGERS[name] or {name: torch.ones(48)}
+    with pytest.raises(CheckpointError, match=f"tensor {name} has no place"):
+        read_both_ways(model_with("llama", tensors_of("llama") | more, tmp_path / "model"))
+
+
+def test_the_command_names_a_bias_that_the_config_does_not_declare(tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.o_proj.bias"
+    checkpoint = model_with("llama", tensors_of("llama") | {name: torch.ones(48)}, tmp_path / "model")
+    Masks.dense(checkpoint.config).save(tmp_path / "model" / "masks.safetensors", checkpoint.config)
+    out = tmp_path / "out"
+    assert_refused(tmp_path, "compile", checkpoint.directory, "-t", "onnx-cpu", "-o", out, says=(name, "no place"))
+
+
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+def test_every_tensor_that_transformers_saves_has_a_place(variant: str) -> None:
+    export_program(harness.checkpoint(variant), torch.float32)
+    harness.checkpoint(variant).load_model(torch.float32)
+
+
+def test_what_old_releases_stored_and_nobody_reads_is_left_aside(tmp_path: Path) -> None:
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "position_ids": torch.arange(3)}
+    checkpoint = model_with("llama", tensors_of("llama") | old, tmp_path / "model")
+    checkpoint.load_model(torch.float32)
+    export_program(checkpoint, torch.float32)
+
+
+@pytest.mark.parametrize("stored", ["model.embed_tokens.weight", "lm_head.weight", "both", "embed_tokens.weight"])
+def test_a_tied_model_is_complete_with_either_name_or_with_both(stored: str, tmp_path: Path) -> None:
+    tensors = tensors_of("llama-tied-biased")
+    words = tensors.pop("model.embed_tokens.weight")
+    names = ("model.embed_tokens.weight", "lm_head.weight") if stored == "both" else (stored,)
+    checkpoint = model_with("llama-tied-biased", tensors | {name: words.clone() for name in names}, tmp_path / "model")
+    model = checkpoint.load_model(torch.float32)
+    assert torch.equal(model.lm_head.weight, words) and model.lm_head.weight is model.model.embed_tokens.weight
+    export_program(checkpoint, torch.float32)
+
+
+def test_a_tied_head_that_is_not_the_embedding_is_refused(tmp_path: Path) -> None:
+    tensors = tensors_of("llama-tied-biased")
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1e-6}
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is not the embedding"):
+        read_both_ways(model_with("llama-tied-biased", tensors | head, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_must_be_merged_first(name: str, tmp_path: Path) -> None:
+    checkpoint = model_with("llama", tensors_of("llama"), tmp_path / "model")
+    (checkpoint.directory / name).write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match="merge it first"):
+        read_both_ways(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["lora.safetensors", "model-00002-of-00002.safetensors", "value_head.safetensors"])
+def test_a_file_of_weights_that_is_not_read_is_refused(name: str, tmp_path: Path) -> None:
+    checkpoint = model_with("llama", tensors_of("llama"), tmp_path / "model")
+    save_file({"x": torch.ones(1)}, checkpoint.directory / name)
+    with pytest.raises(CheckpointError, match=name):
+        read_both_ways(checkpoint)
+
+
+def test_masks_and_copies_for_other_programs_may_lie_beside(tmp_path: Path) -> None:
+    checkpoint = model_with("llama", tensors_of("llama"), tmp_path / "model")
+    for name in ("masks.safetensors", "masks-30.safetensors"):
+        Masks.dense(checkpoint.config).save(checkpoint.directory / name, checkpoint.config)
+    save_file({"x": torch.ones(1)}, checkpoint.directory / "consolidated.safetensors")
+    torch.save({"x": torch.ones(1)}, checkpoint.directory / "pytorch_model.bin")
+    checkpoint.load_model(torch.float32)

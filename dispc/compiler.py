@@ -84,7 +84,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
     if options.validate or options.verify_each:
         from dispc.runtime.memory import require_memory_for_reference
 
-        require_memory_for_reference(checkpoint)
+        require_memory_for_reference(checkpoint, whole=options.verify_each)
     if options.verify_each:
         from dispc.validate.checks.verify import make_verifier
 

@@ -24,8 +24,9 @@ def write_companions(
 def genai_config(checkpoint: Checkpoint, plan: Plan, cache_layers: int, inputs: Sequence[str]) -> dict[str, Any]:
     """The genai_config.json of onnxruntime-genai, which refuses keys that it does not know.
 
-    `num_hidden_layers` there counts the key/value caches: an attention that was pruned away has none. Token ids that the
-    model does not name are left out: runtimes disagree about a made-up one. Padding falls back to the first stop token.
+    `num_hidden_layers` there counts the key/value caches: an attention that was pruned away has none. Token ids that
+    the model does not name are left out, since runtimes disagree about one that is made up; padding falls back to the
+    first stop token.
     """
     config = checkpoint.config
     generation = checkpoint.generation_config

@@ -15,10 +15,10 @@ from dispc.manifest import read_manifest
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
-from dispc.plan import TARGETS
-from dispc.reference.blocks import Blocks
+from dispc.plan import TARGETS, Quantisation
+from dispc.reference.blocks import Blocks, read_lazily
 from dispc.reference.masked import load_reference
-from dispc.reference.quantised import match_quantisation
+from dispc.reference.quantised import match_quantisation, quantise_block, quantise_tables
 from dispc.reference.truth import Answers, ask, freed, round_storage, truth_dtype
 from dispc.runtime.doctor import cuda_problem
 from dispc.runtime.latency import LatencyOptions, measure_latency
@@ -75,13 +75,14 @@ class Comparison:
         self.artifact = Artifact(directory, provider=provider, exact=True, widened=widened or None)
         self.masks = own_masks(self.artifact, self.checkpoint)
         self.truth = truth_dtype(options.reference_dtype)
-        require_memory_for_reference(self.checkpoint, self.truth.itemsize)
         if options.data is not None:  # what cannot be read is reported before anything is judged
             text_windows(options.data, reference, self.artifact.positions, options.sequence_length)
         if options.latency is not None:
             options.latency.require_room(directory, self.artifact.positions)
         window = getattr(self.checkpoint.pretrained_config, "sliding_window", None) or 0
         self.client = Client(self.artifact, self.checkpoint.config.vocab_size, options.seed, window=window)
+        logits = (self.client.length if options.quick else self.client.longest) * self.client.vocabulary
+        require_memory_for_reference(self.checkpoint, whole=options.data is not None, logits=logits)
 
     @property
     def directory(self) -> Path:
@@ -134,8 +135,7 @@ class Comparison:
 
     def answers(self, rows: Sequence[Row], *, streams: bool = False) -> Answers:
         """What the reference says about the texts of `rows`."""
-        blocks = Blocks(self.load(), self.checkpoint.family)
-        return ask(blocks, [row.text for row in rows], self.truth, self.computes_in, streams=streams)
+        return ask(self.blocks(), [row.text for row in rows], self.truth, self.computes_in, streams=streams)
 
     @cached_property
     def perplexities(self) -> dict[str, Perplexity]:
@@ -178,6 +178,21 @@ class Comparison:
     def computes_in(self) -> str:
         """The precision of the arithmetic: a widened artifact has to be as exact as float32 is."""
         return "float32" if self.artifact.widened else self.artifact.dtype
+
+    def blocks(self) -> Blocks:
+        """The same as `load`, each block read when it is needed."""
+        quantisation, dtype = self.manifest.get("quantisation"), getattr(torch, self.artifact.dtype)
+        options = Quantisation(**quantisation) if quantisation else None
+
+        def as_stored(part: Any, index: int | None) -> None:
+            if self.artifact.widened:
+                round_storage(part, dtype)
+            if options and index is None:
+                quantise_tables(part, options, dtype)
+            elif options and index is not None:
+                quantise_block(part, self.checkpoint.family, self.masks.blocks[index], options, dtype)
+
+        return read_lazily(self.checkpoint, self.masks, as_stored)
 
     def load(self) -> Any:
         """The masked reference, in float32, with the weights rounded as a widened or quantised artifact stores them."""

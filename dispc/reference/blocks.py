@@ -15,7 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from dispc.masks import Masks
+from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import Family
+from dispc.model.pretrained import fill
+from dispc.reference.masked import mask_model
 
 Cast = Callable[[Tensor], Tensor]
 """What a precision makes of a weight in float32."""
@@ -34,21 +38,23 @@ class Entered:
 class Blocks:
     """`model` (a causal language model in float32), one block at a time.
 
-    `load` gives the parameters of a submodule their values, by its name (`""`: of all that is outside of the blocks).
+    `load` gives the parameters of block `index` their values; those of all that is outside of the blocks are there.
     """
 
-    def __init__(self, model: Any, family: Family, load: Callable[[str], None] = lambda name: None) -> None:
+    def __init__(self, model: Any, family: Family, load: Callable[[int], None] = lambda index: None) -> None:
         self.model, self.family, self.load = model, family, load
         self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
         self.embedding = model.get_input_embeddings()
-        load("")
         self.table: Tensor = self.embedding.weight.data
         self.blocks = list(model.get_submodule(family.layers))
         self.forwards = [block.forward for block in self.blocks]
         self.returns_tuple = False
-        of_blocks = {id(parameter) for block in self.blocks for parameter in block.parameters()}
         large = {id(self.embedding.weight), id(self.head.weight)}
-        self.rest = [parameter for parameter in model.parameters() if id(parameter) not in of_blocks | large]
+        self.rest = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if outside_blocks(family, name) and id(parameter) not in large
+        ]
         self.vocabulary, self.hidden_size = self.head.weight.shape
 
     def __len__(self) -> int:
@@ -61,7 +67,7 @@ class Blocks:
     @contextmanager
     def loaded(self, index: int) -> Iterator[None]:
         """Block `index` with its weights, which are dropped at the end."""
-        self.load(self.family.block(index))
+        self.load(index)
         try:
             yield
         finally:
@@ -134,6 +140,35 @@ class Blocks:
         rows = cast(self.table[torch.from_numpy(unique)])
         with _cast([self.embedding.weight], lambda weight: rows):
             return self.decoder(input_ids=torch.from_numpy(numbered)[None], use_cache=False, **more)
+
+
+def outside_blocks(family: Family, parameter: str) -> bool:
+    return not parameter.startswith(f"{family.layers}.")
+
+
+def read_lazily(
+    checkpoint: Checkpoint, masks: Masks, as_stored: Callable[[nn.Module, int | None], None] = lambda part, index: None
+) -> Blocks:
+    """The masked reference of `checkpoint` in float32, each block read when it is needed.
+
+    `as_stored` gets every part that was read, a block with its number or the model with None when all outside of its
+    blocks was read, to round its weights as an artifact stores them.
+    """
+    model, family = checkpoint.empty_model(torch.float32), checkpoint.family
+
+    def read(name: str, shape: tuple[int, ...]) -> Tensor:
+        return checkpoint.find(name).expect(shape).read().to(torch.float32)
+
+    def load(index: int) -> None:
+        name = family.block(index)
+        block = model.get_submodule(name)
+        fill(block, lambda inner, shape: read(f"{name}.{inner}", shape))
+        as_stored(block, index)
+
+    fill(model, read, partial(outside_blocks, family))
+    mask_model(model, checkpoint, masks)
+    as_stored(model, None)
+    return Blocks(model, family, load)
 
 
 @contextmanager

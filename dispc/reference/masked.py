@@ -24,7 +24,11 @@ def load_reference(checkpoint: Checkpoint, masks: Masks | None, dtype: torch.dty
     Raises:
         CheckpointError: when the weights cannot be loaded.
     """
-    model = checkpoint.load_model(dtype)
+    return mask_model(checkpoint.load_model(dtype), checkpoint, masks)
+
+
+def mask_model(model: Any, checkpoint: Checkpoint, masks: Masks | None) -> Any:
+    """A model of `checkpoint` with the masks applied, in place; parameters may be on the meta device, but the first."""
     _widen_norms(model)
     if masks is not None:
         apply_masks(model, checkpoint.family, masks)

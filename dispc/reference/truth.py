@@ -227,14 +227,14 @@ def _log_softmax(logits: Array) -> Array:
     return result
 
 
-def round_storage(model: nn.Module, dtype: torch.dtype) -> None:
+def round_storage(part: nn.Module, dtype: torch.dtype) -> None:
     """Round, in place, what an artifact stores in `dtype`: weights, and the cosines and sines of rotary positions.
 
     What is left when such an artifact computes in float32 is float32's own error.
     """
-    for parameter in model.parameters():
+    for parameter in part.parameters():
         parameter.data = parameter.data.to(dtype).to(torch.float32)
-    for module in model.modules():
+    for module in part.modules():
         if type(module).__name__.endswith("RotaryEmbedding"):
             module.register_forward_hook(lambda m, x, y: _round(y, dtype))
 

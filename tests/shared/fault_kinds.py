@@ -348,10 +348,10 @@ def swap_presents(model: ir.Model, place: Place) -> None:
     node = kernel(model, place)
     outputs = model.graph.outputs
     own = next(n for n, v in enumerate(outputs) if v is node.outputs[1])
-    other = own + 2 if own + 2 < len(outputs) and (outputs[own + 2].name or "").startswith("present.") else own - 2
-    first, second = outputs[own], outputs[other]
-    if not (second.name or "").startswith("present.") or first.type != second.type:
+    other = own + 2  # the next block's: this one is the first to be wrong
+    if other >= len(outputs) or not (outputs[other].name or "").startswith("present."):
         raise NotHere
+    first, second = outputs[own], outputs[other]
     outputs[own], outputs[other] = second, first
     first.name, second.name = second.name, first.name
 

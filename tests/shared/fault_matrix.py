@@ -58,7 +58,7 @@ FIRST_TOKEN, LAST_TOKEN, ROWS = 71, 158, 9
 
 @dataclass(frozen=True)
 class Planted:
-    """What became of one fault: `found` with the sub-layer named, `unnamed`, `missed`, or `harmless` (the same bits)."""
+    """What became of one fault: `found` and named, found and `unnamed`, `missed`, or `harmless` (the same bits)."""
 
     kind: str
     artifact: str
@@ -80,7 +80,7 @@ def reference_read_once() -> Iterator[None]:
         asked = sources([row.text for row in rows])
         blocks, readings = known.get(key, (None, {}))
         if new := [text for text in asked if not any(text.begins(other) for other in readings)]:
-            fresh = ask(Blocks(self.load(), self.checkpoint.family), new, self.truth, self.computes_in, streams=streams)
+            fresh = ask(self.blocks(), new, self.truth, self.computes_in, streams=streams)
             blocks = blocks or fresh.blocks
             fixed = {text: read for text, read in fresh.readings.items() if key not in known}
             known.setdefault(key, (blocks, fixed))
@@ -121,7 +121,8 @@ def plant_and_judge(name: str, case: tuple[str, dict[str, Any]], place: Place, f
     shutil.rmtree(broken, ignore_errors=True)
     shutil.copytree(whole, broken)
     ir.save(model, broken / "model.onnx", external_data="model.onnx.data")
-    report = judged(broken, variant, device="cpu", quick=kind.quick)
+    native = options["target"] == "onnx" and options.get("dtype") == "float16"  # compiling does not widen those
+    report = judged(broken, variant, device="cpu", quick=kind.quick and not native)
     outcome, detail = verdict(kind, place, report)
     if outcome == "missed" and same_bits(whole, broken):
         outcome, detail = "harmless", "the same bits in every scenario"
@@ -158,8 +159,7 @@ def judge_whole(case: tuple[str, dict[str, Any]]) -> Report:
 
 @cache
 def folder() -> Path:
-    path = Path(tempfile.mkdtemp(prefix="dispc-faults-", dir=harness.scratch()))
-    return path
+    return Path(tempfile.mkdtemp(prefix="dispc-faults-", dir=harness.scratch()))
 
 
 def run(count: int, seed: int, *, attempts: int = 20) -> Iterator[Planted]:
@@ -177,12 +177,12 @@ def run(count: int, seed: int, *, attempts: int = 20) -> Iterator[Planted]:
 def main(count: int, seed: int) -> int:
     wrong = 0
     with reference_read_once():
-        for number, case in enumerate(MATRIX, start=1):
+        for case in MATRIX:
             report = judge_whole(case)
             wrong += not report.passed
             if not report.passed:
                 print(f"WHOLE ARTIFACT FAILED: {case}: {sorted(failed(report))}", flush=True)
-        print(f"{number} whole artifacts, {wrong} failed", flush=True)
+        print(f"{len(MATRIX)} whole artifacts, {wrong} failed", flush=True)
         outcomes: Counter[str] = Counter()
         kinds: Counter[str] = Counter()
         for number, result in enumerate(run(count, seed), start=1):

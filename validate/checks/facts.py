@@ -7,6 +7,7 @@ from typing import Any
 import onnx_ir as ir
 
 from dispc import __version__
+from dispc.masks import Masks
 from dispc.runtime.edits import load_graph
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
@@ -19,6 +20,8 @@ SCATTERS = {"canonical": "ScatterND", "scatter-elements": "ScatterElements"}
 """Lowering -> the operator by which it is known; the others have neither."""
 QUICK = (*(each.name for each in SCENARIOS if each.quick), "KL divergence", "embeddings", "rotary tables")
 """Checks that a stored validation holds."""
+SURELY_SCATTERED = 0.8
+"""A write set that keeps less than this share is never filled up with zeros instead."""
 OF_REPORT = ("target", "dtype", "padding", "lowering", "bytes", "widths", "full_widths")
 """What a stored validation repeats of the artifact."""
 
@@ -33,7 +36,7 @@ def judge_facts(comparison: Comparison) -> Iterator[Check]:
     expected = recomputed(comparison, graph)
     stored = {name: comparison.manifest.get(name) for name in expected}
     faults = [f"{place} is {ours}, it should be {theirs}" for place, ours, theirs in differences(stored, expected)]
-    faults += _metadata(comparison.manifest, graph)
+    faults += _metadata(comparison.manifest, graph, comparison.masks)
     if comparison.manifest.get("validation") is not None:
         faults += _validation(comparison.manifest["validation"], comparison)
     if faults:
@@ -68,16 +71,20 @@ def recomputed(comparison: Comparison, graph: ir.Model) -> dict[str, Any]:
     return facts
 
 
-def _metadata(manifest: Mapping[str, Any], graph: ir.Model) -> Iterator[str]:
-    """What model.onnx says of itself."""
+def _metadata(manifest: Mapping[str, Any], graph: ir.Model, masks: Masks) -> Iterator[str]:
+    """What model.onnx says of itself, and the lowering that its operators show."""
     for name in ("target", "padding", "masks_sha256"):
         told = graph.metadata_props.get(f"dispc.{name}")
         if told != manifest[name]:
             yield f"{name} is {manifest[name]}, model.onnx says {told or 'nothing'}"
     operators, lowering = Counter(node.op_type for node in graph.graph), manifest["lowering"]["name"]
+    parts = [part for block in masks.blocks for part in (block.attention, block.mlp) if part.alive]
+    scattered = any(len(part.write) < SURELY_SCATTERED * masks.hidden_size for part in parts)
     for name, operator in SCATTERS.items():
         if operators[operator] and lowering != name:
             yield f"lowering is {lowering}, model.onnx has {operator} ({name})"
+        elif scattered and lowering == name and not operators[operator]:
+            yield f"lowering is {lowering}, model.onnx has no {operator}"
 
 
 def _validation(stored: Any, comparison: Comparison) -> Iterator[str]:

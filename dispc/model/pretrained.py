@@ -21,7 +21,7 @@ from dispc.support.errors import CheckpointError, first_line
 
 HARMLESS = re.compile(
     # what the file is, who wrote it, and with what
-    r"model_type|architectures|auto_map|_?name_or_path|_commit_hash|transformers_version|torch_dtype|dtype"
+    r"model_type|architectures|auto_map|_?(model_)?name_or_path|_commit_hash|transformers_version|torch_dtype|dtype"
     r"|unsloth\w*|transformers\.js_config|is_llama_config|_flash_attn_2_enabled|_?attn_implementation\w*"
     r"|_experts_implementation|use_flash_attn\w*|quantization_config"
     # what is returned and kept, not what is computed

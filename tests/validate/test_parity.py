@@ -14,6 +14,7 @@ import torch
 from artifacts import artifact, failed, judged
 from hypothesis import given
 from hypothesis import strategies as st
+from sets import half
 
 from dispc.masks import Masks
 from dispc.reference.blocks import Blocks
@@ -213,7 +214,7 @@ def test_reading_block_by_block_is_reading_the_whole_model_in_float64(variant: s
 
 
 def test_a_text_that_begins_another_is_not_read_twice() -> None:
-    masks, tokens = harness.half("llama"), tuple(harness.TOKENS.tolist())
+    masks, tokens = half("llama"), tuple(harness.TOKENS.tolist())
     whole, beginning, elsewhere = Text(tokens), Text(tokens[:5]), Text(tokens[:5], offset=3)
     answers = read("llama", masks, "float32", [beginning, whole, elsewhere])
     assert set(answers.readings) == {whole, elsewhere}
@@ -222,7 +223,7 @@ def test_a_text_that_begins_another_is_not_read_twice() -> None:
 
 def test_logits_in_pieces_are_those_of_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     answers, text = (
-        read("llama", harness.half("llama"), "float32", [text := Text(tuple(harness.TOKENS.tolist()))]),
+        read("llama", half("llama"), "float32", [text := Text(tuple(harness.TOKENS.tolist()))]),
         text,
     )
     at = np.arange(len(text.tokens))
@@ -234,7 +235,7 @@ def test_logits_in_pieces_are_those_of_all_positions(monkeypatch: pytest.MonkeyP
 
 
 def test_the_own_error_of_halves_is_that_of_their_precision() -> None:
-    masks, text = harness.half("llama"), Text(tuple(harness.TOKENS.tolist()))
+    masks, text = half("llama"), Text(tuple(harness.TOKENS.tolist()))
     own = {dtype: own_errors(read("llama", masks, dtype, [text]), text).mean()
            for dtype in ("float32", "float16", "bfloat16")}  # fmt: skip
     assert 1000 < own["float16"] / own["float32"] < 30000  # 13 bits

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import pytest
 import tiny
 from artifacts import artifact, failed, judged
+from sets import half
 
 from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
@@ -171,7 +172,7 @@ def validated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact that keeps the report of the validation when it was made."""
     folder = tmp_path_factory.mktemp("validated")
     checkpoint = harness.checkpoint("llama")
-    harness.half("llama").save(folder / "masks.safetensors", checkpoint.config)
+    half("llama").save(folder / "masks.safetensors", checkpoint.config)
     options = CompileOptions(
         model=checkpoint.directory, masks=folder / "masks.safetensors", output=folder / "out", target="onnx-cpu"
     )
@@ -216,9 +217,9 @@ def stale_desk(place: Path) -> tuple[Path, Path]:
     """A model with masks beside it, and an artifact of other masks."""
     model = shutil.copytree(harness.checkpoint("llama").directory, place / "model")
     config = harness.checkpoint("llama").config
-    harness.half("llama", 1).save(model / "masks.safetensors", config)
+    half("llama", 1).save(model / "masks.safetensors", config)
     compile_model(CompileOptions(model=model, output=place / "out", target="onnx-cpu", validate=False))
-    harness.half("llama", 2).save(model / "masks.safetensors", config)
+    half("llama", 2).save(model / "masks.safetensors", config)
     return model, place / "out"
 
 
@@ -239,7 +240,7 @@ def test_masks_that_were_learned_again_and_not_compiled_fail(tmp_path: Path) -> 
 def test_masks_named_on_the_command_line_are_those_that_are_meant(tmp_path: Path) -> None:
     model, out = stale_desk(tmp_path)
     other = tmp_path / "other.safetensors"
-    harness.half("llama", 3).save(other, harness.checkpoint("llama").config)
+    half("llama", 3).save(other, harness.checkpoint("llama").config)
     assert "masks" in failed(check(out, model, masks=other))
     other.write_bytes(b"nonsense")
     assert command.run("validate", out, "-r", model, "--masks", other).code == 2
@@ -260,5 +261,5 @@ def test_compiling_judges_by_the_masks_that_it_compiled(tmp_path: Path) -> None:
     ],
 )
 def test_the_first_difference_of_masks_is_named(change: dict[str, Any], says: str | None) -> None:
-    difference = first_difference(harness.half("llama"), harness.half("llama", **change))
+    difference = first_difference(half("llama"), half("llama", **change))
     assert difference is None if says is None else says in str(difference)

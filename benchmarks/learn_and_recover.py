@@ -196,22 +196,24 @@ class Curve:
         self.layout = Layout.make(checkpoint.config)
         model = load_reference(checkpoint, None).to(run.device)
         self.gated = GatedModel(model, checkpoint.config, "full")
-        self.steps = dict.fromkeys(run.ratios, 0)
+        self.written = dict.fromkeys(run.ratios, 0.0)
 
     def look(self) -> None:
         """Judge the checkpoints that are new."""
         for ratio in self.run.ratios:
             folder = self.run.masks(ratio).with_suffix(".learn")
             try:
+                written = (folder / "checkpoint.pt").stat().st_mtime
+                if written == self.written[ratio]:
+                    continue
                 state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
                 options = json.loads((folder / "options.json").read_text())
             except (OSError, RuntimeError, ValueError):  # there is none yet
                 continue
-            if state["step"] > self.steps[ratio]:
-                self.steps[ratio] = state["step"]
-                tokens = state["step"] * options["batch_size"] * options["sequence_length"]
-                points = self.run.report.get(f"curve {ratio}", [])
-                self.run.note(f"curve {ratio}", [*points, {"tokens": tokens} | self.judge(state["source"], ratio)])
+            self.written[ratio] = written
+            tokens = state["step"] * options["batch_size"] * options["sequence_length"]
+            points = self.run.report.get(f"curve {ratio}", [])
+            self.run.note(f"curve {ratio}", [*points, {"tokens": tokens} | self.judge(state["source"], ratio)])
 
     @torch.no_grad()
     def judge(self, source: dict[str, torch.Tensor], ratio: int) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import gc
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -13,6 +13,9 @@ from dispc.manifest import MANIFEST
 from dispc.masks import Masks, check_output
 from dispc.support.errors import DataError, LearnError
 from dispc.support.extras import need
+
+if TYPE_CHECKING:
+    from dispc.learn.instant import Method
 
 Data = Annotated[
     str | None,
@@ -26,12 +29,9 @@ ModelArgument = Annotated[Path, typer.Argument(help="Hugging Face model director
 EVERY_METHOD = {
     "model", "output", "pruning_ratio", "ratio_of", "method", "norm_scope", "align", "force", "as_json",
 }  # fmt: skip
-INSTANT: dict[str, set[str]] = {
-    "random": EVERY_METHOD | {"seed"},
-    "magnitude": EVERY_METHOD,
-    "activation": EVERY_METHOD | {"data", "sequence_length", "device"},
-}
-"""Methods that need no learning, and the options that they have."""
+READING, SEEDED = {"data", "sequence_length", "device"}, {"seed"}
+"""Options of the methods without learning: of all, of those that read a text, and of those that have a seed."""
+LEARNED = "disp-llm"
 MISSED = 0.001
 """How far the share pruned may be from what was asked for before a warning says so."""
 
@@ -46,8 +46,8 @@ def learn(
     pruning_ratio: Ratio = 0.5,
     ratio_of: RatioOf = "blocks",
     method: Annotated[
-        str, typer.Option(help="disp-llm (learned), or at once: random, magnitude, activation.")
-    ] = "disp-llm",
+        str, typer.Option(help="disp-llm (learned), or in a minute: gradient, middle, activation, magnitude, random.")
+    ] = LEARNED,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 10_000,
     minutes: Annotated[
         float | None, typer.Option(help="End after so many minutes of steps; --decay falls by the time then.")
@@ -90,17 +90,19 @@ def learn(
 
     Example: [bold]dispc learn model/ --pruning-ratio 0.5 --data train.txt -o masks-50.safetensors[/bold]
     """
-    from dispc.learn.instant import instant_masks
+    from dispc.learn.instant import METHODS, instant_masks
     from dispc.learn.options import LearnOptions
     from dispc.learn.plots import plot_run
     from dispc.learn.trainer import learn as run_learning
     from dispc.model.published import open_checkpoint
 
     file = output or model / "masks.safetensors"
-    if data is None and method not in ("random", "magnitude"):
+    if method not in (LEARNED, *METHODS):
+        raise LearnError(f"--method {method}: choose {LEARNED}, {', '.join(METHODS)}")
+    if data is None and (method == LEARNED or METHODS[method].reads):
         raise DataError(f"--method {method} needs a text: give --data FILE")
-    if method in INSTANT:
-        _refuse_what_does_not_apply(context, method)
+    if method in METHODS:
+        _refuse_what_does_not_apply(context, METHODS[method])
         check_output(file, force=force)
         with count_progress(err, "reading windows") as count:
             masks = instant_masks(
@@ -108,7 +110,7 @@ def learn(
                 align=align, seed=seed, norm_scope=norm_scope, device=device, progress=count,  # type: ignore[arg-type]
             )  # fmt: skip
         masks.save(file, open_checkpoint(model).config)
-    elif method == "disp-llm":
+    else:
         assert data is not None
         options = LearnOptions(
             model=model, data=data, output=file, pruning_ratio=pruning_ratio, ratio_of=ratio_of, steps=steps,  # type: ignore[arg-type]
@@ -127,8 +129,6 @@ def learn(
         if not main:
             return
         plot_run(options.folder, masks)
-    else:
-        raise LearnError(f"--method {method}: choose disp-llm, {', '.join(INSTANT)}")
     _warn_of_a_missed_budget(masks)
     report_masks(file, model, as_json)
 
@@ -139,12 +139,14 @@ def collect_garbage() -> None:
     gc.enable()
 
 
-def _refuse_what_does_not_apply(context: typer.Context, method: str) -> None:
-    """Raise LearnError naming the first option on the command line that the instant `method` does not have."""
+def _refuse_what_does_not_apply(context: typer.Context, method: "Method") -> None:
+    """Raise LearnError naming the first option on the command line that the method does not have."""
+    options = EVERY_METHOD | (READING if method.reads else set()) | (SEEDED if method.seeded else set())
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
-        if source is not None and source.name == "COMMANDLINE" and parameter.name not in INSTANT[method]:
-            raise LearnError(f"{parameter.opts[0]}: does not apply to --method {method}; leave it out")
+        if source is not None and source.name == "COMMANDLINE" and parameter.name not in options:
+            method_name = context.params["method"]
+            raise LearnError(f"{parameter.opts[0]}: does not apply to --method {method_name}; leave it out")
 
 
 def _warn_of_a_missed_budget(masks: Masks) -> None:

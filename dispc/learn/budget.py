@@ -82,6 +82,19 @@ def kept_parameters(gates: Tensor, config: DecoderConfig) -> Tensor:
     return kept.sum()
 
 
+def position_costs(config: DecoderConfig) -> tuple[int, ...]:
+    """Block parameters that one position of each set costs, in the order of `SETS`, while the others are whole."""
+    hidden, middle = config.hidden_size, config.intermediate_size
+    attention, mlp = config.attention_parameters, config.mlp_parameters
+    return (
+        attention(hidden, hidden) - attention(hidden - 1, hidden),
+        attention(hidden, hidden) - attention(hidden, hidden - 1),
+        mlp(hidden, middle, hidden) - mlp(hidden - 1, middle, hidden),
+        mlp(hidden, middle, hidden) - mlp(hidden, middle - 1, hidden),
+        mlp(hidden, middle, hidden) - mlp(hidden, middle, hidden - 1),
+    )
+
+
 def regulariser(kept: Tensor, budget: float) -> Tensor:
     """R(T(s), p T) = log(max / min): zero at the budget, as steep below as above it."""
     return torch.log(kept.clamp(min=1.0) / budget).abs()

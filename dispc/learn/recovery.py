@@ -25,6 +25,7 @@ from dispc.learn.recovery_options import LOSSES, RecoverOptions
 from dispc.learn.trainer import DTYPES
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.published import open_checkpoint
 from dispc.model.text import Tokens, batch, load_tokens, windows
 from dispc.reference.masked import apply_masks, load_reference, zero_outside
 from dispc.support.errors import Interrupted, LearnError, first_line
@@ -66,7 +67,7 @@ def recover(
         DispcError: when an input is unusable, or nothing can be written.
         Interrupted: when a signal ended the run, which is saved.
     """
-    checkpoint, masks = Checkpoint(options.model), Masks.load(options.masks)
+    checkpoint, masks = open_checkpoint(options.model), Masks.load(options.masks)
     masks.check(checkpoint.config, options.masks)
     teacher = check_teacher(checkpoint, options)
     processes = Processes.join(options.device)
@@ -110,7 +111,7 @@ def check_teacher(student: Checkpoint, options: RecoverOptions) -> Checkpoint:
     """
     if options.teacher is None:
         return student
-    teacher = Checkpoint(options.teacher)
+    teacher = open_checkpoint(options.teacher)
     for what, ours, theirs in (
         ("model_type", student.config.family.model_type, teacher.config.family.model_type),
         ("vocab_size", student.config.vocab_size, teacher.config.vocab_size),

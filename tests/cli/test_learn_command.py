@@ -22,6 +22,9 @@ pytestmark = [
 ]
 
 
+READING = ("activation", "middle", "gradient")
+
+
 class TestTheCommand:
     def arguments(self, tmp_path: Path, **changes: str) -> list[str]:
         chosen = {
@@ -88,11 +91,11 @@ class TestTheCommand:
         assert_refused(place, *self.arguments(place, **{"--data": str(data)}), says=(says,))
 
     def instant(self, tmp_path: Path, method: str, **changes: str) -> list[str]:
-        reads = {"--data": text("train.txt", 3000, 2)} if method == "activation" else {}
+        reads = {"--data": text("train.txt", 3000, 2)} if method in READING else {}
         chosen = reads | {"-o": str(tmp_path / "sub" / "m.safetensors")} | changes
         return ["learn", str(student()), "--method", method, *(part for pair in chosen.items() for part in pair)]
 
-    @pytest.mark.parametrize("method", ["random", "magnitude", "activation"])
+    @pytest.mark.parametrize("method", ["random", "magnitude", *READING])
     def test_instant_methods_write_masks_of_the_budget(self, tmp_path: Path, method: str) -> None:
         outcome = run(*self.instant(tmp_path, method), "--pruning-ratio", "0.3")
         assert outcome.code == 0, outcome.err

@@ -11,8 +11,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from dispc.learn.budget import final_sets
-from dispc.learn.instant import instant_masks
+from dispc.learn.budget import final_sets, position_costs
+from dispc.learn.instant import METHODS, instant_masks
 from dispc.masks import SETS, Masks
 from dispc.support.errors import DataError, LearnError, MasksError
 
@@ -164,3 +164,41 @@ def test_a_norm_scope_that_is_none_reaches_no_file() -> None:
     latents = np.zeros(len(SETS) * config.num_hidden_layers * config.intermediate_size, dtype=np.float32)
     with pytest.raises(Exception, match="norm_scope 'foo'"):
         final_sets(latents, config, 10**9, norm_scope="foo")  # type: ignore[arg-type]
+
+
+def test_middle_prunes_the_middle_alone_and_as_much_in_each_block(tmp_path: Path) -> None:
+    model = planted(tmp_path, "model", idle)
+    masks = instant_masks(model, "middle", 0.3, data=str(tmp_path / "text.txt"), sequence_length=32)
+    counts = [len(found) for found in dropped(masks, "mlp.mid")]
+    assert max(counts) - min(counts) <= 1 < min(counts)
+    for name in set(SETS) - {"mlp.mid"}:
+        assert not any(dropped(masks, name))
+
+
+def test_gradient_drops_what_the_loss_does_not_miss_and_counts_what_a_position_costs(tmp_path: Path) -> None:
+    def plant(state: dict[str, torch.Tensor], block: str) -> None:
+        state[f"{block}.mlp.down_proj.weight"][:, DEAD] = 0.0  # nothing of the middle arrives from there
+
+    model = planted(tmp_path, "model", plant)
+    masks = instant_masks(model, "gradient", 0.1, data=str(tmp_path / "text.txt"), sequence_length=32)
+    assert all(set(DEAD) <= found for found in dropped(masks, "mlp.mid"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_meets_its_budget(tmp_path: Path, method: str) -> None:
+    model = planted(tmp_path, "model", idle)
+    config = harness.checkpoint("llama").config
+    dense = config.block_parameters * config.num_hidden_layers
+    masks = instant_masks(model, method, 0.5, data=str(tmp_path / "text.txt"), sequence_length=32)
+    assert 0.48 * dense < masks.kept_parameters(config) <= 0.5 * dense
+    assert masks.metadata["method"] == method
+
+
+def test_the_cost_of_a_position_is_what_it_takes_away() -> None:
+    config = harness.checkpoint("llama").config
+    whole = Masks.dense(config).kept_parameters(config)
+    for name, cost in zip(SETS, position_costs(config), strict=True):
+        width = config.intermediate_size if name == "mlp.mid" else config.hidden_size
+        blocks: list[dict[str, Any]] = [{} for _ in range(config.num_hidden_layers)]
+        blocks[0] = {name: np.arange(1, width)}
+        assert whole - Masks.from_indices(blocks, config).kept_parameters(config) == cost

@@ -1,11 +1,13 @@
 """What the translation builds with: the graph's inputs and outputs, named nodes, parameters, constants, masks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from dispc.export.semantic import RotaryTables
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.weights import DTYPES, LazyWeight
 from dispc.support.graph import HEAD, add_initializer, make_node, scope
@@ -26,11 +28,11 @@ class GraphBuilder:
         self,
         checkpoint: Checkpoint,
         dtype: torch.dtype,
-        rotary_caches: tuple[torch.Tensor, torch.Tensor] | None,
+        rotary_tables: Sequence[RotaryTables],
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
-        self.rotary_caches = rotary_caches
+        self.rotary_tables = rotary_tables
         self.values: dict[Node, Any] = {}
         self.origins: dict[Node, Node] = {}
         self.flat: set[Node] = set()
@@ -46,8 +48,7 @@ class GraphBuilder:
         self.input_ids = tensor("input_ids", integers, batch, sequence)
         self.attention_mask = tensor("attention_mask", integers, batch, total)
         self.position_ids = tensor("position_ids", integers, batch, sequence)
-        kinds = len(dict.fromkeys(config.layer_kinds))
-        names = [f"{i}.{part}" for i in range(kinds) for part in ("key", "value")]
+        names = [f"{i}.{part}" for i in range(len(config.templates)) for part in ("key", "value")]
         cache = (config.num_key_value_heads, config.head_dim)
         self.past = [tensor(f"past_key_values.{n}", floats, batch, cache[0], past, cache[1]) for n in names]
         self.outputs = [tensor("logits", floats, batch, sequence, config.vocab_size)] + [
@@ -71,7 +72,8 @@ class GraphBuilder:
     def module(self, node: Node) -> str:
         stack = node.meta.get("nn_module_stack") or {}
         path = list(stack.values())[-1][0] if stack else ""
-        return path.removeprefix("traced").removeprefix(".")
+        path = path.removeprefix("traced").removeprefix(".")
+        return HEAD.removesuffix(".weight") if path == self.checkpoint.family.head else path
 
     def _name(self, node: Node, op_type: str) -> str:
         name = f"{scope(self.module(node))}/{op_type}"
@@ -97,16 +99,21 @@ class GraphBuilder:
     def constant(self, name: str, value: Any, dtype: Any = np.int64) -> ir.Value:
         return add_initializer(self.graph, name, np.array(value, dtype=dtype))
 
-    def parameter(self, node: Node, transpose: bool = False) -> ir.Value:
-        """The initializer of a parameter, bound to the checkpoint."""
+    def tensor(self, name: str, value: torch.Tensor) -> ir.Value:
+        return add_initializer(self.graph, name, ir.tensor_adapters.TorchTensor(value))
+
+    def parameter(self, node: Node, transpose: bool = False, offset: float = 0.0) -> ir.Value:
+        """The initializer of a parameter, bound to the checkpoint; `offset` is added to what is stored there."""
         name = self.values[node].removeprefix("traced.")
-        embedding = f"{self.checkpoint.family.embedding}.weight"
+        family = self.checkpoint.family
+        embedding = f"{family.embedding}.weight"
+        name = HEAD if name == f"{family.head}.weight" else name
         if self.checkpoint.config.tied and name in (embedding, HEAD):
             name = HEAD if transpose else embedding
         if name in self.graph.initializers:
             return self.graph.initializers[name]
         shape = tuple(int(size) for size in node.meta["val"].shape)
-        weight = LazyWeight(self.checkpoint.find(name).expect(shape)).cast(self.dtype)
+        weight = LazyWeight(self.checkpoint.find(name).expect(shape)).add(offset).cast(self.dtype)
         return add_initializer(self.graph, name, weight.transpose() if transpose else weight)
 
     def operand(self, node: Node, argument: Any) -> ir.Value:
@@ -116,7 +123,7 @@ class GraphBuilder:
             return self.parameter(argument) if isinstance(value, str) else value
         dtype = node.meta["val"].dtype
         name = f"scalar.{argument}.{str(dtype).removeprefix('torch.')}"
-        return add_initializer(self.graph, name, ir.tensor_adapters.TorchTensor(torch.tensor(argument, dtype=dtype)))
+        return self.tensor(name, torch.tensor(argument, dtype=dtype))
 
     def mask(self, window: int) -> ir.Value:
         """bool [B,1,S,T]: causal, within the window, and no padding. A token always sees itself, so that no row of

@@ -6,13 +6,12 @@ Once attention, rotary embedding and norms are operators of ours, about twenty A
 from collections.abc import Callable
 from typing import Any
 
-import onnx_ir as ir
 import torch
 
 from dispc.export.builder import GraphBuilder, Node
 from dispc.model.weights import DTYPES
 from dispc.support.errors import CompileError
-from dispc.support.graph import WINDOW, add_initializer
+from dispc.support.graph import WINDOW
 
 LAST = torch.iinfo(torch.int64).max
 RESHAPES = ("aten.view.default", "aten.reshape.default")
@@ -30,6 +29,15 @@ def _binary(op_type: str) -> Callable[[GraphBuilder, Node], Any]:
     return lambda t, node: t.emit(node, op_type, [t.operand(node, argument) for argument in node.args[:2]])
 
 
+def _scaled(op_type: str) -> Callable[[GraphBuilder, Node], Any]:
+    """Multiplication or division; nothing at all by the number 1."""
+
+    def emit(t: GraphBuilder, node: Node) -> Any:
+        return _alias(t, node) if node.args[1] == 1 else _binary(op_type)(t, node)
+
+    return emit
+
+
 def _silu(t: GraphBuilder, node: Node) -> Any:
     x = t.values[node.args[0]]
     return t.emit(node, "Mul", [x, t.emit(node, "Sigmoid", [x])])
@@ -45,15 +53,11 @@ def _linear(t: GraphBuilder, node: Node) -> Any:
     return t.emit(node, "Add", [y, t.parameter(bias[0])]) if bias and bias[0] is not None else y
 
 
-def _layer_norm(t: GraphBuilder, node: Node) -> Any:
-    x, _, weight, bias, epsilon = node.args[:5]
-    inputs = [t.values[x], t.parameter(weight), t.parameter(bias)]
-    return t.emit(node, "LayerNormalization", inputs, axis=-1, epsilon=epsilon)
-
-
-def _rms_norm(t: GraphBuilder, node: Node) -> Any:
-    x, weight, epsilon = node.args
-    return t.emit(node, "RMSNormalization", [t.values[x], t.parameter(weight)], axis=-1, epsilon=epsilon)
+def _norm(t: GraphBuilder, node: Node) -> Any:
+    x, weight, bias, epsilon, layer, offset = node.args
+    inputs = [t.values[x], t.parameter(weight, offset=offset)] + ([] if bias is None else [t.parameter(bias)])
+    op_type = "LayerNormalization" if layer else "RMSNormalization"
+    return t.emit(node, op_type, inputs, axis=-1, epsilon=epsilon)
 
 
 def _embedding(t: GraphBuilder, node: Node) -> Any:
@@ -118,20 +122,18 @@ def _concat(t: GraphBuilder, node: Node) -> Any:
 
 
 def _rotary(t: GraphBuilder, node: Node) -> Any:
-    x, heads = node.args
-    assert t.rotary_caches is not None
-    cos, sin = (
-        add_initializer(t.graph, f"{name}_cache", ir.tensor_adapters.TorchTensor(cache))
-        for name, cache in zip(("cos", "sin"), t.rotary_caches, strict=True)
-    )
-    width = 2 * t.rotary_caches[0].shape[1]
+    x, heads, number = node.args
+    tables, suffix = t.rotary_tables[number], f"_{number}" if number else ""
+    cos, sin = (t.tensor(f"{name}_cache{suffix}", table) for name, table in (("cos", tables.cos), ("sin", tables.sin)))
+    width = 2 * tables.cos.shape[1]
     partial = {"rotary_embedding_dim": width} if width != t.checkpoint.config.head_dim else {}
+    interleaved = {"interleaved": 1} if tables.interleaved else {}
     inputs = [t.values[x], cos, sin, t.position_ids]
-    return t.emit(node, "RotaryEmbedding", inputs, num_heads=heads, **partial)
+    return t.emit(node, "RotaryEmbedding", inputs, num_heads=heads, **partial, **interleaved)
 
 
 def _attention(t: GraphBuilder, node: Node) -> Any:
-    query, key, value, past_key, past_value, scale, window = node.args
+    query, key, value, past_key, past_value, scale, window, softcap = node.args
     inputs = [
         t.values[query],
         t.values[key],
@@ -142,24 +144,27 @@ def _attention(t: GraphBuilder, node: Node) -> Any:
     ]
     config = t.checkpoint.config
     heads = {"q_num_heads": config.num_attention_heads, "kv_num_heads": config.num_key_value_heads}
-    outputs = t.emit(node, "Attention", inputs, outputs=3, scale=scale, **heads)
+    capped = {"softcap": softcap} if softcap else {}
+    outputs = t.emit(node, "Attention", inputs, outputs=3, scale=scale, **heads, **capped)
     outputs[0].producer().metadata_props[WINDOW] = str(window)  # the operator has no attribute for it, the mask has it
     return outputs
 
 
-POSITION_WISE = ("aten.linear", "aten.layer_norm", "aten.add", "aten.mul", "aten.relu", "aten.gelu", "aten.silu",
-                 "aten.dropout", "aten.to.", "dispc.rms_norm")  # fmt: skip
+POSITION_WISE = ("aten.linear", "aten.add", "aten.mul", "aten.div", "aten.square", "aten.tanh", "aten.relu",
+                 "aten.gelu", "aten.silu", "aten.dropout", "aten.to.", "dispc.norm")  # fmt: skip
 """Operators that treat every position alike: they read [B*S,d] and [B,S,d] the same way."""
 
 HANDLERS: dict[str, Callable[[GraphBuilder, Node], Any]] = {
     "aten.linear.default": _linear,
     "aten.embedding.default": _embedding,
-    "aten.layer_norm.default": _layer_norm,
-    "dispc.rms_norm.default": _rms_norm,
+    "dispc.norm.default": _norm,
     "dispc.rotary.default": _rotary,
     "dispc.attention.default": _attention,
     "aten.add.Tensor": _binary("Add"),
-    "aten.mul.Tensor": _binary("Mul"),
+    "aten.mul.Tensor": _scaled("Mul"),
+    "aten.div.Tensor": _scaled("Div"),
+    "aten.square.default": lambda t, node: t.emit(node, "Mul", [t.values[node.args[0]]] * 2),
+    "aten.tanh.default": _unary("Tanh"),
     "aten.silu.default": _silu,
     "aten.gelu.default": _gelu,
     "aten.relu.default": _unary("Relu"),
@@ -170,6 +175,8 @@ HANDLERS: dict[str, Callable[[GraphBuilder, Node], Any]] = {
     "aten.cat.default": _concat,
     "aten.dropout.default": _alias,
     "aten.contiguous.default": _alias,
+    "aten.lift_fresh_copy.default": _alias,
+    "aten.detach_.default": _alias,
     "aten.to.dtype": _to,
     "aten.to.device": _to,
     "aten.to.dtype_layout": _to,

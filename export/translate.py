@@ -4,14 +4,17 @@ Reshapes and transposes that undo each other are recognised on the way, so queri
 flattening of batch and sequence (OPT) is followed through position-wise operators and never emitted.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dispc.export.builder import GraphBuilder, Node
 from dispc.export.operators import HANDLERS, POSITION_WISE
+from dispc.export.semantic import RotaryTables
 from dispc.model.checkpoint import Checkpoint
 from dispc.support.errors import CompileError
 
@@ -20,14 +23,14 @@ def translate(
     program: torch.export.ExportedProgram,
     checkpoint: Checkpoint,
     dtype: torch.dtype,
-    rotary_caches: tuple[torch.Tensor, torch.Tensor] | None,
+    rotary_tables: Sequence[RotaryTables],
 ) -> ir.Model:
     """The ONNX model of an exported program. Parameters become lazy weights; linear weights are stored [in, out].
 
     Raises:
         CompileError: for an operator that no handler knows.
     """
-    builder = GraphBuilder(checkpoint, dtype, rotary_caches)
+    builder = GraphBuilder(checkpoint, dtype, rotary_tables)
     signature = program.graph_signature
     users = iter([builder.input_ids, builder.position_ids, *builder.past])
     user_inputs = set(signature.user_inputs)
@@ -37,8 +40,10 @@ def translate(
             builder.values[node] = next(users)
         elif node not in needed or "val" not in node.meta or not _is_tensor(node.meta["val"]):
             continue
+        elif node.op == "placeholder" and node.name in signature.inputs_to_parameters:
+            builder.values[node] = signature.inputs_to_parameters[node.name]
         elif node.op == "placeholder":
-            builder.values[node] = signature.inputs_to_parameters.get(node.name) or node.name
+            builder.values[node] = _constant(builder, program, node)
         else:
             builder.values[node] = _translate(builder, node)
     results = next(node for node in program.graph.nodes if node.op == "output").args[0]
@@ -62,6 +67,17 @@ def _translate(builder: GraphBuilder, node: Node) -> Any:
     elif flattened and "view" not in name and "reshape" not in name:
         raise CompileError(f"{module}: operator {name} on a flattened batch is not known to the trace")
     return handler(builder, node)
+
+
+def _constant(builder: GraphBuilder, program: torch.export.ExportedProgram, node: Node) -> ir.Value:
+    """A tensor that the model's code has made of its config, such as Gemma's scale of the embeddings."""
+    signature = program.graph_signature
+    name = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}[node.name]
+    value: Any = program.constants[name]
+    value = getattr(value, "constant", None) if isinstance(value, FakeTensor) else value
+    if value is None:
+        raise CompileError(f"{name.removeprefix('traced.')}: is no parameter, and its value is not known to the trace")
+    return builder.tensor(f"constant.{name.removeprefix('traced.')}", value)
 
 
 def _is_tensor(value: Any) -> bool:

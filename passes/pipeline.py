@@ -10,6 +10,7 @@ import onnx_ir as ir
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.passes.base import RewritePass
+from dispc.passes.common.fold_multipliers import FoldMultipliersPass
 from dispc.passes.common.unroll import UnrollPass
 from dispc.passes.fuse.fuse_activations import FuseActivationsPass
 from dispc.passes.fuse.fuse_gate_up import FuseGateUpPass
@@ -51,9 +52,13 @@ def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[Rew
     embedding = config.family.embedding
     rows: tuple[tuple[bool, Callable[[], RewritePass]], ...] = (
         (True, lambda: UnrollPass(checkpoint)),
+        (
+            config.residual_multiplier != 1 or config.logits_multiplier != 1,
+            lambda: FoldMultipliersPass(config),
+        ),
         (True, lambda: PruneBlocksPass(config, masks)),
         (plan.align > 1, lambda: AlignWidthsPass(config, masks, plan.align)),
-        (plan.lowering == "zero-filled", lambda: FillZerosPass(masks, NEARLY_EVERYTHING)),
+        (plan.lowering == "zero-filled", lambda: FillZerosPass(config, masks, NEARLY_EVERYTHING)),
         (
             plan.lowering in ("inverse-gather", "zero-filled"),
             lambda: LowerScatterPass("inverse-gather", config.hidden_size, multiple),

@@ -71,7 +71,8 @@ def budget_facts(masks: Masks, checkpoint: Checkpoint, ratio_of: RatioOf) -> dic
 def model_parameters(checkpoint: Checkpoint) -> int:
     """Parameters of the whole model; a tied embedding counts once."""
     tensors = checkpoint.tensors.items()
-    return sum(math.prod(t.shape) for name, t in tensors if not (checkpoint.config.tied and name == "lm_head.weight"))
+    tied = {f"{checkpoint.family.head}.weight", "lm_head.weight"} if checkpoint.config.tied else set()
+    return sum(math.prod(t.shape) for name, t in tensors if name not in tied)
 
 
 def kept_parameters(gates: Tensor, config: DecoderConfig) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from dispc.masks import Masks
 from dispc.model.families import DecoderConfig, Family, find_family
+from dispc.model.packed import packed_in, take
 from dispc.model.pretrained import build_model, empty_parameters, fill, make_config
 from dispc.model.rope import Rope, check_ropes, read_ropes
 from dispc.model.storage import CheckpointTensor, Stored, list_stored
@@ -156,8 +157,12 @@ class Checkpoint:
         Raises:
             CheckpointError: when the checkpoint has no such tensor.
         """
-        embedding = f"{self.family.embedding}.weight"
-        names = (embedding, HEAD) if self.config.tied and name in (embedding, HEAD) else (name,)
+        if (found := packed_in(name, self.family)) is not None:
+            return take(self.find(found.name), found, self.config)
+        embedding, head = f"{self.family.embedding}.weight", f"{self.family.head}.weight"
+        names = [head, HEAD] if name in (head, HEAD) else [name]
+        if self.config.tied and name in (embedding, head, HEAD):
+            names = [embedding, head, HEAD]
         for candidate in (spelled for one in names for spelled in (one, one.removeprefix(self._base))):
             if candidate in self.tensors:
                 return self.tensors[candidate]
@@ -186,7 +191,9 @@ class Checkpoint:
             block = blocks.fullmatch(name)
             return f"*{block[2]}" if block and int(block[1]) < self.config.num_hidden_layers else name
 
-        known = {place(name) for name in parameters} | ({HEAD} if self.config.tied else set())
+        wholes = [found.name if (found := packed_in(name, self.family)) else name for name in parameters]
+        heads = {f"{self.family.head}.weight"} | ({HEAD} if self.config.tied else set())
+        known = {place(name) for name in wholes} | heads
         every = {*self.stored, *self._listed.others}
         for name in sorted(every):
             full = name if place(name) in known else self._base + name
@@ -199,7 +206,7 @@ class Checkpoint:
         self._require_tied_head()
 
     def _require_tied_head(self) -> None:
-        head, embedding = self.stored.get(HEAD), self.find(f"{self.family.embedding}.weight")
+        head, embedding = self.stored.get(f"{self.family.head}.weight"), self.find(f"{self.family.embedding}.weight")
         if head is None or head is embedding or not self.config.tied:
             return
         if head.shape != embedding.shape or not torch.equal(head.read(), embedding.read()):

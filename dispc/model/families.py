@@ -4,19 +4,51 @@ A row says where a family keeps its projections and norms (module names relative
 config. Everything else about a family (activations, biases, scaling, rotary details) is read off the traced model.
 """
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dispc.model.norms import LAYER, LAYER_COHERE, LAYER_ONE_PLUS, RMS, RMS_ONE_PLUS, Norm
 from dispc.support.errors import UnsupportedModelError
 
 Refusal = tuple[Callable[[Mapping[str, Any]], bool], str]
 """A test of the raw config.json, and the reason given when it holds."""
 
 
+@dataclass(frozen=True)
+class SubLayerNames:
+    """Modules of one sub-layer, by their names in its block.
+
+    `before` is the norm whose output the `reads` see (None: they see the residual stream), `write` the projection whose
+    rows are written, `behind` the norm between it and the residual add (None: there is none).
+    """
+
+    before: str | None
+    reads: tuple[str, ...]
+    write: str
+    behind: str | None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A linear layer that holds several projections, all by their names in the block.
+
+    The rows of the `parts` follow each other as they are listed; with `per_head` they do so within each head.
+    """
+
+    module: str
+    parts: tuple[str, ...]
+    per_head: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Where a decoder family keeps its parts. Names are those of the transformers implementation.
+
+    The norms in front of the sub-layers are `attention_norm` and `mlp_norm`, those behind them `attention_post_norm`
+    and `mlp_post_norm`; None says that there is none. What `packed` holds goes by the names of its parts everywhere
+    else (`dispc.model.packed`).
 
     `rotary` says that queries and keys are rotated by their positions: by the frequencies of base `rope_theta` over the
     first `rotary_share` of each head, where config.json does not say it; `local_rope_theta` is the base of sliding
@@ -28,8 +60,12 @@ class Family:
     title: str
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
-    attention_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
+    head: str = "lm_head"
+    norm: Norm = RMS
+    attention_norm: str | None = "input_layernorm"
+    attention_post_norm: str | None = None
+    mlp_norm: str | None = "post_attention_layernorm"
+    mlp_post_norm: str | None = None
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
@@ -37,6 +73,7 @@ class Family:
     gate: str | None = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+    packed: tuple[Packed, ...] = ()
     intermediate_size: str = "intermediate_size"
     rotary: bool = True
     rope_theta: float = 10_000.0
@@ -49,6 +86,19 @@ class Family:
     def block(self, index: int) -> str:
         """Module name of block `index`, such as `model.layers.3`."""
         return f"{self.layers}.{index}"
+
+    @property
+    def attention_names(self) -> SubLayerNames:
+        return SubLayerNames(self.attention_norm, self.attention_reads, self.attention_out, self.attention_post_norm)
+
+    @property
+    def mlp_names(self) -> SubLayerNames:
+        return SubLayerNames(self.mlp_norm, self.mlp_reads, self.down, self.mlp_post_norm)
+
+    @property
+    def attention_module(self) -> str:
+        """The module of a block that computes attention."""
+        return self.query.partition(".")[0]
 
     @property
     def attention_reads(self) -> tuple[str, ...]:
@@ -74,6 +124,10 @@ OPT_REFUSALS: tuple[Refusal, ...] = (
     ),
 )
 
+BIDIRECTIONAL: tuple[Refusal, ...] = (
+    (lambda c: bool(c.get("use_bidirectional_attention")), "bidirectional attention (use_bidirectional_attention)"),
+)
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -84,6 +138,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="phi",
             title="Phi-1.5, Phi-2",
+            norm=LAYER,
             mlp_norm="input_layernorm",
             attention_out="self_attn.dense",
             gate=None,
@@ -94,6 +149,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="opt",
             title="OPT",
+            norm=LAYER,
             layers="model.decoder.layers",
             embedding="model.decoder.embed_tokens",
             attention_norm="self_attn_layer_norm",
@@ -106,8 +162,116 @@ FAMILIES: dict[str, Family] = {
             rotary=False,
             refusals=OPT_REFUSALS,
         ),
+        Family(model_type="granite", title="Granite 3"),
+        Family(model_type="smollm3", title="SmolLM3", rope_theta=2_000_000.0),
+        Family(
+            model_type="starcoder2",
+            title="StarCoder2",
+            ignored=("mlp_type", "norm_type", "activation_function"),
+            refusals=(
+                (lambda c: c.get("mlp_type", "default") != "default", "other MLPs (mlp_type)"),
+                (lambda c: c.get("norm_type", "layer_norm") != "layer_norm", "other norms (norm_type)"),
+            ),
+            norm=LAYER,
+            gate=None,
+            up="mlp.c_fc",
+            down="mlp.c_proj",
+        ),
+        Family(
+            model_type="stablelm",
+            title="StableLM 2 1.6B, StableLM 3B",
+            rotary_share=0.25,
+            norm=LAYER,
+            refusals=(
+                (lambda c: bool(c.get("qk_layernorm")), "norms of queries and keys by head (qk_layernorm)"),
+                (lambda c: bool(c.get("use_parallel_residual")), "parallel sub-layers (use_parallel_residual)"),
+            ),
+        ),
+        Family(model_type="nemotron", title="Nemotron, Minitron", norm=LAYER_ONE_PLUS, gate=None, rotary_share=0.5),
+        Family(
+            model_type="phi3",
+            title="Phi-3, Phi-3.5, Phi-4",
+            packed=(
+                Packed("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+                Packed("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+            ),
+        ),
+        Family(
+            model_type="gpt_neox",
+            title="Pythia, GPT-NeoX",
+            rotary_share=0.25,
+            norm=LAYER,
+            layers="gpt_neox.layers",
+            embedding="gpt_neox.embed_in",
+            head="embed_out",
+            query="attention.q_proj",
+            key="attention.k_proj",
+            value="attention.v_proj",
+            attention_out="attention.dense",
+            gate=None,
+            up="mlp.dense_h_to_4h",
+            down="mlp.dense_4h_to_h",
+            packed=(
+                Packed(
+                    "attention.query_key_value",
+                    ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+                    per_head=True,
+                ),
+            ),
+        ),
+        Family(
+            model_type="cohere",
+            title="Command R, Aya",
+            norm=LAYER_COHERE,
+            mlp_norm="input_layernorm",
+            refusals=((lambda c: bool(c.get("use_qk_norm")), "norms of queries and keys by head (use_qk_norm)"),),
+        ),
+        Family(model_type="gemma", title="Gemma", norm=RMS_ONE_PLUS, refusals=BIDIRECTIONAL),
+        Family(
+            model_type="olmo2",
+            title="OLMo 2",
+            attention_norm=None,
+            attention_post_norm="post_attention_layernorm",
+            mlp_norm=None,
+            mlp_post_norm="post_feedforward_layernorm",
+        ),
+        Family(
+            model_type="gemma2",
+            title="Gemma 2",
+            ignored=("hidden_act",),  # hidden_activation decides
+            attention="eager",  # the others of transformers leave the softcap of attention out
+            norm=RMS_ONE_PLUS,
+            attention_post_norm="post_attention_layernorm",
+            mlp_norm="pre_feedforward_layernorm",
+            mlp_post_norm="post_feedforward_layernorm",
+            refusals=BIDIRECTIONAL,
+        ),
+        Family(
+            model_type="gemma3_text",
+            title="Gemma 3 (text)",
+            rope_theta=1_000_000.0,
+            local_rope_theta=10_000.0,
+            ignored=("hidden_act", "_sliding_window_pattern"),
+            norm=RMS_ONE_PLUS,
+            attention_post_norm="post_attention_layernorm",
+            mlp_norm="pre_feedforward_layernorm",
+            mlp_post_norm="post_feedforward_layernorm",
+            refusals=(
+                *BIDIRECTIONAL,
+                (
+                    lambda c: not c.get("layer_types") and c.get("_sliding_window_pattern", 6) != 6,
+                    "window patterns without layer_types (_sliding_window_pattern)",
+                ),
+            ),
+        ),
     )
 }
+
+
+PER_LAYER = ("layer_types", "no_rope_layers")
+"""Options of a config that have one entry for each block."""
+NO_ROTARY = " without rotary"
+"""Ends the kind of a block whose queries and keys are not rotated, in a family where others are."""
 
 
 def _rope_type(config: Mapping[str, Any]) -> str:
@@ -154,7 +318,8 @@ def find_family(config: Mapping[str, Any]) -> Family:
 class DecoderConfig:
     """The sizes of a decoder model, whatever its family calls them.
 
-    `layer_kinds` has one entry per block; blocks of the same kind differ only in weights.
+    `layer_kinds` has one entry per block; blocks of the same kind differ only in weights. The outputs of sub-layers are
+    multiplied by `residual_multiplier`, those of the LM head by `logits_multiplier` (in front of a softcap, if any).
     """
 
     family: Family
@@ -168,6 +333,8 @@ class DecoderConfig:
     max_positions: int
     tied: bool
     layer_kinds: tuple[str, ...]
+    residual_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -202,8 +369,20 @@ class DecoderConfig:
             vocab_size=config.vocab_size,
             max_positions=config.max_position_embeddings,
             tied=bool(config.tie_word_embeddings),
-            layer_kinds=tuple(getattr(config, "layer_types", None) or ("full_attention",) * layers),
+            layer_kinds=_layer_kinds(config, layers),
+            residual_multiplier=_number(config, "residual_multiplier"),
+            logits_multiplier=_number(config, "logit_scale")
+            / (_number(config, "logits_scaling") * _number(config, "final_logit_softcapping")),
         )
+
+    @property
+    def templates(self) -> tuple[int, ...]:
+        """The first block of each kind, in order."""
+        return tuple(self.layer_kinds.index(kind) for kind in dict.fromkeys(self.layer_kinds))
+
+    def rotates(self, index: int) -> bool:
+        """Whether block `index` rotates its queries and keys."""
+        return self.family.rotary and not self.layer_kinds[index].endswith(NO_ROTARY)
 
     @property
     def query_size(self) -> int:
@@ -212,6 +391,12 @@ class DecoderConfig:
     @property
     def key_value_size(self) -> int:
         return self.num_key_value_heads * self.head_dim
+
+    def outputs(self, projection: str) -> int:
+        """Rows of a projection that reads the stream, by its name in the block."""
+        family = self.family
+        sizes = {family.query: self.query_size, family.key: self.key_value_size, family.value: self.key_value_size}
+        return sizes.get(projection, self.intermediate_size)
 
     @property
     def block_parameters(self) -> int:
@@ -226,3 +411,27 @@ class DecoderConfig:
     def mlp_parameters(self, read: Any, mid: Any, write: Any) -> Any:
         """(2 |S3| + |S5|) |S4| for a gated MLP, (|S3| + |S5|) |S4| otherwise; of integers or tensors of widths."""
         return (len(self.family.mlp_reads) * read + write) * mid
+
+
+def _number(config: Any, name: str) -> float:
+    """An option of a config that multiplies or divides; 1 where it is missing or None."""
+    value = getattr(config, name, None)
+    return 1.0 if value is None else float(value)
+
+
+def _layer_kinds(config: Any, layers: int) -> tuple[str, ...]:
+    kinds = tuple(getattr(config, "layer_types", None) or ("full_attention",) * layers)
+    rotates = getattr(config, "no_rope_layers", None)  # named after what its zeros say
+    if rotates is None:
+        return kinds
+    return tuple(kind if rotary else f"{kind}{NO_ROTARY}" for kind, rotary in zip(kinds, rotates, strict=True))
+
+
+def keep_blocks(config: Any, chosen: Sequence[int]) -> Any:
+    """A copy of a transformers config for a model of some of its blocks."""
+    kept = copy.deepcopy(config)
+    kept.num_hidden_layers = len(chosen)
+    for name in PER_LAYER:
+        if getattr(config, name, None) is not None:
+            setattr(kept, name, [getattr(config, name)[index] for index in chosen])
+    return kept

@@ -1,6 +1,6 @@
 """Lazy weight expressions: what a pruned weight is made of, evaluated only while the artifact is written.
 
-    checkpoint tensor [out, in] -> rows -> columns -> cast -> pad or fill -> transpose (-> concat)
+    checkpoint tensor [out, in] -> rows -> columns -> arithmetic -> cast -> pad or fill -> transpose (-> concat)
 
 Each method returns a new expression; nothing is read before `evaluate`. The expressions are onnx_ir tensors, so that
 graphs carry them as initializers.
@@ -36,7 +36,9 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """What is done to a stored tensor, in this order: rows, columns, dtype, zeros, transposition.
+    """What is done to a stored tensor, in this order: rows, columns, arithmetic, dtype, zeros, transposition.
+
+    The arithmetic is `(value + offset) * factor`, in float32 or wider.
 
     `pad_rows` and `pad_columns` count zeros behind what is kept; where `fill_rows` or `fill_columns` is set, what was
     not kept is zero instead of gone.
@@ -44,6 +46,8 @@ class Recipe:
 
     rows: Indices | None = None
     columns: Indices | None = None
+    offset: float = 0.0
+    factor: float = 1.0
     dtype: torch.dtype | None = None
     pad_rows: int = 0
     pad_columns: int = 0
@@ -113,6 +117,14 @@ class LazyWeight(ir.LazyTensor):
         kept = getattr(self.recipe, stored)
         return self if kept is None else self._with(**{f"fill_{stored}": True, f"pad_{stored}": 0})
 
+    def add(self, offset: float) -> "LazyWeight":
+        """Add a number, in front of all multiplications."""
+        return self._with(offset=self.recipe.offset + offset) if offset else self
+
+    def multiply(self, factor: float) -> "LazyWeight":
+        """Multiply by a number."""
+        return self._with(factor=self.recipe.factor * factor)
+
     def cast(self, dtype: torch.dtype) -> "LazyWeight":
         """Convert to `dtype`, rounding to nearest."""
         return self._with(dtype=dtype)
@@ -144,11 +156,17 @@ class LazyWeight(ir.LazyTensor):
                     rows = torch.from_numpy(recipe.rows[rows])
             if recipe.columns is not None:
                 piece = _take(piece, recipe.columns, 1)
-            piece = _cast(piece, self.torch_dtype)
+            piece = _cast(self._arithmetic(piece), self.torch_dtype)
             if columns is None or isinstance(columns, slice):
                 target[(rows, columns) if columns is not None else rows] = piece
             else:
                 target[(rows[:, None] if isinstance(rows, torch.Tensor) else rows, columns)] = piece
+
+    def _arithmetic(self, piece: torch.Tensor) -> torch.Tensor:
+        if (self.recipe.offset, self.recipe.factor) == (0.0, 1.0):
+            return piece
+        wide = piece.to(torch.promote_types(piece.dtype, torch.float32))
+        return (wide + self.recipe.offset) * self.recipe.factor
 
     def evaluate(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """The value, contiguous; or written into `out`, a view of the same shape and dtype.
@@ -167,7 +185,8 @@ class LazyWeight(ir.LazyTensor):
             raise CheckpointError(
                 f"{self.source.file}: tensor {self.source.name} cannot be read ({str(error).splitlines()[0]})"
             ) from error
-        if self.torch_dtype != stored.dtype and not _finite(value):
+        computed = self.torch_dtype != stored.dtype or self.recipe.factor != 1.0
+        if computed and not _finite(value):
             dtype = str(self.torch_dtype).removeprefix("torch.")
             raise CheckpointError(
                 f"{self.source.file}: tensor {self.source.name} overflows {dtype}; use a wider --dtype"

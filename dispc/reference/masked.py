@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from dispc.masks import Indices, Masks, NormScope, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import Family
+from dispc.model.norms import Norm
+from dispc.model.packed import separate
 
 
 def load_reference(checkpoint: Checkpoint, masks: Masks | None, dtype: torch.dtype = torch.float32) -> Any:
@@ -29,24 +31,37 @@ def load_reference(checkpoint: Checkpoint, masks: Masks | None, dtype: torch.dty
 
 def mask_model(model: Any, checkpoint: Checkpoint, masks: Masks | None) -> Any:
     """A model of `checkpoint` with the masks applied, in place; parameters may be on the meta device, but the first."""
-    _widen_norms(model)
+    separate(model, checkpoint.config)
+    _widen_norms(model, checkpoint.family.norm)
     if masks is not None:
         apply_masks(model, checkpoint.family, masks)
     return model
 
 
-def _widen_norms(model: nn.Module) -> None:
-    """Let RMS norms compute in float64 where the model does; those of transformers always go through float32."""
-    for norm in model.modules():
-        if hasattr(norm, "variance_epsilon"):
-            norm.forward = partial(_rms_norm, norm, norm.forward)
+def _widen_norms(model: nn.Module, norm: Norm) -> None:
+    """Let norms compute in float64 where the model does; most of those of transformers always go through float32."""
+    for module in model.modules():
+        if norm.describes(module):
+            module.forward = partial(_forward, norm, module, module.forward)
 
 
-def _rms_norm(norm: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    if x.dtype != torch.float64:
-        return forward(x)
-    wide: Tensor = norm.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon))
-    return wide
+def _forward(norm: Norm, module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return normalise(norm, module, x) if x.dtype == torch.float64 else forward(x)
+
+
+def normalise(norm: Norm, module: Any, x: Tensor, kept: Tensor | None = None) -> Tensor:
+    """x [..., d] normalised over the positions where `kept` [d] is 1 (all with None), and zero elsewhere."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gates = torch.ones(x.shape[-1], dtype=wide, device=x.device) if kept is None else kept.to(x.device, wide)
+    count = gates.sum().clamp(min=1)
+    h: Tensor = x.to(wide) * gates
+    if norm.kind == "layer":
+        h = (h - h.sum(-1, keepdim=True) / count) * gates
+    h = h * torch.rsqrt(h.square().sum(-1, keepdim=True) / count + norm.epsilon_of(module))
+    h = h * (module.weight.to(wide) + norm.offset)
+    if getattr(module, "bias", None) is not None:
+        h = h + module.bias
+    return (h * gates).to(x.dtype)
 
 
 def apply_masks(model: nn.Module, family: Family, masks: Masks) -> None:
@@ -102,30 +117,45 @@ def apply_gates(
 
     Per sub-layer, with x the residual stream and gate vectors read, mid, write (0/1, or on the way there when learnt)::
 
-        norm_scope full      h = norm(x) * read
-        norm_scope selected  h = norm over the read positions of x only
-        x + write * out(mid * inner(h))
+        h = before(x) * read
+        x + behind(write * out(mid * inner(h)))
+
+    `before` and `behind` are norms, or nothing where the family has none there. With norm_scope full they run over all
+    positions, with selected over the read and the written ones only.
     """
     for index in range(blocks):
         block = model.get_submodule(family.block(index))
-        norms = {name: block.get_submodule(name) for name in (family.attention_norm, family.mlp_norm)}
-        normalise = {name: norm.forward for name, norm in norms.items()}
+        parts = {"attention": family.attention_names, "mlp": family.mlp_names}
+        norms = {name: block.get_submodule(name) for part in parts.values() if (name := part.before)}
+        forwards = {name: norm.forward for name, norm in norms.items()}
         for norm in norms.values():
             norm.forward = lambda x: x  # every reader normalises for itself, since read sets differ
-        for norm_name, reads, out, part in (
-            (family.attention_norm, family.attention_reads, family.attention_out, "attention"),
-            (family.mlp_norm, family.mlp_reads, family.down, "mlp"),
-        ):
-            read = partial(gate, index, f"{part}.read")
-            read_norm = _ReadNorm(norms[norm_name], normalise[norm_name], read, norm_scope, len(reads))
-            for name in reads:
-                block.get_submodule(name).register_forward_pre_hook(lambda m, x, f=read_norm: (f(x[0]),))
-            writer = block.get_submodule(out)
+        for part, names in parts.items():
+            read, write = partial(gate, index, f"{part}.read"), partial(gate, index, f"{part}.write")
+            see = _select
+            if names.before and norm_scope == "full":
+                see = partial(_normalise_and_select, forwards[names.before])
+            elif names.before:
+                see = partial(normalise, family.norm, norms[names.before])
+            seen = _Read(see, read, len(names.reads))
+            for name in names.reads:
+                block.get_submodule(name).register_forward_pre_hook(lambda m, x, seen=seen: (seen(x[0]),))
+            writer = block.get_submodule(names.write)
             if part == "mlp":
                 mid = partial(gate, index, "mlp.mid")
                 writer.register_forward_pre_hook(lambda m, x, mid=mid: (x[0] * mid().to(x[0]),))
-            write = partial(gate, index, f"{part}.write")
             writer.register_forward_hook(lambda m, x, y, write=write: y * write().to(y))
+            if names.behind and norm_scope == "selected":
+                behind = block.get_submodule(names.behind)
+                behind.forward = lambda y, m=behind, write=write: normalise(family.norm, m, y, write())
+
+
+def _select(x: Tensor, read: Tensor) -> Tensor:
+    return x * read.to(x)
+
+
+def _normalise_and_select(forward: Callable[[Tensor], Tensor], x: Tensor, read: Tensor) -> Tensor:
+    return forward(x) * read.to(x)
 
 
 def _vector(indices: Indices, width: int) -> Tensor:
@@ -134,44 +164,22 @@ def _vector(indices: Indices, width: int) -> Tensor:
     return vector
 
 
-class _ReadNorm:
+class _Read:
     """What a sub-layer's projections see of the residual stream x [..., d].
 
     Its `readers` projections ask in turn with the same x: the answer is worked out for the first, and kept no longer
     than until the last has it (activation checkpointing runs all of them again).
     """
 
-    def __init__(
-        self, norm: Any, forward: Callable[[Tensor], Tensor], read: Callable[[], Tensor], scope: NormScope, readers: int
-    ) -> None:
-        self.norm, self.forward, self.read, self.readers = norm, forward, read, readers
-        self.compute = self.full if scope == "full" else self.selected
+    def __init__(self, see: Callable[[Tensor, Tensor], Tensor], read: Callable[[], Tensor], readers: int) -> None:
+        self.see, self.read, self.readers = see, read, readers
         self.waiting: list[Tensor] = []
         self.x: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.x is not x:
-            self.x, self.waiting = x, [self.compute(x)] * self.readers
+            self.x, self.waiting = x, [self.see(x, self.read())] * self.readers
         h = self.waiting.pop()
         if not self.waiting:
             self.x = None
         return h
-
-    def full(self, x: Tensor) -> Tensor:
-        return self.forward(x) * self.read().to(x)
-
-    def selected(self, x: Tensor) -> Tensor:
-        read = self.read().to(x)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        kept = read.to(wide)
-        count = kept.sum().clamp(min=1)
-        h: Tensor = x.to(wide) * kept
-        if isinstance(self.norm, nn.LayerNorm):
-            h = (h - h.sum(-1, keepdim=True) / count) * kept
-        epsilon = self.norm.eps if isinstance(self.norm, nn.LayerNorm) else self.norm.variance_epsilon
-        h = h * torch.rsqrt(h.square().sum(-1, keepdim=True) / count + epsilon)
-        h = h.to(x.dtype) * self.norm.weight
-        if isinstance(self.norm, nn.LayerNorm):
-            h = h + self.norm.bias
-        masked: Tensor = h * read
-        return masked

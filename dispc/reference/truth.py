@@ -194,8 +194,9 @@ def _run_block(blocks: Blocks, index: int, readings: Sequence[Reading], *, strea
     written: list[Tensor] = []
     handles: list[Any] = []
     if streams:
-        out = blocks[index].get_submodule(blocks.family.attention_out)
-        handles.append(out.register_forward_hook(lambda module, args, output: written.append(output)))
+        names, factor = blocks.config.family.attention_names, blocks.config.residual_multiplier
+        last = blocks[index].get_submodule(names.behind or names.write)
+        handles.append(last.register_forward_hook(lambda module, args, output: written.append(factor * output)))
     try:
         for precision in dict.fromkeys(reading.precision for reading in readings):
             with blocks.cast(index, precision.cast), _rounded(blocks[index], precision, seed=index):

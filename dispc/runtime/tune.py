@@ -5,7 +5,6 @@ blocks of the model, with their own weights and sets but next to no vocabulary (
 are loaded, and take turns at a prompt and at single tokens.
 """
 
-import copy
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +18,7 @@ import numpy as np
 
 from dispc.masks import Block, Masks
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.families import DecoderConfig
+from dispc.model.families import DecoderConfig, keep_blocks
 from dispc.model.storage import CheckpointTensor
 from dispc.passes.pipeline import NEARLY_EVERYTHING
 from dispc.plan import Choices, Lowering, Plan, make_plan
@@ -44,7 +43,7 @@ class SomeBlocks(Checkpoint):
 
     @cached_property
     def pretrained_config(self) -> Any:
-        config = copy.deepcopy(self.whole.pretrained_config)
+        config = keep_blocks(self.whole.pretrained_config, self.chosen)
         config.vocab_size, config.pad_token_id = self.config.vocab_size, None
         return config
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from dispc.model.families import Family
+from dispc.model.families import Family, SubLayerNames
 from dispc.support.errors import CompileError
 from dispc.support.graph import consumers, scope
 
@@ -28,12 +28,30 @@ class Projection:
 
 @dataclass(frozen=True)
 class SubLayerParts:
-    """One sub-layer: its norm, the projections that read the stream, the one that writes to it."""
+    """One sub-layer: the norm before it, the projections that read, the one that writes, the norm behind it."""
 
     module: str
-    norm: ir.Node
+    norm: ir.Node | None
     reads: tuple[Projection, ...]
     write: Projection
+    behind: ir.Node | None
+
+    @property
+    def entrance(self) -> ir.Value:
+        """The residual stream, as the sub-layer reads it."""
+        value = (self.norm or self.reads[0].matmul).inputs[0]
+        assert value is not None
+        return value
+
+    @property
+    def readers(self) -> tuple[ir.Node, ...]:
+        """The nodes that read the residual stream."""
+        return (self.norm,) if self.norm else tuple(read.matmul for read in self.reads)
+
+    @property
+    def update(self) -> ir.Value:
+        """What is added to the residual stream."""
+        return self.behind.outputs[0] if self.behind else self.write.output
 
 
 @dataclass(frozen=True)
@@ -47,11 +65,8 @@ class BlockParts:
     residual: ir.Value
     output: ir.Value
     adds: tuple[ir.Node, ...]
-
-    @property
-    def parallel(self) -> bool:
-        """Both sub-layers read the same normalised stream (Phi)."""
-        return self.attention.norm is self.mlp.norm
+    parallel: bool
+    """Both sub-layers read the stream that enters the block (Phi, Pythia)."""
 
 
 class BlockFinder:
@@ -70,27 +85,25 @@ class BlockFinder:
             CompileError: naming the node or module that is missing, repeated or unexplained.
         """
         family, module = self.family, self.family.block(index)
-        attention = self._sub_layer(
-            module, "self_attn", family.attention_norm, family.attention_reads, family.attention_out
-        )
-        mlp = self._sub_layer(module, "mlp", family.mlp_norm, family.mlp_reads, family.down)
-        kernel = self._one(f"{module}.{family.query.rpartition('.')[0]}", "Attention")
-        norms = {attention.norm: attention.reads, mlp.norm: mlp.reads}
-        if attention.norm is mlp.norm:
-            norms = {attention.norm: (*attention.reads, *mlp.reads)}
-        for norm, reads in norms.items():
-            expected = {read.matmul for read in reads}
+        attention = self._sub_layer(module, "self_attn", family.attention_names)
+        mlp = self._sub_layer(module, "mlp", family.mlp_names)
+        kernel = self._one(f"{module}.{family.attention_module}", "Attention")
+        readers: dict[ir.Value, list[ir.Node]] = {}
+        for part in (attention, mlp):
+            source = part.norm.outputs[0] if part.norm else part.entrance
+            readers.setdefault(source, []).extend(read.matmul for read in part.reads)
+            for read in part.reads:
+                if read.matmul.inputs[0] is not source:
+                    raise CompileError(f"{read.matmul.name} must read {source.name} directly")
+            if part.behind and (part.behind.inputs[0] is not part.write.output or len(part.write.output.uses()) != 1):
+                raise CompileError(f"{part.behind.name} must read {part.write.output.name}, and nothing else may")
+        for norm in dict.fromkeys(part.norm for part in (attention, mlp) if part.norm):
             for reader in consumers(norm.outputs[0]):
-                if reader not in expected:
+                if reader not in readers[norm.outputs[0]]:
                     raise CompileError(f"{reader.name} reads {norm.name}, but is no projection of {module}")
-            for read in expected:
-                if read.inputs[0] is not norm.outputs[0]:
-                    raise CompileError(f"{read.name} must read {norm.name} directly")
-        residual = attention.norm.inputs[0]
-        assert residual is not None
         adds = tuple(node for node in self.by_module.get(scope(module), []) if node.op_type == "Add")
-        output = _explain_adds(module, residual, attention, mlp, adds)
-        return BlockParts(index, attention, mlp, kernel, residual, output, adds)
+        output, parallel = _explain_adds(module, attention, mlp, adds)
+        return BlockParts(index, attention, mlp, kernel, attention.entrance, output, adds, parallel)
 
     def _one(self, module: str, *op_types: str) -> ir.Node:
         nodes = [node for node in self.by_module.get(scope(module), []) if node.op_type in op_types]
@@ -108,21 +121,29 @@ class BlockFinder:
             raise CompileError(f"{biases[0].name} is neither the MatMul nor the bias of {module}")
         return Projection(matmul, biases[0] if biases else None)
 
-    def _sub_layer(self, block: str, name: str, norm: str, reads: tuple[str, ...], write: str) -> SubLayerParts:
+    def _norm(self, block: str, name: str | None) -> ir.Node | None:
+        return self._one(f"{block}.{name}", "RMSNormalization", "LayerNormalization") if name else None
+
+    def _sub_layer(self, block: str, name: str, names: SubLayerNames) -> SubLayerParts:
         return SubLayerParts(
             f"{block}.{name}",
-            self._one(f"{block}.{norm}", "RMSNormalization", "LayerNormalization"),
-            tuple(self._projection(f"{block}.{read}") for read in reads),
-            self._projection(f"{block}.{write}"),
+            self._norm(block, names.before),
+            tuple(self._projection(f"{block}.{read}") for read in names.reads),
+            self._projection(f"{block}.{names.write}"),
+            self._norm(block, names.behind),
         )
 
 
 def _explain_adds(
-    module: str, residual: ir.Value, attention: SubLayerParts, mlp: SubLayerParts, adds: tuple[ir.Node, ...]
-) -> ir.Value:
-    """Follow the residual adds of a block; the value that holds stream + attention + MLP is the block's output."""
-    stream, writes = Counter(["stream"]), {attention.write.output: "attention", mlp.write.output: "mlp"}
-    terms: dict[ir.Value, Counter[str]] = {residual: stream} | {v: Counter([name]) for v, name in writes.items()}
+    module: str, attention: SubLayerParts, mlp: SubLayerParts, adds: tuple[ir.Node, ...]
+) -> tuple[ir.Value, bool]:
+    """Follow the residual adds of a block.
+
+    Returns the value that holds stream + attention + MLP, which is the block's output, and whether the MLP reads what
+    enters the block.
+    """
+    stream, updates = Counter(["stream"]), {attention.update: "attention", mlp.update: "mlp"}
+    terms = {attention.entrance: stream} | {value: Counter([name]) for value, name in updates.items()}
     for add in adds:
         parts = [terms.get(value) if value is not None else None for value in add.inputs]
         if None in parts:
@@ -134,15 +155,14 @@ def _explain_adds(
     outputs = [value for value, found in terms.items() if found == everything]
     if len(outputs) != 1:
         raise CompileError(f"{module}: its residual adds do not add up to stream + attention + mlp")
-    norms = {attention.norm, mlp.norm}
+    readers = {*attention.readers, *mlp.readers}
     for value, found in terms.items():
         if value is outputs[0]:
             continue
         for reader in consumers(value):
-            if reader not in adds and not (reader in norms and "stream" in found):
+            if reader not in adds and not (reader in readers and "stream" in found):
                 raise CompileError(f"{reader.name}: reads the residual stream of {module}, which dispc cannot explain")
-    expected = stream if attention.norm is mlp.norm else Counter(["stream", "attention"])
-    norm_input = mlp.norm.inputs[0]
-    if norm_input is None or terms.get(norm_input) != expected:
-        raise CompileError(f"{mlp.norm.name}: does not read the residual stream where its family does")
-    return outputs[0]
+    entering = terms.get(mlp.entrance)
+    if entering not in (stream, Counter(["stream", "attention"])):
+        raise CompileError(f"{mlp.readers[0].name}: does not read the residual stream where its family does")
+    return outputs[0], entering == stream

@@ -1,11 +1,14 @@
 """The canonical write, found in a graph: what the passes that spell it otherwise start from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from dispc.masks import Indices
+from dispc.masks import Indices, Masks
+from dispc.model.families import DecoderConfig
+from dispc.model.weights import LazyWeight, rebind, weight_of
+from dispc.passes.common.norms import recount
 from dispc.support.errors import CompileError
 from dispc.support.graph import consumers, remove_dead
 
@@ -14,7 +17,8 @@ from dispc.support.graph import consumers, remove_dead
 class Write:
     """Transpose, ScatterND(add), Transpose: `update` [B,S,w] is added into positions `indices` [w] of `stream` [B,S,d].
 
-    `parameters` are the weight and, if there is one, the bias that make the update; their last axis is w.
+    `parameters` are what makes the update, each with w as its last axis: a weight, perhaps a bias, and the weight of
+    the `norm` behind the sub-layer if it has one.
     """
 
     name: str
@@ -22,6 +26,7 @@ class Write:
     update: ir.Value
     indices: Indices
     parameters: tuple[ir.Value, ...]
+    norm: ir.Node | None
     last: ir.Node
 
     @property
@@ -31,6 +36,13 @@ class Write:
         assert stream is not None
         return stream
 
+    def widen(self, change: Callable[[LazyWeight], LazyWeight], width: int) -> None:
+        """Let `change` give the update zeros at further positions, `width` in all."""
+        for value in self.parameters:
+            rebind(value, change(weight_of(value)))
+        if self.norm:
+            recount(self.norm, len(self.indices), width)
+
     def replace(self, nodes: Sequence[ir.Node]) -> None:
         """Put `nodes`, whose last output is the new stream, in the place of the write."""
         graph = self.last.graph
@@ -38,6 +50,17 @@ class Write:
         graph.insert_before(self.last, nodes)
         ir.convenience.replace_all_uses_with(self.last.outputs[0], nodes[-1].outputs[0])
         remove_dead(graph, [self.last])
+
+
+def reads_of_projections(config: DecoderConfig, masks: Masks) -> list[Indices]:
+    """The read sets of living sub-layers whose projections they stand directly in front of; others are a norm's."""
+    parts = [
+        (layer, names)
+        for block in masks.blocks
+        for layer, names in ((block.attention, config.family.attention_names), (block.mlp, config.family.mlp_names))
+    ]
+    whole = masks.norm_scope == "full"
+    return [layer.read for layer, names in parts if layer.alive and (whole or names.before is None)]
 
 
 def find_writes(graph: ir.Graph) -> list[Write]:
@@ -54,17 +77,19 @@ def _write(scatter: ir.Node) -> Write:
     update, indices = second.inputs[0], scatter.inputs[1]
     if first.inputs[0] is None or update is None or indices is None or indices.const_value is None:
         raise CompileError(f"{scatter.name}: an input is missing, so this is no canonical write")
-    producer = _before(scatter, update, "MatMul", "Add")
-    parameters = [value for value in producer.inputs if value is not None and value.is_initializer()]
-    if producer.op_type == "Add":
-        matmul = _before(scatter, next(v for v in producer.inputs if v not in parameters), "MatMul")
-        parameters += [value for value in matmul.inputs if value is not None and value.is_initializer()]
+    behind = update.producer()
+    parameters, made = list[ir.Value](), update
+    while (producer := _before(scatter, made, "MatMul", "Add", "RMSNormalization")).op_type != "MatMul":
+        parameters += [value for value in producer.inputs if value is not None and value.is_initializer()]
+        made = next(value for value in producer.inputs if value is not None and not value.is_initializer())
+    parameters += [value for value in producer.inputs if value is not None and value.is_initializer()]
     return Write(
         name=(scatter.name or "").removesuffix("/ScatterND"),
         first=first,
         update=update,
         indices=indices.const_value.numpy()[:, 0],
         parameters=tuple(parameters),
+        norm=behind if behind is not None and behind.op_type == "RMSNormalization" else None,
         last=consumers(scatter.outputs[0])[0],
     )
 

@@ -37,7 +37,7 @@ class UnrollPass(RewritePass):
 
     def rewrite(self, model: ir.Model) -> int:
         graph, config = model.graph, self.checkpoint.config
-        kinds = list(dict.fromkeys(config.layer_kinds))
+        kinds = [config.layer_kinds[index] for index in config.templates]
         templates = [Template(graph, config.family, number) for number in range(len(kinds))]
         inside = {node for template in templates for node in template.nodes}
         output = templates[-1].output
@@ -72,11 +72,11 @@ class Template:
         self.number = number
         self.module = family.block(number)
         self.nodes = [node for node in graph if (node.name or "").startswith(scope(self.module) + "/")]
-        norm = f"{scope(self.module)}/{family.attention_norm}/"
-        norms = [node for node in self.nodes if (node.name or "").startswith(norm)]
-        if len(norms) != 1 or norms[0].inputs[0] is None:
-            raise CompileError(f"{self.module}: expected one {family.attention_norm}, found {len(norms)}")
-        self.residual = norms[0].inputs[0]
+        entrance = family.attention_names.before or family.query
+        found = [node for node in self.nodes if (node.name or "").startswith(scope(f"{self.module}.{entrance}") + "/")]
+        if not found or found[0].inputs[0] is None:
+            raise CompileError(f"{self.module}: has no {entrance}")
+        self.residual = found[0].inputs[0]
         inside = set(self.nodes)
         leaving = [
             value

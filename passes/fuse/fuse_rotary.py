@@ -42,16 +42,21 @@ class FuseRotaryPass(RewritePass):
 
     def expected(self, model: ir.Model) -> int:
         """One for every attention that is left, in a family that rotates, where the kernels can."""
-        return sum(block.attention.alive for block in self.masks.blocks) if self._possible(model.graph) else 0
+        return self._rotations() if self._possible(model.graph) else 0
 
     def _possible(self, graph: ir.Graph) -> bool:
-        if not self.config.family.rotary or not any(block.attention.alive for block in self.masks.blocks):
+        if not self._rotations():
             return False
-        cache = graph.initializers.get("cos_cache")
-        if cache is None or cache.const_value is None:
+        caches = [value.const_value for name, value in graph.initializers.items() if name.startswith("cos_cache")]
+        widths = {int(cache.shape.numpy()[1]) for cache in caches if cache is not None}
+        if not widths:
             raise CompileError(f"pass {self.name}: a {self.config.family.model_type} model has no cos_cache")
-        width = cache.const_value.shape.numpy()[1]
-        return self.config.head_dim % HEAD_MULTIPLE == 0 and width % CACHE_MULTIPLE == 0
+        return self.config.head_dim % HEAD_MULTIPLE == 0 and all(width % CACHE_MULTIPLE == 0 for width in widths)
+
+    def _rotations(self) -> int:
+        """Attentions that are left and rotate."""
+        blocks = enumerate(self.masks.blocks)
+        return sum(block.attention.alive and self.config.rotates(number) for number, block in blocks)
 
     def rewrite(self, model: ir.Model) -> int:
         graph, count = model.graph, 0
@@ -68,6 +73,8 @@ class FuseRotaryPass(RewritePass):
             kernel.replace_input_with(7, nodes[0].inputs[1])
             kernel.replace_input_with(8, nodes[0].inputs[2])
             kernel.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)
+            if "interleaved" in nodes[0].attributes:
+                kernel.attributes["rotary_interleaved"] = ir.AttrInt64("rotary_interleaved", 1)
             remove_dead(graph, nodes)
             count += 1
         for value in [v for v in graph.inputs if v.name == "position_ids" and not v.uses()]:

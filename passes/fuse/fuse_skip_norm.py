@@ -28,6 +28,18 @@ class _SkipRms(_SkipNorm):
         return outputs[0], outputs[3]
 
 
+class _SkipLayerWithoutBias(_SkipNorm):
+    def pattern(self, op: Any, stream: Any, update: Any, gamma: Any) -> Any:
+        total = op.Add(stream, update)
+        return op.LayerNormalization(total, gamma, _allow_other_attributes=True, _outputs=["normed"]), total
+
+    def rewrite(self, op: Any, stream: ir.Value, update: ir.Value, gamma: ir.Value, normed: ir.Value) -> Any:
+        outputs = op.SkipLayerNormalization(
+            stream, update, gamma, epsilon=_epsilon(normed), _domain=MICROSOFT, _outputs=4
+        )
+        return outputs[0], outputs[3]
+
+
 class _SkipLayer(_SkipNorm):
     def pattern(self, op: Any, stream: Any, update: Any, gamma: Any, beta: Any) -> Any:
         total = op.Add(stream, update)
@@ -67,7 +79,8 @@ class FuseSkipNormPass(PatternPass):
         stream, update -> SkipSimplifiedLayerNormalization -> normed, sum
                                                                sum -> the next sub-layer's add
 
-    1. The parallel block (Phi) adds twice in front of one norm: the second add is fused, the first stays.
+    1. The parallel block (Phi) adds twice in front of one norm: the second add is fused, the first stays. Where two
+       norms read one sum (Pythia), the add is fused with one of them.
     2. Nothing to fuse where a norm reads a gathered part of the stream (norm scope `selected`), or where ScatterND or
        ScatterElements makes the sum.
     """
@@ -75,9 +88,9 @@ class FuseSkipNormPass(PatternPass):
     name = "fuse-skip-norm"
 
     def rules(self) -> Sequence[RewriteRule]:
-        return [kind.rule() for kind in (_SkipRms, _SkipLayer)]
+        return [kind.rule() for kind in (_SkipRms, _SkipLayer, _SkipLayerWithoutBias)]
 
     def expected(self, model: ir.Model) -> int:
-        """Every norm that reads the add of a write."""
+        """Every add of a write that a norm reads."""
         norms = [node for node in model.graph if node.op_type in ("RMSNormalization", "LayerNormalization")]
-        return sum(_reads_a_write(norm) for norm in norms)
+        return len({norm.inputs[0] for norm in norms if _reads_a_write(norm)})

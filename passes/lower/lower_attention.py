@@ -66,6 +66,8 @@ class LowerAttentionPass(RewritePass):
                 "kv_num_heads": kernel.attributes["kv_num_heads"].as_int(),
                 "scale": kernel.attributes["scale"].as_float(),
             }
+            if "softcap" in kernel.attributes:
+                attributes["softcap"] = kernel.attributes["softcap"].as_float()
             window = int(kernel.metadata_props[WINDOW])
             if self.padding == "left":
                 assert mask is not None

@@ -8,7 +8,6 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dispc.masks import Indices
-from dispc.model.weights import rebind, weight_of
 from dispc.passes.base import RewritePass
 from dispc.passes.common.canonical import Write, find_writes
 from dispc.support.graph import add_initializer, drop_unused_initializers, make_node
@@ -57,8 +56,7 @@ class LowerScatterPass(RewritePass):
 
     def _inverse_gather(self, graph: ir.Graph, write: Write) -> list[ir.Node]:
         padded = (len(write.indices) // self.multiple + 1) * self.multiple  # at least one column of zeros
-        for value in write.parameters:
-            rebind(value, weight_of(value).pad(-1, padded))
+        write.widen(lambda weight: weight.pad(-1, padded), padded)
         name = write.name.replace("/", ".").removeprefix(".")
         inverse = add_initializer(graph, f"{name}.inverse", inverse_index(write.indices, self.width))
         gather = make_node("Gather", [write.update, inverse], f"{write.name}/Gather", attributes={"axis": -1})

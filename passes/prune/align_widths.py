@@ -7,6 +7,7 @@ from dispc.masks import Masks
 from dispc.model.families import DecoderConfig
 from dispc.model.weights import rebind, weight_of
 from dispc.passes.base import RewritePass
+from dispc.passes.common.canonical import reads_of_projections
 from dispc.support.graph import add_initializer, consumers, drop_unused_initializers
 
 
@@ -58,9 +59,7 @@ class AlignWidthsPass(RewritePass):
     def expected(self, model: ir.Model) -> int:
         """Every read set in front of projections and every mid set whose width is no multiple."""
         masks, layers = self.masks, [layer for b in self.masks.blocks for layer in (b.attention, b.mlp) if layer.alive]
-        gathered = [
-            layer.read for layer in layers if masks.norm_scope == "full" and len(layer.read) < masks.hidden_size
-        ]
+        gathered = [read for read in reads_of_projections(self.config, masks) if len(read) < masks.hidden_size]
         mids = [layer.mid for layer in layers if layer.mid is not None]
         return sum(len(indices) % self.multiple != 0 for indices in (*gathered, *mids))
 

@@ -4,9 +4,10 @@ import numpy as np
 import onnx_ir as ir
 
 from dispc.masks import Masks
+from dispc.model.families import DecoderConfig
 from dispc.model.weights import rebind, weight_of
 from dispc.passes.base import RewritePass
-from dispc.passes.common.canonical import Write, find_writes
+from dispc.passes.common.canonical import Write, find_writes, reads_of_projections
 from dispc.support.graph import consumers, drop_unused_initializers, make_node, remove_dead
 
 
@@ -28,8 +29,9 @@ class FillZerosPass(RewritePass):
 
     name = "fill-zeros"
 
-    def __init__(self, masks: Masks, share: float) -> None:
+    def __init__(self, config: DecoderConfig, masks: Masks, share: float) -> None:
         super().__init__()
+        self.config = config
         self.masks = masks
         self.least = share * masks.hidden_size
 
@@ -49,8 +51,7 @@ class FillZerosPass(RewritePass):
         """Every write set, and every read set in front of projections, that is large enough and not full."""
         layers = [layer for block in self.masks.blocks for layer in (block.attention, block.mlp) if layer.alive]
         sides = [layer.write for layer in layers]
-        if self.masks.norm_scope == "full":
-            sides += [layer.read for layer in layers]
+        sides += reads_of_projections(self.config, self.masks)
         return sum(self.least <= len(side) < self.masks.hidden_size for side in sides)
 
     def rewrite(self, model: ir.Model) -> int:
@@ -62,8 +63,7 @@ class FillZerosPass(RewritePass):
             remove_dead(graph, [gather])
             count += 1
         for write in self._writes(graph):
-            for value in write.parameters:
-                rebind(value, weight_of(value).fill(-1))
+            write.widen(lambda weight: weight.fill(-1), self.masks.hidden_size)
             write.replace([make_node("Add", [write.stream, write.update], f"{write.name}/Add")])
             count += 1
         drop_unused_initializers(graph)

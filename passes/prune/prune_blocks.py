@@ -10,6 +10,7 @@ from dispc.model.families import DecoderConfig
 from dispc.model.weights import rebind, weight_of
 from dispc.passes.base import ConditionError, RewritePass
 from dispc.passes.common.blocks import BlockFinder, BlockParts, Projection, SubLayerParts
+from dispc.passes.common.norms import recount
 from dispc.support.errors import CompileError
 from dispc.support.graph import READS, WRITES, add_initializer, drop_unused_initializers, make_node, remove_dead, scope
 
@@ -28,6 +29,10 @@ class PruneBlocksPass(RewritePass):
     and `norm_scope="selected"`::
 
         r -> Gather(read) -> norm [read] -> MatMul [read,mid] -> ...
+
+    A norm behind the sub-layer (Gemma 2 and 3, OLMo 2) stands between the last MatMul and the ScatterND, and runs over
+    the written positions. With `full`, its weight and epsilon are such that it gives what it would over all d with
+    zeros elsewhere (`recount`).
 
     1. A full read set has no Gather; a full write set is a plain Add.
     2. A sub-layer with an empty set is removed; a removed attention takes its cache with it, and the remaining caches
@@ -72,7 +77,7 @@ class PruneBlocksPass(RewritePass):
         blocks = [finder.find(index) for index in range(self.config.num_hidden_layers)]
         for previous, block in pairwise(blocks):
             if block.residual is not previous.output:
-                raise CompileError(f"{block.attention.norm.name}: does not read what the block before it writes")
+                raise CompileError(f"{block.attention.readers[0].name}: does not read what the block before it writes")
         stream, count = blocks[0].residual, 0
         for block in blocks:
             stream, rewrites = _BlockPruner(graph, block, self.masks).prune(stream)
@@ -96,27 +101,29 @@ class _BlockPruner:
         """Prune the block that reads the stream `entering`; returns the stream behind it and the rewrites made."""
         block, sets = self.block, self.sets
         stream, count = entering, 0
-        for parts, part_sets in ((block.attention, sets.attention), (block.mlp, sets.mlp)):
+        for part, part_sets in ((block.attention, sets.attention), (block.mlp, sets.mlp)):
             if part_sets.alive:
-                self._read(parts, part_sets.read, entering if block.parallel else stream)
-                self._narrow(parts, part_sets)
-                stream = self._write(parts, part_sets.write, stream)
+                self._read(part, part_sets.read, entering if block.parallel else stream)
+                self._narrow(part, part_sets)
+                stream = self._write(part, part_sets.write, stream)
                 count += 2
             else:
                 count += 1
         if not sets.attention.alive:
             self._drop_cache()
         ir.convenience.replace_all_uses_with(block.output, stream)
-        writes = [parts.write for parts in (block.attention, block.mlp)]
-        remove_dead(self.graph, [*reversed(block.adds), *(write.bias or write.matmul for write in writes)])
-        remove_dead(self.graph, [block.attention.norm, block.mlp.norm])
+        parts = (block.attention, block.mlp)
+        ends = [part.update.producer() for part in parts] + [part.norm for part in parts]
+        remove_dead(self.graph, [*reversed(block.adds), *(node for node in ends if node is not None)])
         return stream, count
 
     def _read(self, parts: SubLayerParts, read: Indices, stream: ir.Value) -> None:
         """Let the sub-layer's projections read its read set of the normalised stream."""
         name, full = scope(parts.module), len(read) == self.width
         norm, anchor = parts.norm, parts.reads[0].matmul
-        if self.norm_scope == "selected" and not full:
+        if norm is None:
+            source = stream if full else self._gather(stream, parts, read, anchor)
+        elif self.norm_scope == "selected" and not full:
             selected = self._gather(stream, parts, read, anchor)
             inputs = [selected, *(self._narrow_norm(parts, value, read) for value in norm.inputs[1:])]
             made = make_node(norm.op_type, inputs, f"{name}/read/{norm.op_type}", attributes=norm.attributes)
@@ -145,10 +152,15 @@ class _BlockPruner:
         for projection in parts.reads:
             _slice(projection, rows=sets.read, columns=sets.mid)
         _slice(parts.write, rows=sets.mid, columns=sets.write)
+        if parts.behind and len(sets.write) < self.width:
+            weight = parts.behind.inputs[1]
+            rebind(weight, weight_of(weight).select(0, sets.write))
+            if self.norm_scope == "full":
+                recount(parts.behind, self.width, len(sets.write))
 
     def _write(self, parts: SubLayerParts, write: Indices, stream: ir.Value) -> ir.Value:
         """Add the sub-layer's output into its write set of the stream; returns the new stream."""
-        name, update = scope(parts.module), parts.write.output
+        name, update = scope(parts.module), parts.update
         nodes: list[ir.Node] = []
 
         def op(op_type: str, inputs: list[ir.Value | None], suffix: str = "", **attributes: object) -> ir.Value:
@@ -163,7 +175,8 @@ class _BlockPruner:
             added = op("ScatterND", [turned[0], indices, turned[1]], reduction="add")
             result = op("Transpose", [added], perm=[1, 2, 0])
         # The parallel block's first add stands behind both sub-layers; a sequential one's directly behind its update.
-        anchor = parts.write.bias or parts.write.matmul
+        anchor = update.producer()
+        assert anchor is not None
         for node in nodes:
             self.graph.insert_after(anchor, node)
             anchor = node

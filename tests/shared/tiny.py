@@ -24,6 +24,15 @@ LLAMA3_ROPE = dict(
     original_max_position_embeddings=64, rope_theta=10000.0,
 )  # fmt: skip
 
+STARCODER2 = LLAMA | dict(hidden_size=64, use_bias=True, sliding_window=7)
+STABLELM = LLAMA | dict(hidden_size=64, partial_rotary_factor=0.5, use_qkv_bias=True)
+NEOX: dict[str, Any] = dict(
+    hidden_size=64, intermediate_size=88, num_hidden_layers=3, num_attention_heads=4, vocab_size=131, rotary_pct=0.25,
+    max_position_embeddings=160, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2,
+)  # fmt: skip
+GRANITE = LLAMA | dict(embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.3, logits_scaling=2.5)
+GEMMA = LLAMA | dict(query_pre_attn_scalar=24, sliding_window=7, hidden_activation="gelu_pytorch_tanh")
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", LLAMA),
     "llama-tied-biased": (
@@ -42,6 +51,34 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi-wide-rotary": ("phi", PHI | dict(num_attention_heads=2, num_key_value_heads=2)),
     "opt": ("opt", OPT),
 }
+FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite": ("granite", GRANITE),
+    "granite-tied": ("granite", GRANITE | dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
+    "smollm3": ("smollm3", LLAMA | dict(no_rope_layers=[1, 0, 1], tie_word_embeddings=True)),
+    "starcoder2": ("starcoder2", STARCODER2),
+    "stablelm": ("stablelm", STABLELM),
+    "nemotron": ("nemotron", LLAMA | dict(partial_rotary_factor=0.5)),
+    "phi3": ("phi3", LLAMA | dict(hidden_size=64, sliding_window=7)),
+    "gpt-neox": ("gpt_neox", NEOX),
+    "gpt-neox-sequential": ("gpt_neox", NEOX | dict(use_parallel_residual=False, rotary_pct=1.0)),
+    "cohere": ("cohere", LLAMA | dict(hidden_size=64, logit_scale=0.3)),
+    "gemma": ("gemma", LLAMA),
+    "olmo2": ("olmo2", LLAMA | dict(hidden_size=64)),
+    "gemma2": (
+        "gemma2",
+        GEMMA | dict(attn_logit_softcapping=5.0, final_logit_softcapping=4.0),
+    ),
+    "gemma3": (
+        "gemma3_text",
+        GEMMA
+        | dict(
+            rope_theta=1e6,
+            rope_local_base_freq=100.0,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
+}
+"""One or two of each further family, for tests that are cheap."""
 RARE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear-rope": ("llama", LLAMA | dict(rope_scaling=LINEAR_ROPE)),
     "llama-yarn": ("llama", LLAMA | dict(rope_scaling=YARN)),
@@ -57,7 +94,7 @@ def make_model(
     """Write a random model of `variant` into `directory`; biases and norms are random too, so that none is trivial."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, options = (VARIANTS | RARE)[variant]
+    model_type, options = (VARIANTS | FURTHER | RARE)[variant]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options)).eval()
     with torch.no_grad():

@@ -1,0 +1,68 @@
+"""Fold what a projection's output is multiplied by into its weight."""
+
+import onnx_ir as ir
+
+from dispc.model.families import DecoderConfig
+from dispc.model.weights import rebind, weight_of
+from dispc.passes.base import RewritePass
+from dispc.passes.common.packing import projection_of
+from dispc.support.graph import HEAD, drop_unused_initializers, make_node, remove_dead
+
+
+class FoldMultipliersPass(RewritePass):
+    """Constants behind projections (Granite's residual and logits, Cohere's logits) go into the weights.
+
+    Before::
+
+        x -> MatMul(weight) (-> Add(bias)) -> Mul(c)          (or Div(1/c))
+
+    After::
+
+        x -> MatMul(c weight) (-> Add(c bias))
+
+    and where the weight is the embedding's, which is stored once and not multiplied::
+
+        x -> Mul(c) -> MatMul(weight)
+    """
+
+    name = "fold-multipliers"
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def expected(self, model: ir.Model) -> int:
+        """Two for each block with a residual multiplier, one for a multiplier of the logits."""
+        config = self.config
+        return 2 * config.num_hidden_layers * (config.residual_multiplier != 1) + (config.logits_multiplier != 1)
+
+    def rewrite(self, model: ir.Model) -> int:
+        graph, count = model.graph, 0
+        for node in [node for node in graph if node.op_type in ("Mul", "Div")]:
+            value, number = node.inputs
+            if number is None or number.const_value is None or number.const_value.size != 1:
+                continue
+            projection = projection_of(value)
+            if projection is None:
+                continue
+            factor = float(number.const_value.numpy().item()) ** (1 if node.op_type == "Mul" else -1)
+            matmul, weight = projection.matmul, projection.matmul.inputs[1]
+            assert value is not None and weight is not None
+            if weight.name == HEAD and self.config.tied:
+                moved = make_node(node.op_type, [matmul.inputs[0], number], f"/lm_head/{node.op_type}")
+                graph.insert_before(matmul, moved)
+                matmul.replace_input_with(0, moved.outputs[0])
+            else:
+                rebind(weight, weight_of(weight).multiply(factor))
+                for bias in projection.bias.inputs if projection.bias else ():
+                    if bias is not None and bias.is_initializer():
+                        rebind(bias, weight_of(bias).multiply(factor))
+            old = node.outputs[0]
+            value.type, value.shape = old.type, old.shape
+            if old.is_graph_output():
+                value.name = old.name
+            ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
+            remove_dead(graph, [node])
+            count += 1
+        drop_unused_initializers(graph)
+        return count

@@ -16,7 +16,7 @@ from dispc.export.card import write_card
 from dispc.export.companions import write_companions
 from dispc.export.trace import trace
 from dispc.export.write import check_file, save_model
-from dispc.manifest import MANIFEST
+from dispc.manifest import MANIFEST, foreign_content
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
@@ -69,7 +69,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
         DispcError: for every problem with the input, the options or the output; nothing is left behind.
     """
     started = time.perf_counter()
-    check_output(options.output, options.force)
+    check_output(options.output, options.force, foreign=foreign_content)
     for path in (options.model, options.masks, options.dump_ir):
         if path and path.resolve().is_relative_to(options.output.resolve()):
             raise ArtifactError(f"{path}: lies in {options.output}, which would be replaced; choose another -o")
@@ -84,7 +84,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
     if options.validate or options.verify_each:
         from dispc.runtime.memory import require_memory_for_reference
 
-        require_memory_for_reference(checkpoint)
+        require_memory_for_reference(checkpoint, whole=options.verify_each)
     if options.verify_each:
         from dispc.validate.checks.verify import make_verifier
 
@@ -92,7 +92,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
         verifier = make_verifier(checkpoint, masks, plan.quantisation)
         run_pipeline(trace(checkpoint, torch.float32), build_pipeline(plan.exact, checkpoint, masks), verifier)
 
-    with staged_directory(options.output, options.force) as stage:
+    with staged_directory(options.output, options.force, foreign=foreign_content) as stage:
         manifest = build_artifact(checkpoint, masks, plan, stage, progress, options.dump_ir)
         manifest["lowering"] |= tuned
         manifest["compile_seconds"] = round(time.perf_counter() - started, 3)
@@ -101,7 +101,8 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
             from dispc.validate.judge import check
 
             progress("validating", 0, 1)
-            report = check(stage, options.model, quick=True, device="available")
+            own = stage / "masks.safetensors"
+            report = check(stage, options.model, quick=True, device="available", masks=own)
             named = replace(report, artifact=options.output.name, reference=options.model.resolve().name)
             manifest["validation"] = named.as_dict()
             write_json(stage / MANIFEST, manifest)

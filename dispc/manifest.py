@@ -1,6 +1,7 @@
 """dispc.json: what an artifact says about itself. Its presence is what makes a directory an artifact."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ COPIED = (
     "chat_template.json",
 )  # fmt: skip
 """Files of a model directory that an artifact has copies of, where they are there."""
+WRITTEN = (MANIFEST, "model.onnx", "model.onnx.data", "genai_config.json", "masks.safetensors", "README.md", *COPIED)
+"""What an artifact may hold, beside licence files."""
+LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)[\w.-]*", re.IGNORECASE)
 FIELDS: dict[str, type] = {
     "dispc": str, "model_type": str, "target": str, "dtype": str, "padding": str, "lowering.name": str,
     "attention": str, "positions": int, "stop_tokens": list, "norm_scope": str, "masks_sha256": str,
@@ -78,6 +82,18 @@ def summary(manifest: Mapping[str, Any]) -> dict[str, str]:
         "lowering": f"{lowering['name']} ({lowering['reason']})",
         "quantised": str(Quantisation(**quantisation)) if quantisation else "no",
     }
+
+
+def foreign_content(directory: Path) -> str | None:
+    """What in a directory makes it something else than an artifact that dispc wrote; None when it is just that."""
+    try:
+        read_manifest(directory)
+    except ArtifactError as error:
+        return str(error).removeprefix(f"{directory}: ")
+    for path in sorted(directory.iterdir()):
+        if path.name not in WRITTEN and not LICENCE_FILES.fullmatch(path.name):
+            return f"holds {path.name}, which is not of the artifact"
+    return None
 
 
 def _field(content: Any, name: str) -> Any:

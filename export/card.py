@@ -11,13 +11,13 @@ from typing import Any
 
 import yaml
 
+from dispc.manifest import LICENCE_FILES
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.plan import TARGETS, Quantisation
 
 CARRIED = ("license", "license_name", "license_link", "language")
 """What the front matter of the base model's card says that is true of the artifact as well."""
-LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)[\w.-]*", re.IGNORECASE)
 TAGS = ["onnx", "onnxruntime", "onnxruntime-genai", "dispc", "disp-llm"]
 ENTITIES = str.maketrans({character: f"&#{ord(character)};" for character in "&<|\\"})
 MASK_FACTS = ("method", "data", "pruning_ratio", "ratio_of", "steps", "seed")

@@ -24,13 +24,17 @@ def write_companions(
 def genai_config(checkpoint: Checkpoint, plan: Plan, cache_layers: int, inputs: Sequence[str]) -> dict[str, Any]:
     """The genai_config.json of onnxruntime-genai, which refuses keys that it does not know.
 
-    `num_hidden_layers` there counts the key/value caches: an attention that was pruned away has none.
+    `num_hidden_layers` there counts the key/value caches: an attention that was pruned away has none. Token ids that
+    the model does not name are left out, since runtimes disagree about one that is made up; padding falls back to the
+    first stop token.
     """
     config = checkpoint.config
     generation = checkpoint.generation_config
-    eos = checkpoint.stop_tokens or [0]
-    # Not `or`: id 0 is a token like any other.
+    eos = checkpoint.stop_tokens
     bos, pad = (generation.get(key, checkpoint.raw_config.get(key)) for key in ("bos_token_id", "pad_token_id"))
+    if pad is None and eos:  # not `or`: id 0 is a token like any other
+        pad = eos[0]
+    ids = {"bos_token_id": bos, "eos_token_id": eos or None, "pad_token_id": pad}
     top_k = generation.get("top_k")  # 0 is "all tokens" on both sides
     named = {name: name for name in inputs if not name.startswith("past_key_values.")}
     caches = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
@@ -40,9 +44,7 @@ def genai_config(checkpoint: Checkpoint, plan: Plan, cache_layers: int, inputs: 
     return {
         "model": {
             "type": "decoder",
-            "bos_token_id": eos[0] if bos is None else bos,
-            "eos_token_id": eos,
-            "pad_token_id": eos[0] if pad is None else pad,
+            **{name: number for name, number in ids.items() if number is not None},
             "context_length": config.max_positions,
             "vocab_size": config.vocab_size,
             "decoder": {

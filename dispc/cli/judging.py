@@ -17,6 +17,9 @@ from dispc.support.errors import DispcError
 def validate(
     artifact: Annotated[Path, typer.Argument(help="Artifact directory.")],
     reference: Annotated[Path, typer.Option("--reference", "-r", help="The model it was compiled from.")],
+    masks: Annotated[
+        Path | None, typer.Option(help="The masks that are meant.", show_default="REFERENCE/masks.safetensors")
+    ] = None,
     on_cpu: Annotated[bool, typer.Option("--on-cpu", help="Judge parity on the CPU, whatever the target.")] = False,
     drill: Annotated[bool, typer.Option("--drill", help="Compare block by block even when nothing failed.")] = False,
     data: Annotated[str | None, typer.Option(help="Text for perplexity, as for learn.")] = None,
@@ -86,7 +89,7 @@ def validate(
         "error": max_error, "kl": max_kl, "top1": max_top1, "greedy": max_greedy, "perplexity": max_perplexity
     }  # fmt: skip
     reports = [path for path in (json_file, junit, markdown, html) if path]
-    inputs = [path for path in (artifact, reference, dense, Path(data) if data else None) if path]
+    inputs = [path for path in (artifact, reference, masks, dense, Path(data) if data else None) if path]
     clear_reports(reports, inputs, baseline)
     try:
         timed = latency or dense is not None or build_dense
@@ -102,7 +105,7 @@ def validate(
             "thresholds": Thresholds(**{name: limit for name, limit in limits.items() if limit is not None}),
             "device": "cpu" if on_cpu else "target", "drill": drill or html is not None, "data": data,
             "sequence_length": sequence_length, "max_windows": max_windows, "reference_dtype": reference_dtype,
-            "seed": seed, "baseline": baseline, "max_regression": share(max_regression),
+            "seed": seed, "masks": masks, "baseline": baseline, "max_regression": share(max_regression),
         }  # fmt: skip
         if timed:
             fields = {"batches": batch, "prompts": prompt, "pasts": past, "rounds": rounds, "threads": threads}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dispc.masks import Indices, Masks
+from dispc.masks import Block, Indices, Masks
 from dispc.model.families import Family
 from dispc.plan import Quantisation
 
@@ -38,15 +38,29 @@ def quantise_reference(
     What a block of weights is depends on the pruning: the inputs that are left are numbered anew.
     """
     for number, sets in enumerate(masks.blocks):
-        block = model.get_submodule(family.block(number))
-        for alive, names, inputs in (
-            (sets.attention.alive, family.attention_reads, sets.attention.read),
-            (sets.attention.alive, (family.attention_out,), None),
-            (sets.mlp.alive, family.mlp_reads, sets.mlp.read),
-            (sets.mlp.alive, (family.down,), sets.mlp.mid),
-        ):
-            for name in names if alive else ():
-                round_weight(block.get_submodule(name).weight, inputs, quantisation, dtype)
+        quantise_block(model.get_submodule(family.block(number)), family, sets, quantisation, dtype)
+    quantise_tables(model, quantisation, dtype)
+
+
+@torch.no_grad()
+def quantise_block(
+    block: nn.Module, family: Family, sets: Block, quantisation: Quantisation, dtype: torch.dtype
+) -> None:
+    """The same for one block and its sets."""
+    for alive, names, inputs in (
+        (sets.attention.alive, family.attention_reads, sets.attention.read),
+        (sets.attention.alive, (family.attention_out,), None),
+        (sets.mlp.alive, family.mlp_reads, sets.mlp.read),
+        (sets.mlp.alive, (family.down,), sets.mlp.mid),
+    ):
+        for name in names if alive else ():
+            layer: Any = block.get_submodule(name)
+            round_weight(layer.weight, inputs, quantisation, dtype)
+
+
+@torch.no_grad()
+def quantise_tables(model: Any, quantisation: Quantisation, dtype: torch.dtype) -> None:
+    """The same for the token embedding and the LM head."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is head.weight:
         head.weight = nn.Parameter(head.weight.detach().clone())  # tied weights are stored apart: one may be rounded

@@ -31,7 +31,8 @@ class Artifact:
 
     bfloat16 graphs, and float16 graphs with ScatterND(add), have no CPU kernels, and the CPU's float16 kernels round
     otherwise than CUDA's: on the CPU such artifacts are run with every weight widened to float32 (`widened` says so);
-    that keeps the rounding of the weights, not that of the arithmetic.
+    that keeps the rounding of the weights, not that of the arithmetic. `widened` says whether to do so, None leaves it
+    to what the provider can run.
     `edit` may change the graph before it is loaded (the drill adds outputs); the files stay as they are. `exact` loads
     the graph that can be compared closely at every position: without int8 activations, and with all logits.
 
@@ -47,6 +48,7 @@ class Artifact:
         provider: str = CPU,
         edit: Edit | None = None,
         exact: bool = False,
+        widened: bool | None = None,
         **options: Any,
     ) -> None:
         self.directory = directory
@@ -58,7 +60,8 @@ class Artifact:
         half = self.dtype != "float32"
         elsewhere = self.manifest["target"] == "onnx-cuda" or self.manifest["lowering"]["name"] in SCATTERING
         self.provider = provider
-        self.widened = provider == CPU and (self.dtype == "bfloat16" or (half and elsewhere))
+        necessary = provider == CPU and (self.dtype == "bfloat16" or (half and elsewhere))
+        self.widened = necessary if widened is None else widened and half
         path = directory / "model.onnx"
         if not path.is_file():
             raise ArtifactError(f"{path}: no such file")

@@ -3,46 +3,95 @@
 The scenarios reach the last positions only where the context is short or the artifact takes position_ids.
 """
 
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.pretrained import build_model
 from dispc.runtime.edits import load_graph
-from dispc.runtime.session import Artifact
 from dispc.support.check import Check
+from dispc.support.errors import ArtifactError
+from dispc.support.graph import MICROSOFT
+from dispc.validate.comparison import Comparison
 
-TABLES = ("cos_cache", "sin_cache")
+NAME = "rotary tables"
+TABLES = {
+    ("RotaryEmbedding", ""): (1, 2),
+    ("RotaryEmbedding", MICROSOFT): (2, 3),
+    ("GroupQueryAttention", MICROSOFT): (7, 8),
+}
+"""Operator and domain -> where it takes cosines and sines."""
 UNITS = 2.0
 """Units in the last place of the stored dtype that a cosine may be off."""
 
 
-def judge_rotary(artifact: Artifact, checkpoint: Checkpoint) -> Check:
-    """Largest difference of both tables [positions, rotary dimensions / 2], in units of the stored dtype at 1."""
-    check = partial(Check.skipped, "rotary tables", "parity")
-    initializers = load_graph(artifact.directory / "model.onnx").graph.initializers
-    stored = [initializers[name].const_value for name in TABLES if name in initializers]
-    if not stored:
-        return check("the graph has none")
-    rotary = rotary_module(checkpoint)
-    if rotary is None:
-        return Check.failed("rotary tables", "parity", "the graph has them, the reference has no rotary positions")
+def judge_rotary(comparison: Comparison) -> Iterator[Check]:
+    """Largest difference of every table [positions, rotary dimensions / 2], in units of the stored dtype at 1.
+
+    Whatever feeds an operator that rotates is a table, whatever it is called.
+    """
+    artifact, masks = comparison.artifact, comparison.masks
+    try:
+        tables = find_tables(load_graph(comparison.directory / "model.onnx"))
+    except ArtifactError as error:
+        yield Check.failed(NAME, "parity", str(error))
+        return
+    if not comparison.checkpoint.family.rotary or not any(block.attention.alive for block in masks.blocks):
+        if tables:
+            yield Check.failed(NAME, "parity", "the graph has them, the reference has no rotary positions")
+        else:
+            yield Check.skipped(NAME, "parity", "the model has no rotary positions")
+        return
+    if not tables:
+        yield Check.failed(NAME, "parity", "the graph has none, the reference has rotary positions")
+        return
     dtype, worst, where = getattr(torch, artifact.dtype), 0.0, ""
-    for name, tensor, expected in zip(TABLES, stored, rotary_tables(rotary, artifact.positions), strict=True):
-        assert tensor is not None
-        found = torch.from_numpy(tensor.numpy().astype(np.float32))
-        if found.shape != (artifact.positions, expected.shape[1] // 2):
-            return Check.failed("rotary tables", "parity", f"{name} is {list(found.shape)}")
-        error = (found - expected[:, : found.shape[1]].to(dtype).float()).abs().nan_to_num(float("inf")).amax(dim=1)
-        if float(error.max()) > worst:
-            worst, where = float(error.max()), f"; worst at position {int(error.argmax())} of {name}"
-    detail = f"{artifact.positions:,} positions{where}"
-    return Check.against(
-        "rotary tables", "parity", worst / torch.finfo(dtype).eps, UNITS, "units in the last place", detail
-    )
+    made = rotary_tables(rotary_module(comparison.checkpoint), artifact.positions)
+    expected = [table.to(dtype).float() for table in made]
+    for value, (kind, node) in tables.items():
+        assert value.const_value is not None
+        found = torch.from_numpy(value.const_value.numpy().astype(np.float32))
+        wanted = expected[kind]
+        if found.shape != (artifact.positions, wanted.shape[1] // 2):
+            yield Check.failed(NAME, "parity", f"{value.name} of {node} is {list(found.shape)}")
+            return
+        off = (found - wanted[:, : found.shape[1]]).abs().nan_to_num(float("inf")).amax(dim=1)
+        if float(off.max()) > worst:
+            worst, where = float(off.max()), f"; worst at position {int(off.argmax())} of {value.name}, for {node}"
+    detail = f"{len(tables)} tables of {artifact.positions:,} positions{where}"
+    yield Check.against(NAME, "parity", worst / torch.finfo(dtype).eps, UNITS, "units in the last place", detail)
+
+
+def find_tables(model: ir.Model) -> dict[ir.Value, tuple[int, str]]:
+    """Every table of `model` -> 0 for cosines, 1 for sines, and the first node that it is for.
+
+    Raises:
+        ArtifactError: when an operator that rotates gets something else.
+    """
+    tables: dict[ir.Value, tuple[int, str]] = {}
+    for node in model.graph:
+        for kind, position in enumerate(TABLES.get((node.op_type, node.domain), ())):
+            value = node.inputs[position] if position < len(node.inputs) else None
+            if value is None:  # GroupQueryAttention behind nodes that rotate
+                continue
+            table = _stored(value)
+            if table is None:
+                raise ArtifactError(f"{node.name}: its {('cosines', 'sines')[kind]} are computed, not stored")
+            if tables.setdefault(table, (kind, node.name or ""))[0] != kind:
+                raise ArtifactError(f"{node.name}: {table.name} is for cosines and for sines")
+    return tables
+
+
+def _stored(value: ir.Value) -> ir.Value | None:
+    """The initializer that a value is, behind casts that change nothing."""
+    producer = value.producer()
+    while producer is not None and producer.op_type in ("Identity", "Cast") and producer.inputs[0] is not None:
+        value, producer = producer.inputs[0], producer.inputs[0].producer()
+    return value if producer is None and value.const_value is not None else None
 
 
 def rotary_module(checkpoint: Checkpoint) -> Any:

@@ -194,8 +194,9 @@ def _run_block(blocks: Blocks, index: int, readings: Sequence[Reading], *, strea
     written: list[Tensor] = []
     handles: list[Any] = []
     if streams:
-        out = blocks[index].get_submodule(blocks.family.attention_out)
-        handles.append(out.register_forward_hook(lambda module, args, output: written.append(output)))
+        names, factor = blocks.family.attention_names, getattr(blocks[index], "residual_multiplier", 1.0)
+        out = blocks[index].get_submodule(names.behind or names.write)
+        handles.append(out.register_forward_hook(lambda module, args, output: written.append(output * factor)))
     try:
         for precision in dict.fromkeys(reading.precision for reading in readings):
             with blocks.cast(index, precision.cast), _rounded(blocks[index], precision, seed=index):
@@ -225,18 +226,6 @@ def _log_softmax(logits: Array) -> Array:
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result
-
-
-def round_storage(part: nn.Module, dtype: torch.dtype) -> None:
-    """Round, in place, what an artifact stores in `dtype`: weights, and the cosines and sines of rotary positions.
-
-    What is left when such an artifact computes in float32 is float32's own error.
-    """
-    for parameter in part.parameters():
-        parameter.data = parameter.data.to(dtype).to(torch.float32)
-    for module in part.modules():
-        if type(module).__name__.endswith("RotaryEmbedding"):
-            module.register_forward_hook(lambda m, x, y: _round(y, dtype))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.families import Family
+from dispc.model.families import DecoderConfig, Family
 from dispc.model.pretrained import fill
 from dispc.reference.masked import mask_model
 
@@ -41,8 +41,9 @@ class Blocks:
     `load` gives the parameters of block `index` their values; those of all that is outside of the blocks are there.
     """
 
-    def __init__(self, model: Any, family: Family, load: Callable[[int], None] = lambda index: None) -> None:
-        self.model, self.family, self.load = model, family, load
+    def __init__(self, model: Any, config: DecoderConfig, load: Callable[[int], None] = lambda index: None) -> None:
+        self.model, self.config, self.load = model, config, load
+        family = config.family
         self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
         self.embedding = model.get_input_embeddings()
         self.table: Tensor = self.embedding.weight.data
@@ -168,7 +169,7 @@ def read_lazily(
     fill(model, read, partial(outside_blocks, family))
     mask_model(model, checkpoint, masks)
     as_stored(model, None)
-    return Blocks(model, family, load)
+    return Blocks(model, checkpoint.config, load)
 
 
 @contextmanager

@@ -194,9 +194,9 @@ def _run_block(blocks: Blocks, index: int, readings: Sequence[Reading], *, strea
     written: list[Tensor] = []
     handles: list[Any] = []
     if streams:
-        names, factor = blocks.family.attention_names, getattr(blocks[index], "residual_multiplier", 1.0)
-        out = blocks[index].get_submodule(names.behind or names.write)
-        handles.append(out.register_forward_hook(lambda module, args, output: written.append(output * factor)))
+        names, factor = blocks.config.family.attention_names, blocks.config.residual_multiplier
+        last = blocks[index].get_submodule(names.behind or names.write)
+        handles.append(last.register_forward_hook(lambda module, args, output: written.append(factor * output)))
     try:
         for precision in dict.fromkeys(reading.precision for reading in readings):
             with blocks.cast(index, precision.cast), _rounded(blocks[index], precision, seed=index):

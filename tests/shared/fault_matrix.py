@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -51,7 +52,10 @@ ARTIFACTS: tuple[dict[str, Any], ...] = (
     {"target": "onnx-cuda", "dtype": "float16"},
     {"target": "onnx-cuda", "dtype": "bfloat16", "padding": "left"},
 )
-MATRIX = tuple((variant, options) for variant in VARIANTS for options in ARTIFACTS)
+Case = tuple[str, dict[str, Any]]
+MATRIX: tuple[Case, ...] = tuple((variant, options) for variant in VARIANTS for options in ARTIFACTS)
+ATTEMPTS = 400
+"""Places that are tried for one fault."""
 FIRST_TOKEN, LAST_TOKEN, ROWS = 71, 158, 9
 """Where faults of a token begin (the context has 160), and rows that a batch has for certain."""
 
@@ -97,18 +101,16 @@ def reference_read_once() -> Iterator[None]:
         yield
 
 
-def plan(count: int, seed: int) -> Iterator[tuple[str, tuple[str, dict[str, Any]], Place]]:
-    """`count` faults: every kind in turn, on artifacts and at places that the seed draws."""
-    rng = np.random.default_rng(seed)
-    kinds = list(KINDS)
-    for number in range(count):
+def places(seed: int) -> Iterator[Place]:
+    """Places without end, drawn by the seed."""
+    for number in count():
+        rng = np.random.default_rng((seed, number))
         block, part = int(rng.integers(3)), str(rng.choice(["attention", "mlp"]))
         token, row = int(rng.integers(FIRST_TOKEN, LAST_TOKEN + 1)), int(rng.integers(ROWS))
-        place = Place(block, part, token, row, np.random.default_rng((seed, number)))
-        yield kinds[number % len(kinds)], MATRIX[int(rng.integers(len(MATRIX)))], place
+        yield Place(block, part, token, row, rng)
 
 
-def plant_and_judge(name: str, case: tuple[str, dict[str, Any]], place: Place, folder: Path) -> Planted | None:
+def plant_and_judge(name: str, case: Case, place: Place, folder: Path) -> Planted | None:
     """Plant one fault and judge it; None where the artifact has nothing to spoil there."""
     kind, (variant, options) = KINDS[name], case
     whole = artifact(variant, **options)
@@ -149,7 +151,7 @@ def same_bits(whole: Path, broken: Path) -> bool:
     return outputs[0] == outputs[1]
 
 
-def judge_whole(case: tuple[str, dict[str, Any]]) -> Report:
+def judge_whole(case: Case) -> Report:
     variant, options = case
     return judged(artifact(variant, **options), variant, device="cpu")
 
@@ -159,19 +161,21 @@ def folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="dispc-faults-", dir=harness.scratch()))
 
 
-def run(count: int, seed: int, *, attempts: int = 20) -> Iterator[Planted]:
-    """Plant faults until `count` found something to spoil."""
-    planted = 0
-    for name, case, place in plan(count * attempts, seed):
-        result = plant_and_judge(name, case, place, folder())
-        if result is not None:
-            planted += 1
-            yield result
-        if planted == count:
-            return
+def run(wanted: int, seed: int, matrix: Sequence[Case] = MATRIX) -> Iterator[Planted]:
+    """Plant `wanted` faults, every kind in turn; where an artifact has nothing to spoil, another is drawn."""
+    drawn = places(seed)
+    for number in range(wanted):
+        name = list(KINDS)[number % len(KINDS)]
+        for place in islice(drawn, ATTEMPTS):
+            case = matrix[int(place.rng.integers(len(matrix)))]
+            if (result := plant_and_judge(name, case, place, folder())) is not None:
+                yield result
+                break
+        else:
+            raise AssertionError(f"{name}: nothing to spoil in {ATTEMPTS} places")
 
 
-def main(count: int, seed: int) -> int:
+def main(wanted: int, seed: int) -> int:
     wrong = 0
     with reference_read_once():
         for case in MATRIX:
@@ -182,7 +186,7 @@ def main(count: int, seed: int) -> int:
         print(f"{len(MATRIX)} whole artifacts, {wrong} failed", flush=True)
         outcomes: Counter[str] = Counter()
         kinds: Counter[str] = Counter()
-        for number, result in enumerate(run(count, seed), start=1):
+        for number, result in enumerate(run(wanted, seed), start=1):
             outcomes[result.outcome] += 1
             kinds[result.kind] += 1
             if result.outcome in ("missed", "unnamed"):

@@ -13,7 +13,7 @@ Fault = Callable[[ir.Model], None]
 
 
 def plant(fault: Fault, artifact: Path, broken: Path) -> Path:
-    """A copy of `artifact` in `broken` with the fault in it; its manifest has the new size, and knows of no fault."""
+    """A copy of `artifact` in `broken` with the fault in it, of which its manifest tells nothing but the new size."""
     model = ir.load(artifact / "model.onnx")
     fault(model)
     shutil.copytree(artifact, broken)

@@ -183,7 +183,7 @@ def test_streams_are_found_where_adds_are_fused_into_norms(tmp_path: Path) -> No
 
 
 def read(variant: str, masks: Masks, dtype: str, texts: list[Text], **options: Any) -> Answers:
-    blocks = Blocks(load_reference(harness.checkpoint(variant), masks), harness.checkpoint(variant).family)
+    blocks = Blocks(load_reference(harness.checkpoint(variant), masks), harness.checkpoint(variant).config)
     return ask(blocks, texts, torch.float64, dtype, **options)
 
 
@@ -193,7 +193,7 @@ def own_errors(answers: Answers, text: Text) -> harness.Array:
     return np.max([np.abs(own - piece.truth).max(axis=-1) for own in piece.own], axis=0)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize("variant", tiny.VARIANTS | tiny.FURTHER)
 def test_reading_block_by_block_is_reading_the_whole_model_in_float64(variant: str) -> None:
     checkpoint = harness.checkpoint(variant)
     masks = Masks.random(checkpoint.config, 0.5, 1, norm_scope="selected")

@@ -69,7 +69,7 @@ class Storage:
         return {f"{name}.weight": Arithmetic(factor=self.config.logits_multiplier)}
 
     def round(self, part: Any, index: int | None, dtype: torch.dtype) -> None:
-        """Round, in place, what is stored in `dtype`: weights, cosines and sines, and the scale of the embeddings.
+        """Round, in place, what is stored in `dtype`: weights, cosines and sines, and multipliers that are nodes.
 
         What is left when such an artifact computes in float32 is float32's own error.
         """
@@ -83,7 +83,14 @@ class Storage:
         for module in part.modules():
             if type(module).__name__.endswith("RotaryEmbedding"):
                 module.register_forward_hook(lambda m, x, y: tuple(value.to(dtype).to(value.dtype) for value in y))
-        scale = self.config.embedding_multiplier
-        if index is None and scale != 1:
-            ratio = float(torch.tensor(scale).to(dtype)) / scale
-            part.get_input_embeddings().register_forward_hook(lambda m, x, y: y * ratio)
+        if index is None:
+            _round_multiplier(part.get_input_embeddings(), self.config.embedding_multiplier, dtype)
+            if self.config.tied:
+                _round_multiplier(part.get_output_embeddings(), self.config.logits_multiplier, dtype)
+
+
+def _round_multiplier(module: nn.Module, multiplier: float, dtype: torch.dtype) -> None:
+    """Let the outputs of a module be multiplied, by what the model does later, as if that was rounded."""
+    ratio = float(torch.tensor(multiplier).to(dtype)) / multiplier
+    if ratio != 1.0:
+        module.register_forward_hook(lambda m, x, y: y * ratio)

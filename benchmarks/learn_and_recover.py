@@ -30,7 +30,7 @@ import torch
 import typer
 from torch.nn import functional
 
-from dispc.demo import shipped_masks
+from dispc.demo.model import shipped_masks
 from dispc.learn.budget import block_budget, final_sets
 from dispc.learn.hypernetwork import HyperNetwork, Layout
 from dispc.learn.objective import GatedModel
@@ -151,6 +151,7 @@ def finish(run: Run, jobs: list[Job], seconds: float, meanwhile: Callable[[], No
                 job.process.wait(10.0)
             except subprocess.TimeoutExpired:
                 job.process.kill()
+                job.process.wait()
         if job.process.returncode:
             end = job.log.read_text(errors="replace").strip().splitlines()[-1:]
             run.note(f"{job.name} failed", f"exit code {job.process.returncode}: {' '.join(end)}")

@@ -24,9 +24,10 @@ from dispc.learn.budget import block_budget
 from dispc.learn.distributed import Processes
 from dispc.learn.objective import next_token_loss
 from dispc.learn.options import LearnOptions
-from dispc.learn.trainer import DTYPES, Trainer
+from dispc.learn.trainer import Trainer
 from dispc.model.published import open_checkpoint
 from dispc.reference.masked import load_reference
+from dispc.support.dtypes import DTYPES
 
 GOAL = 1.15
 
@@ -58,7 +59,7 @@ def main(
         ).settled(processes.device)  # fmt: skip
         precision = str(options.precision)
         trainer = Trainer(options, checkpoint, block_budget(checkpoint, 0.5, "blocks"), processes)
-        dense = load_reference(checkpoint, None, DTYPES[precision])
+        dense = load_reference(checkpoint, None, DTYPES[precision].torch)
         dense.requires_grad_(False).to(processes.device)
 
         def dense_step() -> None:

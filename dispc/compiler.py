@@ -11,7 +11,6 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from dispc import __version__
 from dispc.export.card import write_card
 from dispc.export.companions import write_companions
 from dispc.export.trace import trace
@@ -23,10 +22,13 @@ from dispc.model.published import open_checkpoint
 from dispc.model.weights import surface_weight_errors
 from dispc.passes.pipeline import PassRecord, build_pipeline, pipeline_line, run_pipeline
 from dispc.plan import Choices, Plan, make_plan
+from dispc.runtime.providers import PROVIDERS
 from dispc.runtime.tune import tune
 from dispc.support.directories import check_output, staged_directory
+from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError, CompileError
 from dispc.support.files import write_json
+from dispc.support.version import __version__
 
 Progress = Callable[[str, int, int], None]
 """progress(what, bytes done, bytes in all)"""
@@ -108,7 +110,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
             write_json(stage / MANIFEST, manifest)
             if not report.passed:
                 raise ParityFailure(manifest["validation"])
-        write_card(checkpoint, masks, manifest, stage)
+        write_card(checkpoint, masks, manifest, PROVIDERS[plan.target.provider].genai_build, stage)
     return manifest
 
 
@@ -128,7 +130,7 @@ def build_artifact(
     """
     started = time.perf_counter()
     progress("tracing", 0, 1)
-    model = trace(checkpoint, getattr(torch, plan.dtype))
+    model = trace(checkpoint, DTYPES[plan.dtype].torch)
     traced = time.perf_counter()
     passes = build_pipeline(plan, checkpoint, masks)
     if dump_ir:
@@ -147,7 +149,8 @@ def build_artifact(
     save_model(model, stage / "model.onnx", progress)
     check_file(stage / "model.onnx")
     inputs = [value.name or "" for value in model.graph.inputs]
-    write_companions(checkpoint, plan, manifest["cache_layers"], inputs, stage)
+    options = PROVIDERS[plan.target.provider].genai_options(graph=plan.cuda_graph)
+    write_companions(checkpoint, plan, manifest["cache_layers"], inputs, options, stage)
     masks.save(stage / "masks.safetensors", checkpoint.config)
     manifest["bytes"] = sum(file.stat().st_size for file in stage.glob("model.onnx*"))
     write_json(stage / MANIFEST, manifest)

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from dispc.manifest import MANIFEST, read_manifest, summary
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.published import open_checkpoint
+from dispc.support.dtypes import name_of
 from dispc.support.errors import ArtifactError, DispcError
 
 
@@ -98,7 +99,7 @@ def _model(path: Path) -> dict[str, Any]:
     tensors = checkpoint.stored.values()
     masks = checkpoint.own_masks
     widths, full = ([], {}) if masks is None else _widths(masks)
-    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+    dtypes = Counter(name_of(tensor.dtype) for tensor in tensors)
     return {
         "kind": "model",
         "facts": {

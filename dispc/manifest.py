@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dispc.plan import Quantisation
+from dispc.support.dtypes import ARTIFACT_DTYPES
 from dispc.support.errors import ArtifactError
 
 MANIFEST = "dispc.json"
@@ -26,7 +27,6 @@ FIELDS: dict[str, type] = {
 }  # fmt: skip
 """What every manifest holds, among others; a dot leads into an object."""
 MIB = 2**20
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 COMPARABLE = ("config_sha256", "target", "dtype", "padding", "quantisation", "logits", "align", "fusions")
@@ -63,7 +63,7 @@ def read_manifest(artifact: Path) -> dict[str, Any]:
     for name, kind in FIELDS.items():
         if not isinstance(_field(content, name), kind):
             raise ArtifactError(f"{path}: {name} is missing or malformed")
-    if content["dtype"] not in DTYPES:
+    if content["dtype"] not in ARTIFACT_DTYPES:
         raise ArtifactError(f"{path}: unknown dtype {content['dtype']!r}")
     return content
 

@@ -16,10 +16,10 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dispc import __version__
 from dispc.model.families import DecoderConfig
 from dispc.support.errors import MasksError
 from dispc.support.files import whole
+from dispc.support.version import __version__
 
 NormScope = Literal["full", "selected"]
 Indices = npt.NDArray[np.int64]

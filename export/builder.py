@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
 
 from dispc.export.semantic import RotaryTables
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.weights import DTYPES, LazyWeight
+from dispc.model.weights import LazyWeight
+from dispc.support.dtypes import name_of
 from dispc.support.graph import HEAD, add_initializer, make_node, scope
 
 OPSET = 23
@@ -40,7 +42,7 @@ class GraphBuilder:
         config = checkpoint.config
         batch, sequence = "batch_size", "sequence_length"
         past, total = "past_sequence_length", "total_sequence_length"
-        integers, floats = ir.TensorType(ir.DataType.INT64), ir.TensorType(DTYPES[dtype])
+        integers, floats = ir.TensorType(ir.DataType.INT64), ir.TensorType(from_torch_dtype(dtype))
 
         def tensor(name: str, type: ir.TensorType, *shape: str | int) -> ir.Value:
             return ir.Value(name=name, type=type, shape=ir.Shape(shape))
@@ -122,7 +124,7 @@ class GraphBuilder:
             value = self.values[argument]
             return self.parameter(argument) if isinstance(value, str) else value
         dtype = node.meta["val"].dtype
-        name = f"scalar.{argument}.{str(dtype).removeprefix('torch.')}"
+        name = f"scalar.{argument}.{name_of(dtype)}"
         return self.tensor(name, torch.tensor(argument, dtype=dtype))
 
     def mask(self, window: int) -> ir.Value:

@@ -87,8 +87,13 @@ OPTIMUM_FIX = (
 )
 
 
-def write_card(checkpoint: Checkpoint, masks: Masks, manifest: Mapping[str, Any], directory: Path) -> None:
-    """Write README.md into an artifact whose `manifest` is complete, and copy the base model's licence files."""
+def write_card(
+    checkpoint: Checkpoint, masks: Masks, manifest: Mapping[str, Any], genai_build: str, directory: Path
+) -> None:
+    """Write README.md into an artifact whose `manifest` is complete, and copy the base model's licence files.
+
+    `genai_build` says which build of onnxruntime-genai it needs, empty for any.
+    """
     config, model = checkpoint.config, checkpoint.directory
     for file in licence_files(model):
         shutil.copyfile(model / file, directory / file)
@@ -124,7 +129,7 @@ def write_card(checkpoint: Checkpoint, masks: Masks, manifest: Mapping[str, Any]
         pruned=pruned if blocks["kept"] < blocks["dense"] else "Nothing is pruned.",
         facts=_table(("", ""), facts.items()),
         provider=provider,
-        genai_build=" (its CUDA build)" if provider == "CUDAExecutionProvider" else "",
+        genai_build=f" ({genai_build})" if genai_build else "",
         optimum_fix="" if usual_heads else OPTIMUM_FIX.format(size=config.head_dim),
         masks=_masks(masks),
         parity=_parity(manifest.get("validation")),

@@ -12,16 +12,26 @@ from dispc.support.files import write_json
 
 
 def write_companions(
-    checkpoint: Checkpoint, plan: Plan, cache_layers: int, inputs: Sequence[str], directory: Path
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache_layers: int,
+    inputs: Sequence[str],
+    provider_options: list[dict[str, Any]],
+    directory: Path,
 ) -> None:
-    """Copy the model's config and tokenizer files, and write genai_config.json; `inputs` are the model's."""
+    """Copy the model's config and tokenizer files, and write genai_config.json.
+
+    `inputs` are the names of the graph's inputs, `provider_options` what onnxruntime-genai opens its session with.
+    """
     for name in COPIED:
         if (checkpoint.directory / name).is_file():
             shutil.copyfile(checkpoint.directory / name, directory / name)
-    write_json(directory / "genai_config.json", genai_config(checkpoint, plan, cache_layers, inputs))
+    write_json(directory / "genai_config.json", genai_config(checkpoint, plan, cache_layers, inputs, provider_options))
 
 
-def genai_config(checkpoint: Checkpoint, plan: Plan, cache_layers: int, inputs: Sequence[str]) -> dict[str, Any]:
+def genai_config(
+    checkpoint: Checkpoint, plan: Plan, cache_layers: int, inputs: Sequence[str], provider_options: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The genai_config.json of onnxruntime-genai, which refuses keys that it does not know.
 
     `num_hidden_layers` there counts the key/value caches: an attention that was pruned away has none. Token ids that
@@ -39,8 +49,6 @@ def genai_config(checkpoint: Checkpoint, plan: Plan, cache_layers: int, inputs: 
     named = {name: name for name in inputs if not name.startswith("past_key_values.")}
     caches = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
     presents = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
-    cuda = {"enable_cuda_graph": "1"} if plan.cuda_graph else {}
-    provider_options: list[dict[str, Any]] = [{"cuda": cuda}] if plan.target.provider == "CUDAExecutionProvider" else []
     return {
         "model": {
             "type": "decoder",

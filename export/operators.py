@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
 
 from dispc.export.builder import GraphBuilder, Node
-from dispc.model.weights import DTYPES
 from dispc.support.errors import CompileError
 from dispc.support.graph import WINDOW
 
@@ -67,7 +67,11 @@ def _embedding(t: GraphBuilder, node: Node) -> Any:
 
 def _to(t: GraphBuilder, node: Node) -> Any:
     source, target = node.args[0].meta["val"].dtype, node.meta["val"].dtype
-    return _alias(t, node) if source == target else t.emit(node, "Cast", [t.values[node.args[0]]], to=DTYPES[target])
+    return (
+        _alias(t, node)
+        if source == target
+        else t.emit(node, "Cast", [t.values[node.args[0]]], to=from_torch_dtype(target))
+    )
 
 
 def _transpose(t: GraphBuilder, node: Node) -> Any:

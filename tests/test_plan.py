@@ -14,6 +14,7 @@ import tiny
 from dispc.export.companions import genai_config
 from dispc.model.checkpoint import Checkpoint
 from dispc.plan import TARGETS, Choices, Quantisation, make_plan
+from dispc.runtime.providers import PROVIDERS
 from dispc.support.errors import CompileError
 
 INT4 = Quantisation(bits=4, block_size=32, symmetric=True, head=False, embedding=False)
@@ -51,7 +52,9 @@ def test_runtimes_share_buffers_and_capture_graphs_where_the_graph_allows_it_and
                 plan = make_plan(target.name, Choices(dtype=dtype, padding=padding, cuda_graph=allowed))
             except CompileError:
                 continue
-            config = genai_config(checkpoint, plan, 3, [])
+            config = genai_config(
+                checkpoint, plan, 3, [], PROVIDERS[plan.target.provider].genai_options(graph=plan.cuda_graph)
+            )
             provider_options = config["model"]["decoder"]["session_options"]["provider_options"]
             found[target.name, dtype, padding, allowed] = (
                 config["search"]["past_present_share_buffer"], provider_options
@@ -64,7 +67,7 @@ def test_runtimes_share_buffers_and_capture_graphs_where_the_graph_allows_it_and
 def test_sampling_from_all_tokens_stays_that(given: dict[str, int | None], told: int, tmp_path: Path) -> None:
     model = tiny.make_model("llama", tmp_path / "model")
     (model / "generation_config.json").write_text(json.dumps(given))
-    config = genai_config(Checkpoint(model), make_plan("onnx-cpu", Choices()), 3, [])
+    config = genai_config(Checkpoint(model), make_plan("onnx-cpu", Choices()), 3, [], [])
     assert config["search"]["top_k"] == told
 
 

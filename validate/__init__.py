@@ -1,6 +1,8 @@
 """Run an artifact and judge it: `dispc.validate.check(artifact, reference)` gives a `Report`."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dispc.support.lazy import importer
 
 if TYPE_CHECKING:
     from dispc.runtime.latency import LatencyOptions as LatencyOptions
@@ -17,11 +19,4 @@ HOMES = {
     "LatencyOptions": "dispc.runtime.latency",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Imported when asked for: the judge needs torch and ONNX Runtime, which most of dispc does not."""
-    if name not in HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(HOMES[name]), name)
+__getattr__ = importer(__name__, HOMES)

@@ -7,9 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from dispc import __version__
 from dispc.evaluate.perplexity import ArtifactScorer, Perplexity, TorchScorer, measure_perplexity, text_windows
 from dispc.manifest import read_manifest
 from dispc.masks import SETS, Masks, set_width
@@ -21,15 +18,16 @@ from dispc.reference.masked import load_reference
 from dispc.reference.quantised import match_quantisation, quantise_block, quantise_tables
 from dispc.reference.stored import Storage
 from dispc.reference.truth import Answers, ask, freed, truth_dtype
-from dispc.runtime.doctor import cuda_problem
 from dispc.runtime.edits import load_graph
 from dispc.runtime.latency import LatencyOptions, measure_latency
 from dispc.runtime.memory import require_memory_for_reference
 from dispc.runtime.placement import Placement, judge_placement
-from dispc.runtime.providers import processor_name
-from dispc.runtime.session import CPU, CUDA, Artifact
+from dispc.runtime.providers import CPU, PROVIDERS, Provider
+from dispc.runtime.session import Artifact
 from dispc.support.check import Check
+from dispc.support.dtypes import DTYPES, name_of
 from dispc.support.errors import ArtifactError, MasksError
+from dispc.support.version import __version__
 from dispc.validate.checks.parity import DEFAULTS, Distance, Thresholds, measure
 from dispc.validate.checks.scenarios import SCENARIOS, ScenarioRun, run_scenario
 from dispc.validate.client import Client, Row
@@ -191,7 +189,7 @@ class Comparison:
 
     def blocks(self) -> Blocks:
         """The same as `load`, each block read when it is needed."""
-        quantisation, dtype = self.manifest.get("quantisation"), getattr(torch, self.artifact.dtype)
+        quantisation, dtype = self.manifest.get("quantisation"), DTYPES[self.artifact.dtype].torch
         options = Quantisation(**quantisation) if quantisation else None
 
         def as_stored(part: Any, index: int | None) -> None:
@@ -208,7 +206,7 @@ class Comparison:
         """The masked reference, in float32, with the weights rounded as a widened or quantised artifact stores them."""
         reference = load_reference(self.checkpoint, self.masks)
         if self.artifact.widened:
-            dtype, family = getattr(torch, self.artifact.dtype), self.checkpoint.family
+            dtype, family = DTYPES[self.artifact.dtype].torch, self.checkpoint.family
             for index in range(len(self.masks.blocks)):
                 self.storage.round(reference.get_submodule(family.block(index)), index, dtype)
             self.storage.round(reference, None, dtype)
@@ -230,9 +228,9 @@ class Comparison:
             "artifact": str(artifact.directory), "reference": str(self.checkpoint.directory), "target": self.target,
             "dtype": artifact.dtype, "padding": artifact.padding, "lowering": self.manifest["lowering"]["name"],
             "judged_on": f"{artifact.provider}{self.remark}, {precision}",
-            "truth": f"reference in {str(self.truth).removeprefix('torch.')}"
+            "truth": f"reference in {name_of(self.truth)}"
                      + (f" with weights rounded to {artifact.dtype}" if artifact.widened else ""),
-            "device": processor_name(cuda=artifact.provider == CUDA),
+            "device": artifact.provider.processor(),
             "versions": {"dispc": __version__} | {name: version(name) for name in PACKAGES},
             "bytes": self.manifest["bytes"],
             "widths": tuple({name: len(v) for name, v in block.sets().items()} for block in masks.blocks),
@@ -261,7 +259,7 @@ def own_masks(artifact: Artifact, checkpoint: Checkpoint) -> Masks:
     return masks
 
 
-def choose_provider(artifact: Path, device: Device) -> tuple[str, str]:
+def choose_provider(artifact: Path, device: Device) -> tuple[Provider, str]:
     """The execution provider to judge on, and the remark that its name needs in the report's first line.
 
     Raises:
@@ -271,16 +269,12 @@ def choose_provider(artifact: Path, device: Device) -> tuple[str, str]:
     target = TARGETS.get(name)
     if target is None:
         raise ArtifactError(f"{artifact}: is for the target {name}, which this dispc does not know")
-    if target.provider == CPU:
-        return CPU, ""
+    wanted = PROVIDERS[target.provider]
+    if wanted.fallback:
+        return wanted, ""
     if device == "cpu":
-        return CPU, f" instead of {target.provider} (chosen)"
-    problem = cuda_problem()
-    if problem is None:
-        return CUDA, ""
+        return CPU, f" instead of {wanted} (chosen)"
     if device == "target":
-        raise ArtifactError(
-            f"{artifact}: is for CUDA, which does not load here: {problem}; "
-            "dispc doctor tells more, --on-cpu judges parity on the CPU"
-        )
-    return CPU, f" instead of {target.provider} (not here: {problem})"
+        wanted.require(f"{artifact}: is for {wanted.title}", "--on-cpu judges parity on the CPU")
+    problem = wanted.problem()
+    return (wanted, "") if problem is None else (CPU, f" instead of {wanted} (not here: {problem})")

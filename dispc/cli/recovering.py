@@ -1,74 +1,105 @@
 """The command that trains what pruning left: recover."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dispc.cli.learning import ModelArgument, collect_garbage
+from dispc.cli.learning import ModelArgument
+from dispc.cli.process import collect_garbage
 from dispc.cli.tables import JsonFlag, err, facts_table, learn_progress, out, print_json
 from dispc.support.extras import need
 
+if TYPE_CHECKING:
+    from dispc.learn.recovery_options import RecoverOptions
 
-def recover(
-    model: ModelArgument,
-    data: Annotated[str, typer.Option(help="Text to train on, as for learn.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Model directory to make.")],
-    masks: Annotated[Path | None, typer.Option(help="Mask file.", show_default="MODEL/masks.safetensors")] = None,
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverArguments:
+    """What `dispc recover` takes."""
+
+    model: ModelArgument
+    data: Annotated[str, typer.Option(help="Text to train on, as for learn.")]
+    output: Annotated[Path, typer.Option("--output", "-o", help="Model directory to make.")]
+    masks: Annotated[Path | None, typer.Option(help="Mask file.", show_default="MODEL/masks.safetensors")] = None
     held_out: Annotated[
         str | None, typer.Option(help="Text to judge by.", show_default="16 windows at the end of the text")
-    ] = None,
+    ] = None
     teacher: Annotated[
         Path | None, typer.Option(help="Dense model to learn from.", show_default="MODEL, without masks")
-    ] = None,
+    ] = None
     loss: Annotated[
         str, typer.Option(help="distil (divergence from the dense model), text (its own loss), or both.")
-    ] = "both",
+    ] = "both"
     lora: Annotated[
         int, typer.Option(help="Train adapters of this rank, merged at the end; 0: all weights of the blocks.")
-    ] = 0,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1000,
-    minutes: Annotated[float | None, typer.Option(help="End after so many minutes of steps.")] = None,
-    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
-    batch_size: Annotated[int, typer.Option(help="Sequences at once, over all processes.")] = 4,
-    accumulate: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
-    learning_rate: Annotated[float | None, typer.Option(help="AdamW.", show_default="1e-4, with --lora 1e-3")] = None,
-    warm_up: Annotated[float, typer.Option(help="Share of the steps; then the rate falls by half a cosine.")] = 0.05,
-    weight_decay: Annotated[float, typer.Option(help="AdamW.")] = 0.01,
-    evaluate_every: Annotated[int, typer.Option(help="Steps between judgements by the held-out text.")] = 50,
-    patience: Annotated[int, typer.Option(help="Stop after so many judgements without a gain.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the data order and the adapters.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="by device")] = None,
+    ] = 0
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1000
+    minutes: Annotated[float | None, typer.Option(help="End after so many minutes of steps.")] = None
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512
+    batch_size: Annotated[int, typer.Option(help="Sequences at once, over all processes.")] = 4
+    accumulate: Annotated[int, typer.Option(help="Batches of a step.")] = 1
+    learning_rate: Annotated[float | None, typer.Option(help="AdamW.", show_default="1e-4, with --lora 1e-3")] = None
+    warm_up: Annotated[float, typer.Option(help="Share of the steps; then the rate falls by half a cosine.")] = 0.05
+    weight_decay: Annotated[float, typer.Option(help="AdamW.")] = 0.01
+    evaluate_every: Annotated[int, typer.Option(help="Steps between judgements by the held-out text.")] = 50
+    patience: Annotated[int, typer.Option(help="Stop after so many judgements without a gain.")] = 10
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the data order and the adapters.")] = 0
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")] = None
+    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="by device")] = None
     activation_checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Less memory, a third more work.")
-    ] = False,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier run and its model.")] = False,
-    as_json: JsonFlag = False,
-) -> None:
+    ] = False
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")] = False
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier run and its model.")] = False
+
+    def options(self) -> "RecoverOptions":
+        from dispc.learn.recovery_options import FULL_RATE, LORA_RATE, RecoverOptions
+
+        default_rate = LORA_RATE if self.lora else FULL_RATE
+        return RecoverOptions(
+            model=self.model,
+            masks=self.masks or self.model / "masks.safetensors",
+            data=self.data,
+            output=self.output,
+            held_out=self.held_out,
+            teacher=self.teacher,
+            loss=self.loss,  # type: ignore[arg-type]
+            lora=self.lora,
+            steps=self.steps,
+            minutes=self.minutes,
+            sequence_length=self.sequence_length,
+            batch_size=self.batch_size,
+            accumulate=self.accumulate,
+            warm_up=self.warm_up,
+            weight_decay=self.weight_decay,
+            learning_rate=default_rate if self.learning_rate is None else self.learning_rate,
+            evaluate_every=self.evaluate_every,
+            patience=self.patience,
+            seed=self.seed,
+            device=self.device,
+            precision=self.precision,  # type: ignore[arg-type]
+            activation_checkpointing=self.activation_checkpointing,
+            checkpoint_every=self.checkpoint_every,
+        )
+
+
+def recover(arguments: RecoverArguments, as_json: JsonFlag = False) -> None:
     """Train the weights that masks keep, by what the dense model says. Several processes: torchrun -m dispc.
 
     Example: [bold]dispc recover model/ --masks masks-50.safetensors --data train.txt -o model-50/[/bold]
     """
     from dispc.learn.plots import plot_recovery
-    from dispc.learn.recovery import recover as run_recovery
-    from dispc.learn.recovery_options import FULL_RATE, LORA_RATE, RecoverOptions
+    from dispc.learn.recovery import recover
 
-    options = RecoverOptions(
-        model=model, masks=masks or model / "masks.safetensors", data=data, output=output, held_out=held_out,
-        teacher=teacher, loss=loss, lora=lora, steps=steps, minutes=minutes, sequence_length=sequence_length,  # type: ignore[arg-type]
-        batch_size=batch_size, accumulate=accumulate, warm_up=warm_up, weight_decay=weight_decay,
-        learning_rate=learning_rate if learning_rate is not None else LORA_RATE if lora else FULL_RATE,
-        evaluate_every=evaluate_every, patience=patience, seed=seed, device=device, precision=precision,  # type: ignore[arg-type]
-        activation_checkpointing=activation_checkpointing, checkpoint_every=checkpoint_every,
-    )  # fmt: skip
+    options = arguments.options()
     need("matplotlib", "learn")  # for the picture at the end: known now, not after the last step
     collect_garbage()
     with learn_progress(err, shown=os.environ.get("RANK", "0") == "0") as progress:
-        outcome, main = run_recovery(options, progress, resume=resume, force=force)
+        outcome, main = recover(options, progress, resume=arguments.resume, force=arguments.force)
     if not main:
         return
     plot_recovery(options.folder)
@@ -77,12 +108,14 @@ def recover(
     if not outcome.gained:
         err.print("note: nothing was gained on the held-out text; the weights are the pruned model's", soft_wrap=True)
     if as_json:
-        print_json({"model": str(output)} | vars(outcome))
+        print_json({"model": str(options.output)} | vars(outcome))
         return
     shown = {
         name: f"{outcome.begin[key]:.4f} -> {outcome.best[key]:.4f} nats"
         for name, key in (("divergence from the dense model", "distil"), ("loss of the text", "text"))
     }
     out.print(
-        facts_table({"model": str(output), "best of the steps": f"{outcome.best_step} of {outcome.steps}"} | shown)
+        facts_table(
+            {"model": str(options.output), "best of the steps": f"{outcome.best_step} of {outcome.steps}"} | shown
+        )
     )

@@ -154,6 +154,31 @@ def parity_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def latency_tables(report: Mapping[str, Any]) -> list[Table]:
+    """Times of both artifacts, and time by operator type; nothing where nothing was timed."""
+    from dispc.validate.report.report import LATENCY_COLUMNS, latency_cells
+
+    latency = report["latency"]
+    if latency is None:
+        return []
+    facts = f"{latency['threads']} threads, {latency['rounds']} runs behind {latency['warmup']}"
+    if latency["peak_bytes"]:
+        facts += f", peak memory {latency['peak_bytes'] / 2**20:,.0f} MiB"
+    facts += f", a copy moves {latency['copy_bytes_per_second'] / 1e9:.1f} GB/s"
+    times = Table(title=escape(f"Latency on {report['device']} ({latency['provider']}): {facts}"), title_justify="left")
+    for column in ("", "artifact", *LATENCY_COLUMNS):
+        times.add_column(column, justify="left" if column in ("", "artifact") else "right")
+    for row in latency["rows"]:
+        times.add_row(*latency_cells(row, latency))
+    gathers = 100 * latency["gather_scatter_share"]
+    operators = Table(title=f"Operators while decoding ({gathers:.1f} % Gather and Scatter)", title_justify="left")
+    for column in ("operator", "ms", "share"):
+        operators.add_column(column, justify="left" if column == "operator" else "right")
+    for row in latency["operators"]:
+        operators.add_row(row["operator"], f"{row['milliseconds']:.3f}", f"{100 * row['share']:.1f} %")
+    return [times, operators]
+
+
 def inspect_tables(facts: Mapping[str, Any], *, ops: bool = False) -> list[Table]:
     """Facts of the whole, widths per block, and operators where the graph is known; with `ops` those of each block."""
     tables = [facts_table({name: str(value) for name, value in facts["facts"].items()})]
@@ -184,19 +209,20 @@ def inspect_tables(facts: Mapping[str, Any], *, ops: bool = False) -> list[Table
     return tables
 
 
-def demo_table(result: Mapping[str, Any]) -> Table:
-    table = Table(title="SmolLM2-135M-Instruct, onnx-cpu, float32", title_justify="left", show_lines=True)
-    table.add_column("")
-    for name in result["models"]:
-        table.add_column(name)
-    rows: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
-        ("block parameters", lambda m: f"{m['block_parameters']:,}"),
-        ("size", lambda m: f"{m['bytes'] / MIB:,.0f} MiB"),
-        ("parity", lambda m: "passed" if m["passed"] else "FAILED"),
-        ("one token", lambda m: f"{m['milliseconds_per_token']:.1f} ms"),
-        (result["prompt"], lambda m: m["text"].strip()),
-    )
-    for title, cell in rows:
-        table.add_row(escape(title), *(escape(cell(model)) for model in result["models"].values()))
-    table.caption = f"pruned is {result['speedup']:.2f}x as fast as dense (median of alternating runs, 2 threads)"
-    return table
+def demo_tables(result: Mapping[str, Any]) -> list[Table]:
+    """What the demo measured, a row per model; and what each answers."""
+    models: Mapping[str, Mapping[str, Any]] = result["models"]
+    slowest = max(model["milliseconds_per_token"] for model in models.values())
+    figures = Table(title="SmolLM2-135M-Instruct, onnx-cpu, 2 threads", title_justify="left")
+    for column in ("", "size", "one token", "", "perplexity", "parity"):
+        figures.add_column(column, justify="right" if column else "left")
+    answers = Table(title=escape(result["prompt"]), title_justify="left", show_header=False, show_lines=True)
+    for name, model in models.items():
+        took = model["milliseconds_per_token"]
+        figures.add_row(
+            escape(name), f"{model['bytes'] / MIB:,.0f} MiB", f"{took:.1f} ms", f"{slowest / took:.2f}x",
+            f"{model['perplexity']:.2f}", "passed" if model["passed"] else "FAILED",
+        )  # fmt: skip
+        answers.add_row(escape(name), escape(model["text"].strip()))
+    figures.caption = "perplexity: of answers that the dense model gives, held out of learning and recovery"
+    return [figures, answers]

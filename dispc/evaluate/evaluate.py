@@ -15,7 +15,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dispc import __version__
 from dispc.evaluate.perplexity import Perplexity, Scorer, measure_perplexity, open_scorer, text_windows
 from dispc.evaluate.zero_shot import find_tasks, measure_task
 from dispc.masks import Masks
@@ -23,6 +22,7 @@ from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
 from dispc.support.errors import DataError, Interrupted
 from dispc.support.files import refuse_inputs, write_json
+from dispc.support.version import __version__
 
 PACKAGES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime", "lm-eval")
 Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]

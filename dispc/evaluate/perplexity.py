@@ -19,18 +19,16 @@ from dispc.manifest import MANIFEST, read_manifest
 from dispc.masks import Masks
 from dispc.model.published import open_checkpoint
 from dispc.model.text import load_tokens, source_name, windows
+from dispc.plan import TARGETS
 from dispc.reference.masked import load_reference
-from dispc.runtime.doctor import cuda_problem
-from dispc.runtime.providers import torch_device
-from dispc.runtime.session import CPU, CUDA, Array, Artifact
-from dispc.support.errors import ArtifactError, DataError
+from dispc.runtime.devices import torch_device
+from dispc.runtime.providers import CPU, PROVIDERS, Provider
+from dispc.runtime.session import Array, Artifact
+from dispc.support.dtypes import name_of
+from dispc.support.errors import DataError
 
 Tokens = npt.NDArray[np.int64]
 DEFAULT_WINDOW = 2048
-PIECE = 256
-"""Tokens that an artifact on the CPU is given at once. Attention there computes all S x T scores of a call, those of
-later tokens too: a window of 2,048 takes 0.7 times as long in pieces, and its logits are never in memory all at once.
-"""
 
 
 class TorchScorer:
@@ -67,13 +65,13 @@ class TorchScorer:
 
     def facts(self) -> dict[str, str]:
         """In what arithmetic, and where, it computes."""
-        return {"dtype": str(self.model.dtype).removeprefix("torch."), "device": self.device}
+        return {"dtype": name_of(self.model.dtype), "device": self.device}
 
 
 class ArtifactScorer:
     """An artifact in ONNX Runtime, on the CPU unless told otherwise."""
 
-    def __init__(self, directory: Path, provider: str = CPU) -> None:
+    def __init__(self, directory: Path, provider: Provider = CPU) -> None:
         self._set(Artifact(directory, provider=provider))
         if self.artifact.last_logits:
             raise DataError(f"{directory}: compiled with --last-logits; scoring a text needs the logits of every token")
@@ -89,8 +87,8 @@ class ArtifactScorer:
         self.artifact, self.directory, self.positions = artifact, artifact.directory, artifact.positions
 
     def pieces(self, tokens: Tokens) -> Iterator[Array]:
-        """float32 logits [S,V] of one sequence [S], in order, `PIECE` rows at a time on the CPU."""
-        runner, size = self.artifact.runner, PIECE if self.artifact.provider == CPU else len(tokens)
+        """float32 logits [S,V] of one sequence [S], in order, as many rows at a time as the provider likes best."""
+        runner, size = self.artifact.runner, self.artifact.provider.chunk or len(tokens)
         caches = runner.empty_caches(1)
         for start in range(0, len(tokens), size):
             positions = np.arange(start, min(start + size, len(tokens)))
@@ -101,7 +99,7 @@ class ArtifactScorer:
     def facts(self) -> dict[str, str]:
         """In what arithmetic, and where, it computes."""
         widened = ", weights widened to float32" if self.artifact.widened else ""
-        return {"dtype": f"{self.artifact.dtype}{widened}", "device": self.artifact.provider}
+        return {"dtype": f"{self.artifact.dtype}{widened}", "device": self.artifact.provider.name}
 
 
 Scorer = TorchScorer | ArtifactScorer
@@ -120,19 +118,18 @@ def open_scorer(path: Path, masks: Path | None = None, device: str = "cpu") -> S
     return ArtifactScorer(path, _provider(path, device))
 
 
-def _provider(artifact: Path, device: str) -> str:
-    if device == "cpu":
-        return CPU
-    if device != "cuda":
-        raise DataError(f"--device {device}: an artifact runs on cpu or cuda")
-    if read_manifest(artifact)["target"] == "onnx-cpu":
-        raise DataError(f"{artifact}: is for the CPU (target onnx-cpu); leave out --device {device}")
-    if problem := cuda_problem():
-        raise ArtifactError(
-            f"{artifact}: --device {device}: CUDA does not load here: {problem}; "
-            "dispc doctor tells more, --device cpu runs the artifact on the CPU"
+def _provider(artifact: Path, device: str) -> Provider:
+    by_device = {provider.device: provider for provider in PROVIDERS.values()}
+    if device not in by_device:
+        raise DataError(f"--device {device}: an artifact runs on {' or '.join(by_device)}")
+    provider = by_device[device]
+    target = TARGETS.get(read_manifest(artifact)["target"])
+    if target and target.contrib and target.provider != provider.name and not provider.fallback:
+        raise DataError(
+            f"{artifact}: is for {PROVIDERS[target.provider].title} (target {target.name}); leave out --device {device}"
         )
-    return CUDA
+    provider.require(f"{artifact}: --device {device}", "--device cpu runs the artifact on the CPU")
+    return provider
 
 
 @dataclass(frozen=True, kw_only=True)

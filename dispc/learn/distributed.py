@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dispc.model.families import DecoderConfig
 from dispc.model.text import Tokens
-from dispc.runtime.providers import torch_device
+from dispc.runtime.devices import torch_device
 from dispc.support.extras import need
 
 

@@ -22,7 +22,7 @@ from dispc.model.families import DecoderConfig
 from dispc.model.published import open_checkpoint
 from dispc.model.text import load_tokens, source_name, windows
 from dispc.reference.masked import load_reference
-from dispc.runtime.providers import torch_device
+from dispc.runtime.devices import torch_device
 from dispc.support.errors import DataError
 
 MIDDLE = "mlp.mid"

@@ -2,20 +2,23 @@
 
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dispc import __version__
-from dispc.learn.adapter import ADAPTER, save_adapter
+from dispc.learn.adapter import ADAPTER, merge_adapter, save_adapter
 from dispc.learn.recovery_options import MARKER, RecoverOptions
 from dispc.manifest import COPIED
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.families import DecoderConfig
+from dispc.model.packed import rows
 from dispc.reference.masked import load_reference, zero_outside
 from dispc.support.directories import staged_directory
 from dispc.support.files import write_json, write_text
+from dispc.support.version import __version__
 
 LORA = "lora_"
 
@@ -30,24 +33,60 @@ def write_recovered(
     where there are any. Names, shapes and dtypes of the tensors are those of the checkpoint.
     """
     model = load_reference(checkpoint, None)
-    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, parameter in parameters.items():
+        for name, parameter in model.named_parameters():
             parameter.copy_(_merged(name, weights, wrapped))
-    zero_outside(model, checkpoint.config.family, masks)
     with staged_directory(options.output, force, MARKER) as stage:
-        dtypes = {tensor.dtype for tensor in checkpoint.tensors.values()}
-        if len(dtypes) == 1:
-            model.to(dtypes.pop())
-        model.save_pretrained(str(stage))
-        for name in COPIED:
-            if (checkpoint.directory / name).is_file():
-                shutil.copyfile(checkpoint.directory / name, stage / name)
-        masks.save(stage / "masks.safetensors", checkpoint.config)
+        _write_model(model, checkpoint, masks, stage)
         if wrapped is not None:
             save_adapter(weights, wrapped.peft_config[ADAPTER], stage / "adapter")
         write_json(stage / MARKER, {"dispc": __version__, "options": options.as_dict()} | dict(outcome))
         write_text(stage / "README.md", readme(options, checkpoint, masks, outcome))
+
+
+def write_pruned(checkpoint: Checkpoint, masks: Masks, adapter: Path | None, out: Path) -> None:
+    """Write the pruned model directory `out`, which appears at once; with what an `adapter` directory changes.
+
+    Raises:
+        DispcError: when the masks or the adapter belong to another model, or `out` exists.
+    """
+    masks.check(checkpoint.config)
+    model = load_reference(checkpoint, None)
+    if adapter is not None:
+        merge_adapter(model, adapter)
+    with staged_directory(out, force=False, marker=MARKER) as stage:
+        _write_model(model, checkpoint, masks, stage)
+        if (checkpoint.directory / "README.md").is_file():  # which names the licence
+            shutil.copyfile(checkpoint.directory / "README.md", stage / "README.md")
+
+
+def _write_model(model: Any, checkpoint: Checkpoint, masks: Masks, folder: Path) -> None:
+    """Write the weights of a reference as the checkpoint has them: projections that it packs are packed again."""
+    zero_outside(model, checkpoint.config.family, masks)
+    separate = dict(model.named_parameters())
+    stored = checkpoint.load_model(torch.float32)
+    with torch.no_grad():
+        for name, parameter in stored.named_parameters():
+            _fill(parameter, name, separate, checkpoint.config)
+    dtypes = {tensor.dtype for tensor in checkpoint.tensors.values()}
+    if len(dtypes) == 1:
+        stored.to(dtypes.pop())
+    stored.save_pretrained(str(folder))
+    for name in COPIED:
+        if (checkpoint.directory / name).is_file():
+            shutil.copyfile(checkpoint.directory / name, folder / name)
+    masks.save(folder / "masks.safetensors", checkpoint.config)
+
+
+def _fill(parameter: Tensor, name: str, separate: Mapping[str, Tensor], config: DecoderConfig) -> None:
+    """Give the parameter `name` of a stored model the values of the projection, or projections, in it."""
+    for packed in config.family.packed:
+        block, found, kind = name.rpartition(f".{packed.module}.")
+        if found:
+            for part in packed.parts:
+                parameter[torch.from_numpy(rows(packed, part, config))] = separate[f"{block}.{part}.{kind}"]
+            return
+    parameter.copy_(separate[name])
 
 
 def _merged(name: str, weights: Mapping[str, Tensor], wrapped: Any) -> Tensor:

@@ -22,12 +22,12 @@ from dispc.learn.folder import RunFolder
 from dispc.learn.objective import checkpoint_block, divergence, next_token_loss
 from dispc.learn.recovered import write_recovered
 from dispc.learn.recovery_options import LOSSES, RecoverOptions
-from dispc.learn.trainer import DTYPES
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
 from dispc.model.text import Tokens, batch, load_tokens, windows
 from dispc.reference.masked import apply_masks, load_reference, zero_outside
+from dispc.support.dtypes import DTYPES
 from dispc.support.errors import Interrupted, LearnError, first_line
 from dispc.support.signals import note_signals
 
@@ -160,7 +160,7 @@ class Recovery:
         self.folder = RunFolder(options)
         config, family = checkpoint.config, checkpoint.config.family
         assert options.precision is not None, "options are settled before a run has them"
-        precision = DTYPES[options.precision]
+        precision = DTYPES[options.precision].torch
         frozen = precision if processes.device.type == "cuda" else torch.float32
         self.autocast = None if precision is torch.float32 else precision
         self.weights = LOSSES[options.loss]

@@ -28,11 +28,11 @@ from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
 from dispc.model.text import Tokens, batch, load_tokens, source_name, windows
 from dispc.reference.masked import load_reference
+from dispc.support.dtypes import DTYPES
 from dispc.support.errors import Interrupted, LearnError, first_line
 from dispc.support.extras import need
 from dispc.support.signals import note_signals
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Progress = Callable[[dict[str, float], int], None]
 """Called after every step with its record (step, loss, regulariser, pruned, tokens_per_second) and the steps in all."""
 
@@ -123,7 +123,7 @@ class Trainer:
         self.step, self.seconds, self.taken = 0, 0.0, 0.0  # seconds: of all steps, as the processes agree
         cuda = processes.device.type == "cuda"
         assert options.precision is not None, "options are settled before a trainer has them"
-        precision = DTYPES[options.precision]
+        precision = DTYPES[options.precision].torch
         model = load_reference(checkpoint, None, precision if cuda else torch.float32)
         self.gated = GatedModel(
             model,

@@ -106,28 +106,9 @@ def _switched_off(key: str, raw: Mapping[str, Any]) -> bool:
 
 def model_class(config: Any) -> Any:
     """The causal language model of transformers that a config is of."""
-    return auto_model()._model_mapping[type(config)]
+    from transformers import AutoModelForCausalLM
 
-
-def auto_model() -> Any:
-    """transformers' AutoModelForCausalLM, imported without scikit-learn and scipy.
-
-    Where they are installed, transformers imports them with every model, for assisted generation and object detection:
-    a fifth of a small compilation. A process that has called this first does without those two for good.
-    """
-    from transformers import utils
-
-    questions = ("is_sklearn_available", "is_scipy_available")
-    answers = {name: getattr(utils, name) for name in questions if hasattr(utils, name)}
-    try:
-        for name in answers:
-            setattr(utils, name, lambda: False)
-        import transformers.modeling_utils  # noqa: F401 - where scipy would be imported
-        from transformers import AutoModelForCausalLM
-    finally:
-        for name, answer in answers.items():
-            setattr(utils, name, answer)
-    return AutoModelForCausalLM
+    return AutoModelForCausalLM._model_mapping[type(config)]
 
 
 def build_model(config: Any, dtype: torch.dtype, attention: str) -> Any:

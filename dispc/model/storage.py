@@ -13,15 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dispc.masks import is_mask_file
+from dispc.support.dtypes import BY_SAFETENSORS, DTYPES, name_of
 from dispc.support.errors import CheckpointError, first_line
 from dispc.support.inputs import read_object, regular
 
-SAFETENSORS_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
-}
 LFS_POINTER = b"version https://git-lfs."  # how every pointer file begins, by its specification
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 OTHER_FORMATS = re.compile(r"consolidated.*\.safetensors")
@@ -148,12 +143,12 @@ def _list_safetensors(path: Path) -> Stored:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 view = file.get_slice(name)
-                dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
-                if dtype is None:
+                row = BY_SAFETENSORS.get(view.get_dtype())
+                if row is None:
                     found.others[name] = str(view.get_dtype())
                 else:
                     shape = tuple(view.get_shape())
-                    found.tensors[name] = CheckpointTensor(name, shape, dtype, path, partial(read, name))
+                    found.tensors[name] = CheckpointTensor(name, shape, row.torch, path, partial(read, name))
     except SafetensorError as error:
         raise CheckpointError(f"{path}: truncated or corrupt safetensors file ({first_line(error)})") from error
     except RuntimeError as error:
@@ -176,8 +171,8 @@ def _list_torch_file(path: Path) -> Stored:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise CheckpointError(f"{path}: holds {name!r}, a {type(value).__name__}; tensors by name are expected")
-        if value.dtype in SAFETENSORS_DTYPES.values():
+        if name_of(value.dtype) in DTYPES:
             found.tensors[name] = CheckpointTensor(name, tuple(value.shape), value.dtype, path, partial(_same, value))
         else:
-            found.others[name] = str(value.dtype).removeprefix("torch.")
+            found.others[name] = name_of(value.dtype)
     return found

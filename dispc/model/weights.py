@@ -14,19 +14,13 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
 from safetensors import SafetensorError
 
 from dispc.masks import Indices
 from dispc.model.storage import CheckpointTensor
+from dispc.support.dtypes import name_of
 from dispc.support.errors import CheckpointError, DispcError
-
-DTYPES: dict[torch.dtype, ir.DataType] = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16,
-    torch.float64: ir.DataType.DOUBLE,
-}
-
 
 PIECE_BYTES = 3 * 2**19
 """Stored rows are worked on in pieces of this size, which stay in the processor's cache from one step to the next."""
@@ -80,7 +74,7 @@ class LazyWeight(ir.LazyTensor):
         self.sizes = tuple(reversed(stored) if self.recipe.transposed else stored)
         super().__init__(
             lambda: ir.tensor_adapters.TorchTensor(self.evaluate()),
-            DTYPES[self.torch_dtype],
+            from_torch_dtype(self.torch_dtype),
             ir.Shape(self.sizes),
             name=source.name,
         )
@@ -187,7 +181,7 @@ class LazyWeight(ir.LazyTensor):
             ) from error
         computed = self.torch_dtype != stored.dtype or self.recipe.factor != 1.0
         if computed and not _finite(value):
-            dtype = str(self.torch_dtype).removeprefix("torch.")
+            dtype = name_of(self.torch_dtype)
             raise CheckpointError(
                 f"{self.source.file}: tensor {self.source.name} overflows {dtype}; use a wider --dtype"
             )
@@ -207,7 +201,9 @@ class ConcatWeight(ir.LazyTensor):
             raise ValueError(f"{list(self.parts)} do not stand side by side")
         self.sizes = (*first.sizes[:-1], sum(part.sizes[-1] for part in self.parts))
         super().__init__(
-            lambda: ir.tensor_adapters.TorchTensor(self.evaluate()), DTYPES[first.torch_dtype], ir.Shape(self.sizes)
+            lambda: ir.tensor_adapters.TorchTensor(self.evaluate()),
+            from_torch_dtype(first.torch_dtype),
+            ir.Shape(self.sizes),
         )
 
     def evaluate(self) -> torch.Tensor:

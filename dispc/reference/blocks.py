@@ -44,7 +44,8 @@ class Blocks:
     def __init__(self, model: Any, config: DecoderConfig, load: Callable[[int], None] = lambda index: None) -> None:
         self.model, self.config, self.load = model, config, load
         family = config.family
-        self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
+        self.decoder = model.get_submodule(family.layers.rpartition(".")[0])
+        self.head = model.get_output_embeddings()
         self.embedding = model.get_input_embeddings()
         self.table: Tensor = self.embedding.weight.data
         self.blocks = list(model.get_submodule(family.layers))

@@ -21,13 +21,18 @@ def apply_masks(model: Any, masks: Masks) -> Any:
         masks: of the same sizes.
 
     Raises:
-        UnsupportedModelError: when the family is not supported, or the model has masks applied already.
+        UnsupportedModelError: when the family is not supported or packs projections, or the model has masks already.
         MasksError: when the masks belong to another model.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(inner, "dispc_masks", None):
         raise UnsupportedModelError("this model has masks applied already; load it again for other ones")
     family = find_family(inner.config.to_dict())
+    if family.packed:
+        raise UnsupportedModelError(
+            f"{family.model_type} packs several projections into one weight, which this function cannot mask; "
+            "dispc recover trains such a model"
+        )
     masks.check(DecoderConfig.from_pretrained(inner.config, family))
     masked.zero_outside(inner, family, masks)
     masked.apply_masks(inner, family, masks)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dispc.masks import Block, Indices, Masks
 from dispc.model.families import Family, logits_multiplier
 from dispc.plan import Quantisation
+from dispc.support.dtypes import DTYPES
 
 PIECE = 4096
 """Outputs rounded at a time, so that the working memory stays small next to the weight."""
@@ -26,7 +27,7 @@ def match_quantisation(model: Any, family: Family, masks: Masks, manifest: Mappi
     """Round the masked reference's weights as the artifact of `manifest` (its dispc.json) has them, if it has."""
     if manifest.get("quantisation"):
         options = Quantisation(**manifest["quantisation"])
-        quantise_reference(model, family, masks, options, getattr(torch, manifest["dtype"]))
+        quantise_reference(model, family, masks, options, DTYPES[manifest["dtype"]].torch)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dispc.reference.blocks import Blocks, Entered
+from dispc.support.dtypes import DTYPES, name_of
 from dispc.support.errors import ArtifactError
 
 Array = npt.NDArray[Any]
@@ -177,7 +178,7 @@ def sources(texts: Sequence[Text]) -> list[Text]:
 
 def precisions(truth: torch.dtype, dtype: str) -> list[Precision]:
     """The truth's, and where it is finer than `dtype` that of every draw."""
-    own: torch.dtype = getattr(torch, dtype)
+    own = DTYPES[dtype].torch
     return [Precision(truth), *(Precision(own, draw) for draw in DRAWS if own != truth)]
 
 
@@ -266,7 +267,7 @@ def _rounded(part: nn.Module, precision: Precision, seed: int = 0) -> Iterator[N
 def _shake(value: Any, dtype: torch.dtype, generator: torch.Generator) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
-    reach = ULPS[str(dtype).removeprefix("torch.")] * torch.finfo(dtype).eps
+    reach = ULPS[name_of(dtype)] * torch.finfo(dtype).eps
     return value * (1 + (2 * torch.rand(value.shape, generator=generator) - 1) * reach)
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from dispc.runtime.session import CUDA, ELEMENTS, Array, Artifact, Tokens
+from dispc.runtime.session import Array, Artifact, Tokens
+from dispc.support.dtypes import BY_ORT
 from dispc.support.errors import ArtifactError, first_line
 
 _graph_ids = itertools.count(1)  # ONNX Runtime keeps a session's graphs by number, 0 being for those without one
@@ -25,12 +26,12 @@ class BoundDecoder:
     def __init__(
         self, artifact: Artifact, *, batch: int, capacity: int, shared: bool, graph: bool = False, session: Any = None
     ) -> None:
-        if graph and not (shared and artifact.provider == CUDA):
-            raise ArtifactError("a CUDA graph needs a shared buffer and the CUDA provider")
+        if graph and (not shared or artifact.provider.graph_options is None):
+            raise ArtifactError("a CUDA graph needs a shared buffer, and a provider that captures graphs")
         self.session = session or artifact.session
         self.runner = artifact.runner
         self.batch, self.capacity, self.shared, self.graph = batch, capacity, shared, graph
-        self.device = "cuda" if artifact.provider == CUDA else "cpu"
+        self.device = artifact.provider.device
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.logits_type = next(v.type for v in self.session.get_outputs() if v.name == "logits")
         self.graph_id = str(next(_graph_ids))
@@ -100,7 +101,7 @@ class BoundDecoder:
     def _cache(self, name: str) -> Any:
         value = self.runner.inputs[name]
         shape = [self.batch, value.shape[1], self.capacity if self.shared else 0, value.shape[3]]
-        element = ELEMENTS[value.type]
+        element = BY_ORT[value.type].onnx
         if element == ir.DataType.BFLOAT16:
             return ort.OrtValue.ortvalue_from_shape_and_type(shape, int(element), self.device)
         return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=element.numpy()), self.device)
@@ -119,6 +120,6 @@ class BoundDecoder:
         key = ("logits", shape)
         if key not in self.kept:
             vocabulary = next(v.shape[2] for v in self.session.get_outputs() if v.name == "logits")
-            element = ELEMENTS[self.logits_type]
+            element = BY_ORT[self.logits_type].onnx
             self.kept[key] = ort.OrtValue.ortvalue_from_shape_and_type([*shape, vocabulary], int(element), self.device)
         return self.kept[key]

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from dispc.runtime.bound import BoundDecoder
-from dispc.runtime.profile import bytes_read, copy_speed, operator_times, peak_bytes, shares_buffer
-from dispc.runtime.session import CUDA, Artifact
+from dispc.runtime.profile import bytes_read, operator_times, shares_buffer
+from dispc.runtime.providers import PROVIDERS, Provider
+from dispc.runtime.session import Artifact
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError, DispcError
 
@@ -52,13 +53,13 @@ class LatencyOptions:
             raise ArtifactError(f"{path}: latency behind {longest} tokens, the model takes {positions}")
 
 
-def measure_latency(artifact: Path, dense: Path | None, options: LatencyOptions, provider: str) -> dict[str, Any]:
+def measure_latency(artifact: Path, dense: Path | None, options: LatencyOptions, provider: Provider) -> dict[str, Any]:
     """Run the measurement in a process of its own; see `measure` for what it returns.
 
     Raises:
         ArtifactError: with the last line of what that process said.
     """
-    request = {"artifact": str(artifact), "dense": dense and str(dense), "provider": provider} | asdict(options)
+    request = {"artifact": str(artifact), "dense": dense and str(dense), "provider": provider.name} | asdict(options)
     command = [sys.executable, "-P", "-m", "dispc.runtime.latency"]  # -P: nothing of the folder that the user is in
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -68,17 +69,14 @@ def measure_latency(artifact: Path, dense: Path | None, options: LatencyOptions,
     return found
 
 
-def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provider: str) -> dict[str, Any]:
+def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provider: Provider) -> dict[str, Any]:
     """Times in milliseconds, a row for each artifact, batch and length; with CUDA graphs too where there is CUDA.
 
     Returns `rows` (`p50`, `p90`, `p99`, `tokens_per_second`, for decoding `bytes_per_token` and `bytes_per_second`),
     `copy_bytes_per_second` of the device, `peak_bytes`, `operators` (share of time by type while decoding) and
     `gather_scatter_share`, `speedup` over the dense artifact by row name, and the threads.
     """
-    if provider == CUDA:
-        from dispc.runtime.doctor import preload
-
-        preload()
+    provider.preload()
     names = {"artifact": artifact} | ({"dense": dense} if dense else {})
     rows: list[dict[str, Any]] = []
     loaded: dict[str, list[TimedArtifact]] = {}
@@ -91,12 +89,12 @@ def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provide
                 session.prefill(batch, max(options.prompts))()
                 session.step(batch, max(options.pasts))()
         if name == "artifact":  # that of the dense one would have this one in it
-            peak = peak_bytes(provider)
+            peak = provider.peak_bytes()
     for batch in options.batches:
         for kind, lengths in (("first token", options.prompts), ("one token", options.pasts)):
             for length in lengths:
                 rows += time_case(loaded, kind, batch, length, options)
-    copy = copy_speed(provider, options.threads)
+    copy = provider.copy_speed(options.threads)
     operators = operator_times(
         artifact, provider, threads=options.threads, batch=max(options.batches), past=max(options.pasts),
         rounds=options.rounds,
@@ -111,7 +109,7 @@ def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provide
             row["share_of_copy"] = row["bytes_per_second"] / copy
     return {
         "rows": rows, "speedup": speedup, "copy_bytes_per_second": copy, "peak_bytes": peak,
-        "operators": operators, "gather_scatter_share": gathers, "provider": provider,
+        "operators": operators, "gather_scatter_share": gathers, "provider": provider.name,
         "threads": options.threads or os.cpu_count(),
         "threads_chosen_by": "option" if options.threads else "ONNX Runtime",
         "rounds": options.rounds, "warmup": options.warmup, "dense": dense and str(dense),
@@ -121,8 +119,8 @@ def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provide
 class TimedArtifact:
     """An artifact loaded for timing, and what one call of it reads from memory."""
 
-    def __init__(self, path: Path, provider: str, threads: int, graph: bool) -> None:
-        options = {"enable_cuda_graph": "1"} if graph else {}
+    def __init__(self, path: Path, provider: Provider, threads: int, graph: bool) -> None:
+        options = dict(provider.graph_options or {}) if graph else {}
         self.artifact = Artifact(path, threads, provider=provider, provider_options=options)
         self.graph = graph
         self.shared = shares_buffer(self.artifact)
@@ -159,9 +157,9 @@ class TimedArtifact:
         return self.rng.integers(0, self.vocabulary, (batch, length))
 
 
-def _graphs(path: Path, provider: str) -> tuple[bool, ...]:
-    """CUDA graphs off, and on where they can be."""
-    if provider != CUDA:
+def _graphs(path: Path, provider: Provider) -> tuple[bool, ...]:
+    """Capturing graphs off, and on where provider and artifact can."""
+    if provider.graph_options is None:
         return (False,)
     from dispc.manifest import read_manifest
 
@@ -226,7 +224,7 @@ def main() -> None:
     lengths: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in request.items()}
     options = LatencyOptions(**lengths)
     try:
-        found = measure(Path(artifact), Path(dense) if dense else None, options, provider)
+        found = measure(Path(artifact), Path(dense) if dense else None, options, PROVIDERS[provider])
     except DispcError as error:
         sys.exit(str(error))
     print(json.dumps(found))

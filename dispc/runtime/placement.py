@@ -7,7 +7,7 @@ session finally runs is in the optimised graph, which names no providers. So bot
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import onnx_ir as ir
 
 from dispc.plan import TARGETS
 from dispc.runtime.edits import load_graph
-from dispc.runtime.session import CPU, Artifact, open_session
+from dispc.runtime.providers import PROVIDERS, Provider
+from dispc.runtime.session import Artifact, open_session
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
 
@@ -31,7 +32,7 @@ class Placement:
     `expected` are the nodes that may be on the CPU beside CUDA: arithmetic on shapes alone.
     """
 
-    provider: str
+    provider: Provider
     assigned: dict[str, tuple[str, str]]
     optimised: dict[str, str]
     expected: frozenset[str]
@@ -45,7 +46,9 @@ class Placement:
     def strays(self) -> list[str]:
         """Nodes that are not where the target wants them, shape arithmetic excepted."""
         return [
-            name for name, (_, where) in self.assigned.items() if where != self.provider and name not in self.expected
+            name
+            for name, (_, where) in self.assigned.items()
+            if where != self.provider.name and name not in self.expected
         ]
 
     @property
@@ -54,12 +57,11 @@ class Placement:
         return [name for name, op_type in self.optimised.items() if op_type.startswith("Memcpy")]
 
     def as_dict(self) -> dict[str, Any]:
-        found = asdict(self)
-        del found["expected"]
+        found = {"provider": self.provider.name, "assigned": self.assigned, "optimised": self.optimised}
         return found | {"nodes": self.nodes, "unexpected": self.strays, "copies": self.copies}
 
 
-def place(model: Path, provider: str) -> Placement:
+def place(model: Path, provider: Provider) -> Placement:
     """Load `model` on `provider` and read where its nodes went.
 
     Raises:
@@ -107,7 +109,7 @@ def shape_arithmetic(model: ir.Model) -> set[str]:
 def judge_placement(artifact: Artifact) -> tuple[Placement | None, Check]:
     """Where the nodes of a loaded artifact are, and whether they may be there."""
     target = TARGETS.get(artifact.manifest["target"])
-    wanted = target.provider if target else CPU
+    wanted = PROVIDERS[target.provider] if target else artifact.provider
     if artifact.widened or wanted != artifact.provider:
         reason = f"judged on {artifact.provider}; the target's is {wanted}"
         if wanted == artifact.provider:

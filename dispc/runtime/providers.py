@@ -1,40 +1,97 @@
-"""Devices of torch by name, refused in one line where they are not there; and what a processor is called."""
+"""The execution providers of ONNX Runtime that artifacts run on: one row each. Nothing else tells them apart.
 
-import os
-import platform
-import re
-from pathlib import Path
+To add one, add its row, and a target in `dispc.plan` that names it.
+"""
 
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from dispc.support.errors import DispcError
+from dispc.runtime import devices, doctor
+from dispc.support.errors import ArtifactError
 
 
-def torch_device(name: str | None) -> torch.device:
-    """`cpu`, `cuda` or `cuda:N`; None is cuda where there is one, else cpu.
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """One row.
 
-    Raises:
-        DispcError: for another name, or a CUDA device that torch does not see.
+    name: what ONNX Runtime calls it.
+    title: what people call it.
+    device: where tensors for it lie, by the names of OrtValue and IO binding; also what `--device` calls it.
+    dtypes: the dtypes it has kernels for. An artifact in another is run with its weights widened to float32.
+    fallback: it runs artifacts made for any other provider; those in half precision are widened, since its own
+        half-precision kernels round otherwise, or lack an operator.
+    graph_options: provider options that capture a run as a graph and replay it; None where it cannot.
+    genai: its key in genai_config.json; None for onnxruntime-genai's default.
+    genai_build: which build of onnxruntime-genai has it, as the model card says it.
+    chunk: tokens given at once when reading a long text; None for all of them.
+    problem: why it does not load on this machine, in one line; None when it does.
+    preload: loads the libraries it needs that the system would not find.
+    processor: the name of what it runs on.
+    copy_speed: bytes per second that the device copies, read and written, with so many threads.
+    peak_bytes: the most memory that this process had on the device; None where nobody says.
     """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise DispcError(f"--device {name}: no such device; choose cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise DispcError(f"--device {name}: torch sees no CUDA device; choose --device cpu, or install a CUDA build")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DispcError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA device(s), counted from 0")
-    return device
+
+    name: str
+    title: str
+    device: str
+    dtypes: tuple[str, ...]
+    fallback: bool = False
+    graph_options: dict[str, str] | None = None
+    genai: str | None = None
+    genai_build: str = ""
+    chunk: int | None = None
+    problem: Callable[[], str | None]
+    preload: Callable[[], object]
+    processor: Callable[[], str]
+    copy_speed: Callable[[int], float]
+    peak_bytes: Callable[[], int | None]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def require(self, what: str, remedy: str) -> None:
+        """Raise ArtifactError when it does not load here: `what` wanted it, `remedy` is what to do instead."""
+        if problem := self.problem():
+            raise ArtifactError(
+                f"{what}, {self.title} does not load here: {problem}; dispc doctor tells more, {remedy}"
+            )
+
+    def genai_options(self, *, graph: bool) -> list[dict[str, Any]]:
+        """`provider_options` of a genai_config.json, with or without graph capture."""
+        if self.genai is None:
+            return []
+        return [{self.genai: dict(self.graph_options or {}) if graph else {}}]
 
 
-def processor_name(*, cuda: bool) -> str:
-    """The GPU or the CPU that runs an artifact: times compare on the same one only."""
-    if cuda:
-        return torch.cuda.get_device_name() if torch.cuda.is_available() else "CUDA device (this torch cannot name it)"
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{named[0] if named else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+CPU = Provider(
+    name="CPUExecutionProvider",
+    title="the CPU",
+    device="cpu",
+    dtypes=("float32", "float16"),
+    fallback=True,
+    chunk=256,  # its attention computes all S x T scores of a call: 2,048 tokens take 0.7 times as long in pieces
+    problem=lambda: None,
+    preload=lambda: None,
+    processor=devices.cpu_name,
+    copy_speed=devices.copy_speed_of_cpu,
+    peak_bytes=devices.peak_resident_bytes,
+)
+"""Every build of ONNX Runtime has it, and puts on it what another provider leaves."""
+
+CUDA = Provider(
+    name="CUDAExecutionProvider",
+    title="CUDA",
+    device="cuda",
+    dtypes=("float32", "float16", "bfloat16"),
+    graph_options={"enable_cuda_graph": "1"},
+    genai="cuda",
+    genai_build="its CUDA build",
+    problem=lambda: doctor.cuda_problem(),
+    preload=doctor.preload,
+    processor=devices.gpu_name,
+    copy_speed=devices.copy_speed_of_gpu,
+    peak_bytes=devices.gpu_bytes,
+)
+
+PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in (CPU, CUDA)}

@@ -12,26 +12,24 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from dispc.manifest import read_manifest
+from dispc.plan import TARGETS
 from dispc.runtime.edits import Edit, exactly_comparable, load_graph, widen, with_float32_outputs
+from dispc.runtime.providers import CPU, Provider
+from dispc.support.dtypes import BY_ORT
 from dispc.support.errors import ArtifactError, first_line
 
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-ELEMENTS = {
-    "tensor(float)": ir.DataType.FLOAT, "tensor(float16)": ir.DataType.FLOAT16, "tensor(bfloat16)": ir.DataType.BFLOAT16
-}  # fmt: skip
-"""How ONNX Runtime spells the types of caches."""
 SCATTERING = ("canonical", "scatter-elements")
 """The lowerings whose operators the CPU has in float32 only."""
 
 
 class Artifact:
-    """A loaded artifact, on the CPU or on CUDA.
+    """A loaded artifact, on one provider.
 
     bfloat16 graphs, and float16 graphs with ScatterND(add), have no CPU kernels, and the CPU's float16 kernels round
     otherwise than CUDA's: on the CPU such artifacts are run with every weight widened to float32 (`widened` says so);
-    that keeps the rounding of the weights, not that of the arithmetic. `widened` says whether to do so, None leaves it
+    that keeps the rounding of the weights, not that of the arithmetic. `widened` says whether to do so; None leaves it
     to what the provider can run.
     `edit` may change the graph before it is loaded (the drill adds outputs); the files stay as they are. `exact` loads
     the graph that can be compared closely at every position: without int8 activations, and with all logits.
@@ -45,7 +43,7 @@ class Artifact:
         directory: Path,
         threads: int = 0,
         *,
-        provider: str = CPU,
+        provider: Provider = CPU,
         edit: Edit | None = None,
         exact: bool = False,
         widened: bool | None = None,
@@ -57,11 +55,8 @@ class Artifact:
         self.dtype: str = self.manifest["dtype"]
         self.positions: int = self.manifest["positions"]
         self.stop_tokens = frozenset(self.manifest["stop_tokens"])
-        half = self.dtype != "float32"
-        elsewhere = self.manifest["target"] == "onnx-cuda" or self.manifest["lowering"]["name"] in SCATTERING
         self.provider = provider
-        necessary = provider == CPU and (self.dtype == "bfloat16" or (half and elsewhere))
-        self.widened = necessary if widened is None else widened and half
+        self.widened = is_widened(self.manifest, provider) if widened is None else widened
         path = directory / "model.onnx"
         if not path.is_file():
             raise ArtifactError(f"{path}: no such file")
@@ -110,6 +105,16 @@ class Artifact:
         return logits[:, -1], State(caches, mask, lengths)
 
 
+def is_widened(manifest: dict[str, Any], provider: Provider) -> bool:
+    """Whether `provider` runs an artifact with its weights widened to float32."""
+    if manifest["dtype"] not in provider.dtypes:
+        return True
+    target = TARGETS.get(manifest["target"])
+    foreign = target is not None and target.provider != provider.name
+    half = manifest["dtype"] != "float32"
+    return provider.fallback and half and (foreign or manifest["lowering"]["name"] in SCATTERING)
+
+
 @dataclass(frozen=True)
 class State:
     """What a batch carries from step to step: caches, attention mask [B,T], and tokens seen per row."""
@@ -134,7 +139,7 @@ class Runner:
         caches: dict[str, Any] = {}
         for name in self.caches:
             value = self.inputs[name]
-            shape, element = [batch, value.shape[1], 0, value.shape[3]], ELEMENTS[value.type]
+            shape, element = [batch, value.shape[1], 0, value.shape[3]], BY_ORT[value.type].onnx
             if element == ir.DataType.BFLOAT16:
                 caches[name] = ort.OrtValue.ortvalue_from_shape_and_type(shape, int(element))
             else:
@@ -202,14 +207,14 @@ def open_session(
     *,
     optimise: bool = True,
     threads: int = 0,
-    provider: str = CPU,
+    provider: Provider = CPU,
     provider_options: dict[str, str] | None = None,
     config: dict[str, str] | None = None,
     profile: Path | None = None,
     optimised_model: Path | None = None,
     edit: Edit | None = None,
 ) -> Any:
-    """An ONNX Runtime session on one provider, with the CPU behind it where that is CUDA.
+    """An ONNX Runtime session on one provider, with the CPU behind it for what that provider leaves.
 
     `config` are session config entries; `profile` is the prefix of a profile, `optimised_model` the file for the graph
     that is run. With `edit`, the changed graph is loaded from memory and its weights from where they lie.
@@ -239,11 +244,12 @@ def open_session(
         entries["session.model_external_initializers_file_folder_path"] = str(path.parent)
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
-    providers = [CPU] if provider == CPU else [(provider, provider_options or {}), CPU]
+    providers: dict[str, dict[str, str]] = {provider.name: provider_options or {}}
+    providers.setdefault(CPU.name, {})
     try:
-        session = ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
+        session = ort.InferenceSession(source, options, providers=list(providers.items()), enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise ArtifactError(f"{path}: ONNX Runtime cannot load the model: {first_line(error)}") from error
-    if provider not in session.get_providers():
+    if provider.name not in session.get_providers():
         raise ArtifactError(f"{path}: ONNX Runtime left {provider} out; dispc doctor says why")
     return session

@@ -22,7 +22,7 @@ from dispc.model.families import DecoderConfig, keep_blocks
 from dispc.model.storage import CheckpointTensor
 from dispc.passes.pipeline import NEARLY_EVERYTHING
 from dispc.plan import Choices, Lowering, Plan, make_plan
-from dispc.runtime.providers import processor_name
+from dispc.runtime.providers import PROVIDERS
 from dispc.support.errors import CompileError
 
 BLOCKS, VOCABULARY = 4, 128
@@ -102,7 +102,7 @@ def tune(
     best, reason = choose(milliseconds, default.lowering if default.lowering in plans else "inverse-gather")
     record = {
         "blocks": list(blocks), "threads": os.cpu_count(),
-        "device": processor_name(cuda=default.target.provider == "CUDAExecutionProvider"),
+        "device": PROVIDERS[default.target.provider].processor(),
         "milliseconds": milliseconds,
     }  # fmt: skip
     return replace(plans[best], reason=reason), record
@@ -131,14 +131,11 @@ def choose(milliseconds: Mapping[str, Mapping[str, float]], default: str) -> tup
 
 
 def _require_device(plan: Plan) -> None:
-    from dispc.runtime.doctor import cuda_problem
-    from dispc.runtime.session import CUDA
-
-    if plan.target.provider == CUDA:
-        if problem := cuda_problem():
-            raise CompileError(f"--tune times the lowerings on CUDA, which is not here: {problem}")
-    elif plan.dtype == "bfloat16":
-        raise CompileError("--tune: ONNX Runtime runs no bfloat16 on a CPU, so that there is nothing to time")
+    provider = PROVIDERS[plan.target.provider]
+    if problem := provider.problem():
+        raise CompileError(f"--tune times the lowerings on {provider.title}, which is not here: {problem}")
+    if plan.dtype not in provider.dtypes:
+        raise CompileError(f"--tune: ONNX Runtime runs no {plan.dtype} on {provider.title}: there is nothing to time")
 
 
 def _candidates(target: str, choices: Choices, masks: Masks) -> Iterator[tuple[str, Plan]]:
@@ -178,7 +175,7 @@ def time_lowerings(artifacts: dict[str, Path], plan: Plan, positions: int) -> di
     prompt, past = min(PROMPT, positions // 2), min(PAST, positions // 2)
 
     def load(path: Path, graph: bool = False) -> TimedArtifact:
-        return TimedArtifact(path, plan.target.provider, options.threads, graph)
+        return TimedArtifact(path, PROVIDERS[plan.target.provider], options.threads, graph)
 
     ballast = load(next(iter(artifacts.values())))  # what is loaded first was seen to be 2 to 4 % slower
     loaded = {

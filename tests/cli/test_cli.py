@@ -79,7 +79,7 @@ def test_an_output_that_exists_is_replaced_by_force_only(desk: Desk) -> None:
 def test_force_does_not_replace_what_is_no_artifact(desk: Desk) -> None:
     for output in (desk.model, desk.model / "config.json"):
         arguments = ("compile", desk.model, "-t", "onnx-cpu", "-o", output, "--force")
-        assert_refused(desk.place, *arguments, says=(str(output), "is not an artifact"))
+        assert_refused(desk.place, *arguments, says=(str(output), "holds no dispc.json"))
 
 
 def test_an_output_that_cannot_be_written_is_named(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_an_output_that_cannot_be_written_is_named(desk: Desk, monkeypatch: pyte
     def denied(*args: Any, **options: Any) -> str:  # as root no directory is read-only
         raise PermissionError(errno.EACCES, "Permission denied", str(desk.place))
 
-    monkeypatch.setattr("dispc.export.write.mkdtemp", denied)
+    monkeypatch.setattr("dispc.support.directories.mkdtemp", denied)
     desk.refuses("--no-validate", says=("cannot be written", "Permission denied"))
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -18,6 +19,8 @@ from dispc.evaluate import evaluate, perplexity
 from dispc.evaluate.perplexity import ArtifactScorer, TorchScorer, logits_of, measure_perplexity, open_scorer
 from dispc.masks import Masks
 from dispc.model.text import load_tokens
+from dispc.runtime import doctor
+from dispc.runtime.providers import CPU, CUDA
 from dispc.support.errors import ArtifactError, DataError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -45,17 +48,16 @@ def test_torch_and_artifact_agree_within_a_thousandth(judged: Path) -> None:
 
 
 @pytest.mark.parametrize("piece", [1, 7, 39, 40, 256])
-def test_pieces_of_any_size_are_the_whole(judged: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    monkeypatch.setattr(perplexity, "PIECE", piece)
+def test_pieces_of_any_size_are_the_whole(judged: Path, piece: int) -> None:
     tokens = np.random.default_rng(piece).integers(0, 131, 40)
-    scorer = ArtifactScorer(judged / "out")
+    scorer = ArtifactScorer(judged / "out", replace(CPU, chunk=piece))
     assert [len(logits) for logits in scorer.pieces(tokens)] == [len(part) for part in batched(tokens, piece)]
     expected = logits_of(open_scorer(judged / "model", judged / "masks.safetensors"), tokens)
     np.testing.assert_allclose(logits_of(scorer, tokens), expected, atol=2e-4)
     text = str(judged / "text.txt")
     found, whole = (
-        measure_perplexity(open_scorer(judged / what, masks), text, sequence_length=40, max_windows=3)
-        for what, masks in (("out", None), ("model", judged / "masks.safetensors"))
+        measure_perplexity(scored, text, sequence_length=40, max_windows=3)
+        for scored in (scorer, open_scorer(judged / "model", judged / "masks.safetensors"))
     )
     assert found.mean_nll == pytest.approx(whole.mean_nll, rel=1e-4)
     assert found.tokens_scored == whole.tokens_scored
@@ -125,13 +127,13 @@ def test_cuda_is_used_for_an_artifact_or_said_to_be_missing(judged: Path, monkey
     monkeypatch.setattr(perplexity, "read_manifest", lambda path: manifest | {"target": "onnx"})
     opened = []
     monkeypatch.setattr(perplexity, "ArtifactScorer", lambda path, provider: opened.append(provider))
-    monkeypatch.setattr(perplexity, "cuda_problem", lambda: "libcudnn.so is missing")
+    monkeypatch.setattr(doctor, "cuda_problem", lambda: "libcudnn.so is missing")
     with pytest.raises(ArtifactError, match=r"libcudnn\.so is missing; .*--device cpu"):
         open_scorer(judged / "out", device="cuda")
-    monkeypatch.setattr(perplexity, "cuda_problem", lambda: None)
+    monkeypatch.setattr(doctor, "cuda_problem", lambda: None)
     open_scorer(judged / "out", device="cuda")
     open_scorer(judged / "out")
-    assert opened == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    assert opened == [CUDA, CPU]
 
 
 def test_the_report_says_what_was_judged_and_where(judged: Path) -> None:

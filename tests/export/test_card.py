@@ -40,7 +40,7 @@ def card(directory: Path, *, masks: dict[str, str] | None = None, **manifest: An
     if masks is not None:
         found = dataclasses.replace(found, metadata=masks)
     checkpoint = Checkpoint(harness.scratch() / "card-model")
-    write_card(checkpoint, found, read_manifest(artifact()) | manifest, directory)
+    write_card(checkpoint, found, read_manifest(artifact()) | manifest, "", directory)
     return (directory / "README.md").read_text(encoding="utf-8")
 
 
@@ -178,7 +178,7 @@ def test_licence_files_go_with_the_artifact_and_the_card_names_them(files: dict[
     shutil.copytree(harness.scratch() / "card-model", model) if artifact() else None
     checkpoint = Checkpoint(model_with(model, **files))
     out.mkdir()
-    write_card(checkpoint, Masks.load(model / "masks.safetensors"), read_manifest(artifact()), out)
+    write_card(checkpoint, Masks.load(model / "masks.safetensors"), read_manifest(artifact()), "", out)
     text = (out / "README.md").read_text(encoding="utf-8").split("## Licence")[1]
     copied = {name: content for name, content in files.items() if LICENCE_FILES.fullmatch(name)}
     assert {file.name: file.read_text() for file in out.iterdir() if file.name != "README.md"} == copied

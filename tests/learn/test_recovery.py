@@ -8,13 +8,14 @@ from typing import Any
 import harness
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from student import student, text
 from transformers import AutoModelForCausalLM
 
 from dispc.learn import recovery
 from dispc.learn.folder import METRICS
 from dispc.learn.instant import instant_masks
+from dispc.learn.recovered import write_pruned
 from dispc.learn.recovery import Recovered, recover
 from dispc.learn.recovery_options import MARKER, RecoverOptions
 from dispc.masks import Masks
@@ -49,6 +50,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def load_plain(folder: Path) -> Any:
+    """By transformers alone; its other attentions leave Gemma-2's softcap out."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
 @pytest.mark.parametrize("changes", [dict(loss="distil"), dict(loss="text"), dict(loss="both", lora=4)], ids=str)
 def test_it_gains_on_held_out_text(tmp_path: Path, changes: dict[str, Any]) -> None:
     outcome, _ = recover(options(tmp_path, steps=60, evaluate_every=20, **changes))
@@ -69,7 +75,7 @@ def test_the_directory_is_the_pruned_model(tmp_path: Path, lora: int, norm_scope
     ids = torch.arange(20)[None] % 50
     with torch.no_grad():
         masked = load_reference(Checkpoint(chosen.output), masks)(input_ids=ids).logits
-        plain = AutoModelForCausalLM.from_pretrained(chosen.output)(input_ids=ids).logits
+        plain = load_plain(chosen.output)(input_ids=ids).logits
     same = torch.allclose(masked, plain, atol=1e-5)
     assert same == (norm_scope == "full")  # a norm that sees the read set only is not in the weights
 
@@ -165,3 +171,45 @@ def test_bad_input_is_refused_before_the_work(tmp_path: Path) -> None:
             options(tmp_path, **changes)
     left = {path.name for path in tmp_path.iterdir()} - {"cache"}
     assert left == {"other", "short.txt", "there"}
+
+
+def test_the_adapter_alone_makes_the_same_model(tmp_path: Path) -> None:
+    chosen = options(tmp_path, lora=4)
+    recover(chosen)
+    checkpoint, masks = Checkpoint(student()), Masks.load(chosen.masks)
+    write_pruned(checkpoint, masks, chosen.output / "adapter", tmp_path / "again")
+    ours, theirs = weights(chosen.output), weights(tmp_path / "again")
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in ours)  # the adapter is in float16
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(theirs[name], weights(student())[name] * (theirs[name] != 0))
+
+
+@pytest.mark.parametrize("damage", ["missing", "garbage", "other"])
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 4}')
+    tensors = {f"base_model.model.none.lora_{half}.weight": torch.zeros(2, 2) for half in "AB"}
+    if damage == "other":
+        save_file(tensors, folder / "adapter_model.safetensors")
+    elif damage == "garbage":
+        (folder / "adapter_model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(DispcError, match="no adapter of this model"):
+        write_pruned(Checkpoint(student()), Masks.load(masks_file()), folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("variant", ["phi3", "gpt-neox", "gemma2", "opt"])
+def test_other_families_are_written_as_they_are_stored(tmp_path: Path, variant: str) -> None:
+    checkpoint = harness.checkpoint(variant)
+    masks = Masks.random(checkpoint.config, 0.5, seed=0)
+    write_pruned(checkpoint, masks, None, tmp_path / "out")
+    written = Checkpoint(tmp_path / "out")
+    assert {name: one.shape for name, one in written.tensors.items()} == {
+        name: one.shape for name, one in checkpoint.tensors.items()
+    }
+    ids = torch.arange(20)[None] % 50
+    with torch.no_grad():
+        masked = load_reference(checkpoint, masks)(input_ids=ids).logits
+        plain = load_plain(tmp_path / "out")(input_ids=ids).logits
+    assert torch.allclose(masked, plain, atol=1e-5)

@@ -103,7 +103,7 @@ def placed(variant: str, stub: Path, tmp_path: Path, **options: Any) -> Placemen
 
 
 def assert_on_cuda(placement: Placement) -> None:
-    elsewhere = [name for name, (_, provider) in placement.assigned.items() if provider != CUDA]
+    elsewhere = [name for name, (_, provider) in placement.assigned.items() if provider != CUDA.name]
     assert all(name.endswith(SHAPE_NODES) and "layers." not in name for name in elsewhere), elsewhere
     check = check_placement(placement)
     assert check.passed, check.detail
@@ -157,11 +157,11 @@ def test_a_node_that_falls_back_and_a_copy_are_named(cuda_stub: Path, tmp_path: 
     fallen, copied = "/model/layers.1/mlp/down_proj/MatMul", "Memcpy_token_7"
     broken = replace(
         placement,
-        assigned=placement.assigned | {fallen: ("MatMul", CPU)},
+        assigned=placement.assigned | {fallen: ("MatMul", CPU.name)},
         optimised=placement.optimised | {copied: "MemcpyToHost"},
     )
     check = check_placement(broken)
     assert (check.status, check.figure) == ("failed", 2.0)
     assert fallen in check.detail and copied in check.detail
-    assert broken.nodes[CPU] == placement.nodes.get(CPU, 0) + 1
+    assert broken.nodes[CPU.name] == placement.nodes.get(CPU.name, 0) + 1
     assert json.loads(json.dumps(broken.as_dict()))["unexpected"] == [fallen]

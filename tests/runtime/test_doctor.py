@@ -15,7 +15,7 @@ import pytest
 from dispc.compiler import CompileOptions, compile_model
 from dispc.manifest import FIELDS
 from dispc.runtime import doctor
-from dispc.runtime.session import CPU
+from dispc.runtime.providers import CPU
 from dispc.support.files import write_json
 from dispc.validate.judge import choose_provider
 
@@ -120,7 +120,7 @@ def test_compiling_for_cuda_without_cuda_judges_on_the_cpu_and_keeps_that_in_the
 
 
 def test_an_artifact_for_the_cpu_asks_for_no_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("dispc.validate.judge.cuda_problem", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(doctor, "cuda_problem", lambda: pytest.fail("asked"))
     empty: dict[type, Any] = {str: "", list: [], int: 1}
     manifest: dict[str, Any] = {}
     for name, kind in FIELDS.items():

@@ -18,7 +18,8 @@ from dispc.plan import Quantisation
 from dispc.runtime.bound import BoundDecoder
 from dispc.runtime.latency import measure
 from dispc.runtime.profile import bytes_read, shares_buffer
-from dispc.runtime.session import CPU, Artifact
+from dispc.runtime.providers import CPU
+from dispc.runtime.session import Artifact
 from dispc.support.errors import ArtifactError
 from dispc.validate import LatencyOptions
 

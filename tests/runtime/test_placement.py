@@ -36,11 +36,11 @@ def test_matmul_is_on_cuda_and_shape_arithmetic_on_the_cpu(tmp_path: Path, cuda_
     outputs = {"silu": TensorProto.FLOAT16, "batch": TensorProto.INT64}
     (found,) = place([save_graph(tmp_path / "m.onnx", nodes, outputs)], cuda_stub)
     assert found.assigned == {
-        "matmul": ("MatMul", CUDA),
-        "shape": ("Shape", CUDA),
-        "gather": ("Gather", CPU),
-        "sigmoid": ("Sigmoid", CUDA),
-        "mul": ("Mul", CUDA),
+        "matmul": ("MatMul", CUDA.name),
+        "shape": ("Shape", CUDA.name),
+        "gather": ("Gather", CPU.name),
+        "sigmoid": ("Sigmoid", CUDA.name),
+        "mul": ("Mul", CUDA.name),
     }
     assert sorted(found.optimised.values()) == ["Gather", "MatMul", "QuickGelu", "Shape"]
 
@@ -51,7 +51,7 @@ def test_an_operator_without_cuda_kernel_is_placed_on_the_cpu_between_copies(tmp
         helper.make_node("Unique", ["y"], ["unique"], name="unique"),
     ]
     (found,) = place([save_graph(tmp_path / "m.onnx", nodes, {"unique": TensorProto.FLOAT16})], cuda_stub)
-    assert found.assigned["unique"] == ("Unique", CPU)
+    assert found.assigned["unique"] == ("Unique", CPU.name)
     assert "MemcpyToHost" in found.optimised.values()
 
 

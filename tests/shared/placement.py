@@ -14,7 +14,7 @@ import cuda_stub
 
 from dispc.runtime import placement
 from dispc.runtime.placement import Placement
-from dispc.runtime.session import CPU, CUDA
+from dispc.runtime.providers import CPU, CUDA
 from dispc.support.errors import ArtifactError
 
 __all__ = ["CPU", "CUDA", "Placement", "place"]

@@ -207,7 +207,8 @@ def test_reading_block_by_block_is_reading_the_whole_model_in_float64(variant: s
     answers = read(variant, masks, "float32", [text], streams=True)
     (piece,) = answers.pieces(text, "logits", np.arange(len(text.tokens)))
     assert piece.truth.dtype == np.float64
-    assert np.abs(piece.truth - logits(torch.float64)).max() < 1e-12
+    scaled = variant == "gemma3"  # its embedding is multiplied by a number that is float32, unless all of it is float64
+    assert np.abs(piece.truth - logits(torch.float64)).max() < (1e-6 if scaled else 1e-12)
     own = own_errors(answers, text)
     assert (np.abs(piece.truth - logits(torch.float32)).max(axis=-1) <= 1.001 * own).all()  # the first draw is torch's
     assert 1e-8 < own.max() < 1e-4

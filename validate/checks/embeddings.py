@@ -12,6 +12,7 @@ from dispc.plan import Quantisation
 from dispc.reference.quantised import round_blocks
 from dispc.runtime.session import Array, Artifact, Tokens
 from dispc.support.check import Check
+from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError
 from dispc.validate.comparison import Comparison
 from dispc.validate.streams import first_stream
@@ -55,7 +56,7 @@ def _worst_row(artifact: Artifact, checkpoint: Checkpoint) -> tuple[float, int]:
     learned = f"{checkpoint.family.embedding.rpartition('.')[0]}.embed_positions.weight"
     stored = {learned, learned.removeprefix("model.")} & set(checkpoint.tensors)
     places = _read(checkpoint, learned) if stored else None
-    dtype, quantisation = getattr(torch, artifact.dtype), artifact.manifest.get("quantisation")
+    dtype, quantisation = DTYPES[artifact.dtype].torch, artifact.manifest.get("quantisation")
     rounded = Quantisation(**quantisation) if quantisation and quantisation["embedding"] else None
     size = min(artifact.positions, LONGEST) if places is None else artifact.positions
     lookups = max(len(tokens), 0 if places is None else artifact.positions)

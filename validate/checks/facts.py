@@ -6,11 +6,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from dispc import __version__
 from dispc.masks import Masks
 from dispc.runtime.edits import load_graph
 from dispc.support.check import Check
+from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError
+from dispc.support.version import __version__
 from dispc.validate.checks.files import SHOWN, differences
 from dispc.validate.checks.scenarios import SCENARIOS
 from dispc.validate.comparison import Comparison
@@ -54,9 +55,7 @@ def recomputed(comparison: Comparison, graph: ir.Model) -> dict[str, Any]:
     logits = next(value for value in graph.graph.outputs if value.name == "logits")
     facts: dict[str, Any] = {
         "model_type": config.family.model_type,
-        "dtype": {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}.get(
-            logits.dtype or ir.DataType.UNDEFINED, "unknown"
-        ),
+        "dtype": next((name for name, row in DTYPES.items() if row.onnx == logits.dtype), "unknown"),
         "logits": "last" if any((node.name or "").startswith("/last/") for node in graph.graph) else "all",
         "attention": "GroupQueryAttention" if operators["GroupQueryAttention"] else "Attention",
         "positions": config.max_positions,

@@ -14,6 +14,7 @@ from dispc.export.companions import genai_config
 from dispc.manifest import COPIED
 from dispc.masks import Masks
 from dispc.plan import Choices, choices_of, make_plan
+from dispc.runtime.providers import PROVIDERS
 from dispc.support.check import Check
 from dispc.support.errors import DispcError
 from dispc.validate.comparison import Comparison
@@ -107,7 +108,8 @@ def _genai(comparison: Comparison) -> Iterator[str]:
         return
     inputs = [value.name for value in comparison.artifact.session.get_inputs()]
     caches = sum(block.attention.alive for block in comparison.masks.blocks)
-    wanted = genai_config(comparison.checkpoint, plan, caches, inputs)
+    options = PROVIDERS[plan.target.provider].genai_options(graph=plan.cuda_graph)
+    wanted = genai_config(comparison.checkpoint, plan, caches, inputs, options)
     try:
         found = json.loads((comparison.directory / "genai_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

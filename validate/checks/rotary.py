@@ -12,6 +12,7 @@ from torch import nn
 
 from dispc.runtime.edits import load_graph
 from dispc.support.check import Check
+from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError
 from dispc.support.graph import MICROSOFT
 from dispc.validate.comparison import Comparison
@@ -47,7 +48,7 @@ def judge_rotary(comparison: Comparison) -> Iterator[Check]:
     if not tables:
         yield Check.failed(NAME, "parity", "the graph has none, the reference has rotary positions")
         return
-    dtype, worst, where = getattr(torch, artifact.dtype), 0.0, ""
+    dtype, worst, where = DTYPES[artifact.dtype].torch, 0.0, ""
     expected = rotary_tables(comparison.checkpoint.empty_model(torch.float32), artifact.positions)
     for value, (kind, node) in tables.items():
         assert value.const_value is not None

@@ -7,7 +7,7 @@ import numpy as np
 
 from dispc.reference.truth import Text
 from dispc.runtime.bound import BoundDecoder
-from dispc.runtime.session import CUDA, Artifact, Runner
+from dispc.runtime.session import Artifact, Runner
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
 from dispc.validate.client import REACH, Client, Row
@@ -165,10 +165,11 @@ def shared_buffer(client: Client) -> Result:
 
 def graph_replay(client: Client) -> Result:
     """A CUDA graph is captured behind one prompt and replayed behind another of a different length."""
-    if client.artifact.provider != CUDA:
-        raise Skip("CUDA graphs need a CUDA device; judged on the CPU")
-    options = {"enable_cuda_graph": "1"}
-    artifact = Artifact(client.artifact.directory, provider=CUDA, exact=True, provider_options=options)
+    provider = client.artifact.provider
+    if provider.graph_options is None:
+        raise Skip(f"CUDA graphs need a CUDA device; judged on {provider.title}")
+    options = provider.graph_options
+    artifact = Artifact(client.artifact.directory, provider=provider, exact=True, provider_options=options)
     decoder = _shared_decoder(client, artifact, graph=True)
     first, second = client.length // 3, client.length // 2
     rows = [_decode_shared(client, decoder, prompt) for prompt in (first, second)]

@@ -1,0 +1,190 @@
+"""Perplexity against milliseconds a token and against megabytes: dense and pruned SmolLM2, in several number formats.
+
+    .venv/bin/python benchmarks/tradeoff.py make MODEL --masks DIR --adapters DIR --work WORK --builder-python PYTHON
+    .venv/bin/python benchmarks/tradeoff.py judge --work WORK --test wiki.test.raw --windows 16
+    .venv/bin/python benchmarks/tradeoff.py clock --work WORK
+    .venv/bin/python benchmarks/tradeoff.py page
+
+`make` compiles what is missing: every model (dense; pruned by DIR/masks-RATIO.safetensors and, with adapter-RATIO/,
+recovered) in every format, and with a Python that has it onnxruntime-genai's builder's dense graphs. `judge` measures
+perplexities that are missing, `clock` times all graphs in turns in one run, both into benchmarks/results/tradeoff.json.
+`page` writes docs/tradeoff.md and docs/tradeoff.png from that, and from the perplexities in float32 that
+learn_and_recover.py measured (benchmarks/results/recovery.json): those of a reference are those of its artifact.
+"""
+
+import json
+import statistics
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from common import alternate, console, dispc, remove, run, write_result
+from decoder import Decoder
+from machine import REPOSITORY, environment
+from tradeoff_page import write_tradeoff
+
+from dispc.learn.recovered import write_pruned
+from dispc.masks import Masks
+from dispc.model.checkpoint import Checkpoint
+
+RESULTS = REPOSITORY / "benchmarks" / "results"
+FILE = RESULTS / "tradeoff.json"
+HEAD = ("--quantize-head", "--quantize-embedding")
+FORMATS: dict[str, tuple[str, ...]] = {
+    "float32": (),
+    "int8": ("--quantize", "int8", *HEAD),
+    "int4": ("--quantize", "int4", *HEAD, "--int8-activations"),
+    "mixed int4": ("--quantize", "int4", "--mixed", *HEAD, "--int8-activations"),
+}
+BUILDER = {"float32": "fp32", "int4": "int4"}
+PAST, THREADS = 64, 2
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+WorkOption = Annotated[Path, typer.Option(help="Where models and artifacts are made.")]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One graph: of which model (ratio 0 is dense), in which format, by which compiler."""
+
+    ratio: int
+    format: str
+    recovered: bool = False
+    compiler: str = "dispc"
+
+    @property
+    def name(self) -> str:
+        kind = f"{'recovered' if self.recovered else 'pruned'}-{self.ratio}" if self.ratio else "dense"
+        return f"{self.compiler}-{kind}-{self.format.replace(' ', '-')}"
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {"ratio": self.ratio, "format": self.format, "recovered": self.recovered, "compiler": self.compiler}
+
+
+def read() -> dict[str, Any]:
+    """What is known: facts of points by name."""
+    found: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"points": {}}
+    return found
+
+
+def note(point: str, **facts: Any) -> None:
+    """Add facts about a point to the results."""
+    known = read()
+    known["points"].setdefault(point, {}).update(facts)
+    write_result(FILE, known)
+
+
+@app.command()
+def make(
+    model: Annotated[Path, typer.Argument(help="The dense model.")],
+    masks: Annotated[Path, typer.Option(help="Directory of masks-RATIO.safetensors.")],
+    work: WorkOption,
+    adapters: Annotated[Path | None, typer.Option(help="Directory of adapter-RATIO/.")] = None,
+    ratios: Annotated[str, typer.Option(help="Per cent, by commas.")] = "20,30,40,50",
+    formats: Annotated[str, typer.Option(help="Number formats, by commas.")] = ",".join(FORMATS),
+    builder_python: Annotated[Path | None, typer.Option(help="Python that has the builder.")] = None,
+) -> None:
+    """Compile what is missing."""
+    work.mkdir(parents=True, exist_ok=True)
+    for ratio in (0, *(int(one) for one in ratios.split(","))):
+        source = model
+        if ratio:
+            source = work / f"model-{ratio}"
+            adapter = adapters / f"adapter-{ratio}" if adapters else None
+            if not source.exists():
+                write_pruned(Checkpoint(model), Masks.load(masks / f"masks-{ratio}.safetensors"), adapter, source)
+        for format in formats.split(","):
+            point = Point(ratio, format, recovered=bool(ratio and adapters))
+            options = (*FORMATS[format], *(() if ratio else ("--dense",)))
+            compile_point(point, source, work / point.name, options)
+    if builder_python is not None:
+        for format, precision in BUILDER.items():
+            build_point(Point(0, format, compiler="builder"), model, work, builder_python, precision)
+
+
+def compile_point(point: Point, source: Path, out: Path, options: tuple[str, ...]) -> None:
+    """Compile an artifact and note its size."""
+    if not out.exists():
+        console.print(f"{point.name} ...", highlight=False)
+        run(dispc("compile", source, "--target", "onnx-cpu", "-o", out, "--no-validate", *options))
+    command = " ".join(["dispc compile", source.name, "--target onnx-cpu", *options])
+    note(point.name, **point.key, bytes=size(out), command=command)
+
+
+def build_point(point: Point, model: Path, work: Path, python: Path, precision: str) -> None:
+    """Let onnxruntime-genai's builder make its dense graph, and note its size."""
+    out = work / point.name
+    arguments = ["-e", "cpu", "-p", precision]
+    if not (out / "model.onnx").exists():
+        remove(out)
+        console.print(f"{point.name} ...", highlight=False)
+        cache = work / "builder-cache"
+        run([python, "-m", "onnxruntime_genai.models.builder", *arguments, "-c", cache, "-i", model, "-o", out])
+    command = " ".join(["python -m onnxruntime_genai.models.builder", *arguments])
+    note(point.name, **point.key, bytes=size(out), command=command)
+
+
+def size(graph: Path) -> int:
+    """Bytes of a graph and its weights."""
+    return sum(file.stat().st_size for file in graph.glob("model.onnx*"))
+
+
+@app.command()
+def judge(
+    work: WorkOption,
+    test: Annotated[Path, typer.Option(help="Text to judge on.")],
+    windows: Annotated[int | None, typer.Option(help="So many windows of 1,024; all of 2,048 without.")] = None,
+    only: Annotated[str, typer.Option(help="Points to judge, by commas; all, if empty.")] = "",
+) -> None:
+    """Measure perplexities that are missing."""
+    key = f"{windows} of 1024" if windows else "whole of 2048"
+    length = ["--sequence-length", "1024", "--max-windows", str(windows)] if windows else ["--sequence-length", "2048"]
+    for name, facts in read()["points"].items():
+        if (only and name not in only.split(",")) or key in facts.get("perplexity", {}):
+            continue
+        if facts["compiler"] != "dispc" or not (work / name).exists():
+            continue
+        output = run(dispc("eval", work / name, "--data", test, *length, "--json")).output
+        report = json.JSONDecoder().raw_decode(output[f"\n{output}".index("\n{\n") :])[0]
+        measured = round(report["perplexity"][0]["perplexity"], 3)
+        console.print(f"{name}: {measured} on {key}", highlight=False)
+        note(name, perplexity={**facts.get("perplexity", {}), key: measured})
+
+
+@app.command()
+def clock(
+    work: WorkOption,
+    rounds: Annotated[int, typer.Option(help="Times that each graph has its turn.")] = 7,
+    calls: Annotated[int, typer.Option(help="Tokens of a turn.")] = 8,
+) -> None:
+    """Time one token behind 64 of all graphs, in turns."""
+    known = read()
+    names = [name for name in known["points"] if (work / name / "model.onnx").exists()]
+    config = Checkpoint(work / names[0]).config
+    steps = {}
+    for name in names:
+        graph = Decoder(work / name / "model.onnx", config, threads=THREADS)
+        graph.allocate(1, PAST + 1)
+        steps[name] = partial(graph.bind(np.array([[7]]), PAST).run)
+    times = alternate(steps, rounds, calls)
+    for name, values in times.items():
+        known["points"][name]["milliseconds"] = round(statistics.median(values), 3)
+        known["points"][name]["rounds"] = [round(value, 3) for value in values]
+        console.print(f"{name}: {statistics.median(values):.2f} ms", highlight=False)
+    known |= {"environment": environment(), "threads": THREADS, "past": PAST, "round_count": rounds, "calls": calls}
+    write_result(FILE, known)
+
+
+@app.command()
+def page(
+    recovery: Annotated[Path, typer.Option(help="Report of learn_and_recover.py.")] = RESULTS / "recovery.json",
+) -> None:
+    """Write docs/tradeoff.md and its picture."""
+    write_tradeoff(read(), json.loads(recovery.read_text()), REPOSITORY / "docs")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,133 @@
+"""docs/tradeoff.md and its picture, from what tradeoff.py and learn_and_recover.py measured."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+WINDOWS = "16 of 1024"
+GPU_WINDOWS = "wiki.test, 16 of 1024"
+COLORS = {"float32": "tab:blue", "int8": "tab:orange", "int4": "tab:green", "mixed int4": "tab:red"}
+AXES = (("milliseconds", "milliseconds per token"), ("megabytes", "megabytes (model.onnx and weights)"))
+
+
+def write_tradeoff(known: Mapping[str, Any], recovery: Mapping[str, Any], docs: Path) -> None:
+    """Write both files."""
+    rows = complete(known["points"], recovery)
+    draw(rows, docs / "tradeoff.png")
+    (docs / "tradeoff.md").write_text(page(rows, known, recovery), encoding="utf-8")
+
+
+def complete(points: Mapping[str, Mapping[str, Any]], recovery: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Points with time, size and perplexity; float32 ones have theirs from the reference."""
+    rows = []
+    for name, facts in points.items():
+        found = facts.get("perplexity", {}).get(WINDOWS) or reference(facts, recovery, GPU_WINDOWS)
+        if found is None or "milliseconds" not in facts:
+            continue
+        row = dict(facts) | {"name": name, "perplexity": found, "megabytes": facts["bytes"] / 1e6}
+        row["whole"] = facts.get("perplexity", {}).get("whole of 2048") or reference(facts, recovery, "wiki.test")
+        rows.append(row)
+    return rows
+
+
+def reference(facts: Mapping[str, Any], recovery: Mapping[str, Any], text: str) -> float | None:
+    """The perplexity of a float32 point's reference; None for other formats, or where it was not measured."""
+    if facts["format"] != "float32":
+        return None
+    key = f"{'lora' if facts['recovered'] else 'pruned'} {facts['ratio']}" if facts["ratio"] else "dense"
+    found: float | None = recovery.get(key, {}).get(text)
+    return found
+
+
+def frontier(rows: Sequence[Mapping[str, Any]], axis: str) -> list[Mapping[str, Any]]:
+    """The rows of which no other is both as good and as small (fast), from the smallest (fastest) on."""
+    best, found = float("inf"), []
+    for row in sorted(rows, key=lambda row: (row[axis], row["perplexity"])):
+        if row["perplexity"] < best:
+            best = row["perplexity"]
+            found.append(row)
+    return found
+
+
+def title(row: Mapping[str, Any]) -> str:
+    """What a row is called."""
+    kind = f"{row['ratio']} % pruned" + (", recovered" if row["recovered"] else "") if row["ratio"] else "dense"
+    return f"{kind}, {row['format']}" + (" (builder)" if row["compiler"] == "builder" else "")
+
+
+def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Perplexity against time and against size, with both frontiers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained", sharey=True)
+    for (axis, label), plot in zip(AXES, axes, strict=True):
+        for row in rows:
+            marker = "s" if row["compiler"] == "builder" else "o" if row["ratio"] else "D"
+            filled = COLORS[row["format"]] if row["recovered"] or not row["ratio"] else "none"
+            plot.scatter(row[axis], row["perplexity"], marker=marker, s=45, color=COLORS[row["format"]], fc=filled)
+            if row["ratio"]:
+                plot.annotate(f"{row['ratio']}", (row[axis], row["perplexity"]), (5, 4),
+                              textcoords="offset points", fontsize=8)  # fmt: skip
+        line = frontier(rows, axis)
+        plot.plot([r[axis] for r in line], [r["perplexity"] for r in line], color="gray", linewidth=0.8, zorder=0)
+        plot.set(xlabel=label)
+    axes[0].set(ylabel="perplexity, WikiText-2 test (16 windows of 1,024)")
+    for name, color in COLORS.items():
+        if any(row["format"] == name for row in rows):
+            axes[1].scatter([], [], color=color, label=name)
+    for marker, name in (
+        ("D", "dense"),
+        ("o", "pruned, per cent beside it"),
+        ("s", "onnxruntime-genai's builder, dense"),
+    ):
+        axes[1].scatter([], [], color="gray", marker=marker, label=name)
+    axes[1].legend(fontsize="small")
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def page(rows: Sequence[Mapping[str, Any]], known: Mapping[str, Any], recovery: Mapping[str, Any]) -> str:
+    """The Markdown of docs/tradeoff.md."""
+    machine = known["environment"]
+    lines = [
+        "# What pruning buys", "",
+        "Written by `benchmarks/tradeoff.py page`, not by hand.", "",
+        "![perplexity against time and size](tradeoff.png)", "",
+        f"SmolLM2-135M-Instruct on {machine.get('cpu', 'a CPU')}, {known['threads']} threads: one token behind "
+        f"{known['past']}, medians of {known['round_count']} rounds in which all graphs take turns. Perplexity on "
+        "WikiText-2 test, the first 16 windows of 1,024 tokens, and all 148 of 2,048 where it was measured; of float32 "
+        "artifacts it is their reference's, measured on a GPU, of the others their own. The grey line joins those that "
+        "no other is both smaller (faster) and better than.", "",
+        "| model | perplexity | whole test split | ms a token | MB | on the frontier of |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    fronts = {axis: {row["name"] for row in frontier(rows, axis)} for axis, _ in AXES}
+    for row in sorted(rows, key=lambda row: row["milliseconds"]):
+        names = {"milliseconds": "time", "megabytes": "size"}
+        front = ", ".join(names[axis] for axis in names if row["name"] in fronts[axis])
+        whole = f"{row['whole']:.2f}" if row["whole"] else ""
+        figures = f"{row['perplexity']:.2f} | {whole} | {row['milliseconds']:.2f} | {row['megabytes']:.0f}"
+        lines.append(f"| {title(row)} | {figures} | {front} |")
+    lines += ["", *verdicts(rows), "", "## Commands", "", "Models: `dispc recover` (docs/recovery.md).", ""]
+    commands = sorted({row["command"] for row in rows})
+    return "\n".join([*lines, *(f"- `{command}`" for command in commands), ""])
+
+
+def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where pruned artifacts win and where they do not, said in sentences."""
+    dense, pruned = ([row for row in rows if bool(row["ratio"]) == kind] for kind in (False, True))
+    found = []
+    for axis, what, of in (("milliseconds", "fast", "time"), ("megabytes", "small", "size")):
+        rivals = {row["name"]: [other for other in dense if other[axis] <= row[axis]] for row in pruned}
+        wins = [
+            row for row in pruned
+            if rivals[row["name"]] and all(row["perplexity"] < other["perplexity"] for other in rivals[row["name"]])
+        ]  # fmt: skip
+        line = frontier(rows, axis)
+        share = sum(1 for row in line if row["ratio"])
+        better = f"Better than every dense one that is as {what}: {', '.join(map(title, wins))}."
+        none = f"No pruned artifact is better than every dense one that is as {what}."
+        found += [f"Of the {len(line)} on the frontier of {of} {share} are pruned. {better if wins else none}", ""]
+    return found

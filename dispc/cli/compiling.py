@@ -1,0 +1,153 @@
+"""The command that compiles."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from dispc.cli.process import import_transformers
+from dispc.cli.tables import JsonFlag, err, out, print_error, print_json
+
+if TYPE_CHECKING:
+    from dispc.compiler import CompileOptions
+    from dispc.plan import Quantisation
+
+Force = Annotated[bool, typer.Option("--force", help="Replace an older artifact at the output path.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantisationArguments:
+    """The options of weight-only quantisation."""
+
+    quantize: Annotated[str | None, typer.Option(help="Store weights as integers: int4 or int8.")] = None
+    block_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale: 16, 32, ... 256.", show_default="32")
+    ] = None
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point per block of weights.")] = False
+    quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Quantise the LM head too.")] = False
+    quantize_embedding: Annotated[bool, typer.Option("--quantize-embedding", help="And the token embedding.")] = False
+    int8_activations: Annotated[
+        bool | None, typer.Option(help="onnx-cpu: multiply in int8 (int8 weights: the default).")
+    ] = None
+
+    def quantisation(self, target: str) -> "Quantisation | None":
+        """None without --quantize.
+
+        Raises:
+            CompileError: as `make_quantisation` does.
+        """
+        from dispc.plan import make_quantisation
+
+        return make_quantisation(
+            self.quantize,
+            target,
+            block_size=self.block_size,
+            asymmetric=self.asymmetric,
+            head=self.quantize_head,
+            embedding=self.quantize_embedding,
+            int8_activations=self.int8_activations,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileArguments:
+    """What `dispc compile` takes."""
+
+    model: Annotated[Path, typer.Argument(help="Hugging Face model directory.")]
+    target: Annotated[str, typer.Option("--target", "-t", help="onnx-cuda, onnx-cpu, or onnx (standard operators).")]
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Artifact directory.", show_default="MODEL-TARGET")
+    ] = None
+    masks: Annotated[Path | None, typer.Option(help="Mask file.", show_default="MODEL/masks.safetensors")] = None
+    dense: Annotated[bool, typer.Option("--dense", help="Compile the whole model, without masks.")] = False
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32.", show_default="by target")] = None
+    padding: Annotated[str | None, typer.Option(help="Side on which batches are padded: left or right.")] = None
+    lowering: Annotated[
+        str | None,
+        typer.Option(
+            help="How subsets are read and written: inverse-gather, canonical (ScatterND), scatter-elements, or "
+            "zero-filled (sets of nine tenths and more become zeros in the weights).",
+            show_default="canonical for onnx-cpu, else inverse-gather",
+        ),
+    ] = None
+    tune: Annotated[bool, typer.Option("--tune", help="Choose the lowering by timing all on this machine.")] = False
+    align: Annotated[
+        int | None,
+        typer.Option(
+            help="Pad widths with zeros to a multiple of this (8, 16, 64; 1: not at all).",
+            show_default="onnx-cuda: 8 in half precision, 32 with int4; else 1",
+        ),
+    ] = None
+    last_logits: Annotated[
+        bool, typer.Option("--last-logits", help="Logits of each row's last token only (for generation).")
+    ] = False
+    no_cuda_graph: Annotated[
+        bool, typer.Option("--no-cuda-graph", help="Do not ask applications to capture a CUDA graph.")
+    ] = False
+    without: Annotated[str | None, typer.Option(help="Fusing passes to leave out, by commas.")] = None
+    quantised: QuantisationArguments
+    force: Force = False
+    dump_ir: Annotated[Path | None, typer.Option(help="Write the graph after each pass into this directory.")] = None
+    verify_each: Annotated[bool, typer.Option("--verify-each", help="Run the model after each pass.")] = False
+    no_validate: Annotated[bool, typer.Option("--no-validate", help="Skip the parity check at the end.")] = False
+
+    @property
+    def directory(self) -> Path:
+        """Where the artifact goes."""
+        return self.output or self.model.resolve().parent / f"{self.model.resolve().name}-{self.target}"
+
+    def options(self) -> "CompileOptions":
+        from dispc.compiler import CompileOptions
+
+        return CompileOptions(
+            model=self.model,
+            output=self.directory,
+            target=self.target,
+            masks=self.masks,
+            dense=self.dense,
+            dtype=self.dtype,
+            padding=self.padding,
+            lowering=self.lowering,
+            align=self.align,
+            last_logits=self.last_logits,
+            cuda_graph=not self.no_cuda_graph,
+            without=tuple(self.without.split(",")) if self.without else (),
+            quantisation=self.quantised.quantisation(self.target),
+            force=self.force,
+            dump_ir=self.dump_ir,
+            verify_each=self.verify_each,
+            tune=self.tune,
+            validate=not self.no_validate,
+        )
+
+
+def compile(arguments: CompileArguments, as_json: JsonFlag = False) -> None:
+    """Compile a model and its masks into an ONNX artifact.
+
+    Example: [bold]dispc compile model/ --masks masks.safetensors --target onnx-cuda -o model-cuda/[/bold]
+    """
+    from dispc.cli.tables import compile_progress, compile_tables, parity_table
+    from dispc.compiler import ParityFailure, compile_model
+
+    options = arguments.options()
+    import_transformers()
+    try:
+        with compile_progress(err) as progress:
+            manifest = compile_model(options, progress)
+    except ParityFailure as failure:
+        if as_json:
+            print_json({"validation": failure.validation})
+        else:
+            out.print(parity_table(failure.validation))
+        print_error(str(failure))
+        raise typer.Exit(1) from failure
+    if as_json:
+        print_json(manifest | {"output": str(options.output)})
+        return
+    for table in compile_tables(manifest):
+        out.print(table)
+    if "validation" in manifest:
+        out.print(parity_table(manifest["validation"]))
+    out.print(f"[bold]{escape(str(options.output))}[/bold] in {manifest['compile_seconds']:.1f} s")

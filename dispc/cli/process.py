@@ -1,0 +1,49 @@
+"""What the command does to its own process. A program that calls dispc as a library keeps its settings."""
+
+import gc
+import os
+import signal
+import sys
+
+from dispc.support.signals import ENDING
+
+
+def own_the_process() -> None:
+    """Environment, signals and the garbage collector of the `dispc` command."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch takes large tensors in 2 MiB pages: a seventh of a 7B
+    for number in set(ENDING) - {signal.SIGINT}:
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _terminate)
+    gc.disable()  # importing torch and transformers makes no garbage to walk through; long work turns it on
+
+
+def import_transformers() -> None:
+    """Import transformers without scikit-learn and scipy.
+
+    Where they are installed, it imports them with every model, for assisted generation and object detection: a fifth
+    of a small compilation. This process then does without those two features for good.
+    """
+    from transformers import utils
+
+    questions = ("is_sklearn_available", "is_scipy_available")
+    answers = {name: getattr(utils, name) for name in questions if hasattr(utils, name)}
+    try:
+        for name in answers:
+            setattr(utils, name, lambda: False)
+        import transformers.modeling_utils  # noqa: F401 - where scipy would be imported
+        from transformers import AutoModelForCausalLM  # noqa: F401
+    finally:
+        for name, answer in answers.items():
+            setattr(utils, name, answer)
+
+
+def collect_garbage() -> None:
+    """Turn the collector on for long work, whose steps leave cycles behind; it leaves out what was imported."""
+    gc.freeze()
+    gc.enable()
+
+
+def _terminate(signum: int, frame: object) -> None:
+    sys.exit(128 + signum)  # unlike the default action, this lets temporary directories be removed

@@ -1,0 +1,3 @@
+"""The version of dispc, for everybody who writes it down."""
+
+__version__ = "0.1.0"

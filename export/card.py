@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from dispc.manifest import LICENCE_FILES
+from dispc.manifest import LICENCE_FILES, needed_versions
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.plan import TARGETS, Quantisation
@@ -41,7 +41,7 @@ Inputs are `input_ids`, `attention_mask`, `position_ids` where the model has the
 `past_key_values.N.key` and `.value` (batch, key/value heads, past length, head size; empty at first);
 outputs are `logits` and `present.N.key` and `.value`, which the next call takes as its past.
 
-ONNX Runtime:
+ONNX Runtime; batches are padded on the {padding}:
 
 ```python
 import onnxruntime as ort
@@ -49,7 +49,7 @@ import onnxruntime as ort
 session = ort.InferenceSession("model.onnx", providers=["{provider}"])
 ```
 
-onnxruntime-genai{genai_build}:
+onnxruntime-genai{genai_build}; batches are padded on the right, as it does by itself:
 
 ```python
 import onnxruntime_genai as og
@@ -58,7 +58,7 @@ model = og.Model(".")
 tokenizer = og.Tokenizer(model)
 ```
 
-optimum:
+optimum; {optimum_batches}:
 
 ```python
 from optimum.onnxruntime import ORTModelForCausalLM
@@ -82,6 +82,14 @@ model = ORTModelForCausalLM.from_pretrained(".", provider="{provider}")
 
 {licence}
 """
+OPTIMUM_BATCHES = {
+    "left": 'batches are padded on the left (`padding_side="left"` of the tokenizer)',
+    "right": (
+        "one prompt at a time: `generate` wants batches padded on the left, and would get nonsense from this artifact "
+        "(`dispc compile --padding left` makes one that takes them)"
+    ),
+}
+"""Which batches optimum can feed, by the side that an artifact is padded on."""
 OPTIMUM_FIX = (
     "model.embed_size_per_head = {size}  # optimum-onnx 0.1.0 takes hidden_size / heads, which is wrong here\n"
 )
@@ -115,6 +123,7 @@ def write_card(
         "positions": f"{manifest['positions']:,}",
         "block parameters kept": f"{blocks['kept']:,} of {blocks['dense']:,} ({share})",
         "size of model.onnx and its data": f"{manifest['bytes']:,} bytes",
+        "runs in": needed_versions(manifest),
     }
     if manifest["quantisation"]:
         facts["quantised"] = str(Quantisation(**manifest["quantisation"]))
@@ -129,6 +138,8 @@ def write_card(
         pruned=pruned if blocks["kept"] < blocks["dense"] else "Nothing is pruned.",
         facts=_table(("", ""), facts.items()),
         provider=provider,
+        padding=manifest["padding"],
+        optimum_batches=OPTIMUM_BATCHES[manifest["padding"]],
         genai_build=f" ({genai_build})" if genai_build else "",
         optimum_fix="" if usual_heads else OPTIMUM_FIX.format(size=config.head_dim),
         masks=_masks(masks),

@@ -9,6 +9,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 MICROSOFT = "com.microsoft"
+MACHINE_LEARNING = "ai.onnx.ml"
+SIMPLIFIED_NORM = "SimplifiedLayerNormalization"
+"""ONNX Runtime's RMS norm, which it keeps in the standard's own domain."""
 HEAD = "lm_head.weight"
 """The LM head in every family; a tied one is cut from the embedding under this name."""
 WINDOW = "dispc.window"

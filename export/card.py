@@ -3,7 +3,6 @@
 Every figure is one of dispc.json or of the masks' own metadata; what they do not hold, the card does not say.
 """
 
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path

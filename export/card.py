@@ -15,6 +15,10 @@ from dispc.manifest import LICENCE_FILES, needed_versions
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.plan import TARGETS, Quantisation
+from dispc.support.errors import DispcError
+from dispc.support.files import write_text
+from dispc.support.inputs import JSON_BYTES, regular
+from dispc.support.printable import printable
 
 CARRIED = ("license", "license_name", "license_link", "language")
 """What the front matter of the base model's card says that is true of the artifact as well."""
@@ -146,7 +150,7 @@ def write_card(
         widths=_table(("block", *full), widths),
         licence=_licence(model),
     )
-    ModelCard(text).save(directory / "README.md")
+    write_text(directory / "README.md", str(ModelCard(text)))
 
 
 def front_matter(model: Path) -> ModelCardData:
@@ -163,9 +167,9 @@ def front_matter(model: Path) -> ModelCardData:
 def base_card(model: Path) -> dict[str, str | list[str]]:
     """Words and lists of words in the front matter of a model directory's README.md; empty when it cannot be read."""
     try:
-        text = (model / "README.md").read_text("utf-8-sig")
+        text = regular(model / "README.md", DispcError, JSON_BYTES).read_text("utf-8-sig")
         content = ModelCard(text, ignore_metadata_errors=True).data.to_dict() if text.startswith("---") else {}
-    except (OSError, ValueError, TypeError, yaml.YAMLError):  # not UTF-8, no mapping, keys that are no words
+    except (DispcError, OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):  # not UTF-8, no mapping ...
         return {}
 
     def words(value: object) -> bool:
@@ -233,4 +237,4 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 def _cell(content: object) -> str:
     """Text that stays inside its cell and shows as it is."""
-    return " ".join(str(content).split()).translate(ENTITIES)
+    return " ".join(printable(str(content)).split()).translate(ENTITIES)

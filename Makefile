@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-transformers5 setup-web demo test test-transformers5 test-runtimes test-wheel lint types check clean
+.PHONY: help setup setup-transformers5 setup-web demo gpu test test-transformers5 faults test-runtimes test-wheel lint types check clean
 
 VENV := .venv
 VENV5 := .venv-transformers5
@@ -43,6 +43,15 @@ test: setup ## run all tests (PYTEST_ARGS="-n 0 -x tests/test_masks.py" for some
 
 test-transformers5: setup-transformers5 ## run the core tests with transformers 5
 	$(VENV5)/bin/pytest $(PYTEST_ARGS) -m "not extras"
+
+GPU_ARGS ?= --minutes 9 --json benchmarks/results/gpu_minutes.json
+gpu: setup ## on a machine with CUDA: parity, speed, learning, most important first (GPU_ARGS="--minutes 5")
+	$(VENV)/bin/python benchmarks/gpu_minutes.py $(GPU_ARGS)
+
+FAULTS ?= 1000
+SEED ?= 0
+faults: setup ## plant 1,000 faults into artifacts and judge each (FAULTS=100 SEED=1 for other ones)
+	$(VENV)/bin/python tests/shared/fault_matrix.py $(FAULTS) $(SEED)
 
 # The oldest, one between and the newest; the environments hold these packages and what they need, no dispc, no torch.
 RUNTIMES ?= 1.18.0 1.24.1 1.32.0

@@ -15,7 +15,7 @@ from dispc.export.card import write_card
 from dispc.export.companions import write_companions
 from dispc.export.trace import trace
 from dispc.export.write import check_file, save_model
-from dispc.manifest import MANIFEST
+from dispc.manifest import MANIFEST, foreign_content
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
@@ -73,7 +73,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
         DispcError: for every problem with the input, the options or the output; nothing is left behind.
     """
     started = time.perf_counter()
-    check_output(options.output, options.force)
+    check_output(options.output, options.force, foreign=foreign_content)
     for path in (options.model, options.masks, options.dump_ir):
         if path and path.resolve().is_relative_to(options.output.resolve()):
             raise ArtifactError(f"{path}: lies in {options.output}, which would be replaced; choose another -o")
@@ -88,7 +88,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
     if options.validate or options.verify_each:
         from dispc.runtime.memory import require_memory_for_reference
 
-        require_memory_for_reference(checkpoint)
+        require_memory_for_reference(checkpoint, whole=options.verify_each)
     if options.verify_each:
         from dispc.validate.checks.verify import make_verifier
 
@@ -96,7 +96,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
         verifier = make_verifier(checkpoint, masks, plan.quantisation)
         run_pipeline(trace(checkpoint, torch.float32), build_pipeline(plan.exact, checkpoint, masks), verifier)
 
-    with staged_directory(options.output, options.force) as stage:
+    with staged_directory(options.output, options.force, foreign=foreign_content) as stage:
         manifest = build_artifact(checkpoint, masks, plan, stage, progress, options.dump_ir)
         manifest["lowering"] |= tuned
         manifest["compile_seconds"] = round(time.perf_counter() - started, 3)
@@ -107,7 +107,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
             progress("validating", 0, 1)
             begun = time.perf_counter()
             report = check(
-                stage, options.model, quick=True, device="available",
+                stage, options.model, quick=True, device="available", masks=stage / "masks.safetensors",
                 say=lambda what: progress(f"validating: {what}", 0, 1),
             )  # fmt: skip
             manifest["validation_seconds"] = round(time.perf_counter() - begun, 3)
@@ -156,7 +156,7 @@ def build_artifact(
     save_model(model, stage / "model.onnx", progress)
     check_file(stage / "model.onnx")
     inputs = [value.name or "" for value in model.graph.inputs]
-    options = PROVIDERS[plan.target.provider].genai_options(graph=plan.cuda_graph)
+    options = PROVIDERS[plan.target.provider].genai_options(graph=plan.cuda_graph, dtype=plan.dtype)
     write_companions(checkpoint, plan, manifest["cache_layers"], inputs, options, stage)
     masks.save(stage / "masks.safetensors", checkpoint.config)
     manifest["bytes"] = sum(file.stat().st_size for file in stage.glob("model.onnx*"))

@@ -3,26 +3,28 @@
 Every figure is one of dispc.json or of the masks' own metadata; what they do not hold, the card does not say.
 """
 
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
-from dispc.manifest import needed_versions
+from dispc.manifest import LICENCE_FILES, needed_versions
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.plan import TARGETS, Quantisation
+from dispc.support.errors import DispcError
+from dispc.support.files import write_text
+from dispc.support.inputs import JSON_BYTES, regular
+from dispc.support.printable import printable
 
 CARRIED = ("license", "license_name", "license_link", "language")
 """What the front matter of the base model's card says that is true of the artifact as well."""
-LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)[\w.-]*", re.IGNORECASE)
 TAGS = ["onnx", "onnxruntime", "onnxruntime-genai", "dispc", "disp-llm"]
 ENTITIES = str.maketrans({character: f"&#{ord(character)};" for character in "&<|\\"})
 MASK_FACTS = ("method", "data", "pruning_ratio", "ratio_of", "steps", "seed")
-FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 PAPER = "DISP-LLM ([arXiv 2410.11988](https://arxiv.org/abs/2410.11988))"
 
 CARD = """\
@@ -132,7 +134,7 @@ def write_card(
     widths = ((str(i), *(str(row[part]) for part in SETS)) for i, row in enumerate(manifest["widths"]))
     usual_heads = config.head_dim == config.hidden_size // config.num_attention_heads
     text = CARD.format(
-        front_matter=yaml.safe_dump(front_matter(model), sort_keys=False, allow_unicode=True).rstrip(),
+        front_matter=front_matter(model).to_yaml(),
         title=f"{_cell(name)}, {manifest['target']}, {manifest['dtype']}",
         name=_cell(name),
         dispc=manifest["dispc"],
@@ -148,32 +150,32 @@ def write_card(
         widths=_table(("block", *full), widths),
         licence=_licence(model),
     )
-    (directory / "README.md").write_text(text, encoding="utf-8")
+    write_text(directory / "README.md", str(ModelCard(text)))
 
 
-def front_matter(model: Path) -> dict[str, Any]:
-    """What Hugging Face reads; `unknown` is its own word for a licence that is not known."""
+def front_matter(model: Path) -> ModelCardData:
+    """What the Hugging Face hub reads; `unknown` is its own word for a licence that is not known."""
     facts: dict[str, Any] = {key: value for key, value in base_card(model).items() if key in CARRIED}
     if "license" not in facts:
         files = licence_files(model)
         facts |= {"license": "other", "license_link": files[0]} if files else {"license": "unknown"}
     if name := hub_name(model):
         facts["base_model"] = name
-    return facts | {"library_name": "onnxruntime", "pipeline_tag": "text-generation", "tags": TAGS}
+    return ModelCardData(**facts, library_name="onnxruntime", pipeline_tag="text-generation", tags=TAGS)
 
 
 def base_card(model: Path) -> dict[str, str | list[str]]:
     """Words and lists of words in the front matter of a model directory's README.md; empty when it cannot be read."""
     try:
-        found = FRONT_MATTER.match((model / "README.md").read_text("utf-8-sig"))
-        content = yaml.safe_load(found[1]) if found else None
-    except (OSError, ValueError, yaml.YAMLError):  # ValueError: not UTF-8, or an impossible date
+        text = regular(model / "README.md", DispcError, JSON_BYTES).read_text("utf-8-sig")
+        content = ModelCard(text, ignore_metadata_errors=True).data.to_dict() if text.startswith("---") else {}
+    except (DispcError, OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):  # not UTF-8, no mapping ...
         return {}
 
     def words(value: object) -> bool:
         return isinstance(value, str) or (isinstance(value, list) and all(isinstance(word, str) for word in value))
 
-    return {key: value for key, value in content.items() if value and words(value)} if isinstance(content, dict) else {}
+    return {key: value for key, value in content.items() if value and words(value)}
 
 
 def licence_files(model: Path) -> list[str]:
@@ -235,4 +237,4 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 def _cell(content: object) -> str:
     """Text that stays inside its cell and shows as it is."""
-    return " ".join(str(content).split()).translate(ENTITIES)
+    return " ".join(printable(str(content)).split()).translate(ENTITIES)

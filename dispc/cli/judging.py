@@ -149,6 +149,9 @@ class ValidateArguments:
 
     artifact: Annotated[Path, typer.Argument(help="Artifact directory.")]
     reference: Annotated[Path, typer.Option("--reference", "-r", help="The model it was compiled from.")]
+    masks: Annotated[
+        Path | None, typer.Option(help="The masks that are meant.", show_default="REFERENCE/masks.safetensors")
+    ] = None
     on_cpu: Annotated[bool, typer.Option("--on-cpu", help="Judge parity on the CPU, whatever the target.")] = False
     drill: Annotated[bool, typer.Option("--drill", help="Compare block by block even when nothing failed.")] = False
     data: Annotated[str | None, typer.Option(help="Text for perplexity, as for learn.")] = None
@@ -156,9 +159,9 @@ class ValidateArguments:
         int | None, typer.Option(help="Window for perplexity.", show_default="2048, or the limit")
     ] = None
     max_windows: Annotated[int | None, typer.Option(min=1, help="Read no more windows than this.")] = None
-    reference_dtype: Annotated[
-        str | None, typer.Option(help="Truth: float64 or float32.", show_default="float64 up to a billion parameters")
-    ] = None
+    reference_dtype: Annotated[str | None, typer.Option(help="Truth: float64 or float32.", show_default="float64")] = (
+        None
+    )
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random tokens.")] = 0
     limits: ThresholdArguments
     timing: LatencyArguments
@@ -172,7 +175,7 @@ class ValidateArguments:
     @property
     def inputs(self) -> list[Path]:
         data = Path(self.data) if self.data else None
-        return [path for path in (self.artifact, self.reference, self.timing.dense, data) if path]
+        return [path for path in (self.artifact, self.reference, self.masks, self.timing.dense, data) if path]
 
     def run(self) -> "Report":
         """Judge the artifact.
@@ -212,6 +215,7 @@ class ValidateArguments:
                 max_regression=regression,
                 reference_dtype=self.reference_dtype,
                 seed=self.seed,
+                masks=self.masks,
                 say=say,
             )
 

@@ -18,14 +18,24 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from dispc.cli.heartbeat import heartbeat
 from dispc.manifest import MIB, spell_pass, summary
 from dispc.masks import SETS
 from dispc.support.files import json_text
+from dispc.support.printable import printable
 
-out = Console(emoji=False)
-err = Console(stderr=True, emoji=False)
+
+class PlainConsole(Console):
+    """A console that spells out control characters in what it is given: names and metadata come from files."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
+out = PlainConsole(emoji=False)
+err = PlainConsole(stderr=True, emoji=False)
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -54,7 +64,7 @@ def compile_progress(console: Console) -> Iterator[Callable[[str, int, int], Non
         with heartbeat(console, "starting") as tell:
 
             def update(what: str, done: int, total: int) -> None:
-                progress.update(task, description=what[-48:], completed=done, total=total)
+                progress.update(task, description=escape(printable(what)[-48:]), completed=done, total=total)
                 tell(f"writing {what}: {done / MIB:,.0f} of {total / MIB:,.0f} MiB" if done else what)
 
             yield update

@@ -105,32 +105,6 @@ def test_every_runtime_continues_the_prompt_where_there_is_no_chat_template(exam
     assert say(example, out, PROMPT, LIMIT) == raw.out.removesuffix("\n")
 
 
-@pytest.mark.parametrize(("artifact", "alike"), [("onnx", True), ("onnx-cpu, padding left", True), ("onnx-cpu", False)])
-def test_optimum_takes_a_batch_where_the_card_says_that_it_does(artifact: str, alike: bool) -> None:
-    """Batches that `generate` pads on the left: each row says what its prompt says alone, or other things."""
-    import torch
-
-    optimum = pytest.importorskip("optimum.onnxruntime")
-    card = (compiled(artifact) / "README.md").read_text(encoding="utf-8")
-    assert ("one prompt at a time" in card) == (not alike)
-    model = optimum.ORTModelForCausalLM.from_pretrained(compiled(artifact))
-    model.embed_size_per_head = model.config.head_dim
-    prompts = ([5, 77, 12, 90, 33, 8, 101], [64, 3, 19], [118])
-    ids, mask = torch.zeros(2, 3, 7, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, 7 - len(prompt) :], mask[row, 7 - len(prompt) :] = torch.tensor(prompt), 1
-    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-    together = model.generate(input_ids=ids, attention_mask=mask, **options)[:, 7:].tolist()
-    alone = []
-    for prompt in prompts:
-        one = torch.tensor([prompt])
-        alone.append(
-            model.generate(input_ids=one, attention_mask=torch.ones_like(one), **options)[0, len(prompt) :].tolist()
-        )
-    assert (together == alone) == alike
-    assert together[0] == alone[0]  # the longest has no padding
-
-
 @pytest.mark.parametrize(
     "path", ["/artifact/../../secret", "/../secret", "/artifact/%2e%2e/secret", "/artifact//secret"]
 )

@@ -23,6 +23,7 @@ from dispc.passes.lower.feature_extractor import FeatureExtractorPass
 from dispc.passes.lower.inverse_gather import InverseGatherPass
 from dispc.passes.lower.last_logits import LastLogitsPass
 from dispc.passes.lower.lower_attention import LowerAttentionPass
+from dispc.passes.lower.lower_opset import LowerOpsetPass
 from dispc.passes.lower.scatter_elements import ScatterElementsPass
 from dispc.passes.prune.align_widths import AlignWidthsPass
 from dispc.passes.prune.fill_zeros import FillZerosPass
@@ -88,6 +89,7 @@ def build_pipeline(
         ),
         (plan.last_logits, lambda: LastLogitsPass(plan.padding)),
         *([(True, lambda: QuantisePass(quantisation, config, tied=tied, hessians=hessians))] if quantisation else []),
+        (True, lambda: LowerOpsetPass(respell=plan.group_query)),  # last: it sees what the others have made
     )
     return [make() for wanted, make in rows if wanted]
 

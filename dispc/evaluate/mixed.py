@@ -15,9 +15,9 @@ from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import DecoderConfig
 from dispc.plan import Plan
 from dispc.quantisation import HEAD_PRODUCT, Quantisation
+from dispc.reference.integers import Part
 from dispc.reference.masked import load_reference
 from dispc.reference.quantised import products, round_weight, untie
-from dispc.reference.stored import Part
 from dispc.support.errors import CompileError
 
 BUDGET = 0.14

@@ -1,25 +1,24 @@
 """The reference with its weights rounded as the artifact's are: written in torch, sharing no code with the pass.
 
-The rule of rounding to the nearest is that of ONNX Runtime's quantiser, from its source (mlas/lib/q4_dq.cpp); with n
-bits, along the kept inputs of one output, in blocks:
+The rule is that of ONNX Runtime's quantiser, from its source (mlas/lib/q4_dq.cpp); with n bits, along the kept inputs
+of one output, in blocks:
 
     symmetric    scale = -extreme / 2^(n-1), extreme the weight of largest magnitude; zero point 2^(n-1)
     asymmetric   scale = (max - min) / (2^n - 1) with min <= 0 <= max;                zero point round(-min / scale)
     w -> (clamp(round(w / scale + zero point), 0, 2^n - 1) - zero point) * scale
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from dispc.masks import Indices, Masks
-from dispc.model.families import Family
+from dispc.masks import Block, Indices, Masks
+from dispc.model.families import Family, logits_multiplier
 from dispc.quantisation import HEAD_PRODUCT, Quantisation
-from dispc.reference.stored import Part as Part
-from dispc.reference.stored import StoredIntegers
+from dispc.reference.integers import Part, StoredIntegers
 from dispc.support.dtypes import DTYPES
 
 PIECE = 4096
@@ -27,7 +26,11 @@ PIECE = 4096
 
 
 def match_quantisation(
-    model: Any, family: Family, masks: Masks, manifest: Mapping[str, Any], graph: Callable[[], ir.Model]
+    model: Any,
+    family: Family,
+    masks: Masks,
+    manifest: Mapping[str, Any],
+    graph: Callable[[], ir.Model],
 ) -> None:
     """Round the masked reference's weights as the artifact of `manifest` (its dispc.json) has them, if it has.
 
@@ -38,7 +41,13 @@ def match_quantisation(
     """
     if manifest.get("quantisation"):
         options = Quantisation(**manifest["quantisation"])
-        quantise_reference(model, family, masks, options, DTYPES[manifest["dtype"]].torch, graph)
+        integers = read_integers(options, graph, family)
+        quantise_reference(model, family, masks, options, DTYPES[manifest["dtype"]].torch, integers)
+
+
+def read_integers(quantisation: Quantisation, graph: Callable[[], ir.Model], family: Family) -> StoredIntegers | None:
+    """The integers of a graph where an algorithm made them that cannot be repeated; None where one can."""
+    return None if quantisation.algorithm == "rtn" else StoredIntegers(graph(), family)
 
 
 @torch.no_grad()
@@ -48,65 +57,104 @@ def quantise_reference(
     masks: Masks,
     quantisation: Quantisation,
     dtype: torch.dtype,
-    graph: Callable[[], ir.Model] | None = None,
+    integers: StoredIntegers | None = None,
 ) -> None:
     """Round the weights of the masked reference in place; `dtype` is the artifact's, whose weights were cast first.
 
-    What a block of weights is depends on the pruning: the inputs that are left are numbered anew. The integers of
-    algorithms other than `rtn` are those of `graph`, held against the weights (`dispc.reference.stored`).
+    What a block of weights is depends on the pruning: the inputs that are left are numbered anew. With `integers`, what
+    the artifact holds is taken instead of rounding again.
     """
-    untie(model)
-    found = products(model, family, masks)
-    if not quantisation.head:
-        del found[HEAD_PRODUCT]
-    stored = StoredIntegers(graph(), family) if graph and quantisation.algorithm != "rtn" else None
-    for name, parts in found.items():
-        options = quantisation.of(name)
-        if stored is not None and options.algorithm != "rtn":
-            stored.put(name, parts, options)
-        else:
-            for part in parts:
-                round_weight(part.weight, part.inputs, options, dtype)
-    embedding = model.get_input_embeddings()
-    if quantisation.embedding and stored is not None:
-        stored.put_embedding(Part(embedding.weight, None, None), quantisation)
+    for number, sets in enumerate(masks.blocks):
+        block = model.get_submodule(family.block(number))
+        quantise_block(block, number, family, sets, quantisation, dtype, integers)
+    quantise_tables(model, quantisation, dtype, integers)
+
+
+@torch.no_grad()
+def quantise_block(
+    block: nn.Module,
+    number: int,
+    family: Family,
+    sets: Block,
+    quantisation: Quantisation,
+    dtype: torch.dtype,
+    integers: StoredIntegers | None = None,
+) -> None:
+    """The same for block `number` and its sets."""
+    for product, parts in products_of_block(block, number, family, sets).items():
+        round_product(product, parts, quantisation.of(product), dtype, integers)
+
+
+@torch.no_grad()
+def quantise_tables(
+    model: Any, quantisation: Quantisation, dtype: torch.dtype, integers: StoredIntegers | None = None
+) -> None:
+    """The same for the token embedding and the LM head."""
+    tied = untie(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if quantisation.head:
+        part = Part(head.weight, None, None, 1.0 if tied else logits_multiplier(model.config))
+        round_product(HEAD_PRODUCT, [part], quantisation.of(HEAD_PRODUCT), dtype, integers)
+    if quantisation.embedding and integers is not None:
+        integers.put_embedding(Part(embedding.weight, None, None), quantisation)
     elif quantisation.embedding:
         round_weight(embedding.weight, None, quantisation, dtype)
 
 
-def untie(model: Any) -> None:
-    """Give the LM head a copy of a weight that it shares with the embedding: one may be rounded without the other."""
+def untie(model: Any) -> bool:
+    """Give the LM head a copy of a weight that it shares with the embedding, which may be rounded otherwise; did it?"""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding.weight is head.weight:
+    tied = embedding.weight is head.weight
+    if tied:
         head.weight = nn.Parameter(head.weight.detach().clone())
+    return bool(tied)
 
 
 def products(model: Any, family: Family, masks: Masks) -> dict[str, list[Part]]:
     """The weights of each product that is left, by its name (`dispc.quantisation.product_of`), and of the head."""
     found: dict[str, list[Part]] = {}
     for number, sets in enumerate(masks.blocks):
-        block = model.get_submodule(family.block(number))
-        attention, mlp = sets.attention, sets.mlp
-        for alive, side, names, outputs, inputs in (
-            (attention.alive, "attention.read", family.attention_reads, None, attention.read),
-            (attention.alive, "attention.write", (family.attention_out,), attention.write, None),
-            (mlp.alive, "mlp.read", family.mlp_reads, mlp.mid, mlp.read),
-            (mlp.alive, "mlp.write", (family.down,), mlp.write, mlp.mid),
-        ):
-            if alive:
-                weights = [block.get_submodule(name).weight for name in names]
-                found[f"{number}.{side}"] = [Part(weight, outputs, inputs) for weight in weights]
+        found |= products_of_block(model.get_submodule(family.block(number)), number, family, sets)
     found[HEAD_PRODUCT] = [Part(model.get_output_embeddings().weight, None, None)]
     return found
 
 
-def round_weight(weight: Tensor, inputs: Indices | None, quantisation: Quantisation, dtype: torch.dtype) -> None:
-    """Round `weight` [N,K] in place, in blocks along its `inputs` (None for all), as cast to `dtype` first."""
+def products_of_block(block: Any, number: int, family: Family, sets: Block) -> dict[str, list[Part]]:
+    """The same of one block."""
+    attention, mlp, factor = sets.attention, sets.mlp, getattr(block, "residual_multiplier", 1.0)
+    rows = (
+        ("attention.read", family.attention_reads, None, attention.read, 1.0),
+        ("attention.write", (family.attention_out,), attention.write, None, factor),
+        ("mlp.read", family.mlp_reads, mlp.mid, mlp.read, 1.0),
+        ("mlp.write", (family.down,), mlp.write, mlp.mid, factor),
+    )
+    return {
+        f"{number}.{side}": [Part(block.get_submodule(name).weight, outputs, inputs, by) for name in names]
+        for side, names, outputs, inputs, by in rows
+        if (attention if side.startswith("attention") else mlp).alive
+    }
+
+
+def round_product(
+    product: str, parts: Sequence[Part], options: Quantisation, dtype: torch.dtype, integers: StoredIntegers | None
+) -> None:
+    """Round the weights of one product in place."""
+    if integers is not None and options.algorithm != "rtn":
+        integers.put(product, parts, options)
+        return
+    for part in parts:
+        round_weight(part.weight, part.inputs, options, dtype, part.factor)
+
+
+def round_weight(
+    weight: Tensor, inputs: Indices | None, quantisation: Quantisation, dtype: torch.dtype, factor: float = 1.0
+) -> None:
+    """Round `weight` [N,K] in place, in blocks along its `inputs` (None for all), as multiplied and cast first."""
     columns = torch.arange(weight.shape[1]) if inputs is None else torch.from_numpy(inputs)
     for start in range(0, len(weight), PIECE):
         rows = weight[start : start + PIECE]
-        kept = rows[:, columns].to(dtype)
-        rows[:, columns] = round_blocks(kept, quantisation).to(weight.dtype)
+        kept = (rows[:, columns] * factor).to(dtype)
+        rows[:, columns] = round_blocks(kept, quantisation).to(weight.dtype) / factor
 
 
 def round_blocks(weight: Tensor, quantisation: Quantisation) -> Tensor:

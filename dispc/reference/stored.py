@@ -1,118 +1,96 @@
-"""Weights read back from the integers that an artifact holds, and held against the weights that they stand for.
+"""What an artifact stores of each weight, so that the reference can round the same numbers.
 
-GPTQ's integers depend on the text that it saw, those of the other searches on the last bits of their sums: they cannot
-be computed again. So the reference multiplies by the artifact's own; what they mean is written here once more, after
-the definition of MatMulNBits, and integers that do not stand for the checkpoint's weights are an error.
+Some weights are stored after arithmetic: norms that add 1, projections with a folded multiplier, norms behind
+sub-layers that run over another number of positions. `((w + offset) * factor)` is rounded there.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dispc.masks import Indices
-from dispc.model.families import Family
-from dispc.quantisation import HEAD_PRODUCT, Quantisation, product_of
-from dispc.support.errors import ArtifactError
-
-FARTHEST = 0.8
-"""Largest error of a row of weights over the row's norm. 4 bits give 0.1, GPTQ about 0.2; other weights give 1.4."""
+from dispc.masks import Masks
+from dispc.model.families import DecoderConfig
 
 
 @dataclass(frozen=True)
-class Part:
-    """A weight [N,K] of the reference that is multiplied in a product, and what pruning has left of it."""
+class Arithmetic:
+    """How a stored number is made of a weight."""
 
-    weight: Tensor
-    outputs: Indices | None
-    inputs: Indices | None
+    offset: float = 0.0
+    factor: float = 1.0
+
+    def stored(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The number that is stored."""
+        return ((weight + self.offset) * self.factor).to(dtype)
+
+    def weight(self, stored: Tensor) -> Tensor:
+        """The weight in float32 that a stored number stands for."""
+        return stored.float() / self.factor - self.offset
 
 
-class StoredIntegers:
-    """The quantised weights of a graph, by product."""
+@dataclass(frozen=True)
+class Storage:
+    """What an artifact of `masks` stores; `norm_widths` are the positions that its norms run over, by their names."""
 
-    def __init__(self, graph: ir.Model, family: Family) -> None:
-        self.graph = graph.graph
-        self.embedding = f"{family.embedding}.weight"
-        self.nodes: dict[str, list[ir.Node]] = {}
-        for node in self.graph:
-            if node.op_type == "MatMulNBits":
-                self.nodes.setdefault(self._product(node, family), []).append(node)
+    config: DecoderConfig
+    masks: Masks
+    norm_widths: Mapping[str, int]
 
-    def _product(self, node: ir.Node, family: Family) -> str:
-        name = (node.inputs[1] and node.inputs[1].name) or ""
-        block = name.startswith(f"{family.layers}.")
-        return product_of(name.removesuffix(".quantised"), family) if block else HEAD_PRODUCT
+    def arithmetic(self, part: nn.Module, index: int | None) -> dict[str, Arithmetic]:
+        """Of the parameters of block `index`, or with None of those outside of the blocks; others are stored as is."""
+        family = self.config.family
+        found = {
+            f"{name}.weight": Arithmetic(offset=family.norm.offset)
+            for name, module in part.named_modules()
+            if family.norm.describes(module)
+        }
+        if index is None:
+            return found if self.config.tied else found | self._head(part)
+        for sub_layer in ("attention", "mlp"):
+            names = getattr(family, f"{sub_layer}_names")
+            folded = Arithmetic(factor=self.config.residual_multiplier)
+            found |= {f"{names.write}.weight": folded, f"{names.write}.bias": folded}
+            if names.behind:
+                width = self.norm_widths.get(f"{family.block(index)}.{names.behind}.weight", 0)
+                counted = self.masks.hidden_size
+                if self.masks.norm_scope == "selected":
+                    counted = len(getattr(self.masks.blocks[index], sub_layer).write)
+                share = counted / width if width and counted else 1.0
+                found[f"{names.behind}.weight"] = Arithmetic(family.norm.offset, math.sqrt(share))
+        return found
 
-    def put(self, product: str, parts: Sequence[Part], options: Quantisation) -> None:
-        """Overwrite what is left of the `parts`, which lie side by side in the product, by what the graph holds.
+    def _head(self, model: Any) -> dict[str, Arithmetic]:
+        head = model.get_output_embeddings()
+        name = next(name for name, module in model.named_modules() if module is head)
+        return {f"{name}.weight": Arithmetic(factor=self.config.logits_multiplier)}
 
-        Raises:
-            ArtifactError: when it holds nothing, or something else.
+    def round(self, part: Any, index: int | None, dtype: torch.dtype) -> None:
+        """Round, in place, what is stored in `dtype`: weights, cosines and sines, and multipliers that are nodes.
+
+        What is left when such an artifact computes in float32 is float32's own error.
         """
-        nodes = self.nodes.get(product, [])
-        if not nodes:
-            raise ArtifactError(f"model.onnx: nothing is multiplied in 4 bits by the weights of {product}")
-        widths = [node.attributes["K"].as_int() for node in nodes]
-        rows = torch.cat(
-            [self._read(node.inputs[1:], options, width) for node, width in zip(nodes, widths, strict=True)]
-        )
-        start = 0
-        for part in parts:
-            count = len(part.weight) if part.outputs is None else len(part.outputs)
-            _put(product, part, rows[start : start + count])
-            start += count
-
-    def put_embedding(self, part: Part, options: Quantisation) -> None:
-        """The same for the token embedding."""
-        found = [self.graph.initializers.get(f"{self.embedding}.{kind}") for kind in KINDS]
-        _put("the embedding", part, self._read(found, options, part.weight.shape[1]))
-
-    def _read(self, values: Sequence[ir.Value | None], options: Quantisation, width: int) -> Tensor:
-        """float32 [N,K] from integers, scales and zero points."""
-        arrays = [_array(value) for value in values]
-        integers, scales = arrays[0], arrays[1].float()
-        outputs, blocks = scales.shape
-        values_ = _unpack(integers.reshape(outputs, -1), options.bits).float()
-        middle = torch.full((outputs, blocks), 2.0 ** (options.bits - 1))
-        if len(arrays) > 2:
-            middle = _unpack(arrays[2].reshape(outputs, -1), options.bits)[:, :blocks].float()
-        spread = [part.repeat_interleave(options.block_size, 1)[:, :width] for part in (middle, scales)]
-        return (values_[:, :width] - spread[0]) * spread[1]
+        arithmetic = self.arithmetic(part, index)
+        blocks = f"{self.config.family.layers}."
+        for name, parameter in part.named_parameters():
+            if index is None and name.startswith(blocks):
+                continue
+            made = arithmetic.get(name, Arithmetic())
+            parameter.data = made.weight(made.stored(parameter.data, dtype))
+        for module in part.modules():
+            if type(module).__name__.endswith("RotaryEmbedding"):
+                module.register_forward_hook(lambda m, x, y: tuple(value.to(dtype).to(value.dtype) for value in y))
+        if index is None:
+            _round_multiplier(part.get_input_embeddings(), self.config.embedding_multiplier, dtype)
+            if self.config.tied:
+                _round_multiplier(part.get_output_embeddings(), self.config.logits_multiplier, dtype)
 
 
-KINDS = ("quantised", "scales", "zero_points")
-
-
-def _array(value: ir.Value | None) -> Tensor:
-    """The tensor of an initializer, perhaps behind a Reshape."""
-    producer = value.producer() if value is not None else None
-    if producer is not None:
-        value = producer.inputs[0]
-    if value is None or value.const_value is None:
-        raise ArtifactError("model.onnx: a quantised weight is no constant")
-    return torch.from_numpy(np.array(value.const_value.numpy()))
-
-
-def _unpack(packed: Tensor, bits: int) -> Tensor:
-    if bits == 8:
-        return packed
-    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
-
-
-def _put(name: str, part: Part, rows: Tensor) -> None:
-    outputs = torch.arange(len(part.weight)) if part.outputs is None else torch.from_numpy(part.outputs)
-    inputs = torch.arange(part.weight.shape[1]) if part.inputs is None else torch.from_numpy(part.inputs)
-    place = (outputs[:, None], inputs)
-    kept, read = part.weight[place].float(), rows[:, : len(inputs)]
-    norms = kept.norm(dim=1).clamp(min=1e-30)
-    farthest = float(((read - kept).norm(dim=1) / norms).max()) if len(kept) else 0.0
-    if not farthest <= FARTHEST:
-        raise ArtifactError(
-            f"model.onnx: the integers of {name} do not stand for the checkpoint's weights: a row is off by "
-            f"{farthest:.2f} of its norm (allowed {FARTHEST})"
-        )
-    part.weight[place] = read.to(part.weight.dtype)
+def _round_multiplier(module: nn.Module, multiplier: float, dtype: torch.dtype) -> None:
+    """Let the outputs of a module be multiplied, by what the model does later, as if that was rounded."""
+    ratio = float(torch.tensor(multiplier).to(dtype)) / multiplier
+    if ratio != 1.0:
+        module.register_forward_hook(lambda m, x, y: y * ratio)

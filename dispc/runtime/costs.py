@@ -23,7 +23,7 @@ from dispc.plan import Plan
 from dispc.runtime.providers import PROVIDERS
 from dispc.runtime.session import open_session
 from dispc.selection import SelectionCosts
-from dispc.support.graph import EXTRACTOR, ML
+from dispc.support.graph import EXTRACTOR, MACHINE_LEARNING
 
 CHAIN_BYTES, LINKS = 2**26, 32
 """A chain is longer than the caches are wide, if that takes no more links."""
@@ -84,7 +84,7 @@ def _chain(links: int, width: int, middle: int, selected: int | None, plan: Plan
     for link in range(links):
         if selected is not None:
             node = (
-                helper.make_node(EXTRACTOR, [value, "read"], [f"selected{link}"], domain=ML)
+                helper.make_node(EXTRACTOR, [value, "read"], [f"selected{link}"], domain=MACHINE_LEARNING)
                 if extract
                 else helper.make_node("Gather", [value, "read"], [f"selected{link}"], axis=-1)
             )
@@ -97,8 +97,8 @@ def _chain(links: int, width: int, middle: int, selected: int | None, plan: Plan
             value = f"{name}{link}"
     ends = [helper.make_tensor_value_info(name, dtype, [1, "tokens", width]) for name in ("x", value)]
     graph = helper.make_graph(nodes, "costs", ends[:1], ends[1:], weights)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(ML, 1)],
-                             ir_version=10)  # fmt: skip
+    opsets = [helper.make_opsetid(domain, version) for domain, version in (("", 21), (MACHINE_LEARNING, 1))]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
 def _time(sessions: Chains, width: int, plan: Plan, tokens: int) -> dict[str, float]:

@@ -13,8 +13,11 @@ import onnx_ir as ir
 from dispc.support.errors import ArtifactError, first_line
 from dispc.support.inputs import regular
 
-MICROSOFT, ML = "com.microsoft", "ai.onnx.ml"
+MICROSOFT = "com.microsoft"
+MACHINE_LEARNING = "ai.onnx.ml"
 EXTRACTOR = "ArrayFeatureExtractor"
+SIMPLIFIED_NORM = "SimplifiedLayerNormalization"
+"""ONNX Runtime's RMS norm, which it keeps in the standard's own domain."""
 PROTOBUF_BYTES = 2**31
 """A protobuf message is no larger."""
 HEAD = "lm_head.weight"

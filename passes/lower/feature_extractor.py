@@ -6,7 +6,14 @@ import onnx_ir as ir
 from dispc.masks import Masks
 from dispc.passes.base import RewritePass
 from dispc.passes.common.canonical import find_selections, part_reads, part_writes
-from dispc.support.graph import EXTRACTOR, ML, add_initializer, drop_unused_initializers, make_node, replace_node
+from dispc.support.graph import (
+    EXTRACTOR,
+    MACHINE_LEARNING,
+    add_initializer,
+    drop_unused_initializers,
+    make_node,
+    replace_node,
+)
 
 
 class FeatureExtractorPass(RewritePass):
@@ -41,8 +48,8 @@ class FeatureExtractorPass(RewritePass):
             assert indices is not None and indices.const_value is not None and indices.name is not None
             wide = add_initializer(graph, f"{indices.name}.int64", indices.const_value.numpy().astype(np.int64))
             name = (node.name or "").removesuffix("Gather") + EXTRACTOR
-            replace_node(graph, node, make_node(EXTRACTOR, [node.inputs[0], wide], name, domain=ML))
+            replace_node(graph, node, make_node(EXTRACTOR, [node.inputs[0], wide], name, domain=MACHINE_LEARNING))
         if selections:
-            graph.opset_imports[ML] = 1
+            graph.opset_imports[MACHINE_LEARNING] = 1
         drop_unused_initializers(graph)
         return len(selections)

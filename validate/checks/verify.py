@@ -17,7 +17,7 @@ from dispc.model.checkpoint import Checkpoint
 from dispc.model.weights import surface_weight_errors
 from dispc.quantisation import Quantisation
 from dispc.reference.masked import apply_masks, load_reference
-from dispc.reference.quantised import quantise_reference
+from dispc.reference.quantised import quantise_reference, read_integers
 from dispc.reference.truth import freed
 from dispc.runtime.session import Array, Runner, open_session
 from dispc.support.errors import CompileError
@@ -46,7 +46,8 @@ def make_verifier(
     def verify(number: int, name: str, graph: ir.Model) -> None:
         if name == QUANTISING_PASS and quantisation:
             with freed(load_reference(checkpoint, masks)) as model:
-                quantise_reference(model, checkpoint.family, masks, quantisation, torch.float32, lambda: graph)
+                integers = read_integers(quantisation, lambda: graph, checkpoint.family)
+                quantise_reference(model, checkpoint.family, masks, quantisation, torch.float32, integers)
                 expected[name] = _reference_logits(model, tokens)
         logits, positions = _run(graph, tokens)
         error = logit_error(logits, expected.get(name, masked)[positions])

@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-transformers5 setup-web demo test test-transformers5 faults lint types check clean
+.PHONY: help setup setup-transformers5 setup-web demo gpu test test-transformers5 faults lint types check clean
 
 VENV := .venv
 VENV5 := .venv-transformers5
@@ -48,6 +48,10 @@ FAULTS ?= 1000
 SEED ?= 0
 faults: setup ## plant 1,000 faults into artifacts and judge each (FAULTS=100 SEED=1 for other ones)
 	$(VENV)/bin/python tests/shared/fault_matrix.py $(FAULTS) $(SEED)
+
+GPU_ARGS ?= --minutes 9 --json benchmarks/results/gpu_minutes.json
+gpu: setup ## on a machine with CUDA: parity, speed, learning, most important first (GPU_ARGS="--minutes 5")
+	$(VENV)/bin/python benchmarks/gpu_minutes.py $(GPU_ARGS)
 
 lint: setup ## ruff: rules and format
 	$(VENV)/bin/ruff check .

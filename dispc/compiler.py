@@ -136,20 +136,21 @@ def build_artifact(
     if dump_ir:
         dump_graph(model, dump_ir / "00-trace.onnx")
     records = run_pipeline(model, passes, _dumper(dump_ir))
-    manifest = describe(checkpoint, masks, plan, model, records) | {"trace_seconds": round(traced - started, 4)}
+    manifest = describe(checkpoint, masks, plan, model, records)
+    manifest |= {"pipeline": pipeline_line(passes), "trace_seconds": round(traced - started, 4)}
     model.metadata_props.update(
         {
             "dispc.version": __version__,
             "dispc.target": plan.target.name,
             "dispc.padding": plan.padding,
-            "dispc.passes": pipeline_line(passes),
+            "dispc.passes": manifest["pipeline"],
             "dispc.masks_sha256": masks.sha256(),
         }
     )
     save_model(model, stage / "model.onnx", progress)
     check_file(stage / "model.onnx")
     inputs = [value.name or "" for value in model.graph.inputs]
-    options = PROVIDERS[plan.target.provider].genai_options(graph=plan.cuda_graph)
+    options = PROVIDERS[plan.target.provider].genai_options(graph=plan.cuda_graph, dtype=plan.dtype)
     write_companions(checkpoint, plan, manifest["cache_layers"], inputs, options, stage)
     masks.save(stage / "masks.safetensors", checkpoint.config)
     manifest["bytes"] = sum(file.stat().st_size for file in stage.glob("model.onnx*"))

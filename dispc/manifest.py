@@ -1,6 +1,5 @@
 """dispc.json: what an artifact says about itself. Its presence is what makes a directory an artifact."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from dispc.plan import Quantisation
 from dispc.support.dtypes import ARTIFACT_DTYPES
 from dispc.support.errors import ArtifactError
+from dispc.support.inputs import read_object
 
 MANIFEST = "dispc.json"
 COPIED = (
@@ -45,6 +45,12 @@ def require_comparable(artifact: Path, dense: Path) -> None:
             raise ArtifactError(f"{dense}: {what}, unlike {artifact}; --build-dense compiles the right one")
 
 
+def spell_pass(name: str, options: Mapping[str, object]) -> str:
+    """A pass in a line of passes: its name, and its options in braces where it has some."""
+    spelled = " ".join(f"{key}={str(value).lower()}" for key, value in options.items())
+    return f"{name}{{{spelled}}}" if spelled else name
+
+
 def read_manifest(artifact: Path) -> dict[str, Any]:
     """The dispc.json of an artifact.
 
@@ -53,12 +59,10 @@ def read_manifest(artifact: Path) -> dict[str, Any]:
     """
     path = artifact / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path, ArtifactError)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ArtifactError(f"{artifact}: is not an artifact of dispc (no {MANIFEST})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(content, dict) or "target" not in content:
+    if "target" not in content:
         raise ArtifactError(f"{path}: is not the {MANIFEST} of an artifact")
     for name, kind in FIELDS.items():
         if not isinstance(_field(content, name), kind):

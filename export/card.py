@@ -15,6 +15,10 @@ from dispc.manifest import LICENCE_FILES
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.plan import TARGETS, Quantisation
+from dispc.support.errors import DispcError
+from dispc.support.files import write_text
+from dispc.support.inputs import JSON_BYTES, regular
+from dispc.support.printable import printable
 
 CARRIED = ("license", "license_name", "license_link", "language")
 """What the front matter of the base model's card says that is true of the artifact as well."""
@@ -136,7 +140,7 @@ def write_card(
         widths=_table(("block", *full), widths),
         licence=_licence(model),
     )
-    (directory / "README.md").write_text(text, encoding="utf-8")
+    write_text(directory / "README.md", text)
 
 
 def front_matter(model: Path) -> dict[str, Any]:
@@ -153,9 +157,9 @@ def front_matter(model: Path) -> dict[str, Any]:
 def base_card(model: Path) -> dict[str, str | list[str]]:
     """Words and lists of words in the front matter of a model directory's README.md; empty when it cannot be read."""
     try:
-        found = FRONT_MATTER.match((model / "README.md").read_text("utf-8-sig"))
+        found = FRONT_MATTER.match(regular(model / "README.md", DispcError, JSON_BYTES).read_text("utf-8-sig"))
         content = yaml.safe_load(found[1]) if found else None
-    except (OSError, ValueError, yaml.YAMLError):  # ValueError: not UTF-8, or an impossible date
+    except (DispcError, OSError, ValueError, RecursionError, yaml.YAMLError):  # ValueError: not UTF-8, a wrong date
         return {}
 
     def words(value: object) -> bool:
@@ -223,4 +227,4 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 def _cell(content: object) -> str:
     """Text that stays inside its cell and shows as it is."""
-    return " ".join(str(content).split()).translate(ENTITIES)
+    return " ".join(printable(str(content)).split()).translate(ENTITIES)

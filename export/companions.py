@@ -8,7 +8,9 @@ from typing import Any
 from dispc.manifest import COPIED
 from dispc.model.checkpoint import Checkpoint
 from dispc.plan import Plan
+from dispc.support.errors import CheckpointError
 from dispc.support.files import write_json
+from dispc.support.inputs import JSON_BYTES, regular
 
 
 def write_companions(
@@ -24,8 +26,8 @@ def write_companions(
     `inputs` are the names of the graph's inputs, `provider_options` what onnxruntime-genai opens its session with.
     """
     for name in COPIED:
-        if (checkpoint.directory / name).is_file():
-            shutil.copyfile(checkpoint.directory / name, directory / name)
+        if (checkpoint.directory / name).exists():
+            shutil.copyfile(regular(checkpoint.directory / name, CheckpointError, JSON_BYTES), directory / name)
     write_json(directory / "genai_config.json", genai_config(checkpoint, plan, cache_layers, inputs, provider_options))
 
 
@@ -39,13 +41,12 @@ def genai_config(
     first stop token.
     """
     config = checkpoint.config
-    generation = checkpoint.generation_config
-    eos = checkpoint.stop_tokens
-    bos, pad = (generation.get(key, checkpoint.raw_config.get(key)) for key in ("bos_token_id", "pad_token_id"))
+    generation = checkpoint.generation
+    eos = generation.stops
+    pad = generation.pad
     if pad is None and eos:  # not `or`: id 0 is a token like any other
         pad = eos[0]
-    ids = {"bos_token_id": bos, "eos_token_id": eos or None, "pad_token_id": pad}
-    top_k = generation.get("top_k")  # 0 is "all tokens" on both sides
+    ids = {"bos_token_id": generation.bos, "eos_token_id": eos or None, "pad_token_id": pad}
     named = {name: name for name in inputs if not name.startswith("past_key_values.")}
     caches = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
     presents = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
@@ -68,11 +69,11 @@ def genai_config(
             },
         },
         "search": {
-            "do_sample": bool(generation.get("do_sample", False)),
+            "do_sample": generation.do_sample,
             "max_length": config.max_positions,
             "past_present_share_buffer": plan.group_query and plan.padding == "right",
-            "temperature": float(generation.get("temperature") or 1.0),
-            "top_k": 50 if top_k is None else int(top_k),
-            "top_p": float(generation.get("top_p") or 1.0),
+            "temperature": generation.temperature,
+            "top_k": generation.top_k,
+            "top_p": generation.top_p,
         },
     }

@@ -1,9 +1,10 @@
-"""The operators a decoder consists of, and how each is spelled in ONNX: one handler for each, in one table.
+"""The operators a decoder consists of, and how each is spelled in ONNX: one row for each.
 
 Once attention, rotary embedding and norms are operators of ours, about twenty ATen operators are left.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -67,11 +68,9 @@ def _embedding(t: GraphBuilder, node: Node) -> Any:
 
 def _to(t: GraphBuilder, node: Node) -> Any:
     source, target = node.args[0].meta["val"].dtype, node.meta["val"].dtype
-    return (
-        _alias(t, node)
-        if source == target
-        else t.emit(node, "Cast", [t.values[node.args[0]]], to=from_torch_dtype(target))
-    )
+    if source == target:
+        return _alias(t, node)
+    return t.emit(node, "Cast", [t.values[node.args[0]]], to=from_torch_dtype(target))
 
 
 def _transpose(t: GraphBuilder, node: Node) -> Any:
@@ -154,34 +153,67 @@ def _attention(t: GraphBuilder, node: Node) -> Any:
     return outputs
 
 
-POSITION_WISE = ("aten.linear", "aten.add", "aten.mul", "aten.div", "aten.square", "aten.tanh", "aten.relu",
-                 "aten.gelu", "aten.silu", "aten.dropout", "aten.to.", "dispc.norm")  # fmt: skip
+POSITION_WISE = (
+    *("aten.linear", "aten.add", "aten.mul", "aten.div", "aten.square", "aten.tanh", "aten.relu"),
+    *("aten.gelu", "aten.silu", "aten.dropout", "aten.to.", "dispc.norm"),
+)
 """Operators that treat every position alike: they read [B*S,d] and [B,S,d] the same way."""
 
-HANDLERS: dict[str, Callable[[GraphBuilder, Node], Any]] = {
-    "aten.linear.default": _linear,
-    "aten.embedding.default": _embedding,
-    "dispc.norm.default": _norm,
-    "dispc.rotary.default": _rotary,
-    "dispc.attention.default": _attention,
-    "aten.add.Tensor": _binary("Add"),
-    "aten.mul.Tensor": _scaled("Mul"),
-    "aten.div.Tensor": _scaled("Div"),
-    "aten.square.default": lambda t, node: t.emit(node, "Mul", [t.values[node.args[0]]] * 2),
-    "aten.tanh.default": _unary("Tanh"),
-    "aten.silu.default": _silu,
-    "aten.gelu.default": _gelu,
-    "aten.relu.default": _unary("Relu"),
-    "aten.transpose.int": _transpose,
-    "aten.view.default": _reshape,
-    "aten.reshape.default": _reshape,
-    "aten.slice.Tensor": _slice,
-    "aten.cat.default": _concat,
-    "aten.dropout.default": _alias,
-    "aten.contiguous.default": _alias,
-    "aten.lift_fresh_copy.default": _alias,
-    "aten.detach_.default": _alias,
-    "aten.to.dtype": _to,
-    "aten.to.device": _to,
-    "aten.to.dtype_layout": _to,
+
+@dataclass(frozen=True)
+class Spelling:
+    """How an operator of torch is spelled in ONNX.
+
+    handle: emits the nodes for an FX node, and returns their value.
+    reads: the arguments that it looks at, by the names of torch's schema.
+    ignores: arguments that change nothing here: no gradients, no training, and results are read off the trace.
+    neutral: the values of further arguments that change nothing, where that is not their default.
+    """
+
+    handle: Callable[[GraphBuilder, Node], Any]
+    reads: str
+    ignores: str = ""
+    neutral: Mapping[str, Any] = field(default_factory=dict)
+
+    def refuse_unread(self, node: Node, module: str) -> None:
+        """Raise CompileError for an argument that would change the result and that `handle` does not look at."""
+        arguments = node.target._schema.arguments
+        given = dict(zip((argument.name for argument in arguments), node.args, strict=False)) | node.kwargs
+        for argument in arguments:
+            name, usual = argument.name, self.neutral.get(argument.name, argument.default_value)
+            if name in given and name not in f"{self.reads} {self.ignores}".split() and given[name] != usual:
+                what = f"{node.target} with {name}={given[name]}"
+                raise CompileError(f"{module}: {what} in the model's code is not known to the trace")
+
+
+SAME = "size dtype layout device pin_memory non_blocking copy memory_format"
+"""Arguments whose effect is read off the traced shapes and dtypes."""
+
+SPELLINGS: dict[str, Spelling] = {
+    "aten.linear.default": Spelling(_linear, "input weight bias"),
+    "aten.embedding.default": Spelling(_embedding, "weight indices", "padding_idx scale_grad_by_freq sparse"),
+    "dispc.norm.default": Spelling(_norm, "x weight bias epsilon layer offset"),
+    "dispc.rotary.default": Spelling(_rotary, "x heads table"),
+    "dispc.attention.default": Spelling(_attention, "q k v past_k past_v scale window softcap"),
+    "aten.add.Tensor": Spelling(_binary("Add"), "self other"),
+    "aten.mul.Tensor": Spelling(_scaled("Mul"), "self other"),
+    "aten.div.Tensor": Spelling(_scaled("Div"), "self other"),
+    "aten.square.default": Spelling(lambda t, node: t.emit(node, "Mul", [t.values[node.args[0]]] * 2), "self"),
+    "aten.tanh.default": Spelling(_unary("Tanh"), "self"),
+    "aten.silu.default": Spelling(_silu, "self"),
+    "aten.gelu.default": Spelling(_gelu, "self approximate"),
+    "aten.relu.default": Spelling(_unary("Relu"), "self"),
+    "aten.transpose.int": Spelling(_transpose, "self dim0 dim1"),
+    "aten.view.default": Spelling(_reshape, "self", SAME),
+    "aten.reshape.default": Spelling(_reshape, "self", "shape"),
+    "aten.slice.Tensor": Spelling(_slice, "self dim start end"),
+    "aten.cat.default": Spelling(_concat, "tensors dim"),
+    "aten.dropout.default": Spelling(_alias, "input", "p", {"train": False}),
+    "aten.contiguous.default": Spelling(_alias, "self", SAME),
+    "aten.lift_fresh_copy.default": Spelling(_alias, "self"),
+    "aten.detach_.default": Spelling(_alias, "self"),
+    "aten.to.dtype": Spelling(_to, "self", SAME),
+    "aten.to.device": Spelling(_to, "self", SAME),
+    "aten.to.dtype_layout": Spelling(_to, "self", SAME),
 }
+"""FX operator -> its spelling. A new one takes a row, and its place in POSITION_WISE if it treats positions alike."""

@@ -13,7 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dispc.export.builder import GraphBuilder, Node
-from dispc.export.operators import HANDLERS, POSITION_WISE
+from dispc.export.operators import POSITION_WISE, SPELLINGS
 from dispc.export.semantic import RotaryTables
 from dispc.model.checkpoint import Checkpoint
 from dispc.support.errors import CompileError
@@ -28,7 +28,7 @@ def translate(
     """The ONNX model of an exported program. Parameters become lazy weights; linear weights are stored [in, out].
 
     Raises:
-        CompileError: for an operator that no handler knows.
+        CompileError: for an operator, or an argument of one, that has no spelling.
     """
     builder = GraphBuilder(checkpoint, dtype, rotary_tables)
     signature = program.graph_signature
@@ -57,16 +57,17 @@ def _translate(builder: GraphBuilder, node: Node) -> Any:
     name = str(node.target)
     if name == "<built-in function getitem>":
         return builder.values[node.args[0]][node.args[1]]
-    handler = HANDLERS.get(name)
+    spelling = SPELLINGS.get(name)
     module = builder.module(node)
-    if handler is None:
+    if spelling is None:
         raise CompileError(f"{module}: operator {name} of the model's code is not known to the trace")
     flattened = any(source in builder.flat for source in node.all_input_nodes)
     if flattened and name.startswith(POSITION_WISE):
         builder.flat.add(node)
     elif flattened and "view" not in name and "reshape" not in name:
         raise CompileError(f"{module}: operator {name} on a flattened batch is not known to the trace")
-    return handler(builder, node)
+    spelling.refuse_unread(node, module)
+    return spelling.handle(builder, node)
 
 
 def _constant(builder: GraphBuilder, program: torch.export.ExportedProgram, node: Node) -> ir.Value:

@@ -5,6 +5,7 @@ from abc import abstractmethod
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
+from dispc.manifest import spell_pass
 from dispc.support.errors import CompileError
 
 
@@ -13,9 +14,21 @@ class ConditionError(CompileError, PreconditionError, PostconditionError):
 
 
 class RewritePass(InPlacePass):
-    """A pass that counts its rewrites. Subclasses set `name`, and implement `expected` and `rewrite`."""
+    """A pass that counts its rewrites. Subclasses set `name`, and implement `expected` and `rewrite`.
+
+    `option_names` are the attributes that hold its options: what it was given beside the model and its masks.
+    """
 
     name: str
+    option_names: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> dict[str, str | int | bool]:
+        return {name: getattr(self, name) for name in self.option_names}
+
+    def __str__(self) -> str:
+        """The name and the options, such as `align-widths{multiple=8}`."""
+        return spell_pass(self.name, self.options)
 
     @abstractmethod
     def expected(self, model: ir.Model) -> int:

@@ -33,9 +33,10 @@ NEARLY_EVERYTHING = 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class PassRecord:
-    """What one pass did: rewrites made, nodes before and after, seconds."""
+    """What one pass was told and did: its options, rewrites made, nodes before and after, seconds."""
 
     name: str
+    options: dict[str, str | int | bool]
     rewrites: int
     nodes_before: int
     nodes_after: int
@@ -109,6 +110,7 @@ def _run(
         records.append(
             PassRecord(
                 name=rewrite.name,
+                options=rewrite.options,
                 rewrites=rewrite.count,
                 nodes_before=nodes_before,
                 nodes_after=model.graph.num_nodes(),
@@ -120,5 +122,5 @@ def _run(
 
 
 def pipeline_line(passes: Sequence[RewritePass]) -> str:
-    """The pipeline in one line, as stored in dispc.json and the model's metadata."""
-    return " ".join(rewrite.name for rewrite in passes)
+    """The passes with their options in one line, as stored in dispc.json and the model's metadata."""
+    return " ".join(map(str, passes))

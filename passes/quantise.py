@@ -54,6 +54,10 @@ class QuantisePass(RewritePass):
         self.embedding = embedding
         self.tied = tied and quantisation.head and quantisation.embedding
 
+    @property
+    def options(self) -> dict[str, str | int | bool]:
+        return self.quantisation.as_dict() | {"tied": self.tied}
+
     def expected(self, model: ir.Model) -> int:
         """Every MatMul that is left in a decoder is a projection; the LM head and the embedding count when asked."""
         matmuls = sum(node.op_type == "MatMul" for node in model.graph)

@@ -18,13 +18,23 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
-from dispc.manifest import MIB, summary
+from dispc.manifest import MIB, spell_pass, summary
 from dispc.masks import SETS
 from dispc.support.files import json_text
+from dispc.support.printable import printable
 
-out = Console(emoji=False)
-err = Console(stderr=True, emoji=False)
+
+class PlainConsole(Console):
+    """A console that spells out control characters in what it is given: names and metadata come from files."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
+out = PlainConsole(emoji=False)
+err = PlainConsole(stderr=True, emoji=False)
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -52,7 +62,7 @@ def compile_progress(console: Console) -> Iterator[Callable[[str, int, int], Non
         task = progress.add_task("starting", total=1)
 
         def update(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what[-48:], completed=done, total=total)
+            progress.update(task, description=escape(printable(what)[-48:]), completed=done, total=total)
 
         yield update
 
@@ -115,10 +125,9 @@ def compile_tables(manifest: Mapping[str, Any]) -> list[Table]:
     for column in ("pass", "rewrites", "nodes before", "nodes after", "seconds"):
         passes.add_column(column, justify="left" if column == "pass" else "right")
     for record in manifest["passes"]:
-        passes.add_row(
-            record["name"], str(record["rewrites"]), str(record["nodes_before"]), str(record["nodes_after"]),
-            f"{record['seconds']:.3f}",
-        )  # fmt: skip
+        name = spell_pass(record["name"], record["options"])
+        counts = (str(record[key]) for key in ("rewrites", "nodes_before", "nodes_after"))
+        passes.add_row(escape(name), *counts, f"{record['seconds']:.3f}")
     tables = [passes, facts_table(summary(manifest))]
     if tuned := manifest["lowering"].get("tuned"):
         blocks = ", ".join(map(str, tuned["blocks"]))

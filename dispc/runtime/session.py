@@ -17,6 +17,7 @@ from dispc.runtime.edits import Edit, exactly_comparable, load_graph, widen, wit
 from dispc.runtime.providers import CPU, Provider
 from dispc.support.dtypes import BY_ORT
 from dispc.support.errors import ArtifactError, first_line
+from dispc.support.inputs import regular
 
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
@@ -58,8 +59,11 @@ class Artifact:
         self.provider = provider
         self.widened = is_widened(self.manifest, provider) if widened is None else widened
         path = directory / "model.onnx"
-        if not path.is_file():
-            raise ArtifactError(f"{path}: no such file")
+        for file in (path, directory / "model.onnx.data"):
+            if file.exists():
+                regular(file, ArtifactError)
+            elif file is path:
+                raise ArtifactError(f"{path}: no such file")
         self.int8_activations = bool((self.manifest.get("quantisation") or {}).get("int8_activations"))
         self.last_logits = self.manifest.get("logits") == "last"
         if exact and (self.int8_activations or self.last_logits):
@@ -223,7 +227,7 @@ def open_session(
         ArtifactError: when the model cannot be loaded, or not on that provider.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised, and told in one line
     options.intra_op_num_threads = threads
     entries = dict(config or {})
     if threads:  # somebody times this session, perhaps in turns with others: spin, but only while it runs
@@ -244,7 +248,7 @@ def open_session(
         entries["session.model_external_initializers_file_folder_path"] = str(path.parent)
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
-    providers: dict[str, dict[str, str]] = {provider.name: provider_options or {}}
+    providers: dict[str, dict[str, str]] = {provider.name: provider.exact_options | (provider_options or {})}
     providers.setdefault(CPU.name, {})
     try:
         session = ort.InferenceSession(source, options, providers=list(providers.items()), enable_fallback=0)

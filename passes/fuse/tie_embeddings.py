@@ -22,6 +22,7 @@ class TieEmbeddingsPass(RewritePass):
     """
 
     name = "tie-embeddings"
+    option_names = ("contrib",)
 
     def __init__(self, embedding: str, *, contrib: bool) -> None:
         super().__init__()

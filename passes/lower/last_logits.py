@@ -31,6 +31,7 @@ class LastLogitsPass(RewritePass):
     """
 
     name = "last-logits"
+    option_names = ("padding",)
 
     def __init__(self, padding: Literal["left", "right"]) -> None:
         super().__init__()

@@ -35,6 +35,7 @@ class LowerAttentionPass(RewritePass):
     """
 
     name = "lower-attention"
+    option_names = ("padding",)
 
     def __init__(self, padding: Padding, head_dim: int) -> None:
         super().__init__()

@@ -33,6 +33,7 @@ class LowerScatterPass(RewritePass):
     """
 
     name = "lower-scatter"
+    option_names = ("lowering", "multiple")
 
     def __init__(self, lowering: Literal["inverse-gather", "scatter-elements"], width: int, multiple: int = 8) -> None:
         super().__init__()
@@ -40,6 +41,7 @@ class LowerScatterPass(RewritePass):
             "inverse-gather": self._inverse_gather,
             "scatter-elements": self._scatter_elements,
         }
+        self.lowering = lowering
         self.spell = spell[lowering]
         self.width = width
         self.multiple = multiple

@@ -30,6 +30,7 @@ class AlignWidthsPass(RewritePass):
     """
 
     name = "align-widths"
+    option_names = ("multiple",)
 
     def __init__(self, config: DecoderConfig, masks: Masks, multiple: int) -> None:
         super().__init__()

@@ -19,9 +19,10 @@ from dispc.passes.lower.lower_attention import LowerAttentionPass
 from dispc.passes.lower.lower_scatter import LowerScatterPass, inverse_index
 from dispc.passes.pipeline import build_pipeline, pipeline_line, run_pipeline
 from dispc.passes.prune.prune_blocks import PruneBlocksPass
-from dispc.plan import FUSIONS, Choices, make_plan
+from dispc.plan import FUSIONS, Choices, Quantisation, make_plan
 from dispc.support.errors import CompileError
 from dispc.support.graph import consumers
+from dispc.validate.checks import verify
 from dispc.validate.checks.parity import LIMITS, logit_error
 from dispc.validate.checks.verify import make_verifier
 
@@ -229,6 +230,27 @@ def test_verify_each_is_quiet_over_the_whole_pipeline(variant: str, target: str,
     run_pipeline(harness.traced(variant), passes, make_verifier(checkpoint, masks))
     assert pipeline_line(passes).startswith("unroll prune-blocks")
     assert ("lower-scatter" in pipeline_line(passes)) == (lowering != "canonical")
+
+
+def test_the_line_of_a_pipeline_tells_two_with_other_options_apart() -> None:
+    checkpoint = harness.checkpoint("llama")
+    masks = Masks.random(checkpoint.config, 0.5, 2)
+    quantisation = Quantisation(bits=4, block_size=32, symmetric=True, head=False, embedding=False)
+    choices = [Choices(align=8), Choices(align=16), Choices(padding="left"), Choices(quantisation=quantisation)]
+    lines = [pipeline_line(build_pipeline(make_plan("onnx-cpu", c), checkpoint, masks)) for c in choices]
+    assert "align-widths{multiple=8}" in lines[0] and "align-widths{multiple=16}" in lines[1]
+    assert "lower-attention{padding=right}" in lines[0] and "lower-attention{padding=left}" in lines[2]
+    assert "quantise{bits=4 block_size=32 symmetric=true" in lines[3]
+
+
+def test_verifying_does_not_keep_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor wait for a collection, which the command line has switched off."""
+    held = []
+    load = verify.load_reference
+    monkeypatch.setattr(verify, "load_reference", lambda *args: held.append(load(*args)) or held[-1])
+    checkpoint = harness.checkpoint("llama")
+    make_verifier(checkpoint, Masks.random(checkpoint.config, 0.5, 2))
+    assert sum(parameter.numel() for parameter in held[0].parameters()) == 0
 
 
 @pytest.mark.parametrize("guilty", ["unroll", "prune-blocks", "lower-scatter", "lower-attention"])

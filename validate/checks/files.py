@@ -108,7 +108,7 @@ def _genai(comparison: Comparison) -> Iterator[str]:
         return
     inputs = [value.name for value in comparison.artifact.session.get_inputs()]
     caches = sum(block.attention.alive for block in comparison.masks.blocks)
-    options = PROVIDERS[plan.target.provider].genai_options(graph=plan.cuda_graph)
+    options = PROVIDERS[plan.target.provider].genai_options(graph=plan.cuda_graph, dtype=plan.dtype)
     wanted = genai_config(comparison.checkpoint, plan, caches, inputs, options)
     try:
         found = json.loads((comparison.directory / "genai_config.json").read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from dispc.model.weights import surface_weight_errors
 from dispc.plan import Quantisation
 from dispc.reference.masked import apply_masks, load_reference
 from dispc.reference.quantised import quantise_reference
+from dispc.reference.truth import freed
 from dispc.runtime.session import Array, Runner, open_session
 from dispc.support.errors import CompileError
 from dispc.support.signals import hold_signals
@@ -36,13 +37,13 @@ def make_verifier(
     Runs in float32 without ONNX Runtime's own optimisations: a prefill, and a second run behind its cache.
     """
     tokens = np.random.default_rng(seed).integers(0, checkpoint.config.vocab_size, 10)
-    model = load_reference(checkpoint, None)
-    dense = _reference_logits(model, tokens)
-    apply_masks(model, checkpoint.family, masks)
-    masked = quantised = _reference_logits(model, tokens)
-    if quantisation:
-        quantise_reference(model, checkpoint.family, masks, quantisation, torch.float32)
-        quantised = _reference_logits(model, tokens)
+    with freed(load_reference(checkpoint, None)) as model:  # only its answers are needed while the passes run
+        dense = _reference_logits(model, tokens)
+        apply_masks(model, checkpoint.family, masks)
+        masked = quantised = _reference_logits(model, tokens)
+        if quantisation:
+            quantise_reference(model, checkpoint.family, masks, quantisation, torch.float32)
+            quantised = _reference_logits(model, tokens)
     expected = dict.fromkeys(DENSE_PASSES, dense) | {QUANTISING_PASS: quantised}
 
     def verify(number: int, name: str, graph: ir.Model) -> None:

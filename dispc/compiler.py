@@ -19,7 +19,9 @@ from dispc.manifest import MANIFEST, foreign_content
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
+from dispc.model.rope import unreached_positions
 from dispc.model.weights import surface_weight_errors
+from dispc.passes.common.versions import needs
 from dispc.passes.pipeline import PassRecord, build_pipeline, pipeline_line, run_pipeline
 from dispc.plan import Choices, Plan, make_plan
 from dispc.runtime.providers import PROVIDERS
@@ -103,8 +105,12 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
             from dispc.validate.judge import check
 
             progress("validating", 0, 1)
-            own = stage / "masks.safetensors"
-            report = check(stage, options.model, quick=True, device="available", masks=own)
+            begun = time.perf_counter()
+            report = check(
+                stage, options.model, quick=True, device="available", masks=stage / "masks.safetensors",
+                say=lambda what: progress(f"validating: {what}", 0, 1),
+            )  # fmt: skip
+            manifest["validation_seconds"] = round(time.perf_counter() - begun, 3)
             named = replace(report, artifact=options.output.name, reference=options.model.resolve().name)
             manifest["validation"] = named.as_dict()
             write_json(stage / MANIFEST, manifest)
@@ -198,6 +204,7 @@ def describe(
         "quantisation": plan.quantisation.as_dict() if plan.quantisation else None,
         "attention": "GroupQueryAttention" if plan.group_query else "Attention",
         "positions": config.max_positions,
+        "notes": [note for note in (unreached_positions(checkpoint.ropes, config.max_positions),) if note],
         "stop_tokens": checkpoint.stop_tokens,
         "norm_scope": masks.norm_scope,
         "masks_sha256": masks.sha256(),
@@ -206,6 +213,7 @@ def describe(
         "cache_layers": sum(block.attention.alive for block in masks.blocks),
         "widths": [{name: len(indices) for name, indices in block.sets().items()} for block in masks.blocks],
         "nodes": model.graph.num_nodes(),
+        "needs": needs(model),
         "passes": [asdict(record) for record in records],
     }
 

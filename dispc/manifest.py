@@ -45,6 +45,12 @@ def require_comparable(artifact: Path, dense: Path) -> None:
             raise ArtifactError(f"{dense}: {what}, unlike {artifact}; --build-dense compiles the right one")
 
 
+def needed_versions(manifest: Mapping[str, Any]) -> str:
+    """Which ONNX Runtime an artifact needs, in words; those compiled before dispc said so need 1.24."""
+    needs = manifest.get("needs") or {"onnxruntime": "1.24", "opset": 23}
+    return f"ONNX Runtime {needs['onnxruntime']} or newer (opset {needs['opset']})"
+
+
 def spell_pass(name: str, options: Mapping[str, object]) -> str:
     """A pass in a line of passes: its name, and its options in braces where it has some."""
     spelled = " ".join(f"{key}={str(value).lower()}" for key, value in options.items())
@@ -85,6 +91,7 @@ def summary(manifest: Mapping[str, Any]) -> dict[str, str]:
         "norm scope": manifest["norm_scope"],
         "lowering": f"{lowering['name']} ({lowering['reason']})",
         "quantised": str(Quantisation(**quantisation)) if quantisation else "no",
+        "runs in": needed_versions(manifest),
     }
 
 

@@ -42,8 +42,7 @@ def genai_config(
     """
     config = checkpoint.config
     generation = checkpoint.generation
-    eos = generation.stops
-    pad = generation.pad
+    eos, pad = generation.stops, generation.pad
     if pad is None and eos:  # not `or`: id 0 is a token like any other
         pad = eos[0]
     ids = {"bos_token_id": generation.bos, "eos_token_id": eos or None, "pad_token_id": pad}

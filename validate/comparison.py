@@ -16,7 +16,9 @@ from dispc.plan import TARGETS, Quantisation
 from dispc.reference.blocks import Blocks, read_lazily
 from dispc.reference.masked import load_reference
 from dispc.reference.quantised import match_quantisation, quantise_block, quantise_tables
-from dispc.reference.truth import Answers, ask, freed, round_storage, truth_dtype
+from dispc.reference.stored import Storage
+from dispc.reference.truth import Answers, ask, freed, truth_dtype
+from dispc.runtime.edits import load_graph
 from dispc.runtime.latency import LatencyOptions, measure_latency
 from dispc.runtime.memory import require_memory_for_reference
 from dispc.runtime.placement import Placement, judge_placement
@@ -177,6 +179,14 @@ class Comparison:
         """The precision of the arithmetic: a widened artifact has to be as exact as float32 is."""
         return "float32" if self.artifact.widened else self.artifact.dtype
 
+    @cached_property
+    def storage(self) -> Storage:
+        """What the artifact stores of each weight."""
+        initializers = load_graph(self.directory / "model.onnx").graph.initializers
+        norms = {name: value.const_value for name, value in initializers.items() if "norm" in name}
+        widths = {name: int(tensor.shape.numpy()[0]) for name, tensor in norms.items() if tensor and tensor.shape}
+        return Storage(self.checkpoint.config, self.masks, widths)
+
     def blocks(self) -> Blocks:
         """The same as `load`, each block read when it is needed."""
         quantisation, dtype = self.manifest.get("quantisation"), DTYPES[self.artifact.dtype].torch
@@ -184,7 +194,7 @@ class Comparison:
 
         def as_stored(part: Any, index: int | None) -> None:
             if self.artifact.widened:
-                round_storage(part, dtype)
+                self.storage.round(part, index, dtype)
             if options and index is None:
                 quantise_tables(part, options, dtype)
             elif options and index is not None:
@@ -196,7 +206,10 @@ class Comparison:
         """The masked reference, in float32, with the weights rounded as a widened or quantised artifact stores them."""
         reference = load_reference(self.checkpoint, self.masks)
         if self.artifact.widened:
-            round_storage(reference, DTYPES[self.artifact.dtype].torch)
+            dtype, family = DTYPES[self.artifact.dtype].torch, self.checkpoint.family
+            for index in range(len(self.masks.blocks)):
+                self.storage.round(reference.get_submodule(family.block(index)), index, dtype)
+            self.storage.round(reference, None, dtype)
         match_quantisation(reference, self.checkpoint.family, self.masks, self.manifest)
         return reference
 

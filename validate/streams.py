@@ -5,7 +5,8 @@ import onnx_ir as ir
 from dispc.support.errors import ArtifactError
 from dispc.support.graph import consumers
 
-NORMS = ("RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization")
+BEFORE = ("Mul", "Add", "Cast")
+"""What may stand between the token embeddings and the stream, which somebody reads and somebody adds to."""
 SKIP_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 
 
@@ -30,20 +31,13 @@ def first_stream(model: ir.Model) -> ir.Value:
     Raises:
         ArtifactError: when it cannot be found.
     """
-    first = next((node for node in model.graph if node.op_type in (*NORMS, *SKIP_NORMS)), None)
-    if first is None:
-        raise ArtifactError("the graph has no norm, so its residual stream cannot be found")
-    if first.op_type in SKIP_NORMS:  # the first sub-layer's write is fused into the next norm
-        raise ArtifactError(f"{first.name}: fused with something in front of the first block")
-    return _source(first.inputs[0])
-
-
-def _source(value: ir.Value | None) -> ir.Value:
-    """In front of the Gather of a norm over the read set."""
-    assert value is not None
-    producer = value.producer()
-    if producer is not None and producer.op_type == "Gather" and (producer.name or "").endswith("/read/Gather"):
-        return _source(producer.inputs[0])
+    ids = next((value for value in model.graph.inputs if value.name == "input_ids"), None)
+    lookups = [node for node in consumers(ids) if node.op_type.startswith("Gather")] if ids else []
+    if len(lookups) != 1:
+        raise ArtifactError(f"{len(lookups)} nodes look up input_ids, so the residual stream cannot be found")
+    value = lookups[0].outputs[0]
+    while (readers := consumers(value)) and readers[0].op_type in BEFORE and len(readers) == 1:
+        value = readers[0].outputs[0]  # a scale, or the embeddings of positions
     return value
 
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dispc.cli.checks import check_lines, latency_tables
+from dispc.cli.heartbeat import heartbeat
 from dispc.cli.process import import_transformers
-from dispc.cli.tables import JsonFlag, err, latency_tables, out, parity_table, print_json
+from dispc.cli.tables import JsonFlag, err, out, print_json
 from dispc.support.errors import DispcError
 
 if TYPE_CHECKING:
@@ -168,6 +170,7 @@ class ValidateArguments:
     ] = None
     max_regression: Annotated[str, typer.Option(help="How much worse than --baseline a figure may be.")] = "5%"
     reports: ReportArguments
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say what each check was made of, passed or not.")] = False
 
     @property
     def inputs(self) -> list[Path]:
@@ -188,9 +191,15 @@ class ValidateArguments:
         thresholds, regression = self.limits.thresholds(), share(self.max_regression)
         import_transformers()
         with (
+            heartbeat(err, "loading") as tell,
             dense_artifact(self.artifact, self.reference, self.timing.dense, self.timing.build_dense) as dense,
             err.status("") as status,
         ):
+
+            def say(what: str) -> None:
+                status.update(f"{what} ...")
+                tell(what)
+
             return check(
                 self.artifact,
                 self.reference,
@@ -207,7 +216,7 @@ class ValidateArguments:
                 reference_dtype=self.reference_dtype,
                 seed=self.seed,
                 masks=self.masks,
-                say=lambda what: status.update(f"{what} ..."),
+                say=say,
             )
 
 
@@ -226,7 +235,7 @@ def validate(arguments: ValidateArguments, as_json: JsonFlag = False) -> None:
     if as_json:
         print_json(found)
     else:
-        out.print(parity_table(found))
+        out.print(check_lines(found, verbose=arguments.verbose))
         for table in latency_tables(found):
             out.print(table)
     arguments.reports.write(report)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dispc.masks import Block, Indices, Masks
-from dispc.model.families import Family
+from dispc.model.families import Family, logits_multiplier
 from dispc.plan import Quantisation
 from dispc.support.dtypes import DTYPES
 
@@ -56,28 +56,33 @@ def quantise_block(
     ):
         for name in names if alive else ():
             layer: Any = block.get_submodule(name)
-            round_weight(layer.weight, inputs, quantisation, dtype)
+            written = name in (family.attention_out, family.down)
+            factor = getattr(block, "residual_multiplier", 1.0) if written else 1.0
+            round_weight(layer.weight, inputs, quantisation, dtype, factor)
 
 
 @torch.no_grad()
 def quantise_tables(model: Any, quantisation: Quantisation, dtype: torch.dtype) -> None:
     """The same for the token embedding and the LM head."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding.weight is head.weight:
+    tied = embedding.weight is head.weight
+    if tied:
         head.weight = nn.Parameter(head.weight.detach().clone())  # tied weights are stored apart: one may be rounded
     if quantisation.head:
-        round_weight(head.weight, None, quantisation, dtype)
+        round_weight(head.weight, None, quantisation, dtype, 1.0 if tied else logits_multiplier(model.config))
     if quantisation.embedding:
         round_weight(embedding.weight, None, quantisation, dtype)
 
 
-def round_weight(weight: Tensor, inputs: Indices | None, quantisation: Quantisation, dtype: torch.dtype) -> None:
-    """Round `weight` [N,K] in place, in blocks along its `inputs` (None for all), as cast to `dtype` first."""
+def round_weight(
+    weight: Tensor, inputs: Indices | None, quantisation: Quantisation, dtype: torch.dtype, factor: float = 1.0
+) -> None:
+    """Round `weight` [N,K] in place, in blocks along its `inputs` (None for all), as multiplied and cast first."""
     columns = torch.arange(weight.shape[1]) if inputs is None else torch.from_numpy(inputs)
     for start in range(0, len(weight), PIECE):
         rows = weight[start : start + PIECE]
-        kept = rows[:, columns].to(dtype)
-        rows[:, columns] = round_blocks(kept, quantisation).to(weight.dtype)
+        kept = (rows[:, columns] * factor).to(dtype)
+        rows[:, columns] = round_blocks(kept, quantisation).to(weight.dtype) / factor
 
 
 def round_blocks(weight: Tensor, quantisation: Quantisation) -> Tensor:

@@ -229,18 +229,6 @@ def _log_softmax(logits: Array) -> Array:
     return result
 
 
-def round_storage(part: nn.Module, dtype: torch.dtype) -> None:
-    """Round, in place, what an artifact stores in `dtype`: weights, and the cosines and sines of rotary positions.
-
-    What is left when such an artifact computes in float32 is float32's own error.
-    """
-    for parameter in part.parameters():
-        parameter.data = parameter.data.to(dtype).to(torch.float32)
-    for module in part.modules():
-        if type(module).__name__.endswith("RotaryEmbedding"):
-            module.register_forward_hook(lambda m, x, y: _round(y, dtype))
-
-
 @contextmanager
 def freed(model: nn.Module) -> Iterator[nn.Module]:
     """The model for a while, and its weights no longer.

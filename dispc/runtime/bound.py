@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 
+from dispc.runtime.ort import ort
 from dispc.runtime.session import Array, Artifact, Tokens
 from dispc.support.dtypes import BY_ORT
 from dispc.support.errors import ArtifactError, first_line

@@ -28,7 +28,7 @@ from dispc.cli import app as cli
 from dispc.support.errors import CheckpointError
 from dispc.validate.checks.parity import Thresholds
 
-COMMANDS = ("compile", "validate", "doctor", "generate", "inspect", "demo", "learn", "eval", "import-masks")
+COMMANDS = ("compile", "validate", "doctor", "generate", "inspect", "demo", "learn", "recover", "eval", "import-masks")
 
 
 # Options

@@ -153,7 +153,7 @@ def fuse_adds_into_norms(model: ir.Model) -> None:
     """Every residual Add and the norm behind it as one node, as ONNX Runtime spells it."""
     for add in [node for node in model.graph if (node.name or "").endswith("/write/Add")]:
         stream, update = add.inputs
-        (norm,) = [use.node for use in add.outputs[0].uses() if use.node.op_type == "RMSNormalization"]
+        (norm,) = [use.node for use in add.outputs[0].uses() if use.node.op_type == "SimplifiedLayerNormalization"]
         last = len(add.outputs[0].uses()) == 1  # nothing else reads the sum: the fourth output is left out
         fused = ir.node(
             "SkipSimplifiedLayerNormalization", [update, stream, norm.inputs[1]], domain="com.microsoft",

@@ -16,7 +16,7 @@ from artifacts import originals, reports
 from language import make_student
 from rich.console import Console
 
-from dispc.cli.tables import latency_tables
+from dispc.cli.checks import latency_tables
 from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint

@@ -65,6 +65,7 @@ def _worst_row(artifact: Artifact, checkpoint: Checkpoint) -> tuple[float, int]:
         ids = torch.arange(start, min(start + size, lookups)) % len(tokens)
         expected = tokens[ids].to(dtype)
         expected = round_blocks(expected, rounded) if rounded else expected.float()
+        expected = expected * torch.tensor(checkpoint.config.embedding_multiplier).to(dtype).float()
         if places is not None:  # its first rows are for padding
             expected = expected + places[len(places) - artifact.positions :][: len(ids)].to(dtype).float()
         found = torch.from_numpy(_look_up(artifact, ids.numpy()))

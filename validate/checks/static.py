@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from dispc.support.check import Check
 from dispc.support.errors import first_line
 from dispc.support.graph import MICROSOFT
+from dispc.support.onnx_checker import check_model
 from dispc.validate.comparison import Comparison
 
 DOMAINS = {"onnx": {""}}
@@ -24,7 +25,7 @@ def judge_file(comparison: Comparison) -> Iterator[Check]:
 
 def check_file(path: Path, target: str) -> Check:
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        check_model(path)
         model = onnx.load(path, load_external_data=False)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, DecodeError) as error:
         return Check.failed("onnx.checker", "static", f"refuses the model: {first_line(error)}")

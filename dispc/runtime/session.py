@@ -13,11 +13,11 @@ import onnxruntime as ort
 
 from dispc.manifest import read_manifest
 from dispc.plan import TARGETS
-from dispc.runtime.edits import Edit, exactly_comparable, load_graph, widen, with_float32_outputs
+from dispc.runtime.edits import Edit, exactly_comparable, load_graph, serialise, widen, with_float32_outputs
 from dispc.runtime.providers import CPU, Provider
 from dispc.support.dtypes import BY_ORT
 from dispc.support.errors import ArtifactError, first_line
-from dispc.support.inputs import regular
+from dispc.support.graph import read_graph, require_beside, weight_files
 
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
@@ -57,11 +57,9 @@ class Artifact:
         self.provider = provider
         self.widened = is_widened(self.manifest, provider)
         path = directory / "model.onnx"
-        for file in (path, directory / "model.onnx.data"):
-            if file.exists():
-                regular(file, ArtifactError)
-            elif file is path:
-                raise ArtifactError(f"{path}: no such file")
+        if not path.exists():
+            raise ArtifactError(f"{path}: no such file")
+        require_beside(path, weight_files(read_graph(path)))
         self.int8_activations = bool((self.manifest.get("quantisation") or {}).get("int8_activations"))
         self.last_logits = self.manifest.get("logits") == "last"
         if exact and (self.int8_activations or self.last_logits):
@@ -242,7 +240,7 @@ def open_session(
     if edit:
         model = load_graph(path)
         edit(model)
-        source = ir.to_proto(model).SerializeToString()
+        source = serialise(model)
         entries["session.model_external_initializers_file_folder_path"] = str(path.parent)
     for key, value in entries.items():
         options.add_session_config_entry(key, value)

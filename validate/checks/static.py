@@ -13,7 +13,7 @@ from dispc.manifest import COPIED
 from dispc.model.checkpoint import Checkpoint
 from dispc.support.check import Check
 from dispc.support.errors import first_line
-from dispc.support.graph import MICROSOFT
+from dispc.support.graph import MICROSOFT, without_links
 
 COMPANIONS = "files beside the model"
 DOMAINS = {"onnx": {""}}
@@ -24,7 +24,8 @@ ONNX_RUNTIME = {"", MICROSOFT}
 def judge_file(path: Path, target: str) -> Check:
     """onnx.checker with full shape inference, and no operator from a domain that the target's runtimes lack."""
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        with without_links(path) as plain:
+            onnx.checker.check_model(str(plain), full_check=True)
         model = onnx.load(path, load_external_data=False)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, DecodeError) as error:
         return Check.failed("onnx.checker", "static", f"refuses the model: {first_line(error)}")

@@ -1,5 +1,6 @@
 """dispc.json: what an artifact says about itself. Its presence is what makes a directory an artifact."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ COPIED = (
     "chat_template.json",
 )  # fmt: skip
 """Files of a model directory that an artifact has copies of, where they are there."""
+WRITTEN = (MANIFEST, "model.onnx", "model.onnx.data", "genai_config.json", "masks.safetensors", "README.md", *COPIED)
+"""What an artifact may hold, beside licence files."""
+LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)[\w.-]*", re.IGNORECASE)
 FIELDS: dict[str, type] = {
     "dispc": str, "model_type": str, "target": str, "dtype": str, "padding": str, "lowering.name": str,
     "attention": str, "positions": int, "stop_tokens": list, "norm_scope": str, "masks_sha256": str,
@@ -39,6 +43,12 @@ def require_comparable(artifact: Path, dense: Path) -> None:
         if ours.get(name) != theirs.get(name):
             what = "was compiled from another model" if name == "config_sha256" else f"has {name} {theirs.get(name)}"
             raise ArtifactError(f"{dense}: {what}, unlike {artifact}; --build-dense compiles the right one")
+
+
+def needed_versions(manifest: Mapping[str, Any]) -> str:
+    """Which ONNX Runtime an artifact needs, in words; those compiled before dispc said so need 1.24."""
+    needs = manifest.get("needs") or {"onnxruntime": "1.24", "opset": 23}
+    return f"ONNX Runtime {needs['onnxruntime']} or newer (opset {needs['opset']})"
 
 
 def spell_pass(name: str, options: Mapping[str, object]) -> str:
@@ -81,7 +91,20 @@ def summary(manifest: Mapping[str, Any]) -> dict[str, str]:
         "norm scope": manifest["norm_scope"],
         "lowering": f"{lowering['name']} ({lowering['reason']})",
         "quantised": str(Quantisation(**quantisation)) if quantisation else "no",
+        "runs in": needed_versions(manifest),
     }
+
+
+def foreign_content(directory: Path) -> str | None:
+    """What in a directory makes it something else than an artifact that dispc wrote; None when it is just that."""
+    try:
+        read_manifest(directory)
+    except ArtifactError as error:
+        return str(error).removeprefix(f"{directory}: ")
+    for path in sorted(directory.iterdir()):
+        if path.name not in WRITTEN and not LICENCE_FILES.fullmatch(path.name):
+            return f"holds {path.name}, which is not of the artifact"
+    return None
 
 
 def _field(content: Any, name: str) -> Any:

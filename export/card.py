@@ -3,14 +3,15 @@
 Every figure is one of dispc.json or of the masks' own metadata; what they do not hold, the card does not say.
 """
 
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
+from dispc.manifest import LICENCE_FILES, needed_versions
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.plan import TARGETS, Quantisation
@@ -21,11 +22,9 @@ from dispc.support.printable import printable
 
 CARRIED = ("license", "license_name", "license_link", "language")
 """What the front matter of the base model's card says that is true of the artifact as well."""
-LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)[\w.-]*", re.IGNORECASE)
 TAGS = ["onnx", "onnxruntime", "onnxruntime-genai", "dispc", "disp-llm"]
 ENTITIES = str.maketrans({character: f"&#{ord(character)};" for character in "&<|\\"})
 MASK_FACTS = ("method", "data", "pruning_ratio", "ratio_of", "steps", "seed")
-FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 PAPER = "DISP-LLM ([arXiv 2410.11988](https://arxiv.org/abs/2410.11988))"
 
 CARD = """\
@@ -45,7 +44,7 @@ Inputs are `input_ids`, `attention_mask`, `position_ids` where the model has the
 `past_key_values.N.key` and `.value` (batch, key/value heads, past length, head size; empty at first);
 outputs are `logits` and `present.N.key` and `.value`, which the next call takes as its past.
 
-ONNX Runtime:
+ONNX Runtime; batches are padded on the {padding}:
 
 ```python
 import onnxruntime as ort
@@ -53,7 +52,7 @@ import onnxruntime as ort
 session = ort.InferenceSession("model.onnx", providers=["{provider}"])
 ```
 
-onnxruntime-genai{genai_build}:
+onnxruntime-genai{genai_build}; batches are padded on the right, as it does by itself:
 
 ```python
 import onnxruntime_genai as og
@@ -62,7 +61,7 @@ model = og.Model(".")
 tokenizer = og.Tokenizer(model)
 ```
 
-optimum:
+optimum; {optimum_batches}:
 
 ```python
 from optimum.onnxruntime import ORTModelForCausalLM
@@ -86,6 +85,14 @@ model = ORTModelForCausalLM.from_pretrained(".", provider="{provider}")
 
 {licence}
 """
+OPTIMUM_BATCHES = {
+    "left": 'batches are padded on the left (`padding_side="left"` of the tokenizer)',
+    "right": (
+        "one prompt at a time: `generate` wants batches padded on the left, and would get nonsense from this artifact "
+        "(`dispc compile --padding left` makes one that takes them)"
+    ),
+}
+"""Which batches optimum can feed, by the side that an artifact is padded on."""
 OPTIMUM_FIX = (
     "model.embed_size_per_head = {size}  # optimum-onnx 0.1.0 takes hidden_size / heads, which is wrong here\n"
 )
@@ -119,6 +126,7 @@ def write_card(
         "positions": f"{manifest['positions']:,}",
         "block parameters kept": f"{blocks['kept']:,} of {blocks['dense']:,} ({share})",
         "size of model.onnx and its data": f"{manifest['bytes']:,} bytes",
+        "runs in": needed_versions(manifest),
     }
     if manifest["quantisation"]:
         facts["quantised"] = str(Quantisation(**manifest["quantisation"]))
@@ -126,13 +134,15 @@ def write_card(
     widths = ((str(i), *(str(row[part]) for part in SETS)) for i, row in enumerate(manifest["widths"]))
     usual_heads = config.head_dim == config.hidden_size // config.num_attention_heads
     text = CARD.format(
-        front_matter=yaml.safe_dump(front_matter(model), sort_keys=False, allow_unicode=True).rstrip(),
+        front_matter=front_matter(model).to_yaml(),
         title=f"{_cell(name)}, {manifest['target']}, {manifest['dtype']}",
         name=_cell(name),
         dispc=manifest["dispc"],
         pruned=pruned if blocks["kept"] < blocks["dense"] else "Nothing is pruned.",
         facts=_table(("", ""), facts.items()),
         provider=provider,
+        padding=manifest["padding"],
+        optimum_batches=OPTIMUM_BATCHES[manifest["padding"]],
         genai_build=f" ({genai_build})" if genai_build else "",
         optimum_fix="" if usual_heads else OPTIMUM_FIX.format(size=config.head_dim),
         masks=_masks(masks),
@@ -140,32 +150,32 @@ def write_card(
         widths=_table(("block", *full), widths),
         licence=_licence(model),
     )
-    write_text(directory / "README.md", text)
+    write_text(directory / "README.md", str(ModelCard(text)))
 
 
-def front_matter(model: Path) -> dict[str, Any]:
-    """What Hugging Face reads; `unknown` is its own word for a licence that is not known."""
+def front_matter(model: Path) -> ModelCardData:
+    """What the Hugging Face hub reads; `unknown` is its own word for a licence that is not known."""
     facts: dict[str, Any] = {key: value for key, value in base_card(model).items() if key in CARRIED}
     if "license" not in facts:
         files = licence_files(model)
         facts |= {"license": "other", "license_link": files[0]} if files else {"license": "unknown"}
     if name := hub_name(model):
         facts["base_model"] = name
-    return facts | {"library_name": "onnxruntime", "pipeline_tag": "text-generation", "tags": TAGS}
+    return ModelCardData(**facts, library_name="onnxruntime", pipeline_tag="text-generation", tags=TAGS)
 
 
 def base_card(model: Path) -> dict[str, str | list[str]]:
     """Words and lists of words in the front matter of a model directory's README.md; empty when it cannot be read."""
     try:
-        found = FRONT_MATTER.match(regular(model / "README.md", DispcError, JSON_BYTES).read_text("utf-8-sig"))
-        content = yaml.safe_load(found[1]) if found else None
-    except (DispcError, OSError, ValueError, RecursionError, yaml.YAMLError):  # ValueError: not UTF-8, a wrong date
+        text = regular(model / "README.md", DispcError, JSON_BYTES).read_text("utf-8-sig")
+        content = ModelCard(text, ignore_metadata_errors=True).data.to_dict() if text.startswith("---") else {}
+    except (DispcError, OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):  # not UTF-8, no mapping ...
         return {}
 
     def words(value: object) -> bool:
         return isinstance(value, str) or (isinstance(value, list) and all(isinstance(word, str) for word in value))
 
-    return {key: value for key, value in content.items() if value and words(value)} if isinstance(content, dict) else {}
+    return {key: value for key, value in content.items() if value and words(value)}
 
 
 def licence_files(model: Path) -> list[str]:

@@ -36,20 +36,23 @@ def genai_config(
 ) -> dict[str, Any]:
     """The genai_config.json of onnxruntime-genai, which refuses keys that it does not know.
 
-    `num_hidden_layers` there counts the key/value caches: an attention that was pruned away has none.
+    `num_hidden_layers` there counts the key/value caches: an attention that was pruned away has none. Token ids that
+    the model does not name are left out, since runtimes disagree about one that is made up; padding falls back to the
+    first stop token.
     """
     config = checkpoint.config
     generation = checkpoint.generation
-    eos = generation.stops or [0]
+    eos, pad = generation.stops, generation.pad
+    if pad is None and eos:  # not `or`: id 0 is a token like any other
+        pad = eos[0]
+    ids = {"bos_token_id": generation.bos, "eos_token_id": eos or None, "pad_token_id": pad}
     named = {name: name for name in inputs if not name.startswith("past_key_values.")}
     caches = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
     presents = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
     return {
         "model": {
             "type": "decoder",
-            "bos_token_id": eos[0] if generation.bos is None else generation.bos,
-            "eos_token_id": eos,
-            "pad_token_id": eos[0] if generation.pad is None else generation.pad,
+            **{name: number for name, number in ids.items() if number is not None},
             "context_length": config.max_positions,
             "vocab_size": config.vocab_size,
             "decoder": {

@@ -70,7 +70,7 @@ def demo(
         Path | None, typer.Option(help="Where the demo keeps its files.", show_default="a cache folder")
     ] = None,
     prompt: Annotated[str, typer.Option(help="What the models are asked.")] = "Why is the sea salty?",
-    pruning_ratio: Annotated[float, typer.Option("--pruning-ratio", "-r", help="Which of the shipped masks.")] = 0.3,
+    pruning_ratio: Annotated[float, typer.Option("--pruning-ratio", "-r", help="Which of the shipped masks.")] = 0.2,
     as_json: JsonFlag = False,
 ) -> None:
     """Compare dense SmolLM2-135M-Instruct with the pruned one: size, speed, perplexity, and what each answers.

@@ -85,11 +85,20 @@ class Checkpoint:
         Raises:
             CheckpointError: when a tensor is missing or misshapen, or transformers reads the config in another way.
         """
+        model = self.empty_model(dtype)
+        fill(model, lambda name, shape: self.find(name).expect(shape).read().to(dtype))
+        return model
+
+    def empty_model(self, dtype: torch.dtype) -> Any:
+        """The same with its parameters on the meta device: nothing is read yet but names, shapes and config.
+
+        Raises:
+            CheckpointError: when a tensor has no place, or transformers reads the config in another way.
+        """
         with empty_parameters():
             model = build_model(self.pretrained_config, dtype, self.family.attention)
         self.check_rotary(model)
         self.require_places(name for name, _ in model.named_parameters())
-        fill(model, lambda name, shape: self.find(name).expect(shape).read().to(dtype))
         return model
 
     @cached_property

@@ -42,15 +42,19 @@ def _stored_outside(model: ir.Model) -> list[tuple[ir.Value, ir.ExternalTensor]]
     return [(value, value.const_value) for value in values if isinstance(value.const_value, ir.ExternalTensor)]
 
 
-def serialise(model: ir.Model) -> bytes:
-    """A graph that `load_graph` gave, for a session that is told the folder of its weights."""
-    proto = ir.to_proto(model)
+def serialise(model: ir.Model) -> tuple[bytes, set[Path]]:
+    """A graph that `load_graph` gave, for a session that is told the folder of its weights, and those folders.
+
+    ONNX Runtime follows no links out of that folder: named are the files that they lead to.
+    """
+    proto, folders = ir.to_proto(model), set()
     for tensor in proto.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
-                entry.value = Path(entry.value).name
-    content: bytes = proto.SerializeToString()
-    return content
+                file = Path(entry.value).resolve()
+                entry.value = file.name
+                folders.add(file.parent)
+    return proto.SerializeToString(), folders
 
 
 def with_float32_outputs(edit: Edit | None) -> Edit:

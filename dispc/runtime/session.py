@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime as ort
 
 from dispc.manifest import read_manifest
 from dispc.plan import TARGETS
 from dispc.runtime.edits import Edit, exactly_comparable, load_graph, serialise, widen, with_float32_outputs
+from dispc.runtime.ort import ort
 from dispc.runtime.providers import CPU, Provider
 from dispc.support.dtypes import BY_ORT
 from dispc.support.errors import ArtifactError, first_line
@@ -30,7 +30,8 @@ class Artifact:
 
     bfloat16 graphs, and float16 graphs with ScatterND(add), have no CPU kernels, and the CPU's float16 kernels round
     otherwise than CUDA's: on the CPU such artifacts are run with every weight widened to float32 (`widened` says so);
-    that keeps the rounding of the weights, not that of the arithmetic.
+    that keeps the rounding of the weights, not that of the arithmetic. `widened` says whether to do so; None leaves it
+    to what the provider can run.
     `edit` may change the graph before it is loaded (the drill adds outputs); the files stay as they are. `exact` loads
     the graph that can be compared closely at every position: without int8 activations, and with all logits.
 
@@ -46,6 +47,7 @@ class Artifact:
         provider: Provider = CPU,
         edit: Edit | None = None,
         exact: bool = False,
+        widened: bool | None = None,
         **options: Any,
     ) -> None:
         self.directory = directory
@@ -55,7 +57,7 @@ class Artifact:
         self.positions: int = self.manifest["positions"]
         self.stop_tokens = frozenset(self.manifest["stop_tokens"])
         self.provider = provider
-        self.widened = is_widened(self.manifest, provider)
+        self.widened = is_widened(self.manifest, provider) if widened is None else widened
         path = directory / "model.onnx"
         if not path.exists():
             raise ArtifactError(f"{path}: no such file")
@@ -240,8 +242,10 @@ def open_session(
     if edit:
         model = load_graph(path)
         edit(model)
-        source = serialise(model)
-        entries["session.model_external_initializers_file_folder_path"] = str(path.parent)
+        source, folders = serialise(model)
+        if len(folders) > 1:
+            raise ArtifactError(f"{path}: its weights lie in several directories ({', '.join(map(str, folders))})")
+        entries["session.model_external_initializers_file_folder_path"] = str(next(iter(folders), path.parent))
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
     providers: dict[str, dict[str, str]] = {provider.name: provider.exact_options | (provider_options or {})}

@@ -17,6 +17,9 @@ from dispc.support.errors import ArtifactError, first_line
 from dispc.support.inputs import regular
 
 MICROSOFT = "com.microsoft"
+MACHINE_LEARNING = "ai.onnx.ml"
+SIMPLIFIED_NORM = "SimplifiedLayerNormalization"
+"""ONNX Runtime's RMS norm, which it keeps in the standard's own domain."""
 PROTOBUF_BYTES = 2**31
 """A protobuf message is no larger."""
 HEAD = "lm_head.weight"

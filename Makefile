@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-transformers5 setup-web demo test test-transformers5 lint types check clean
+.PHONY: help setup setup-transformers5 setup-web demo gpu test test-transformers5 lint types check clean
 
 VENV := .venv
 VENV5 := .venv-transformers5
@@ -43,6 +43,10 @@ test: setup ## run all tests (PYTEST_ARGS="-n 0 -x tests/test_masks.py" for some
 
 test-transformers5: setup-transformers5 ## run the core tests with transformers 5
 	$(VENV5)/bin/pytest $(PYTEST_ARGS) -m "not extras"
+
+GPU_ARGS ?= --minutes 9 --json benchmarks/results/gpu_minutes.json
+gpu: setup ## on a machine with CUDA: parity, speed, learning, most important first (GPU_ARGS="--minutes 5")
+	$(VENV)/bin/python benchmarks/gpu_minutes.py $(GPU_ARGS)
 
 lint: setup ## ruff: rules and format
 	$(VENV)/bin/ruff check .

@@ -56,7 +56,8 @@ class Decoder:
         providers: list[Any] = ["CPUExecutionProvider"]
         if device == "cuda":
             ort.preload_dlls()
-            cuda = {"enable_cuda_graph": str(int(cuda_graph)), "arena_extend_strategy": "kSameAsRequested"}
+            cuda = {"enable_cuda_graph": str(int(cuda_graph)), "use_tf32": "0"}
+            cuda["arena_extend_strategy"] = "kSameAsRequested"
             providers.insert(0, ("CUDAExecutionProvider", cuda))
         self.session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
         if device == "cuda" and self.session.get_providers()[0] != "CUDAExecutionProvider":

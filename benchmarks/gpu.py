@@ -61,6 +61,7 @@ def run_job(job: Job, work: Path, timeout: float, record: Callable[[Found], None
         for line in process.stdout:
             if line.startswith("{"):  # libraries may print too
                 found = json.loads(line)
+                found.pop("job", None)
                 record(found)
                 missing = [cell for cell in missing if not cell.items() <= found.items()]
         code = process.wait()
@@ -210,8 +211,8 @@ def main(
             result.setdefault("skipped_shapes", []).append(shape)
             continue
         job = Job(
-            model=str(work / shape), masks=None, artifact=None, reference=str(work / "reference.npy"), runtimes=PYTORCH,
-            device=device, dtype=dtype, cells=tuple(planned), rounds=rounds, calls=calls,
+            model=str(work / shape), masks=None, artifact=None, reference=str(work / "reference.npy"),
+            runtimes=PYTORCH[device], device=device, dtype=dtype, cells=tuple(planned), rounds=rounds, calls=calls,
         )  # fmt: skip
         run_shape(shape, sorted(numbers(pruned)), lowerings.split(","), target, job, work, timeout, record)
 

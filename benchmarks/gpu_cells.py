@@ -1,8 +1,9 @@
 """The measuring half of gpu.py: one model in one runtime, in a process of its own, since CUDA errors spoil a process.
 
-    .venv/bin/python benchmarks/gpu_cells.py JOB
+    .venv/bin/python benchmarks/gpu_cells.py JOB [JOB ...]
 
-JOB is the JSON of a `Job`. Prints a line of JSON about the device, then one for each cell as soon as it is done.
+JOB is the JSON of a `Job`. Prints a line of JSON about the device, then one for each cell as soon as it is done, each
+with the number of its job.
 """
 
 import fcntl
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +30,16 @@ from dispc.model.families import DecoderConfig
 from dispc.model.published import open_checkpoint
 from dispc.validate.checks.parity import LIMITS, logit_error
 
-EAGER, COMPILED, ORT, CUDA_GRAPH = "PyTorch", "PyTorch compiled", "ORT", "ORT, CUDA graph"
-DECODE_ONLY = (COMPILED, CUDA_GRAPH)
+if TYPE_CHECKING:
+    from algorithm1 import TorchStep
+
+EAGER, GRAPHED, COMPILED = "PyTorch", "PyTorch, CUDA graph", "PyTorch compiled"
+ORT, CUDA_GRAPH = "ORT", "ORT, CUDA graph"
+DECODE_ONLY = (GRAPHED, COMPILED, CUDA_GRAPH)
 """Runtimes that save launches, which a prefill has few of for its work."""
-PYTORCH = (EAGER, COMPILED)
+PYTORCH = {"cuda": (EAGER, GRAPHED, COMPILED), "cpu": (EAGER, COMPILED)}
 ONNX_RUNTIME = {"cuda": (ORT, CUDA_GRAPH), "cpu": (ORT,)}
-"""Device -> how ONNX Runtime is run there."""
+"""Device -> how PyTorch and ONNX Runtime are run there."""
 CHECKED_TOKENS = 16
 PROFILED_CALLS = 5
 INDEXING = ("gather", "scatter")
@@ -79,6 +84,35 @@ class Job:
         return Job(**raw | {"cells": tuple(Cell(**cell) for cell in raw["cells"]), "runtimes": tuple(raw["runtimes"])})
 
 
+class Graphed:
+    """Algorithm 1 eager, its kernels captured once in a CUDA graph: the same work without the time of launching it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.allocate, self.bytes_read = model, model.allocate, model.bytes_read
+
+    def bind(self, ids: npt.NDArray[np.int64], past: int) -> "GraphedStep":
+        return GraphedStep(self.model.bind(ids, past))
+
+
+class GraphedStep:
+    """One captured step."""
+
+    def __init__(self, step: "TorchStep") -> None:
+        self.step, self.logits = step, step.logits
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):  # warm up outside of the capture, as torch.cuda.graph asks for
+            for _ in range(3):
+                step.run()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(self.graph):
+            step.output = step.forward(*step.arguments)
+
+    def run(self) -> None:
+        self.graph.replay()
+        torch.cuda.synchronize()
+
+
 class Compiled:
     """Algorithm 1 through torch.compile, on CUDA with CUDA graphs; compiled anew for every shape."""
 
@@ -118,6 +152,7 @@ def open_models(job: Job, checkpoint: Checkpoint) -> dict[str, Callable[[], Any]
 
     return {
         EAGER: lambda: open_model(job, EAGER, checkpoint),
+        GRAPHED: lambda: Graphed(open_model(job, EAGER, checkpoint)),
         COMPILED: lambda: open_model(job, COMPILED, checkpoint),
         ORT: lambda: Launched(session()),
         CUDA_GRAPH: session,
@@ -324,5 +359,7 @@ def _failure(error: Exception) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    for line in run_job(Job.from_json(sys.argv[1])):
-        print(json.dumps(line), flush=True)
+    for number, argument in enumerate(sys.argv[1:]):
+        for line in run_job(Job.from_json(argument)):
+            print(json.dumps({"job": number} | line), flush=True)
+        gc.collect()

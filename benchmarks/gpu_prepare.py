@@ -88,6 +88,8 @@ class Preparation:
 def make(plan: Preparation, name: str) -> dict[str, Any]:
     """Compile one artifact; how long it took, or why it failed."""
     variant, started = VARIANTS[name], time.perf_counter()
+    if plan.find(name) is not None:  # of an earlier run
+        return {"prepared": name, "seconds": 0.0}
     quantisation = None
     if variant.bits:
         quantisation = Quantisation(bits=variant.bits, block_size=32, symmetric=True, head=True, embedding=False)
@@ -104,7 +106,8 @@ def main(plan: Preparation) -> None:
     started = time.perf_counter()
     for folder in plan.folders:
         Path(folder).mkdir(parents=True, exist_ok=True)
-    make_checkpoint(plan.model, plan.shape)
+    if not (plan.model / "config.json").is_file():
+        make_checkpoint(plan.model, plan.shape)
     config = Checkpoint(plan.model).config
     learned_like(config, 1 - PRUNED, seed=0).save(plan.masks, config)
     _say({"prepared": "checkpoint and masks", "seconds": round(time.perf_counter() - started, 1)})

@@ -151,5 +151,6 @@ if __name__ == "__main__":
         for problem in prepare(Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else None):
             print(problem, file=sys.stderr)
     else:
+        os.environ.setdefault("OMP_NUM_THREADS", "2")  # the workers share the cores
         for line in judge(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]):
             print(json.dumps(line), flush=True)

@@ -1,5 +1,6 @@
 """docs/results.md, from the cells of learned_masks.py."""
 
+import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,8 +9,10 @@ from typing import Any, NamedTuple
 
 from common import console
 from machine import REPOSITORY
+from recovery_page import recovery_sections
 
 PAGE = REPOSITORY / "docs" / "results.md"
+RECOVERY = REPOSITORY / "benchmarks" / "results" / "recovery.json"
 TEXT = "python benchmarks/learning_text.py wiki.train.tokens wiki.valid.raw -o wikitext-mixed.txt"
 Cell = dict[str, Any]
 
@@ -19,17 +22,33 @@ def write_page(cells: Sequence[Cell], methods: Sequence[str], page: Path = PAGE)
     cells = sorted(cells, key=lambda cell: ([*methods, "dense"].index(cell["method"]), cell["ratio"], cell["seed"]))
     lines = [
         "# Results", "",
-        "Written by `benchmarks/learned_masks.py table`, not by hand. `wikitext-mixed.txt` is what "
+        "Written by `benchmarks/learned_masks.py table`, not by hand.", "",
+    ]  # fmt: skip
+    how = [
+        "`wikitext-mixed.txt` is what "
         f"`{TEXT}` makes of WikiText-2's train and validation splits. Cells are "
         "METHOD-RATIO-SEED.json in `benchmarks/results/learned/`, with their masks and the machines they were "
         "measured on.", "",
     ]  # fmt: skip
+    if RECOVERY.exists() and page == PAGE:
+        lines += recovery_sections(json.loads(RECOVERY.read_text()), learned_short(cells), page.parent)
+        lines += ["# Methods and ablations, from 307,200 tokens", ""]
+    lines += how
     protocols = {protocol(text) for cell in cells for text in cell["perplexities"]}
     for chosen in sorted(protocols, key=lambda chosen: (chosen.windows, chosen)):
         lines += perplexities(cells, methods, chosen)
     lines += zero_shot(cells) + commands(cells)
     page.write_text("\n".join(lines), encoding="utf-8")
     console.print(f"{page}: {len(cells)} cells", highlight=False)
+
+
+def learned_short(cells: Iterable[Cell]) -> dict[int, float]:
+    """Whole-split perplexities of the full method by ratio."""
+    return {
+        cell["ratio"]: text["perplexity"]
+        for cell in cells if (cell["method"], cell["seed"]) == ("DISP-LLM", 0)
+        for text in cell["perplexities"] if protocol(text).length == 2048
+    }  # fmt: skip
 
 
 class Protocol(NamedTuple):

@@ -149,7 +149,7 @@ def build_artifact(
     save_model(model, stage / "model.onnx", progress)
     check_file(stage / "model.onnx")
     inputs = [value.name or "" for value in model.graph.inputs]
-    options = PROVIDERS[plan.target.provider].genai_options(graph=plan.cuda_graph)
+    options = PROVIDERS[plan.target.provider].genai_options(graph=plan.cuda_graph, dtype=plan.dtype)
     write_companions(checkpoint, plan, manifest["cache_layers"], inputs, options, stage)
     masks.save(stage / "masks.safetensors", checkpoint.config)
     manifest["bytes"] = sum(file.stat().st_size for file in stage.glob("model.onnx*"))

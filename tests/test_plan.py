@@ -19,6 +19,7 @@ from dispc.support.errors import CompileError
 
 INT4 = Quantisation(bits=4, block_size=32, symmetric=True, head=False, embedding=False)
 CUDA_GRAPH, NO_CUDA_GRAPH = [{"cuda": {"enable_cuda_graph": "1"}}], [{"cuda": {}}]
+NO_TF32 = [{"cuda": {"use_tf32": "0"}}]
 RUNTIME: dict[tuple[str, str, str, bool], tuple[bool, list[Any]]] = {
     ("onnx-cuda", "float16", "right", True): (True, CUDA_GRAPH),
     ("onnx-cuda", "float16", "right", False): (True, NO_CUDA_GRAPH),
@@ -28,8 +29,8 @@ RUNTIME: dict[tuple[str, str, str, bool], tuple[bool, list[Any]]] = {
     ("onnx-cuda", "bfloat16", "right", False): (True, NO_CUDA_GRAPH),
     ("onnx-cuda", "bfloat16", "left", True): (False, NO_CUDA_GRAPH),
     ("onnx-cuda", "bfloat16", "left", False): (False, NO_CUDA_GRAPH),
-    ("onnx-cuda", "float32", "left", True): (False, NO_CUDA_GRAPH),
-    ("onnx-cuda", "float32", "left", False): (False, NO_CUDA_GRAPH),
+    ("onnx-cuda", "float32", "left", True): (False, NO_TF32),
+    ("onnx-cuda", "float32", "left", False): (False, NO_TF32),
     ("onnx-cpu", "float32", "right", True): (True, []),
     ("onnx-cpu", "float32", "right", False): (True, []),
     ("onnx-cpu", "float32", "left", True): (False, []),
@@ -52,9 +53,9 @@ def test_runtimes_share_buffers_and_capture_graphs_where_the_graph_allows_it_and
                 plan = make_plan(target.name, Choices(dtype=dtype, padding=padding, cuda_graph=allowed))
             except CompileError:
                 continue
-            config = genai_config(
-                checkpoint, plan, 3, [], PROVIDERS[plan.target.provider].genai_options(graph=plan.cuda_graph)
-            )
+            provider = PROVIDERS[plan.target.provider]
+            told = provider.genai_options(graph=plan.cuda_graph, dtype=plan.dtype)
+            config = genai_config(checkpoint, plan, 3, [], told)
             provider_options = config["model"]["decoder"]["session_options"]["provider_options"]
             found[target.name, dtype, padding, allowed] = (
                 config["search"]["past_present_share_buffer"], provider_options

@@ -195,10 +195,10 @@ class Trainer:
         loss = self.gated.loss(leaf, ids)
         loss.backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
-        noted = leaf.new_tensor([float(self.noted() is not None), self.taken])
+        noted = leaf.new_tensor([self.taken, float(self.noted() is not None)])
         figures = self.processes.mean(torch.cat([leaf.grad, loss.detach().to(leaf)[None], noted]))
         gradient, facts = figures[:-3], figures[-3:].tolist()
-        mean_loss, self.stopping, self.seconds = facts[0], facts[1] > 0, facts[2]
+        mean_loss, self.seconds, self.stopping = facts[0], facts[1], facts[2] > 0
         kept = kept_parameters(counted, self.config)
         penalty = regulariser(kept, self.budget)
         record = {

@@ -4,7 +4,7 @@ To add one, add its row, and a target in `dispc.plan` that names it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dispc.runtime import devices, doctor
@@ -22,6 +22,7 @@ class Provider:
     fallback: it runs artifacts made for any other provider; those in half precision are widened, since its own
         half-precision kernels round otherwise, or lack an operator.
     graph_options: provider options that capture a run as a graph and replay it; None where it cannot.
+    exact_options: provider options that make it multiply float32 as float32.
     genai: its key in genai_config.json; None for onnxruntime-genai's default.
     genai_build: which build of onnxruntime-genai has it, as the model card says it.
     chunk: tokens given at once when reading a long text; None for all of them.
@@ -38,6 +39,7 @@ class Provider:
     dtypes: tuple[str, ...]
     fallback: bool = False
     graph_options: dict[str, str] | None = None
+    exact_options: dict[str, str] = field(default_factory=dict)
     genai: str | None = None
     genai_build: str = ""
     chunk: int | None = None
@@ -57,11 +59,12 @@ class Provider:
                 f"{what}, {self.title} does not load here: {problem}; dispc doctor tells more, {remedy}"
             )
 
-    def genai_options(self, *, graph: bool) -> list[dict[str, Any]]:
+    def genai_options(self, *, graph: bool, dtype: str) -> list[dict[str, Any]]:
         """`provider_options` of a genai_config.json, with or without graph capture."""
         if self.genai is None:
             return []
-        return [{self.genai: dict(self.graph_options or {}) if graph else {}}]
+        exact = self.exact_options if dtype == "float32" else {}
+        return [{self.genai: (dict(self.graph_options or {}) if graph else {}) | exact}]
 
 
 CPU = Provider(
@@ -85,6 +88,7 @@ CUDA = Provider(
     device="cuda",
     dtypes=("float32", "float16", "bfloat16"),
     graph_options={"enable_cuda_graph": "1"},
+    exact_options={"use_tf32": "0"},  # its default multiplies float32 with 10 bits of mantissa (TF32)
     genai="cuda",
     genai_build="its CUDA build",
     problem=lambda: doctor.cuda_problem(),

@@ -242,7 +242,7 @@ def open_session(
         entries["session.model_external_initializers_file_folder_path"] = str(path.parent)
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
-    providers: dict[str, dict[str, str]] = {provider.name: provider_options or {}}
+    providers: dict[str, dict[str, str]] = {provider.name: provider.exact_options | (provider_options or {})}
     providers.setdefault(CPU.name, {})
     try:
         session = ort.InferenceSession(source, options, providers=list(providers.items()), enable_fallback=0)

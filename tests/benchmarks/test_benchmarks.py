@@ -258,7 +258,7 @@ def job(tmp_path: Path) -> gpu_cells.Job:
 
 def test_wrong_logits_are_recorded_and_not_timed(job: gpu_cells.Job, tmp_path: Path) -> None:
     compiled("llama", some_masks("llama"), tmp_path)
-    eager = gpu_cells.run_job(replace(job, artifact=None, runtimes=gpu_cells.PYTORCH))
+    eager = gpu_cells.run_job(replace(job, artifact=None, runtimes=gpu_cells.PYTORCH[job.device]))
     assert [next(eager).get("runtime") for _ in range(2)] == [None, "PyTorch"]  # it leaves the dense model's logits
     _, cell = gpu_cells.run_job(job)
     assert "logits differ" in cell["error"] and "milliseconds" not in cell

@@ -11,11 +11,14 @@ import harness
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from student import options, student, text
 
 from dispc.learn.distributed import Processes
 from dispc.learn.folder import CHECKPOINT, METRICS
+from dispc.learn.instant import instant_masks
 from dispc.learn.trainer import learn
+from dispc.model.checkpoint import Checkpoint
 from dispc.support.errors import Interrupted, LearnError
 
 pytestmark = [
@@ -100,3 +103,27 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     )
     np.testing.assert_allclose(one, two, atol=1e-4, rtol=0)
     assert len(one) == 20
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_two_processes_recover_what_one_recovers(tmp_path: Path, lora: int) -> None:
+    pytest.importorskip("accelerate")
+    masks = tmp_path / "masks.safetensors"
+    instant_masks(student(), "magnitude", 0.3).save(masks, Checkpoint(student()).config)
+    common = [
+        "recover", str(student()), "--masks", str(masks), "--data", text("train.txt", 3000, 2), "--sequence-length",
+        "32", "--batch-size", "2", "--learning-rate", "3e-3", "--steps", "8", "--evaluate-every", "4", "--device",
+        "cpu", "--lora", str(lora),
+    ]  # fmt: skip
+    for name, start in (("one", []), ("two", ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"])):
+        done = subprocess.run(
+            [sys.executable, "-m", *start, "dispc", *common, "-o", str(tmp_path / name)],
+            capture_output=True, text=True, check=False, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=2e-3, rtol=0)  # Adam's first steps magnify rounding
+    name = "model.layers.0.mlp.up_proj.weight"
+    before = load_file(student() / "model.safetensors")[name] * (one[name] != 0)
+    assert not torch.allclose(one[name], before, atol=2e-3)

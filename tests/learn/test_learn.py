@@ -170,3 +170,17 @@ def test_a_compiled_model_sees_the_gates_of_each_step(tmp_path: Path, monkeypatc
     compiled = losses(tmp_path / "compiled", compile=True)
     assert len(calls) == 1
     np.testing.assert_allclose(compiled, losses(tmp_path / "plain"), atol=1e-4)
+
+
+def test_minutes_end_a_run_with_masks_of_the_budget(tmp_path: Path) -> None:
+    masks, _ = learn(options(tmp_path, steps=100_000, minutes=0.02, decay=True, pruning_ratio=0.3))
+    config = Checkpoint(student()).config
+    assert 0.65 < masks.kept_parameters(config) / (config.block_parameters * config.num_hidden_layers) < 0.7001
+    assert 0 < int(masks.metadata["steps"]) < 100_000
+
+
+def test_the_rate_falls_by_the_steps_or_by_the_clock_whichever_is_further(tmp_path: Path) -> None:
+    chosen = options(tmp_path, steps=100, minutes=1.0, decay=True, learning_rate=1.0)
+    assert chosen.rate(50, 6.0) == pytest.approx(0.5)
+    assert chosen.rate(10, 45.0) == pytest.approx(0.25)
+    assert chosen.done(10, 60.0) == 1.0

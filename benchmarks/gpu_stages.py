@@ -1,0 +1,270 @@
+"""The stages of gpu_minutes.py: what each one runs, in processes of its own that may die."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpu import Found
+from gpu_cells import COMPILED, EAGER, GRAPHED, ONNX_RUNTIME, Cell, Job
+from gpu_prepare import PRUNED, VARIANTS, Preparation
+
+HERE = Path(__file__).resolve().parent
+LAST_LINES = 6
+"""How much of a failed process's stderr is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A row of the plan: its name, its seconds when the whole run has nine minutes, and what it runs."""
+
+    name: str
+    seconds: float
+    run: Callable[["Run"], None]
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What stages share: where things are, when they must end, and what was found."""
+
+    device: str
+    dtype: str
+    preparation: Preparation
+    prepared: Path | None
+    workers: int
+    model: Path | None
+    data: Path | None
+    work: Path
+    record: Callable[[Found], None]
+    rounds: int
+    past: int
+    prefill: int
+    batch: int
+    end: float = 0.0
+    """When the current stage has to be over, on time.monotonic's clock."""
+    failed: set[str] = field(default_factory=set)
+    """What could not be prepared."""
+
+    @property
+    def left(self) -> float:
+        return max(0.0, self.end - time.monotonic())
+
+    def process(self, arguments: Sequence[str], what: Found) -> None:
+        """Run Python with these arguments until the stage ends; every line of JSON that it prints is recorded."""
+        error = run_lines([sys.executable, *arguments], self.left, lambda found: self.record(what | found), self.work)
+        if error:
+            self.record(what | {"error": error})
+
+    def job(self, runtimes: Sequence[str], cells: Sequence[Cell], *, pruned: bool, **changes: Any) -> Job:
+        masks, reference = str(self.preparation.masks), self.work / f"reference-{int(pruned)}.npy"
+        options: dict[str, Any] = {"masks": masks if pruned else None, "artifact": None, "reference": str(reference)}
+        return Job(
+            model=str(self.preparation.model), runtimes=tuple(runtimes), device=self.device, dtype=self.dtype,
+            cells=tuple(cells), rounds=self.rounds, calls=10, **options | changes,
+        )  # fmt: skip
+
+    def measure(self, jobs: Sequence[tuple[Job, str | None]]) -> None:
+        """Run jobs of gpu_cells.py, each with the name of its lowering, in one process.
+
+        A CUDA error spoils a process: what a process that dies has not measured is tried in another one, but for the
+        job that it died of.
+        """
+        pending = list(jobs)
+        while pending:
+            begun = self._measure(pending)
+            pending = pending[begun + 1 :] if self.left else []
+
+    def _measure(self, jobs: Sequence[tuple[Job, str | None]]) -> int:
+        """One process; the number of the last job that it has begun. Cells of that job that are missing are errors."""
+        wheres: list[Found] = []
+        for job, lowering in jobs:
+            pruned = round(100 * PRUNED) if job.masks else 0
+            wheres.append({"shape": self.preparation.shape, "pruned": pruned, "lowering": lowering})
+        measured: list[list[Found]] = [[] for _ in jobs]
+        begun = 0
+
+        def note(found: Found) -> None:
+            nonlocal begun
+            begun = max(begun, found.pop("job", begun))
+            measured[begun].append(found)
+            self.record(wheres[begun] | found)
+
+        arguments = [json.dumps(asdict(job)) for job, _ in jobs]
+        error = run_lines([sys.executable, str(HERE / "gpu_cells.py"), *arguments], self.left, note, self.work)
+        for runtime, cell in jobs[begun][0].planned():
+            planned = {"runtime": runtime} | asdict(cell)
+            if not any(planned.items() <= found.items() for found in measured[begun]):
+                self.record(wheres[begun] | planned | {"error": error or "not measured"})
+        return begun
+
+    def measure_artifacts(self, names: Sequence[str], cells: Sequence[Cell]) -> None:
+        """Measure prepared artifacts, those that are finished first, and wait for the others."""
+        waiting = list(names)
+        while waiting and self.left:
+            ready = [name for name in waiting if self.preparation.find(name) is not None]
+            waiting = [name for name in waiting if name not in ready and name not in self.failed]
+            self.measure([(self._artifact_job(name, cells), name) for name in ready])
+            if not ready:
+                time.sleep(0.1)
+        for name in waiting:
+            self.record({"stage": "wait", "lowering": name, "error": "came too late"})
+
+    def _artifact_job(self, name: str, cells: Sequence[Cell]) -> Job:
+        changes: dict[str, Any] = {"artifact": str(self.preparation.find(name))}
+        if VARIANTS[name].bits:  # no reference has the same rounded weights: the stage "right" judges int4
+            changes["reference"] = None
+        return self.job(ONNX_RUNTIME[self.device], cells, pruned=VARIANTS[name].pruned, **changes)
+
+    @property
+    def decoding(self) -> Cell:
+        return Cell(phase="decode", batch=1, tokens=self.past)
+
+
+def run_lines(command: Sequence[str], seconds: float, record: Callable[[Found], None], work: Path) -> str:
+    """Run a command for at most so many seconds and record each line of JSON that it prints.
+
+    It gets a process group of its own, which is killed as a whole when the time is up. Returns what went wrong, with
+    the end of what it said; nothing when it ended with 0.
+    """
+    if seconds <= 0:
+        return "no time was left for it"
+    log = work / f"stderr-{threading.get_ident()}.txt"
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        ) as process,
+    ):
+        timer = threading.Timer(seconds, kill_group, [process])
+        timer.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            if (found := parsed(line)) is not None:
+                record(found)
+        code = process.wait()
+        timed_out = timer.finished.is_set()
+        timer.cancel()
+    if code == 0:
+        return ""
+    lines = log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:] or ["nothing on stderr"]
+    ended = f"stopped after {seconds:.0f} s" if timed_out else f"ended with {code}"
+    return f"the process {ended}: {' | '.join(line.strip()[:200] for line in lines)}"
+
+
+def parsed(line: str) -> Found | None:
+    """A line of JSON; None for what libraries print."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def kill_group(process: "subprocess.Popen[str]") -> None:
+    try:
+        os.killpg(process.pid, 9)
+    except ProcessLookupError:
+        return
+
+
+def facts(run: Run) -> None:
+    run.process([str(HERE / "gpu_facts.py"), run.device], {})
+
+
+def right(run: Run) -> None:
+    """Several workers on one GPU; one that dies is started again behind the artifact that killed it."""
+    directory = run.prepared or run.work / "right"
+    script = str(HERE / "gpu_right.py")
+    if run.prepared is None:
+        limit = [] if run.device == "cuda" else ["2"]
+        run.process([script, "prepare", str(directory), *limit], {"stage": "prepare right"})
+    for marker in directory.glob("*.begun"):
+        marker.unlink()
+    device = "target" if run.device == "cuda" else "cpu"
+
+    def work(number: int) -> None:
+        before = -1
+        while run.left and len(done := list(directory.glob("*.begun"))) != before:
+            before = len(done)
+            run.process([script, "judge", str(directory), str(number), str(run.workers), device], {"stage": "right"})
+
+    threads = [threading.Thread(target=work, args=[number]) for number in range(run.workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def fast(run: Run) -> None:
+    """Eager PyTorch first: its logits are what the others are held to."""
+    while run.left and not run.preparation.masks.is_file():
+        time.sleep(0.1)
+    run.measure([(run.job([EAGER], [run.decoding], pruned=pruned), None) for pruned in (False, True)])
+    run.measure_artifacts(
+        ("dense", "inverse-gather", "canonical", "inverse-gather, align 1", "inverse-gather, align 64"), [run.decoding]
+    )
+
+
+def paper(run: Run) -> None:
+    """With a CUDA graph at once; torch.compile takes minutes for uneven widths, both models at the same time."""
+    if run.device == "cuda":
+        run.measure([(run.job([GRAPHED], [run.decoding], pruned=pruned), None) for pruned in (False, True)])
+    turns = run.work / "turns"
+    jobs = [run.job([COMPILED], [run.decoding], pruned=pruned, turns=str(turns)) for pruned in (False, True)]
+    threads = [threading.Thread(target=run.measure, args=[[(job, None)]]) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def int4(run: Run) -> None:
+    run.measure_artifacts(("int4 dense", "int4", "int4, align 64", "int4, align 1"), [run.decoding])
+
+
+def batches(run: Run) -> None:
+    cells = [
+        Cell(phase="decode", batch=run.batch, tokens=run.past),
+        Cell(phase="prefill", batch=1, tokens=run.prefill),
+    ]
+    run.measure([(run.job([EAGER], cells, pruned=pruned), None) for pruned in (False, True)])
+    run.measure_artifacts(("dense", "inverse-gather"), cells)
+
+
+def learning(run: Run) -> None:
+    """Two runs on one GPU; they stop when their minutes are over, and leave masks and checkpoints."""
+    if run.model is None or run.data is None:
+        run.record({"stage": "learning", "skipped": "needs --model DIR and --data TEXT"})
+        return
+
+    def learn(percent: int) -> None:
+        masks = run.work / "learned" / f"masks-{percent}.safetensors"
+        minutes = max(0.1, (run.left - 15) / 60)
+        options = ["--pruning-ratio", str(percent / 100), "--data", str(run.data), "--minutes", f"{minutes:.2f}"]
+        options += ["--batch-size", "8", "--sequence-length", "512", "--device", run.device, "--json", "--force"]
+        options += ["--compile"] if run.device == "cuda" else []
+        command = ["-m", "dispc", "learn", str(run.model), "-o", str(masks), *options]
+        run.process(command, {"stage": "learning", "pruned": percent})
+
+    threads = [threading.Thread(target=learn, args=[percent]) for percent in (30, 50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+STAGES = (
+    Stage(name="facts", seconds=20, run=facts),
+    Stage(name="right", seconds=100, run=right),
+    Stage(name="fast", seconds=150, run=fast),
+    Stage(name="paper", seconds=60, run=paper),
+    Stage(name="int4", seconds=45, run=int4),
+    Stage(name="batches", seconds=60, run=batches),
+    Stage(name="learning", seconds=105, run=learning),
+)

@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-transformers5 setup-web demo gpu test test-transformers5 lint types check clean
+.PHONY: help setup setup-transformers5 setup-web demo gpu test test-transformers5 faults test-runtimes lint types check clean
 
 VENV := .venv
 VENV5 := .venv-transformers5
@@ -47,6 +47,30 @@ test-transformers5: setup-transformers5 ## run the core tests with transformers 
 GPU_ARGS ?= --minutes 9 --json benchmarks/results/gpu_minutes.json
 gpu: setup ## on a machine with CUDA: parity, speed, learning, most important first (GPU_ARGS="--minutes 5")
 	$(VENV)/bin/python benchmarks/gpu_minutes.py $(GPU_ARGS)
+
+FAULTS ?= 1000
+SEED ?= 0
+faults: setup ## plant 1,000 faults into artifacts and judge each (FAULTS=100 SEED=1 for other ones)
+	$(VENV)/bin/python tests/shared/fault_matrix.py $(FAULTS) $(SEED)
+
+# The oldest, one between and the newest; the environments hold these packages and what they need, no dispc, no torch.
+RUNTIMES ?= 1.18.0 1.24.1 1.32.0
+GENAI ?= 0.6.0 0.11.4 0.18.0
+RUNTIME_MARKS = $(RUNTIMES:%=build/runtimes/onnxruntime-%/.installed) $(GENAI:%=build/runtimes/genai-%/.installed)
+
+test-runtimes: setup $(RUNTIME_MARKS) ## artifacts in other ONNX Runtimes (RUNTIMES="1.18.0") and onnxruntime-genais (GENAI="0.6.0")
+	$(VENV)/bin/pytest -n 0 tests/runtimes
+
+# ONNX Runtime 1.18 was built for NumPy 1.
+build/runtimes/onnxruntime-%/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet onnxruntime==$* $(if $(filter 1.18.%,$*),'numpy<2')
+	@touch $@
+
+build/runtimes/genai-%/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet onnxruntime-genai==$*
+	@touch $@
 
 lint: setup ## ruff: rules and format
 	$(VENV)/bin/ruff check .

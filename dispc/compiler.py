@@ -15,11 +15,13 @@ from dispc.export.card import write_card
 from dispc.export.companions import write_companions
 from dispc.export.trace import trace
 from dispc.export.write import check_file, save_model
-from dispc.manifest import MANIFEST
+from dispc.manifest import MANIFEST, foreign_content
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
+from dispc.model.rope import unreached_positions
 from dispc.model.weights import surface_weight_errors
+from dispc.passes.common.versions import needs
 from dispc.passes.pipeline import PassRecord, build_pipeline, pipeline_line, run_pipeline
 from dispc.plan import Choices, Plan, make_plan
 from dispc.runtime.providers import PROVIDERS
@@ -71,7 +73,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
         DispcError: for every problem with the input, the options or the output; nothing is left behind.
     """
     started = time.perf_counter()
-    check_output(options.output, options.force)
+    check_output(options.output, options.force, foreign=foreign_content)
     for path in (options.model, options.masks, options.dump_ir):
         if path and path.resolve().is_relative_to(options.output.resolve()):
             raise ArtifactError(f"{path}: lies in {options.output}, which would be replaced; choose another -o")
@@ -86,7 +88,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
     if options.validate or options.verify_each:
         from dispc.runtime.memory import require_memory_for_reference
 
-        require_memory_for_reference(checkpoint)
+        require_memory_for_reference(checkpoint, whole=options.verify_each)
     if options.verify_each:
         from dispc.validate.checks.verify import make_verifier
 
@@ -94,7 +96,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
         verifier = make_verifier(checkpoint, masks, plan.quantisation)
         run_pipeline(trace(checkpoint, torch.float32), build_pipeline(plan.exact, checkpoint, masks), verifier)
 
-    with staged_directory(options.output, options.force) as stage:
+    with staged_directory(options.output, options.force, foreign=foreign_content) as stage:
         manifest = build_artifact(checkpoint, masks, plan, stage, progress, options.dump_ir)
         manifest["lowering"] |= tuned
         manifest["compile_seconds"] = round(time.perf_counter() - started, 3)
@@ -103,7 +105,12 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
             from dispc.validate.judge import check
 
             progress("validating", 0, 1)
-            report = check(stage, options.model, quick=True, device="available")
+            begun = time.perf_counter()
+            report = check(
+                stage, options.model, quick=True, device="available", masks=stage / "masks.safetensors",
+                say=lambda what: progress(f"validating: {what}", 0, 1),
+            )  # fmt: skip
+            manifest["validation_seconds"] = round(time.perf_counter() - begun, 3)
             named = replace(report, artifact=options.output.name, reference=options.model.resolve().name)
             manifest["validation"] = named.as_dict()
             write_json(stage / MANIFEST, manifest)
@@ -197,6 +204,7 @@ def describe(
         "quantisation": plan.quantisation.as_dict() if plan.quantisation else None,
         "attention": "GroupQueryAttention" if plan.group_query else "Attention",
         "positions": config.max_positions,
+        "notes": [note for note in (unreached_positions(checkpoint.ropes, config.max_positions),) if note],
         "stop_tokens": checkpoint.stop_tokens,
         "norm_scope": masks.norm_scope,
         "masks_sha256": masks.sha256(),
@@ -205,6 +213,7 @@ def describe(
         "cache_layers": sum(block.attention.alive for block in masks.blocks),
         "widths": [{name: len(indices) for name, indices in block.sets().items()} for block in masks.blocks],
         "nodes": model.graph.num_nodes(),
+        "needs": needs(model),
         "passes": [asdict(record) for record in records],
     }
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from dispc.manifest import MANIFEST, read_manifest, summary
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.published import open_checkpoint
 from dispc.support.dtypes import name_of
-from dispc.support.errors import ArtifactError, DispcError
+from dispc.support.errors import DispcError
+from dispc.support.graph import read_graph
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -59,12 +59,7 @@ def _widths(masks: Masks) -> tuple[list[dict[str, int]], dict[str, int]]:
 def _artifact(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     widths, full = _widths(Masks.load(path / "masks.safetensors"))
-    try:
-        graph = onnx.load(path / "model.onnx", load_external_data=False).graph
-    except DecodeError as error:
-        raise ArtifactError(f"{path / 'model.onnx'}: not an ONNX model ({error})") from error
-    if not graph.node:
-        raise ArtifactError(f"{path / 'model.onnx'}: not an ONNX model (it has no nodes)")
+    graph = read_graph(path / "model.onnx")
     operators = Counter(f"{node.domain}.{node.op_type}".removeprefix(".") for node in graph.node)
     validation = manifest.get("validation")
     facts = {

@@ -1,6 +1,6 @@
 """dispc.json: what an artifact says about itself. Its presence is what makes a directory an artifact."""
 
-import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from dispc.plan import Quantisation
 from dispc.support.dtypes import ARTIFACT_DTYPES
 from dispc.support.errors import ArtifactError
+from dispc.support.inputs import read_object
 
 MANIFEST = "dispc.json"
 COPIED = (
@@ -16,6 +17,9 @@ COPIED = (
     "chat_template.json",
 )  # fmt: skip
 """Files of a model directory that an artifact has copies of, where they are there."""
+WRITTEN = (MANIFEST, "model.onnx", "model.onnx.data", "genai_config.json", "masks.safetensors", "README.md", *COPIED)
+"""What an artifact may hold, beside licence files."""
+LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)[\w.-]*", re.IGNORECASE)
 FIELDS: dict[str, type] = {
     "dispc": str, "model_type": str, "target": str, "dtype": str, "padding": str, "lowering.name": str,
     "attention": str, "positions": int, "stop_tokens": list, "norm_scope": str, "masks_sha256": str,
@@ -41,6 +45,12 @@ def require_comparable(artifact: Path, dense: Path) -> None:
             raise ArtifactError(f"{dense}: {what}, unlike {artifact}; --build-dense compiles the right one")
 
 
+def needed_versions(manifest: Mapping[str, Any]) -> str:
+    """Which ONNX Runtime an artifact needs, in words; those compiled before dispc said so need 1.24."""
+    needs = manifest.get("needs") or {"onnxruntime": "1.24", "opset": 23}
+    return f"ONNX Runtime {needs['onnxruntime']} or newer (opset {needs['opset']})"
+
+
 def spell_pass(name: str, options: Mapping[str, object]) -> str:
     """A pass in a line of passes: its name, and its options in braces where it has some."""
     spelled = " ".join(f"{key}={str(value).lower()}" for key, value in options.items())
@@ -55,12 +65,10 @@ def read_manifest(artifact: Path) -> dict[str, Any]:
     """
     path = artifact / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path, ArtifactError)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ArtifactError(f"{artifact}: is not an artifact of dispc (no {MANIFEST})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(content, dict) or "target" not in content:
+    if "target" not in content:
         raise ArtifactError(f"{path}: is not the {MANIFEST} of an artifact")
     for name, kind in FIELDS.items():
         if not isinstance(_field(content, name), kind):
@@ -83,7 +91,20 @@ def summary(manifest: Mapping[str, Any]) -> dict[str, str]:
         "norm scope": manifest["norm_scope"],
         "lowering": f"{lowering['name']} ({lowering['reason']})",
         "quantised": str(Quantisation(**quantisation)) if quantisation else "no",
+        "runs in": needed_versions(manifest),
     }
+
+
+def foreign_content(directory: Path) -> str | None:
+    """What in a directory makes it something else than an artifact that dispc wrote; None when it is just that."""
+    try:
+        read_manifest(directory)
+    except ArtifactError as error:
+        return str(error).removeprefix(f"{directory}: ")
+    for path in sorted(directory.iterdir()):
+        if path.name not in WRITTEN and not LICENCE_FILES.fullmatch(path.name):
+            return f"holds {path.name}, which is not of the artifact"
+    return None
 
 
 def _field(content: Any, name: str) -> Any:

@@ -3,7 +3,6 @@
 Every figure is one of dispc.json or of the masks' own metadata; what they do not hold, the card does not say.
 """
 
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,13 +11,17 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from dispc.manifest import LICENCE_FILES, needed_versions
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.plan import TARGETS, Quantisation
+from dispc.support.errors import DispcError
+from dispc.support.files import write_text
+from dispc.support.inputs import JSON_BYTES, regular
+from dispc.support.printable import printable
 
 CARRIED = ("license", "license_name", "license_link", "language")
 """What the front matter of the base model's card says that is true of the artifact as well."""
-LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)[\w.-]*", re.IGNORECASE)
 TAGS = ["onnx", "onnxruntime", "onnxruntime-genai", "dispc", "disp-llm"]
 ENTITIES = str.maketrans({character: f"&#{ord(character)};" for character in "&<|\\"})
 MASK_FACTS = ("method", "data", "pruning_ratio", "ratio_of", "steps", "seed")
@@ -41,7 +44,7 @@ Inputs are `input_ids`, `attention_mask`, `position_ids` where the model has the
 `past_key_values.N.key` and `.value` (batch, key/value heads, past length, head size; empty at first);
 outputs are `logits` and `present.N.key` and `.value`, which the next call takes as its past.
 
-ONNX Runtime:
+ONNX Runtime; batches are padded on the {padding}:
 
 ```python
 import onnxruntime as ort
@@ -49,7 +52,7 @@ import onnxruntime as ort
 session = ort.InferenceSession("model.onnx", providers=["{provider}"])
 ```
 
-onnxruntime-genai{genai_build}:
+onnxruntime-genai{genai_build}; batches are padded on the right, as it does by itself:
 
 ```python
 import onnxruntime_genai as og
@@ -58,7 +61,7 @@ model = og.Model(".")
 tokenizer = og.Tokenizer(model)
 ```
 
-optimum:
+optimum; {optimum_batches}:
 
 ```python
 from optimum.onnxruntime import ORTModelForCausalLM
@@ -82,6 +85,14 @@ model = ORTModelForCausalLM.from_pretrained(".", provider="{provider}")
 
 {licence}
 """
+OPTIMUM_BATCHES = {
+    "left": 'batches are padded on the left (`padding_side="left"` of the tokenizer)',
+    "right": (
+        "one prompt at a time: `generate` wants batches padded on the left, and would get nonsense from this artifact "
+        "(`dispc compile --padding left` makes one that takes them)"
+    ),
+}
+"""Which batches optimum can feed, by the side that an artifact is padded on."""
 OPTIMUM_FIX = (
     "model.embed_size_per_head = {size}  # optimum-onnx 0.1.0 takes hidden_size / heads, which is wrong here\n"
 )
@@ -115,6 +126,7 @@ def write_card(
         "positions": f"{manifest['positions']:,}",
         "block parameters kept": f"{blocks['kept']:,} of {blocks['dense']:,} ({share})",
         "size of model.onnx and its data": f"{manifest['bytes']:,} bytes",
+        "runs in": needed_versions(manifest),
     }
     if manifest["quantisation"]:
         facts["quantised"] = str(Quantisation(**manifest["quantisation"]))
@@ -129,6 +141,8 @@ def write_card(
         pruned=pruned if blocks["kept"] < blocks["dense"] else "Nothing is pruned.",
         facts=_table(("", ""), facts.items()),
         provider=provider,
+        padding=manifest["padding"],
+        optimum_batches=OPTIMUM_BATCHES[manifest["padding"]],
         genai_build=f" ({genai_build})" if genai_build else "",
         optimum_fix="" if usual_heads else OPTIMUM_FIX.format(size=config.head_dim),
         masks=_masks(masks),
@@ -136,7 +150,7 @@ def write_card(
         widths=_table(("block", *full), widths),
         licence=_licence(model),
     )
-    ModelCard(text).save(directory / "README.md")
+    write_text(directory / "README.md", str(ModelCard(text)))
 
 
 def front_matter(model: Path) -> ModelCardData:
@@ -153,9 +167,9 @@ def front_matter(model: Path) -> ModelCardData:
 def base_card(model: Path) -> dict[str, str | list[str]]:
     """Words and lists of words in the front matter of a model directory's README.md; empty when it cannot be read."""
     try:
-        text = (model / "README.md").read_text("utf-8-sig")
+        text = regular(model / "README.md", DispcError, JSON_BYTES).read_text("utf-8-sig")
         content = ModelCard(text, ignore_metadata_errors=True).data.to_dict() if text.startswith("---") else {}
-    except (OSError, ValueError, TypeError, yaml.YAMLError):  # not UTF-8, no mapping, keys that are no words
+    except (DispcError, OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):  # not UTF-8, no mapping ...
         return {}
 
     def words(value: object) -> bool:
@@ -223,4 +237,4 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 def _cell(content: object) -> str:
     """Text that stays inside its cell and shows as it is."""
-    return " ".join(str(content).split()).translate(ENTITIES)
+    return " ".join(printable(str(content)).split()).translate(ENTITIES)

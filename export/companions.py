@@ -8,7 +8,9 @@ from typing import Any
 from dispc.manifest import COPIED
 from dispc.model.checkpoint import Checkpoint
 from dispc.plan import Plan
+from dispc.support.errors import CheckpointError
 from dispc.support.files import write_json
+from dispc.support.inputs import JSON_BYTES, regular
 
 
 def write_companions(
@@ -24,8 +26,8 @@ def write_companions(
     `inputs` are the names of the graph's inputs, `provider_options` what onnxruntime-genai opens its session with.
     """
     for name in COPIED:
-        if (checkpoint.directory / name).is_file():
-            shutil.copyfile(checkpoint.directory / name, directory / name)
+        if (checkpoint.directory / name).exists():
+            shutil.copyfile(regular(checkpoint.directory / name, CheckpointError, JSON_BYTES), directory / name)
     write_json(directory / "genai_config.json", genai_config(checkpoint, plan, cache_layers, inputs, provider_options))
 
 
@@ -34,23 +36,23 @@ def genai_config(
 ) -> dict[str, Any]:
     """The genai_config.json of onnxruntime-genai, which refuses keys that it does not know.
 
-    `num_hidden_layers` there counts the key/value caches: an attention that was pruned away has none.
+    `num_hidden_layers` there counts the key/value caches: an attention that was pruned away has none. Token ids that
+    the model does not name are left out, since runtimes disagree about one that is made up; padding falls back to the
+    first stop token.
     """
     config = checkpoint.config
-    generation = checkpoint.generation_config
-    eos = checkpoint.stop_tokens or [0]
-    # Not `or`: id 0 is a token like any other.
-    bos, pad = (generation.get(key, checkpoint.raw_config.get(key)) for key in ("bos_token_id", "pad_token_id"))
-    top_k = generation.get("top_k")  # 0 is "all tokens" on both sides
+    generation = checkpoint.generation
+    eos, pad = generation.stops, generation.pad
+    if pad is None and eos:  # not `or`: id 0 is a token like any other
+        pad = eos[0]
+    ids = {"bos_token_id": generation.bos, "eos_token_id": eos or None, "pad_token_id": pad}
     named = {name: name for name in inputs if not name.startswith("past_key_values.")}
     caches = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
     presents = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
     return {
         "model": {
             "type": "decoder",
-            "bos_token_id": eos[0] if bos is None else bos,
-            "eos_token_id": eos,
-            "pad_token_id": eos[0] if pad is None else pad,
+            **{name: number for name, number in ids.items() if number is not None},
             "context_length": config.max_positions,
             "vocab_size": config.vocab_size,
             "decoder": {
@@ -66,11 +68,11 @@ def genai_config(
             },
         },
         "search": {
-            "do_sample": bool(generation.get("do_sample", False)),
+            "do_sample": generation.do_sample,
             "max_length": config.max_positions,
             "past_present_share_buffer": plan.group_query and plan.padding == "right",
-            "temperature": float(generation.get("temperature") or 1.0),
-            "top_k": 50 if top_k is None else int(top_k),
-            "top_p": float(generation.get("top_p") or 1.0),
+            "temperature": generation.temperature,
+            "top_k": generation.top_k,
+            "top_p": generation.top_p,
         },
     }

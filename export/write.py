@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from dispc.model.weights import one_torch_thread, surface_weight_errors
 from dispc.support.errors import ArtifactError
+from dispc.support.onnx_checker import check_model
 from dispc.support.signals import hold_signals
 
 INLINE_BYTES = 1024
@@ -62,6 +63,6 @@ def check_file(path: Path) -> None:
         ArtifactError: with the checker's first line.
     """
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        check_model(path)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ArtifactError(f"{path}: onnx.checker refuses the model: {str(error).splitlines()[0]}") from error

@@ -20,6 +20,7 @@ from dispc.passes.fuse.fuse_skip_norm import FuseSkipNormPass
 from dispc.passes.fuse.tie_embeddings import TieEmbeddingsPass
 from dispc.passes.lower.last_logits import LastLogitsPass
 from dispc.passes.lower.lower_attention import LowerAttentionPass
+from dispc.passes.lower.lower_opset import LowerOpsetPass
 from dispc.passes.lower.lower_scatter import LowerScatterPass
 from dispc.passes.prune.align_widths import AlignWidthsPass
 from dispc.passes.prune.fill_zeros import FillZerosPass
@@ -80,6 +81,7 @@ def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[Rew
         ),
         (plan.last_logits, lambda: LastLogitsPass(plan.padding)),
         *([(True, lambda: QuantisePass(quantisation, f"{embedding}.weight", tied=tied))] if quantisation else []),
+        (True, lambda: LowerOpsetPass(respell=plan.group_query)),  # last: it sees what the others have made
     )
     return [make() for wanted, make in rows if wanted]
 

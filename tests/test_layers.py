@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "reference": {"support", "facts", "reference"},
     "runtime": {"support", "facts", "passes", "runtime"},
     "evaluate": {"support", "facts", "reference", "runtime", "evaluate"},
-    "validate": {"support", "facts", "reference", "runtime", "evaluate", "validate"},
+    "validate": {"support", "facts", "export", "reference", "runtime", "evaluate", "validate"},
     "learn": {"support", "facts", "reference", "runtime", "evaluate", "learn"},
     "inspect": {"support", "facts"},
     "compiler": LIBRARY,

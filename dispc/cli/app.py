@@ -73,4 +73,6 @@ def _in_one_line(error: Exception) -> str:
         return f"{error.filename or 'input or output'}: {error.strerror or error}"
     if isinstance(error, DispcError):
         return str(error)
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory ({first_line(error)})"
     return f"unexpected {type(error).__name__}: {first_line(error)}; --debug shows where, please report it"

@@ -128,7 +128,8 @@ def compile(arguments: CompileArguments, as_json: JsonFlag = False) -> None:
 
     Example: [bold]dispc compile model/ --masks masks.safetensors --target onnx-cuda -o model-cuda/[/bold]
     """
-    from dispc.cli.tables import compile_progress, compile_tables, parity_table
+    from dispc.cli.checks import check_lines
+    from dispc.cli.tables import compile_progress, compile_tables
     from dispc.compiler import ParityFailure, compile_model
 
     options = arguments.options()
@@ -140,7 +141,7 @@ def compile(arguments: CompileArguments, as_json: JsonFlag = False) -> None:
         if as_json:
             print_json({"validation": failure.validation})
         else:
-            out.print(parity_table(failure.validation))
+            out.print(check_lines(failure.validation))
         print_error(str(failure))
         raise typer.Exit(1) from failure
     if as_json:
@@ -149,5 +150,10 @@ def compile(arguments: CompileArguments, as_json: JsonFlag = False) -> None:
     for table in compile_tables(manifest):
         out.print(table)
     if "validation" in manifest:
-        out.print(parity_table(manifest["validation"]))
-    out.print(f"[bold]{escape(str(options.output))}[/bold] in {manifest['compile_seconds']:.1f} s")
+        out.print(check_lines(manifest["validation"]))
+    for note in manifest["notes"]:
+        out.print(f"[yellow]note:[/yellow] {escape(note)}", highlight=False)
+    times = f"compiled in {manifest['compile_seconds']:.1f} s"
+    if "validation_seconds" in manifest:
+        times += f", validated in {manifest['validation_seconds']:.1f} s"
+    out.print(f"[bold]{escape(str(options.output))}[/bold] {times}")

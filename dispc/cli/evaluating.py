@@ -64,11 +64,11 @@ def evaluate(arguments: EvalArguments, as_json: JsonFlag = False) -> None:
 
     options = arguments.options()
     collect_garbage()
+    report = evaluate(options, lambda what: count_progress(err, what))
     unused = options.path / "masks.safetensors"
     if options.masks is None and unused.is_file() and not (options.path / MANIFEST).is_file():
         note = f"note: judged is the dense model; --masks {unused} judges what those leave"
         err.print(escape(note), highlight=False, soft_wrap=True)
-    report = evaluate(options, lambda what: count_progress(err, what))
     if as_json:
         print_json(report)
     else:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dispc.cli.checks import check_lines, latency_tables
+from dispc.cli.heartbeat import heartbeat
 from dispc.cli.process import import_transformers
-from dispc.cli.tables import JsonFlag, err, latency_tables, out, parity_table, print_json
+from dispc.cli.tables import JsonFlag, err, out, print_json
 from dispc.support.errors import DispcError
 
 if TYPE_CHECKING:
@@ -147,6 +149,9 @@ class ValidateArguments:
 
     artifact: Annotated[Path, typer.Argument(help="Artifact directory.")]
     reference: Annotated[Path, typer.Option("--reference", "-r", help="The model it was compiled from.")]
+    masks: Annotated[
+        Path | None, typer.Option(help="The masks that are meant.", show_default="REFERENCE/masks.safetensors")
+    ] = None
     on_cpu: Annotated[bool, typer.Option("--on-cpu", help="Judge parity on the CPU, whatever the target.")] = False
     drill: Annotated[bool, typer.Option("--drill", help="Compare block by block even when nothing failed.")] = False
     data: Annotated[str | None, typer.Option(help="Text for perplexity, as for learn.")] = None
@@ -154,9 +159,9 @@ class ValidateArguments:
         int | None, typer.Option(help="Window for perplexity.", show_default="2048, or the limit")
     ] = None
     max_windows: Annotated[int | None, typer.Option(min=1, help="Read no more windows than this.")] = None
-    reference_dtype: Annotated[
-        str | None, typer.Option(help="Truth: float64 or float32.", show_default="float64 up to a billion parameters")
-    ] = None
+    reference_dtype: Annotated[str | None, typer.Option(help="Truth: float64 or float32.", show_default="float64")] = (
+        None
+    )
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random tokens.")] = 0
     limits: ThresholdArguments
     timing: LatencyArguments
@@ -165,11 +170,12 @@ class ValidateArguments:
     ] = None
     max_regression: Annotated[str, typer.Option(help="How much worse than --baseline a figure may be.")] = "5%"
     reports: ReportArguments
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say what each check was made of, passed or not.")] = False
 
     @property
     def inputs(self) -> list[Path]:
         data = Path(self.data) if self.data else None
-        return [path for path in (self.artifact, self.reference, self.timing.dense, data) if path]
+        return [path for path in (self.artifact, self.reference, self.masks, self.timing.dense, data) if path]
 
     def run(self) -> "Report":
         """Judge the artifact.
@@ -185,9 +191,15 @@ class ValidateArguments:
         thresholds, regression = self.limits.thresholds(), share(self.max_regression)
         import_transformers()
         with (
+            heartbeat(err, "loading") as tell,
             dense_artifact(self.artifact, self.reference, self.timing.dense, self.timing.build_dense) as dense,
             err.status("") as status,
         ):
+
+            def say(what: str) -> None:
+                status.update(f"{what} ...")
+                tell(what)
+
             return check(
                 self.artifact,
                 self.reference,
@@ -203,7 +215,8 @@ class ValidateArguments:
                 max_regression=regression,
                 reference_dtype=self.reference_dtype,
                 seed=self.seed,
-                say=lambda what: status.update(f"{what} ..."),
+                masks=self.masks,
+                say=say,
             )
 
 
@@ -222,7 +235,7 @@ def validate(arguments: ValidateArguments, as_json: JsonFlag = False) -> None:
     if as_json:
         print_json(found)
     else:
-        out.print(parity_table(found))
+        out.print(check_lines(found, verbose=arguments.verbose))
         for table in latency_tables(found):
             out.print(table)
     arguments.reports.write(report)

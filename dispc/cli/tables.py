@@ -18,12 +18,24 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
+from dispc.cli.heartbeat import heartbeat
 from dispc.support.files import json_text
+from dispc.support.printable import printable
 
 MIB = 2**20
-out = Console(emoji=False)
-err = Console(stderr=True, emoji=False)
+
+
+class PlainConsole(Console):
+    """A console that spells out control characters in what it is given: names and metadata come from files."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
+out = PlainConsole(emoji=False)
+err = PlainConsole(stderr=True, emoji=False)
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -39,7 +51,7 @@ def print_error(message: str) -> None:
 
 @contextmanager
 def compile_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar over the bytes of the artifact, on terminals; the callback takes (what, bytes done, bytes in all)."""
+    """A bar over the bytes of the artifact, elsewhere a heartbeat; the callback takes (what, bytes done, in all)."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -49,20 +61,28 @@ def compile_progress(console: Console) -> Iterator[Callable[[str, int, int], Non
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=1)
+        with heartbeat(console, "starting") as tell:
 
-        def update(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what[-48:], completed=done, total=total)
+            def update(what: str, done: int, total: int) -> None:
+                progress.update(task, description=escape(printable(what)[-48:]), completed=done, total=total)
+                tell(f"writing {what}: {done / MIB:,.0f} of {total / MIB:,.0f} MiB" if done else what)
 
-        yield update
+            yield update
 
 
 @contextmanager
 def count_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar over things counted, on terminals; the callback takes (done, in all)."""
+    """A bar over things counted, elsewhere a heartbeat; the callback takes (done, in all)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        with heartbeat(console, what) as tell:
+
+            def update(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+                tell(f"{what}: {done} of {total}")
+
+            yield update
 
 
 @contextmanager
@@ -136,47 +156,6 @@ def facts_table(facts: Mapping[str, str]) -> Table:
     for name, fact in facts.items():
         table.add_row(escape(name), escape(fact))
     return table
-
-
-def parity_table(report: Mapping[str, Any]) -> Table:
-    """The headline, and a row per check; the drill's verdict and the truth's precision below."""
-    from dispc.validate.report.report import figure_and_limit
-
-    marks = {"passed": "[green]ok[/green]", "failed": "[red]FAIL[/red]", "skipped": "skip", "noted": "note"}
-    table = Table(title=escape(report["headline"]), title_justify="left", caption_justify="left")
-    for column in ("check", "figure", "limit", "", "over"):
-        table.add_column(column, justify="right" if column in ("figure", "limit") else "left", overflow="fold")
-    for check in report["checks"]:
-        cells = (escape(cell) for cell in (check["name"], *figure_and_limit(check)))
-        table.add_row(*cells, marks[check["status"]], escape(check["detail"]))
-    if report["drill"] and report["drill"]["verdict"]:
-        table.caption = escape(report["drill"]["verdict"])
-    return table
-
-
-def latency_tables(report: Mapping[str, Any]) -> list[Table]:
-    """Times of both artifacts, and time by operator type; nothing where nothing was timed."""
-    from dispc.validate.report.report import LATENCY_COLUMNS, latency_cells
-
-    latency = report["latency"]
-    if latency is None:
-        return []
-    facts = f"{latency['threads']} threads, {latency['rounds']} runs behind {latency['warmup']}"
-    if latency["peak_bytes"]:
-        facts += f", peak memory {latency['peak_bytes'] / 2**20:,.0f} MiB"
-    facts += f", a copy moves {latency['copy_bytes_per_second'] / 1e9:.1f} GB/s"
-    times = Table(title=escape(f"Latency on {report['device']} ({latency['provider']}): {facts}"), title_justify="left")
-    for column in ("", "artifact", *LATENCY_COLUMNS):
-        times.add_column(column, justify="left" if column in ("", "artifact") else "right")
-    for row in latency["rows"]:
-        times.add_row(*latency_cells(row, latency))
-    gathers = 100 * latency["gather_scatter_share"]
-    operators = Table(title=f"Operators while decoding ({gathers:.1f} % Gather and Scatter)", title_justify="left")
-    for column in ("operator", "ms", "share"):
-        operators.add_column(column, justify="left" if column == "operator" else "right")
-    for row in latency["operators"]:
-        operators.add_row(row["operator"], f"{row['milliseconds']:.3f}", f"{100 * row['share']:.1f} %")
-    return [times, operators]
 
 
 def inspect_tables(facts: Mapping[str, Any], *, ops: bool = False) -> list[Table]:

@@ -1,5 +1,6 @@
 """The commands that use and show what was made, and what the machine can do: generate, inspect, demo, doctor."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dispc.cli.tables import JsonFlag, err, out, print_json
+from dispc.support.printable import printable
 
 
 def generate(
@@ -32,8 +34,9 @@ def generate(
     if as_json:
         print_json({"prompt": prompt, "text": "".join(pieces)})
         return
+    spell = printable if sys.stdout.isatty() else str
     for piece in pieces:
-        typer.echo(piece, nl=False)  # not through rich, which replaces tabs and names of emoji
+        typer.echo(spell(piece), nl=False)  # not through rich, which replaces tabs and names of emoji
     typer.echo()
 
 
@@ -67,7 +70,7 @@ def demo(
         Path | None, typer.Option(help="Where the demo keeps its files.", show_default="a cache folder")
     ] = None,
     prompt: Annotated[str, typer.Option(help="What the models are asked.")] = "Why is the sea salty?",
-    pruning_ratio: Annotated[float, typer.Option("--pruning-ratio", "-r", help="Which of the shipped masks.")] = 0.3,
+    pruning_ratio: Annotated[float, typer.Option("--pruning-ratio", "-r", help="Which of the shipped masks.")] = 0.2,
     as_json: JsonFlag = False,
 ) -> None:
     """Compare dense SmolLM2-135M-Instruct with the pruned one: size, speed, perplexity, and what each answers.

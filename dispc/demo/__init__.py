@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dispc.compiler import CompileOptions, compile_model, load_masks
-from dispc.demo.model import pruned_model, shipped_digest, shipped_masks, unpack_gguf
+from dispc.demo.model import pruned_model, recovers, shipped_digest, shipped_masks, unpack_gguf
 from dispc.evaluate.perplexity import ArtifactScorer, logits_of, negative_log_likelihood
 from dispc.manifest import MANIFEST, read_manifest
 from dispc.model.published import open_checkpoint
@@ -57,7 +57,7 @@ class Figures:
     text: str
 
 
-def run_demo(directory: Path | None, prompt: str, say: Say, pruning_ratio: float = 0.3) -> dict[str, Any]:
+def run_demo(directory: Path | None, prompt: str, say: Say, pruning_ratio: float = 0.2) -> dict[str, Any]:
     """Make the models, compile each, time all in turns, score them, and let them answer.
 
     Raises:
@@ -66,7 +66,7 @@ def run_demo(directory: Path | None, prompt: str, say: Say, pruning_ratio: float
     shipped_masks(pruning_ratio)
     directory = directory or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dispc" / "demo"
     contenders = make_contenders(directory, pruning_ratio, say)
-    artifacts = {one.name: directory / one.name.replace(" ", "-").replace("%", "percent") for one in contenders}
+    artifacts = {one.name: directory / one.name.replace(" % ", "-").replace(" ", "-") for one in contenders}
     for one in contenders:
         compile_once(one, artifacts[one.name], say)
     say(f"timing them, {ROUNDS} alternating rounds of {TIMED_TOKENS} tokens behind {PROMPT_TOKENS}")
@@ -100,10 +100,11 @@ def make_contenders(directory: Path, pruning_ratio: float, say: Say) -> list[Con
     if not (pruned / "config.json").is_file():
         say(f"pruning {percent} % of it into {pruned}")
         pruned_model(dense, pruned, pruning_ratio)
+    kind = "recovered" if recovers(pruning_ratio) else "pruned"
     return [
         Contender("dense float32", dense, None, None),
         Contender("dense int8", dense, None, INT8),
-        Contender(f"{percent} % pruned int8", pruned, pruned / "masks.safetensors", INT8),
+        Contender(f"{percent} % {kind} int8", pruned, pruned / "masks.safetensors", INT8),
     ]
 
 

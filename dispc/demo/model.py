@@ -54,6 +54,11 @@ def shipped_masks(pruning_ratio: float) -> Traversable:
     return found[percent]
 
 
+def recovers(pruning_ratio: float) -> bool:
+    """Whether an adapter ships for the ratio."""
+    return files("dispc.data").joinpath(ADAPTER.format(percent=f"{100 * pruning_ratio:g}")).is_dir()
+
+
 def shipped_digest(pruning_ratio: float) -> str:
     """Eight characters that change with the shipped masks and the adapter."""
     digest = hashlib.sha256(shipped_masks(pruning_ratio).read_bytes())

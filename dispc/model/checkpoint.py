@@ -15,6 +15,7 @@ import torch
 
 from dispc.masks import Masks
 from dispc.model.families import DecoderConfig, Family, find_family
+from dispc.model.generation import Generation
 from dispc.model.packed import packed_in, take
 from dispc.model.pretrained import build_model, empty_parameters, fill, make_config
 from dispc.model.rope import Rope, check_ropes, read_ropes
@@ -84,11 +85,20 @@ class Checkpoint:
         Raises:
             CheckpointError: when a tensor is missing or misshapen, or transformers reads the config in another way.
         """
+        model = self.empty_model(dtype)
+        fill(model, lambda name, shape: self.find(name).expect(shape).read().to(dtype))
+        return model
+
+    def empty_model(self, dtype: torch.dtype) -> Any:
+        """The same with its parameters on the meta device: nothing is read yet but names, shapes and config.
+
+        Raises:
+            CheckpointError: when a tensor has no place, or transformers reads the config in another way.
+        """
         with empty_parameters():
             model = build_model(self.pretrained_config, dtype, self.family.attention)
         self.check_rotary(model)
         self.require_places(name for name, _ in model.named_parameters())
-        fill(model, lambda name, shape: self.find(name).expect(shape).read().to(dtype))
         return model
 
     @cached_property
@@ -112,16 +122,23 @@ class Checkpoint:
         return digest.hexdigest()
 
     @cached_property
-    def generation_config(self) -> dict[str, Any]:
-        """generation_config.json, empty when there is none."""
+    def generation(self) -> Generation:
+        """How text is to be made, as generation_config.json (where there is one) and config.json say it.
+
+        Raises:
+            CheckpointError: when one of them says nonsense.
+        """
         path = self.directory / "generation_config.json"
-        return _read_json(path) if path.is_file() else {}
+        told = _read_json(path) if path.exists() else {}
+        try:
+            return Generation.of(told, self.raw_config, self.config.vocab_size)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path if path.exists() else self.directory / 'config.json'}: {error}") from error
 
     @property
     def stop_tokens(self) -> list[int]:
         """Ids that end a generation; empty when neither config says."""
-        eos = self.generation_config.get("eos_token_id", self.raw_config.get("eos_token_id"))
-        return eos if isinstance(eos, list) else [] if eos is None else [eos]
+        return self.generation.stops
 
     @property
     def own_masks(self) -> Masks | None:

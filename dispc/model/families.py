@@ -47,8 +47,8 @@ class Family:
     """Where a decoder family keeps its parts. Names are those of the transformers implementation.
 
     The norms in front of the sub-layers are `attention_norm` and `mlp_norm`, those behind them `attention_post_norm`
-    and `mlp_post_norm`; None says that there is none. What `packed` holds goes by the names of its parts everywhere
-    else (`dispc.model.packed`).
+    and `mlp_post_norm`; None says that there is none. With `scaled_embedding` the embeddings are multiplied by the root
+    of their width. What `packed` holds goes by the names of its parts everywhere else (`dispc.model.packed`).
 
     `rotary` says that queries and keys are rotated by their positions: by the frequencies of base `rope_theta` over the
     first `rotary_share` of each head, where config.json does not say it; `local_rope_theta` is the base of sliding
@@ -74,6 +74,7 @@ class Family:
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
     packed: tuple[Packed, ...] = ()
+    scaled_embedding: bool = False
     intermediate_size: str = "intermediate_size"
     rotary: bool = True
     rope_theta: float = 10_000.0
@@ -226,7 +227,7 @@ FAMILIES: dict[str, Family] = {
             mlp_norm="input_layernorm",
             refusals=((lambda c: bool(c.get("use_qk_norm")), "norms of queries and keys by head (use_qk_norm)"),),
         ),
-        Family(model_type="gemma", title="Gemma", norm=RMS_ONE_PLUS, refusals=BIDIRECTIONAL),
+        Family(model_type="gemma", title="Gemma", norm=RMS_ONE_PLUS, scaled_embedding=True, refusals=BIDIRECTIONAL),
         Family(
             model_type="olmo2",
             title="OLMo 2",
@@ -241,6 +242,7 @@ FAMILIES: dict[str, Family] = {
             ignored=("hidden_act",),  # hidden_activation decides
             attention="eager",  # the others of transformers leave the softcap of attention out
             norm=RMS_ONE_PLUS,
+            scaled_embedding=True,
             attention_post_norm="post_attention_layernorm",
             mlp_norm="pre_feedforward_layernorm",
             mlp_post_norm="post_feedforward_layernorm",
@@ -253,6 +255,7 @@ FAMILIES: dict[str, Family] = {
             local_rope_theta=10_000.0,
             ignored=("hidden_act", "_sliding_window_pattern"),
             norm=RMS_ONE_PLUS,
+            scaled_embedding=True,
             attention_post_norm="post_attention_layernorm",
             mlp_norm="pre_feedforward_layernorm",
             mlp_post_norm="post_feedforward_layernorm",
@@ -318,8 +321,9 @@ def find_family(config: Mapping[str, Any]) -> Family:
 class DecoderConfig:
     """The sizes of a decoder model, whatever its family calls them.
 
-    `layer_kinds` has one entry per block; blocks of the same kind differ only in weights. The outputs of sub-layers are
-    multiplied by `residual_multiplier`, those of the LM head by `logits_multiplier` (in front of a softcap, if any).
+    `layer_kinds` has one entry per block; blocks of the same kind differ only in weights. Embeddings are multiplied by
+    `embedding_multiplier`, the outputs of sub-layers by `residual_multiplier`, those of the LM head by
+    `logits_multiplier` (in front of a softcap, if any).
     """
 
     family: Family
@@ -333,6 +337,7 @@ class DecoderConfig:
     max_positions: int
     tied: bool
     layer_kinds: tuple[str, ...]
+    embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0
 
@@ -370,9 +375,11 @@ class DecoderConfig:
             max_positions=config.max_position_embeddings,
             tied=bool(config.tie_word_embeddings),
             layer_kinds=_layer_kinds(config, layers),
+            embedding_multiplier=config.hidden_size**0.5
+            if family.scaled_embedding
+            else _number(config, "embedding_multiplier"),
             residual_multiplier=_number(config, "residual_multiplier"),
-            logits_multiplier=_number(config, "logit_scale")
-            / (_number(config, "logits_scaling") * _number(config, "final_logit_softcapping")),
+            logits_multiplier=logits_multiplier(config),
         )
 
     @property
@@ -425,6 +432,12 @@ def _layer_kinds(config: Any, layers: int) -> tuple[str, ...]:
     if rotates is None:
         return kinds
     return tuple(kind if rotary else f"{kind}{NO_ROTARY}" for kind, rotary in zip(kinds, rotates, strict=True))
+
+
+def logits_multiplier(config: Any) -> float:
+    """What the outputs of the LM head are multiplied by: Cohere multiplies, Granite and a softcap divide."""
+    divisor = _number(config, "logits_scaling") * _number(config, "final_logit_softcapping")
+    return _number(config, "logit_scale") / divisor
 
 
 def keep_blocks(config: Any, chosen: Sequence[int]) -> Any:

@@ -145,14 +145,18 @@ def empty_parameters() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def fill(model: nn.Module, read: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
-    """Give the parameters of a built model the values that `read` has for their name and shape, one at a time."""
+def fill(
+    model: nn.Module,
+    read: Callable[[str, tuple[int, ...]], torch.Tensor],
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """Give the `wanted` parameters of a built model the values that `read` has for their name and shape, one by one."""
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:  # a tied one has several owners
                 owners.setdefault(parameter, []).append((module, key))
-    for name, empty in list(model.named_parameters()):
+    for name, empty in [(name, empty) for name, empty in model.named_parameters() if wanted(name)]:
         value = nn.Parameter(read(name, tuple(empty.shape)), requires_grad=empty.requires_grad)
         for module, key in owners[empty]:
             module._parameters[key] = value

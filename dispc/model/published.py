@@ -21,11 +21,14 @@ from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import DecoderConfig
 from dispc.model.storage import CheckpointTensor
 from dispc.support.errors import CheckpointError, MasksError
+from dispc.support.inputs import regular
 
 MODELLING_FILES = "modeling_*pruned*.py"
 ASSIGNMENT = re.compile(r"^[ \t]*(?:\w+\.)?cfgs[ \t]*=[ \t]*\[\s*((?:\[[^\[\]]*\]\s*(?:,\s*)?)+)\]", re.MULTILINE)
 VECTOR = re.compile(r"\[([^\[\]]*)\]")
 Vectors = tuple[npt.NDArray[np.float64], ...]
+LARGEST = 2**30
+"""Of a modelling file, in bytes; the selection vectors of a 7B model take 7 million."""
 Kept = tuple[Indices | None, int]
 """What is kept of an axis (None: all of it), and its full width."""
 
@@ -162,7 +165,7 @@ def _vectors_literal(path: Path, changed: int, size: int) -> Vectors | None:
     several times, hence the cache; `changed` (when) and `size` are part of its key.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = regular(path, CheckpointError, LARGEST).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         return None
     for found in ASSIGNMENT.finditer(text):

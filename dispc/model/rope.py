@@ -196,6 +196,22 @@ def _one_scaling(found: list[dict[str, Any]]) -> dict[str, Any]:
     return found[0] if found else {"rope_type": "default"}
 
 
+def unreached_positions(ropes: Mapping[str, Rope], positions: int) -> str | None:
+    """What to say when YaRN reaches further than the `positions` that the config allows; None when it does not.
+
+    Model cards tell how to add the scaling, and `max_position_embeddings` is easily left as it was.
+    """
+    for scaling in (rope.scaling for rope in ropes.values() if rope.scaling["rope_type"] == "yarn"):
+        original = int(scaling["original_max_position_embeddings"])
+        if (reach := int(original * scaling["factor"])) > positions:
+            return (
+                f"YaRN reaches {reach:,} positions, but max_position_embeddings is {positions:,}: the artifact ends "
+                f"there; for all of them set it to {reach}, and original_max_position_embeddings of the scaling to "
+                f"{original}"
+            )
+    return None
+
+
 def spell_ropes(ropes: Mapping[str, Rope], parameters: Iterable[str], family: "Family") -> dict[str, Any]:
     """The same as keyword arguments for a config class that has these `parameters`, of either release."""
     known = set(parameters)

@@ -26,7 +26,11 @@ def load_reference(checkpoint: Checkpoint, masks: Masks | None, dtype: torch.dty
     Raises:
         CheckpointError: when the weights cannot be loaded.
     """
-    model = checkpoint.load_model(dtype)
+    return mask_model(checkpoint.load_model(dtype), checkpoint, masks)
+
+
+def mask_model(model: Any, checkpoint: Checkpoint, masks: Masks | None) -> Any:
+    """A model of `checkpoint` with the masks applied, in place; parameters may be on the meta device, but the first."""
     separate(model, checkpoint.config)
     _widen_norms(model, checkpoint.family.norm)
     if masks is not None:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dispc.masks import Indices, Masks
-from dispc.model.families import Family
+from dispc.masks import Block, Indices, Masks
+from dispc.model.families import Family, logits_multiplier
 from dispc.plan import Quantisation
 from dispc.support.dtypes import DTYPES
 
@@ -39,31 +39,50 @@ def quantise_reference(
     What a block of weights is depends on the pruning: the inputs that are left are numbered anew.
     """
     for number, sets in enumerate(masks.blocks):
-        block = model.get_submodule(family.block(number))
-        for alive, names, inputs in (
-            (sets.attention.alive, family.attention_reads, sets.attention.read),
-            (sets.attention.alive, (family.attention_out,), None),
-            (sets.mlp.alive, family.mlp_reads, sets.mlp.read),
-            (sets.mlp.alive, (family.down,), sets.mlp.mid),
-        ):
-            for name in names if alive else ():
-                round_weight(block.get_submodule(name).weight, inputs, quantisation, dtype)
+        quantise_block(model.get_submodule(family.block(number)), family, sets, quantisation, dtype)
+    quantise_tables(model, quantisation, dtype)
+
+
+@torch.no_grad()
+def quantise_block(
+    block: nn.Module, family: Family, sets: Block, quantisation: Quantisation, dtype: torch.dtype
+) -> None:
+    """The same for one block and its sets."""
+    for alive, names, inputs in (
+        (sets.attention.alive, family.attention_reads, sets.attention.read),
+        (sets.attention.alive, (family.attention_out,), None),
+        (sets.mlp.alive, family.mlp_reads, sets.mlp.read),
+        (sets.mlp.alive, (family.down,), sets.mlp.mid),
+    ):
+        for name in names if alive else ():
+            layer: Any = block.get_submodule(name)
+            written = name in (family.attention_out, family.down)
+            factor = getattr(block, "residual_multiplier", 1.0) if written else 1.0
+            round_weight(layer.weight, inputs, quantisation, dtype, factor)
+
+
+@torch.no_grad()
+def quantise_tables(model: Any, quantisation: Quantisation, dtype: torch.dtype) -> None:
+    """The same for the token embedding and the LM head."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding.weight is head.weight:
+    tied = embedding.weight is head.weight
+    if tied:
         head.weight = nn.Parameter(head.weight.detach().clone())  # tied weights are stored apart: one may be rounded
     if quantisation.head:
-        round_weight(head.weight, None, quantisation, dtype)
+        round_weight(head.weight, None, quantisation, dtype, 1.0 if tied else logits_multiplier(model.config))
     if quantisation.embedding:
         round_weight(embedding.weight, None, quantisation, dtype)
 
 
-def round_weight(weight: Tensor, inputs: Indices | None, quantisation: Quantisation, dtype: torch.dtype) -> None:
-    """Round `weight` [N,K] in place, in blocks along its `inputs` (None for all), as cast to `dtype` first."""
+def round_weight(
+    weight: Tensor, inputs: Indices | None, quantisation: Quantisation, dtype: torch.dtype, factor: float = 1.0
+) -> None:
+    """Round `weight` [N,K] in place, in blocks along its `inputs` (None for all), as multiplied and cast first."""
     columns = torch.arange(weight.shape[1]) if inputs is None else torch.from_numpy(inputs)
     for start in range(0, len(weight), PIECE):
         rows = weight[start : start + PIECE]
-        kept = rows[:, columns].to(dtype)
-        rows[:, columns] = round_blocks(kept, quantisation).to(weight.dtype)
+        kept = (rows[:, columns] * factor).to(dtype)
+        rows[:, columns] = round_blocks(kept, quantisation).to(weight.dtype) / factor
 
 
 def round_blocks(weight: Tensor, quantisation: Quantisation) -> Tensor:

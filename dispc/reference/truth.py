@@ -1,9 +1,13 @@
-"""What the masked reference says of a text: in float64 for the truth, in the artifact's dtype for what that costs."""
+"""What the masked reference says of a text: in float64 for the truth, in the artifact's dtype for what that costs.
 
-from collections.abc import Callable, Iterator, Sequence
+The model is read block by block: a block's weights are loaded, all texts go through it in every precision, and the
+weights are dropped. So float64 takes the memory of one block, whatever the size of the model, and logits are computed
+in pieces, for the positions that somebody asks about.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,19 +15,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dispc.model.families import Family
+from dispc.reference.blocks import Blocks, Entered
 from dispc.support.dtypes import DTYPES, name_of
 from dispc.support.errors import ArtifactError
 
 Array = npt.NDArray[Any]
+Tokens = npt.NDArray[np.int64]
 TINY = float(np.finfo(np.float64).tiny)
-DRAWS = 3
+DRAWS = (0, 1, 2)
 """Times that the reference is read in the artifact's dtype: one error is a sample, and may be small by luck."""
+LONG_TEXT, LONG_DRAWS = 256, (1, 2)
+"""A text of more tokens is read less often: its many positions are samples too."""
 ULPS = {"float32": 2.0, "float16": 0.5, "bfloat16": 0.5}
 """Units in the last place by which later draws are off: float32 kernels approximate exp and sigmoid to a few units,
 those of halves compute in float32 and round once."""
-LARGE = 1_000_000_000
-"""Parameters above which the truth is float32 unless asked otherwise: a float64 model takes 8 bytes for each."""
+TOLERANCE = {"float32": 2.5e-5, "float16": 2.5e-3, "bfloat16": 1.25e-2}
+"""What a dtype is taken to cost, as a share of the range of an output, where no truth is finer than the dtype."""
+PIECE_BYTES = 64 * 2**20
+"""Logits that are in memory at once, for each reading."""
 
 
 @dataclass(frozen=True)
@@ -34,90 +43,177 @@ class Text:
     offset: int = 0
 
     @property
-    def array(self) -> Array:
+    def array(self) -> Tokens:
         return np.array(self.tokens, dtype=np.int64)
 
+    def begins(self, other: "Text") -> bool:
+        """Whether `other` is this text or goes on from it."""
+        return self.offset == other.offset and self.tokens == other.tokens[: len(self.tokens)]
 
-TOLERANCE = {"float32": 2.5e-5, "float16": 2.5e-3, "bfloat16": 1.25e-2}
-"""What a dtype is taken to cost, as a share of the range of an output, where no truth is finer than the dtype."""
+
+@dataclass(frozen=True)
+class Precision:
+    """How a text is read: in `dtype` without rounding, or (`draw`) imitated in float32 with everything rounded to it.
+
+    On the CPU a half-precision dtype is imitated: weights and every module's inputs and outputs are rounded to it and
+    products are summed in float32, as GPU kernels do. torch's own float16 is ten times as slow there. From draw 1 on,
+    what goes into a module is off by up to ULPS units in the last place as well, at random: arithmetic that falls out
+    another way, as it does in other kernels.
+    """
+
+    dtype: torch.dtype
+    draw: int | None = None
+
+    @property
+    def computes_in(self) -> torch.dtype:
+        return self.dtype if self.draw is None else torch.float32
+
+    def cast(self, weight: Tensor) -> Tensor:
+        """A float32 weight as this precision has it."""
+        return weight.to(self.dtype).to(self.computes_in)
+
+
+@dataclass
+class Reading:
+    """One text in one precision: what left the last block so far [1,S,d], in the end what enters the LM head.
+
+    `streams` [S,d] by name, where asked for.
+    """
+
+    precision: Precision
+    entered: Entered
+    hidden: Tensor
+    streams: dict[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One output at some token indices `at` [n]: of the truth [n, width], and of each draw in the artifact's dtype."""
+
+    at: Tokens
+    truth: Array
+    own: tuple[Array, ...]
 
 
 class Answers:
-    """By text: the outputs of the truth, and how far the reference in the artifact's dtype is from them.
+    """What the reference says of texts; a text that begins another is answered by that one."""
 
-    Outputs are arrays [S, width] by name: `logits`, and where streams were asked for `stream.0` to `stream.N`. `own`
-    has the largest error of any draw at each position [S] by name, and under `KL` the mean divergence of the logits.
-    """
+    def __init__(self, blocks: Blocks, readings: Mapping[Text, Sequence[Reading]], dtype: str) -> None:
+        self.blocks, self.readings, self.dtype = blocks, readings, dtype
 
-    def __init__(
-        self, truth: dict[Text, dict[str, Array]], own: dict[Text, dict[str, Array]] | None, dtype: str
-    ) -> None:
-        self.truth, self.own, self.dtype = truth, own, dtype
-        self.floors: dict[str, float] = {}
+    @property
+    def has_own(self) -> bool:
+        """Whether there is a reading in the artifact's dtype beside the truth."""
+        return any(len(each) > 1 for each in self.readings.values())
 
-    def own_error(self, text: Text, name: str) -> Array:
-        """Largest error that the dtype itself makes at each position [S]."""
-        if self.own is not None:
-            return self.own[text][name]
-        truth = self.truth[text][name]
-        return np.full(len(truth), TOLERANCE[self.dtype] * max(float(np.ptp(truth)), TINY))
+    def source(self, text: Text) -> Text:
+        """The text that was read and begins with `text`."""
+        return next(known for known in self.readings if text.begins(known))
 
-    def own_divergence(self, text: Text) -> Array:
-        """KL divergence, in nats, that the dtype itself makes at each position [S]."""
-        return 0.5 * self.own_error(text, "logits") ** 2 if self.own is None else self.own[text]["KL"]
+    def pieces(self, source: Text, name: str, at: Tokens) -> Iterator[Piece]:
+        """The output `name` (`logits`, or `stream.N`) at the token indices `at` [n], a few at a time."""
+        truth, *own = self.readings[source]
+        for some in np.array_split(at, max(1, -(-len(at) // self._positions(name)))):
+            yield Piece(some, self._output(truth, name, some), tuple(self._output(each, name, some) for each in own))
 
-    def floor(self, name: str) -> float:
-        """The own error that nine of ten positions do not exceed: less than this is luck of the position."""
-        if name not in self.floors:
-            every = np.concatenate([self.own_error(text, name) for text in self.truth])
-            self.floors[name] = max(float(np.quantile(every, 0.9)), TINY)
-        return self.floors[name]
+    def _positions(self, name: str) -> int:
+        width = self.blocks.vocabulary if name == "logits" else self.blocks.hidden_size
+        return max(1, PIECE_BYTES // (8 * int(width)))
+
+    def _output(self, reading: Reading, name: str, at: Tokens) -> Array:
+        if name != "logits":
+            return reading.streams[name][at]
+        with torch.inference_mode(), _rounded(self.blocks.head, reading.precision, seed=int(at[0])):
+            logits: Array = self.blocks.logits(reading.hidden[:, torch.from_numpy(at)], reading.precision.cast).numpy()
+        return logits
 
 
-def truth_dtype(parameters: int, wanted: str | None, *, room: bool = True) -> torch.dtype:
-    """float64, or float32 for models that are large or leave no `room`; `wanted` decides where it is given.
+def truth_dtype(wanted: str | None) -> torch.dtype:
+    """float64 unless float32 is `wanted`, which is twice as fast.
 
     Raises:
         ArtifactError: when `wanted` is neither.
     """
     if wanted not in (None, "float64", "float32"):
         raise ArtifactError(f"--reference-dtype {wanted}: choose float64 or float32")
-    large = parameters > LARGE or not room if wanted is None else wanted == "float32"
-    return torch.float32 if large else torch.float64
+    return torch.float32 if wanted == "float32" else torch.float64
 
 
-def ask(
-    load: Callable[[], Any], family: Family, texts: Sequence[Text], truth: torch.dtype, dtype: str, *, streams: bool
-) -> Answers:
-    """Read all `texts` with the model that `load` gives in float32, once for the truth and DRAWS times in `dtype`.
+def ask(blocks: Blocks, texts: Sequence[Text], truth: torch.dtype, dtype: str, *, streams: bool = False) -> Answers:
+    """Read `texts`, once for the truth and several times in `dtype` where the truth is finer than that.
 
-    On the CPU a half-precision dtype is imitated: weights and every module's inputs and outputs are rounded to it and
-    products are summed in float32, as GPU kernels do. torch's own float16 is ten times as slow there.
+    With `streams` there are also the residual stream in front of the first block (`stream.0`) and behind each
+    sub-layer, two for each block. The weights of the blocks are consumed.
     """
+    readings: dict[Text, list[Reading]] = {text: [] for text in sources(texts)}
+    with torch.inference_mode():
+        for precision in precisions(truth, dtype):
+            with blocks.outer(precision.cast), _rounded(blocks.model, precision):
+                for text, read in readings.items():
+                    if precision.draw is None or precision.draw in draws(text):
+                        entered = blocks.enter(text.array, text.offset, precision.cast)
+                        read.append(Reading(precision, entered, entered.hidden))
+        if streams:
+            for reading in _all(readings):
+                _keep(reading, 0, reading.hidden)
+        for index in range(len(blocks)):
+            with blocks.loaded(index):
+                _run_block(blocks, index, _all(readings), streams=streams)
+        for text, read in readings.items():
+            for reading in read:
+                with blocks.outer(reading.precision.cast), _rounded(blocks.model, reading.precision, seed=-1):
+                    cast = reading.precision.cast
+                    reading.hidden = blocks.leave(text.array, text.offset, cast, reading.hidden)
+    return Answers(blocks, readings, dtype)
+
+
+def sources(texts: Sequence[Text]) -> list[Text]:
+    """The texts that have to be read, longest first: those that do not begin another."""
+    found: list[Text] = []
+    for text in sorted(dict.fromkeys(texts), key=lambda text: -len(text.tokens)):
+        if not any(text.begins(known) for known in found):
+            found.append(text)
+    return found
+
+
+def precisions(truth: torch.dtype, dtype: str) -> list[Precision]:
+    """The truth's, and where it is finer than `dtype` that of every draw."""
     own = DTYPES[dtype].torch
-    texts = list(dict.fromkeys(texts))
-    model = load()
-    read = _read_streams if streams else _read_logits
-    with torch.inference_mode(), freed(model):
-        _cast(model, truth)
-        found = {text: read(model, family, text) for text in texts}
-        if own == truth:
-            return Answers(found, None, dtype)
-        _round_weights(model, own)
-        errors: dict[Text, dict[str, Array]] = {text: {} for text in texts}
-        for draw in range(DRAWS):
-            with _rounded_activations(model, own, draw):
-                for text in texts:
-                    _take(errors[text], found[text], read(model, family, text))
-    return Answers(found, errors, dtype)
+    return [Precision(truth), *(Precision(own, draw) for draw in DRAWS if own != truth)]
 
 
-def _take(errors: dict[str, Array], truth: dict[str, Array], rounded: dict[str, Array]) -> None:
-    """Add one draw to the errors of a text: the largest of each output, the mean of the divergence."""
-    for name, value in rounded.items():
-        error = np.abs(value.astype(np.float64) - truth[name]).max(axis=-1)
-        errors[name] = np.maximum(errors.get(name, 0.0), error)
-    errors["KL"] = errors.get("KL", 0.0) + divergence(truth["logits"], rounded["logits"]) / DRAWS
+def draws(text: Text) -> tuple[int, ...]:
+    return LONG_DRAWS if len(text.tokens) > LONG_TEXT else DRAWS
+
+
+def _all(readings: Mapping[Text, list[Reading]]) -> list[Reading]:
+    return [reading for read in readings.values() for reading in read]
+
+
+def _run_block(blocks: Blocks, index: int, readings: Sequence[Reading], *, streams: bool) -> None:
+    """Let every reading pass block `index`; those of one precision follow each other, so that it is cast once."""
+    written: list[Tensor] = []
+    handles: list[Any] = []
+    if streams:
+        names, factor = blocks.config.family.attention_names, blocks.config.residual_multiplier
+        last = blocks[index].get_submodule(names.behind or names.write)
+        handles.append(last.register_forward_hook(lambda module, args, output: written.append(factor * output)))
+    try:
+        for precision in dict.fromkeys(reading.precision for reading in readings):
+            with blocks.cast(index, precision.cast), _rounded(blocks[index], precision, seed=index):
+                for reading in readings:
+                    if reading.precision == precision:
+                        entering, reading.hidden = reading.hidden, blocks.run(index, reading.hidden, reading.entered)
+                        if streams:
+                            _keep(reading, 2 * index + 1, entering + written.pop())
+                            _keep(reading, 2 * index + 2, reading.hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep(reading: Reading, number: int, stream: Tensor) -> None:
+    reading.streams[f"stream.{number}"] = stream.reshape(-1, stream.shape[-1]).numpy()
 
 
 def divergence(truth: Array, found: Array) -> Array:
@@ -133,17 +229,6 @@ def _log_softmax(logits: Array) -> Array:
     return result
 
 
-def round_storage(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round, in place, what an artifact stores in `dtype`: weights, and the cosines and sines of rotary positions.
-
-    What is left when such an artifact computes in float32 is float32's own error.
-    """
-    _round_weights(model, dtype)
-    for module in model.modules():
-        if type(module).__name__.endswith("RotaryEmbedding"):
-            module.register_forward_hook(lambda m, x, y: _rounded(y, dtype))
-
-
 @contextmanager
 def freed(model: nn.Module) -> Iterator[nn.Module]:
     """The model for a while, and its weights no longer.
@@ -157,36 +242,21 @@ def freed(model: nn.Module) -> Iterator[nn.Module]:
             parameter.data = torch.empty(0)
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters only: buffers are rotary frequencies, float32 in every dtype."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-
-
-def _round_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype).to(torch.float32)
-
-
 @contextmanager
-def _rounded_activations(model: nn.Module, dtype: torch.dtype, draw: int) -> Iterator[None]:
-    """Round what goes into and comes out of every module without parts.
-
-    From the second draw on, what goes in is off by up to ULPS units in the last place as well, at random: arithmetic
-    that falls out another way, as it does in other kernels.
-    """
-    generator = torch.Generator().manual_seed(draw)
+def _rounded(part: nn.Module, precision: Precision, seed: int = 0) -> Iterator[None]:
+    """Round what goes into and comes out of every module of `part` without parts, as the precision has it."""
+    draw, dtype = precision.draw, precision.dtype
+    generator = torch.Generator().manual_seed(1000 * (draw or 0) + seed + 1)
 
     def before(module: nn.Module, inputs: Any) -> Any:
-        return tuple(_rounded(_shaken(value, dtype, generator) if draw else value, dtype) for value in inputs)
+        return tuple(_round(_shake(value, dtype, generator) if draw else value, dtype) for value in inputs)
 
     handles: list[Any] = []
-    if dtype != torch.float32 or draw:
-        for module in model.modules():
-            if any(True for _ in module.children()):
-                continue
-            handles.append(module.register_forward_pre_hook(before))
-            handles.append(module.register_forward_hook(lambda m, x, y: _rounded(y, dtype)))
+    if draw or (draw == 0 and dtype != torch.float32):
+        for module in part.modules():
+            if not any(True for _ in module.children()):
+                handles.append(module.register_forward_pre_hook(before))
+                handles.append(module.register_forward_hook(lambda m, x, y: _round(y, dtype)))
     try:
         yield
     finally:
@@ -194,54 +264,16 @@ def _rounded_activations(model: nn.Module, dtype: torch.dtype, draw: int) -> Ite
             handle.remove()
 
 
-def _shaken(value: Any, dtype: torch.dtype, generator: torch.Generator) -> Any:
+def _shake(value: Any, dtype: torch.dtype, generator: torch.Generator) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     reach = ULPS[name_of(dtype)] * torch.finfo(dtype).eps
     return value * (1 + (2 * torch.rand(value.shape, generator=generator) - 1) * reach)
 
 
-def _rounded(value: Any, dtype: torch.dtype) -> Any:
+def _round(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, tuple):
-        return tuple(_rounded(part, dtype) for part in value)
+        return tuple(_round(part, dtype) for part in value)
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.to(dtype).to(value.dtype)
     return value
-
-
-def _read_logits(model: Any, family: Family, text: Text) -> dict[str, Array]:
-    ids = torch.from_numpy(text.array)[None]
-    more = {} if not text.offset else {"position_ids": torch.arange(text.offset, text.offset + len(text.tokens))[None]}
-    return {"logits": model(input_ids=ids, use_cache=False, **more).logits[0].numpy()}
-
-
-def _read_streams(model: Any, family: Family, text: Text) -> dict[str, Array]:
-    """The residual stream in front of the first block (`stream.0`) and behind each sub-layer, two for each block."""
-    streams: dict[str, Array] = {}
-    entering: dict[int, Tensor] = {}
-    handles: list[Any] = []
-
-    def keep(number: int, value: Tensor) -> None:
-        streams[f"stream.{number}"] = value[0].reshape(len(text.tokens), -1).numpy().copy()
-
-    def enter(index: int, module: nn.Module, args: Any, kwargs: Any) -> None:
-        entering[index] = args[0] if args else kwargs["hidden_states"]
-        if index == 0:
-            keep(0, entering[0])
-
-    def attention(index: int, module: nn.Module, args: Any, output: Tensor) -> None:
-        keep(2 * index + 1, entering[index] + output)
-
-    def leave(index: int, module: nn.Module, args: Any, output: Any) -> None:
-        keep(2 * index + 2, output[0] if isinstance(output, tuple) else output)
-
-    for index in range(len(model.get_submodule(family.layers))):
-        block = model.get_submodule(family.block(index))
-        handles.append(block.register_forward_pre_hook(partial(enter, index), with_kwargs=True))
-        handles.append(block.get_submodule(family.attention_out).register_forward_hook(partial(attention, index)))
-        handles.append(block.register_forward_hook(partial(leave, index)))
-    try:
-        return _read_logits(model, family, text) | streams
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 
+from dispc.runtime.ort import ort
 from dispc.runtime.session import Array, Artifact, Tokens
 from dispc.support.dtypes import BY_ORT
 from dispc.support.errors import ArtifactError, first_line
@@ -117,9 +117,11 @@ class BoundDecoder:
         return self.kept[key]
 
     def _logits(self, shape: tuple[int, ...]) -> Any:
-        key = ("logits", shape)
+        """Room for the logits of token ids of this shape [B,S]: of every token, or of the last (`--last-logits`)."""
+        _, positions, vocabulary = next(v.shape for v in self.session.get_outputs() if v.name == "logits")
+        room = (shape[0], positions if isinstance(positions, int) else shape[1], vocabulary)
+        key = ("logits", room)
         if key not in self.kept:
-            vocabulary = next(v.shape[2] for v in self.session.get_outputs() if v.name == "logits")
             element = BY_ORT[self.logits_type].onnx
-            self.kept[key] = ort.OrtValue.ortvalue_from_shape_and_type([*shape, vocabulary], int(element), self.device)
+            self.kept[key] = ort.OrtValue.ortvalue_from_shape_and_type(list(room), int(element), self.device)
         return self.kept[key]

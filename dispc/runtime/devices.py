@@ -71,7 +71,8 @@ def copy_speed_of_gpu(threads: int) -> float:
     """
     import numpy as np
     import onnx
-    import onnxruntime as ort
+
+    from dispc.runtime.ort import ort
 
     size = COPY_BYTES // 4
     values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [size]) for name in "xy"]

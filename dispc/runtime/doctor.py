@@ -4,6 +4,7 @@ import ctypes
 import functools
 import io
 import mmap
+import platform
 import re
 import struct
 import sys
@@ -14,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dispc.runtime.build import Build, builds, fault, has_gpu_build, mend, unusable
 from dispc.support.errors import first_line
 
 REMEDIES = (
@@ -29,7 +31,10 @@ DEVICE_REMEDIES = (
 """What the CUDA runtime says (cudaErrorInsufficientDriver, cudaErrorNoDevice) -> what to do about it."""
 PT_LOAD, PT_DYNAMIC, DT_NEEDED, DT_STRTAB = 1, 2, 1, 5
 """Numbers of the ELF format (man 5 elf)."""
-PACKAGES = ("onnxruntime-gpu", "onnxruntime", "onnxruntime-genai", "torch", "transformers", "onnx", "onnx-ir")
+PACKAGES = (
+    "onnxruntime-gpu", "onnxruntime", "onnxruntime-genai-cuda", "onnxruntime-genai", "torch", "transformers", "onnx",
+    "onnx-ir",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +60,14 @@ class Diagnosis:
 
 
 def examine() -> Diagnosis:
-    """Look at the build of ONNX Runtime, the libraries that its CUDA provider links against, and a CUDA session."""
-    import onnxruntime as ort
-
+    """Look at the files of ONNX Runtime, its build, the libraries that its CUDA provider needs, and a CUDA session."""
     versions = {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
     known = {name: number for name, number in versions.items() if number}
-    findings = [_build(ort)]
+    findings = [_files(builds())]
+    if unusable() is None:
+        findings.append(_providers())
     provider = provider_library()
-    if findings[0].ok and provider is not None:
+    if all(finding.ok for finding in findings) and provider is not None:
         libraries = needed_libraries(provider)
         missing = preload()
         findings += [Finding(name=name, ok=False, detail="cannot be loaded", remedy=remedy(name)) for name in missing]
@@ -133,7 +138,7 @@ def preload() -> list[str]:
 
     Where the system does not find them all, those of the pip packages are loaded, which lie where it does not look.
     """
-    import onnxruntime as ort
+    from dispc.runtime.ort import ort
 
     provider = provider_library()
     libraries = needed_libraries(provider) if provider else []
@@ -144,20 +149,35 @@ def preload() -> list[str]:
     return [name for name in libraries if not _loads(name)]
 
 
-def _build(ort: Any) -> Finding:
+def _files(found: tuple[Build, ...]) -> Finding:
+    """Whether what is installed is whole, and what overwrote what."""
+    wrong = fault(found)
+    detail = wrong or "; ".join([f"all of {found[0]}", *(f"{build} is overwritten by it" for build in found[1:])])
+    return Finding(name="ONNX Runtime's files", ok=wrong is None, detail=detail, remedy=mend(found) if wrong else "")
+
+
+def _providers() -> Finding:
+    """Whether the build has CUDA; where no such build exists, nothing can be done."""
+    from dispc.runtime.ort import ort
+
     providers = ort.get_available_providers()
     ok = "CUDAExecutionProvider" in providers
-    what = f"onnxruntime {ort.__version__} has {', '.join(providers)}"
-    return Finding(
-        name="ONNX Runtime's build", ok=ok, detail=what if ok else f"{what}, no CUDA",
-        remedy="" if ok else "pip uninstall onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]'",
-    )  # fmt: skip
+    detail, remedy = f"onnxruntime {ort.__version__} has {', '.join(providers)}", ""
+    if not ok and has_gpu_build():
+        detail, remedy = f"{detail}, no CUDA", mend(builds())
+    elif not ok:
+        here = f"{platform.system()} on {platform.machine()}"
+        detail = (
+            f"{detail}; there is no CUDA build for {here}: onnx-cuda artifacts are compiled here, and run elsewhere"
+        )
+    return Finding(name="ONNX Runtime's build", ok=ok, detail=detail, remedy=remedy)
 
 
 def _session() -> Finding:
     """A session with one node on the CUDA provider."""
     import onnx
-    import onnxruntime as ort
+
+    from dispc.runtime.ort import ort
 
     value = functools.partial(onnx.helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT, shape=[1])
     node = onnx.helper.make_node("Identity", ["x"], ["y"], name="identity")

@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from dispc.support.errors import ArtifactError, first_line
+from dispc.support.graph import PROTOBUF_BYTES
+from dispc.support.inputs import regular
 
 Edit = Callable[[ir.Model], None]
 
@@ -19,7 +21,9 @@ def load_graph(path: Path) -> ir.Model:
         ArtifactError: when it is no ONNX model.
     """
     try:
-        return ir.load(path)
+        return ir.load(regular(path, ArtifactError, PROTOBUF_BYTES))
+    except (ArtifactError, OSError):
+        raise
     except Exception as error:  # protobuf's and onnx_ir's share no base class
         raise ArtifactError(f"{path}: ONNX Runtime cannot load the model: {first_line(error)}") from error
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dispc.model.tokenizer import load_tokenizer
+from dispc.model.tokenizer import apply_chat_template, load_tokenizer
 from dispc.runtime.session import Array, Artifact
-from dispc.support.errors import ArtifactError
+from dispc.support.errors import ArtifactError, DataError
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,10 @@ def generate_text(
     artifact = Artifact(directory)
     tokenizer = load_tokenizer(directory)
     if chat and tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
         try:
-            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template is a program
-            reason = f"{type(error).__name__} {error}".splitlines()[0]
-            raise ArtifactError(f"{directory}: the chat template fails ({reason}); --raw does without it") from error
+            text = apply_chat_template(tokenizer, prompt)
+        except DataError as error:
+            raise DataError(f"{directory}: {error}") from error
         ids = tokenizer.encode(text, add_special_tokens=False)
     else:
         ids = tokenizer.encode(prompt)

@@ -9,30 +9,31 @@ from dispc.support.errors import ArtifactError
 SPARE_BYTES = 2**30
 
 
-def needed_memory(checkpoint: Checkpoint, bytes_each: int) -> int:
-    """Bytes for the reference, at `bytes_each` for a parameter, and an artifact beside it."""
-    parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    return (bytes_each + 4) * parameters + SPARE_BYTES
+def needed_memory(checkpoint: Checkpoint, *, whole: bool = False, logits: int = 0) -> int:
+    """Bytes for the artifact in float32, the reference beside it, and SPARE_BYTES for what is computed.
+
+    The reference is read block by block, in float32 and float64: of one block both, of all others nothing. What is
+    outside of the blocks stays, in float32. With `whole` all of it does (perplexity, `--verify-each`). `logits` are the
+    numbers that the artifact's longest run gives: they are kept twice, and copied once.
+    """
+    sizes = {name: math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    parameters, blocks = sum(sizes.values()), checkpoint.config.num_hidden_layers
+    inside = sum(size for name, size in sizes.items() if f"{checkpoint.family.layers.rpartition('.')[2]}." in name)
+    reference = 4 * parameters if whole else 4 * (parameters - inside) + 12 * inside // blocks
+    return 4 * parameters + reference + 12 * logits + SPARE_BYTES
 
 
-def fits_memory(checkpoint: Checkpoint, bytes_each: int) -> bool:
-    """Whether the reference and an artifact fit into free memory together, as far as the system says."""
-    free = available_memory()
-    return free is None or needed_memory(checkpoint, bytes_each) <= free
-
-
-def require_memory_for_reference(checkpoint: Checkpoint, bytes_each: int = 4) -> None:
-    """Refuse to start what cannot finish. `bytes_each` is what a parameter of the reference takes.
+def require_memory_for_reference(checkpoint: Checkpoint, *, whole: bool = False, logits: int = 0) -> None:
+    """Refuse to start what cannot finish.
 
     Raises:
         ArtifactError: when the reference and the artifact do not fit into free memory together.
     """
-    needed, free = needed_memory(checkpoint, bytes_each), available_memory()
+    needed, free = needed_memory(checkpoint, whole=whole, logits=logits), available_memory()
     if free is not None and needed > free:
         raise ArtifactError(
-            f"validation needs about {needed / 2**30:.1f} GiB of memory for the float{8 * bytes_each} reference and "
-            f"the artifact, {free / 2**30:.1f} GiB are free; compile with --no-validate, "
-            "and validate on a larger machine"
+            f"validation needs about {needed / 2**30:.1f} GiB of memory for the reference and the artifact, "
+            f"{free / 2**30:.1f} GiB are free; compile with --no-validate, and validate on a larger machine"
         )
 
 

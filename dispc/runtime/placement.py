@@ -6,6 +6,7 @@ session finally runs is in the optimised graph, which names no providers. So bot
 
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,17 +73,24 @@ def place(model: Path, provider: Provider) -> Placement:
         config["session.optimized_model_external_initializers_file_name"] = "optimised.data"
         session = open_session(model, provider=provider, config=config, optimised_model=optimised)
         graph = onnx.load(optimised, load_external_data=False).graph
-    assigned = [
-        (node.name, (node.op_type, part.ep_name))
-        for part in session.get_provider_graph_assignment_info()
-        for node in part.get_nodes()
-    ]
-    run = [(node.name, node.op_type) for node in graph.node]
-    for names in ([name for name, _ in assigned], [name for name, _ in run]):
-        shared = [name for name, uses in Counter(names).items() if uses > 1 or not name]
-        if shared:
-            raise ArtifactError(f"{model}: nodes without a name of their own: {', '.join(shared[:NAMED])}")
+    nodes = [(node, part.ep_name) for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()]
+    assigned = zip(
+        own_names(model, [node for node, _ in nodes]), [(node.op_type, name) for node, name in nodes], strict=True
+    )
+    run = zip(own_names(model, graph.node), [node.op_type for node in graph.node], strict=True)
     return Placement(provider, dict(assigned), dict(run), frozenset(shape_arithmetic(load_graph(model))))
+
+
+def own_names(model: Path, nodes: Iterable[Any]) -> list[str]:
+    """A name for each node; those that ONNX Runtime inserts without one (casts) get their operator and a number.
+
+    Raises:
+        ArtifactError: when nodes share a name.
+    """
+    names = [node.name or f"{node.op_type} {number} without a name" for number, node in enumerate(nodes)]
+    if shared := [name for name, uses in Counter(names).items() if uses > 1]:
+        raise ArtifactError(f"{model}: nodes that share a name: {', '.join(shared[:NAMED])}")
+    return names
 
 
 def shape_arithmetic(model: ir.Model) -> set[str]:

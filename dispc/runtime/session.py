@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime as ort
 
 from dispc.manifest import read_manifest
 from dispc.plan import TARGETS
 from dispc.runtime.edits import Edit, exactly_comparable, load_graph, widen, with_float32_outputs
+from dispc.runtime.ort import ort
 from dispc.runtime.providers import CPU, Provider
 from dispc.support.dtypes import BY_ORT
 from dispc.support.errors import ArtifactError, first_line
+from dispc.support.inputs import regular
 
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
@@ -29,7 +30,8 @@ class Artifact:
 
     bfloat16 graphs, and float16 graphs with ScatterND(add), have no CPU kernels, and the CPU's float16 kernels round
     otherwise than CUDA's: on the CPU such artifacts are run with every weight widened to float32 (`widened` says so);
-    that keeps the rounding of the weights, not that of the arithmetic.
+    that keeps the rounding of the weights, not that of the arithmetic. `widened` says whether to do so; None leaves it
+    to what the provider can run.
     `edit` may change the graph before it is loaded (the drill adds outputs); the files stay as they are. `exact` loads
     the graph that can be compared closely at every position: without int8 activations, and with all logits.
 
@@ -45,6 +47,7 @@ class Artifact:
         provider: Provider = CPU,
         edit: Edit | None = None,
         exact: bool = False,
+        widened: bool | None = None,
         **options: Any,
     ) -> None:
         self.directory = directory
@@ -54,10 +57,13 @@ class Artifact:
         self.positions: int = self.manifest["positions"]
         self.stop_tokens = frozenset(self.manifest["stop_tokens"])
         self.provider = provider
-        self.widened = is_widened(self.manifest, provider)
+        self.widened = is_widened(self.manifest, provider) if widened is None else widened
         path = directory / "model.onnx"
-        if not path.is_file():
-            raise ArtifactError(f"{path}: no such file")
+        for file in (path, directory / "model.onnx.data"):
+            if file.exists():
+                regular(file, ArtifactError)
+            elif file is path:
+                raise ArtifactError(f"{path}: no such file")
         self.int8_activations = bool((self.manifest.get("quantisation") or {}).get("int8_activations"))
         self.last_logits = self.manifest.get("logits") == "last"
         if exact and (self.int8_activations or self.last_logits):
@@ -221,7 +227,7 @@ def open_session(
         ArtifactError: when the model cannot be loaded, or not on that provider.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised, and told in one line
     options.intra_op_num_threads = threads
     entries = dict(config or {})
     if threads:  # somebody times this session, perhaps in turns with others: spin, but only while it runs

@@ -1,8 +1,11 @@
-"""Directories that appear all at once or not at all."""
+"""Directories that appear all at once or not at all, whatever ends the process that writes them."""
 
+import ctypes
+import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
@@ -12,27 +15,42 @@ from dispc.support.signals import hold_signals
 
 ARTIFACT = "dispc.json"
 """The file by which an artifact is known."""
+PARTIAL, OLD = ".partial", ".old"
+"""How the names of what is being written, and of what is being replaced, end."""
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+Foreign = Callable[[Path], str | None]
+"""Says of a directory what in it dispc did not write; None when there is nothing like that."""
+
+
+def _nothing(out: Path) -> None:
+    return None
 
 
 @contextmanager
-def staged_directory(out: Path, force: bool, marker: str = ARTIFACT) -> Iterator[Path]:
+def staged_directory(out: Path, force: bool, marker: str = ARTIFACT, foreign: Foreign = _nothing) -> Iterator[Path]:
     """A temporary sibling of `out` that takes its place when the body succeeds, and vanishes when it does not.
 
+    An older `out` is exchanged for it in one step, where the system has one. What a process that was killed left
+    behind is cleared up by the next one that writes `out`.
+
     Raises:
-        ArtifactError: when `out` exists and `force` is not set, or holds no file `marker`: it is something else then.
+        ArtifactError: when `out` may not be replaced (`check_output`) or cannot be written.
     """
     out = out.absolute()
-    check_output(out, force, marker)
+    check_output(out, force, marker, foreign)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        recover(out)
+        stage = Path(mkdtemp(prefix=f".{out.name}.", suffix=PARTIAL, dir=out.parent))
     except OSError as error:
         raise ArtifactError(f"{out}: cannot be written ({error.strerror})") from error
+    lock = os.open(stage, os.O_RDONLY)  # held until this process ends, however it does
     try:
+        _lock(lock)
         yield stage
         stage.chmod(0o777 & ~_umask())
         with hold_signals():
-            check_output(out, force, marker)  # again: something may have come there meanwhile
+            check_output(out, force, marker, foreign)  # again: something may have come there meanwhile
             _swap(stage, out)
     except OSError as error:
         where = str(error.filename or out).replace(str(stage), str(out))
@@ -41,10 +59,11 @@ def staged_directory(out: Path, force: bool, marker: str = ARTIFACT) -> Iterator
     finally:
         with hold_signals():
             shutil.rmtree(stage, ignore_errors=True)
+            os.close(lock)
 
 
-def check_output(out: Path, force: bool, marker: str = ARTIFACT) -> None:
-    """Refuse an output path that must not be replaced.
+def check_output(out: Path, force: bool, marker: str = ARTIFACT, foreign: Foreign = _nothing) -> None:
+    """Refuse an output path that must not be replaced: what dispc did not write, or not all of it.
 
     Raises:
         ArtifactError: saying why.
@@ -58,16 +77,62 @@ def check_output(out: Path, force: bool, marker: str = ARTIFACT) -> None:
         return
     if not force:
         raise ArtifactError(f"{out}: exists already; use --force to replace it, or choose another -o")
-    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not (out / marker).is_file()):
+    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not _wrote(out / marker)):
         raise ArtifactError(f"{out}: holds no {marker} of dispc, so --force does not replace it; choose another -o")
+    if any(out.iterdir()) and (reason := foreign(out)):
+        raise ArtifactError(f"{out}: {reason}, so --force does not replace it; choose another -o")
+
+
+def recover(out: Path) -> None:
+    """Clear up what killed processes left beside `out`: bring an older one back, and remove what was being written.
+
+    What a process that still runs is writing stays.
+
+    Raises:
+        OSError: when that is not possible.
+    """
+    for old in sorted(out.parent.glob(f".{out.name}.*{OLD}")):
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(out)
+    for stage in out.parent.glob(f".{out.name}.*{PARTIAL}"):
+        try:
+            lock = os.open(stage, os.O_RDONLY)
+        except OSError:  # gone meanwhile
+            continue
+        try:
+            if _lock(lock):
+                shutil.rmtree(stage, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether nobody else holds this file; false too where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _wrote(marker: Path) -> bool:
+    try:
+        content = json.loads(marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and isinstance(content.get("dispc"), str)
 
 
 def _swap(stage: Path, out: Path) -> None:
-    """Put `stage` in the place of `out`; the older `out` comes back when that fails."""
+    """Put `stage` in the place of `out`; the older `out` is where `stage` was, or comes back when that fails."""
     if not out.exists():
         stage.rename(out)
         return
-    old = stage.with_suffix(".old")
+    if exchange(stage, out):
+        return
+    old = stage.with_suffix(OLD)  # killed between the two: `recover` brings it back
     try:
         out.rename(old)
         stage.rename(out)
@@ -76,6 +141,16 @@ def _swap(stage: Path, out: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(out)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Let two paths change places in one step (Linux's renameat2); false where the system or file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    paths = os.fsencode(first), os.fsencode(second)
+    return bool(renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) == 0)
 
 
 def _umask() -> int:

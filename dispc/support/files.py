@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dispc.support.errors import DispcError
+from dispc.support.printable import printable
 
 
 @contextmanager
@@ -47,9 +48,9 @@ def refuse_inputs(reports: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file; an older one stays until this one is complete."""
+    """Write a text file, control characters spelled out; an older one stays until this one is complete."""
     with whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(printable(text), encoding="utf-8")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,20 +1,51 @@
-"""The few ways in which dispc builds and reads ONNX graphs. Knows onnx_ir and nothing else of dispc."""
+"""The few ways in which dispc builds and reads ONNX graphs."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 
+from dispc.support.errors import ArtifactError, first_line
+from dispc.support.inputs import regular
+
 MICROSOFT = "com.microsoft"
+MACHINE_LEARNING = "ai.onnx.ml"
+SIMPLIFIED_NORM = "SimplifiedLayerNormalization"
+"""ONNX Runtime's RMS norm, which it keeps in the standard's own domain."""
+PROTOBUF_BYTES = 2**31
+"""A protobuf message is no larger."""
 HEAD = "lm_head.weight"
 """The LM head in every family; a tied one is cut from the embedding under this name."""
 WINDOW = "dispc.window"
 """Metadata key of Attention nodes: the sliding window in tokens, 0 for none."""
 READS, WRITES = "dispc.reads", "dispc.writes"
 """Metadata keys of projections: how much of each side is left, such as `288 of 576`."""
+
+
+def read_graph(path: Path) -> onnx.GraphProto:
+    """The graph in a file, without the weights beside it.
+
+    Raises:
+        ArtifactError: when it is no ONNX model, or the names of its nodes are no text.
+        FileNotFoundError, PermissionError: when it cannot be opened.
+    """
+    regular(path, ArtifactError, PROTOBUF_BYTES)
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+        for node in graph.node:
+            _ = node.name, node.op_type, node.domain  # protobuf decodes them now, and not before
+    except OSError:
+        raise
+    except Exception as error:  # what protobuf raises depends on its implementation
+        raise ArtifactError(f"{path}: not an ONNX model ({first_line(error)})") from error
+    if not graph.node:
+        raise ArtifactError(f"{path}: not an ONNX model (it has no nodes)")
+    return graph
 
 
 def scope(module: str) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# What was ignored when the process started (SIGHUP under nohup, SIGINT in a script's background job) stays ignored,
+# here and in `main`: whoever did that wants the work to go on.
 ENDING = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 """Ctrl-C, `kill`, and a terminal that was closed."""
 

@@ -1,12 +1,13 @@
 """Fold what a projection's output is multiplied by into its weight."""
 
+import numpy as np
 import onnx_ir as ir
 
 from dispc.model.families import DecoderConfig
 from dispc.model.weights import rebind, weight_of
 from dispc.passes.base import RewritePass
 from dispc.passes.common.packing import projection_of
-from dispc.support.graph import HEAD, drop_unused_initializers, make_node, remove_dead
+from dispc.support.graph import HEAD, add_initializer, drop_unused_initializers, make_node, remove_dead
 
 
 class FoldMultipliersPass(RewritePass):
@@ -45,11 +46,14 @@ class FoldMultipliersPass(RewritePass):
             projection = projection_of(value)
             if projection is None:
                 continue
-            factor = float(number.const_value.numpy().item()) ** (1 if node.op_type == "Mul" else -1)
             matmul, weight = projection.matmul, projection.matmul.inputs[1]
             assert value is not None and weight is not None
+            # The config's number: the graph's is rounded to the dtype already.
+            factor = self.config.logits_multiplier if weight.name == HEAD else self.config.residual_multiplier
             if weight.name == HEAD and self.config.tied:
-                moved = make_node(node.op_type, [matmul.inputs[0], number], f"/lm_head/{node.op_type}")
+                dtype = number.const_value.dtype.numpy()
+                scalar = add_initializer(graph, "lm_head.multiplier", np.array(factor, dtype=dtype))
+                moved = make_node("Mul", [matmul.inputs[0], scalar], "/lm_head/Mul")
                 graph.insert_before(matmul, moved)
                 matmul.replace_input_with(0, moved.outputs[0])
             else:

@@ -28,7 +28,7 @@ from dispc.cli import app as cli
 from dispc.support.errors import CheckpointError
 from dispc.validate.checks.parity import Thresholds
 
-COMMANDS = ("compile", "validate", "doctor", "generate", "inspect", "demo", "learn", "eval", "import-masks")
+COMMANDS = ("compile", "validate", "doctor", "generate", "inspect", "demo", "learn", "recover", "eval", "import-masks")
 
 
 # Options
@@ -202,6 +202,31 @@ def test_a_signal_in_the_middle_of_writing_leaves_the_older_artifact_and_nothing
     assert len(err.splitlines()) == lines, err
     assert all(line.startswith("error: interrupted") for line in err.splitlines())
     assert fingerprint(desk.place) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_command_that_was_started_with_a_signal_ignored_keeps_to_that(
+    number: signal.Signals, desk: Desk, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """As `nohup dispc ...` and `dispc ... &` in a script: the terminal's signals are not meant for it."""
+    marker = tmp_path_factory.mktemp("marker") / "writing"
+    arguments = ["compile", desk.model, "-t", "onnx-cpu", "-o", desk.new, "--no-validate"]
+    before = signal.signal(number, signal.SIG_IGN)  # which the command inherits
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SLOW.format(marker=str(marker)), *map(str, arguments)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    finally:
+        signal.signal(number, before)
+    try:
+        wait_for(marker, process)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert (desk.new / "dispc.json").is_file()
 
 
 def test_the_installed_command_prints_one_line_and_with_debug_a_traceback(desk: Desk) -> None:

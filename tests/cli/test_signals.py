@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from command import fingerprint
 from writing import fill, lazy, model_of, older_artifact
 
 from dispc.export.write import save_model
+from dispc.support import directories
 from dispc.support.directories import staged_directory
 from dispc.support.signals import hold_signals, note_signals
 
@@ -51,6 +54,16 @@ def test_handlers_are_those_of_before_afterwards() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     with pytest.raises(KeyboardInterrupt):
         interrupt()
+
+
+def test_tests_of_signals_pass_where_the_shell_ignores_them() -> None:
+    if "DISPC_NESTED" in os.environ:
+        pytest.skip("this is that run")
+    ignored = f"trap '' INT HUP TERM; exec {sys.executable} -m pytest -q -n 0 -p no:cacheprovider {__file__}"
+    done = subprocess.run(
+        ["bash", "-c", ignored], capture_output=True, text=True, check=False, env=os.environ | {"DISPC_NESTED": "1"}
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def test_what_is_ignored_stays_ignored() -> None:
@@ -93,12 +106,14 @@ def test_an_interrupt_while_weights_are_written_ends_the_threads_and_is_raised(t
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("where", ["rename", "rmdir"])
+@pytest.mark.parametrize("where", ["exchange", "rename", "rmdir"])
 def test_an_interrupt_while_directories_are_exchanged_leaves_one_whole_artifact(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     older_artifact(tmp_path / "out")
-    owner: Any = Path if where == "rename" else os
+    owner: Any = {"exchange": directories, "rename": Path, "rmdir": os}[where]
+    if where == "rename":  # what is done where the system cannot exchange
+        monkeypatch.setattr(directories, "exchange", lambda first, second: False)
     original = getattr(owner, where)
 
     def interrupted(*args: Any, **options: Any) -> Any:

@@ -126,6 +126,22 @@ def test_no_metadata_breaks_a_table_or_the_front_matter(metadata: dict[str, str]
     assert not set("<\\") & set("".join(cell for row in rows for cell in row))
 
 
+@pytest.mark.parametrize(
+    ("padding", "says"), [("left", "batches are padded on the left"), ("right", "one prompt at a time")]
+)
+def test_the_card_says_which_batches_each_runtime_can_feed(padding: str, says: str, tmp_path: Path) -> None:
+    text = card(tmp_path, padding=padding)
+    assert f"ONNX Runtime; batches are padded on the {padding}:" in text
+    assert says in text.split("\noptimum; ")[1].split("```")[0]
+    assert "right" in text.split("onnxruntime-genai; ")[1].split("```")[0]
+
+
+@pytest.mark.parametrize(("needs", "says"), [("1.18", "ONNX Runtime 1.18 or newer"), ("1.27", "1.27")])
+def test_the_card_names_the_first_onnx_runtime(needs: str, says: str, tmp_path: Path) -> None:
+    text = card(tmp_path, needs={"onnxruntime": needs, "opset": 21})
+    assert says in dict(table(text, "# card-model"))["runs in"]
+
+
 # The licence
 
 

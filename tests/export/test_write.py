@@ -104,6 +104,7 @@ def test_a_failure_between_the_renames_brings_the_older_artifact_back(
         raise error
 
     monkeypatch.setattr(Path, "rename", failing)
+    monkeypatch.setattr("dispc.support.directories.exchange", lambda first, second: False)
     with pytest.raises((KeyboardInterrupt, ArtifactError)), staged_directory(tmp_path / "out", force=True) as stage:
         fill(stage)
     monkeypatch.undo()

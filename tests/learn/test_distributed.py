@@ -108,6 +108,7 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lora", [0, 2])
 def test_two_processes_recover_what_one_recovers(tmp_path: Path, lora: int) -> None:
     pytest.importorskip("accelerate")
+    pytest.importorskip("peft")
     masks = tmp_path / "masks.safetensors"
     instant_masks(student(), "magnitude", 0.3).save(masks, Checkpoint(student()).config)
     common = [

@@ -38,6 +38,8 @@ def masks_file(**changes: Any) -> Path:
 
 
 def options(folder: Path, **changes: Any) -> RecoverOptions:
+    if changes.get("lora", 0) > 0:
+        pytest.importorskip("peft")
     defaults: dict[str, Any] = dict(
         model=student(), masks=masks_file(), data=text("train.txt", 3000, 2), output=folder / "out", steps=12,
         sequence_length=32, batch_size=4, learning_rate=3e-3, evaluate_every=4, checkpoint_every=5, device="cpu",

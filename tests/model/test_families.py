@@ -1,5 +1,6 @@
 """The family table against the models it describes, and what it refuses."""
 
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -30,7 +31,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.fixture(params=tiny.VARIANTS)
+@pytest.fixture(params=[*tiny.VARIANTS, *tiny.FURTHER])
 def variant(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -56,7 +57,10 @@ def test_a_row_names_every_norm_of_a_block_and_the_embedding(variant: str) -> No
     model, config = harness._dense_reference(variant), harness.checkpoint(variant).config
     family, block = config.family, model.get_submodule(config.family.block(0))
     wide = {m for n, m in block.named_modules() if "norm" in n and tuple(m.weight.shape) == (config.hidden_size,)}
-    assert {block.get_submodule(family.attention_norm), block.get_submodule(family.mlp_norm)} == wide
+    names = {family.attention_norm, family.attention_post_norm, family.mlp_norm, family.mlp_post_norm} - {None}
+    head_norms = {m for n, m in block.named_modules() if n.endswith(("q_norm", "k_norm"))}  # OLMo 2's are as wide
+    assert {block.get_submodule(str(name)) for name in names} == wide - head_norms
+    assert all(family.norm.describes(module) for module in wide)
     assert model.get_submodule(family.embedding) is model.get_input_embeddings()
 
 
@@ -68,7 +72,7 @@ def test_sizes_and_block_parameters_are_those_of_the_model(variant: str) -> None
     assert config.key_value_size == weights[1].shape[0] == weights[2].shape[0]
     assert config.intermediate_size == weights[-1].shape[1]
     assert (config.vocab_size, config.hidden_size) == tuple(model.get_input_embeddings().weight.shape)
-    assert config.tied == (model.lm_head.weight is model.get_input_embeddings().weight)
+    assert config.tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
     assert len(config.layer_kinds) == config.num_hidden_layers == len(model.get_submodule(config.family.layers))
 
 
@@ -123,3 +127,9 @@ def test_any_json_object_is_a_family_or_a_refusal(model_type: Any, config: dict[
         assert find_family({"model_type": model_type} | config).model_type == model_type
     except UnsupportedModelError as refusal:
         assert "supported: " in str(refusal)
+
+
+def test_the_readme_names_every_family() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    row = next(line for line in readme.splitlines() if line.startswith("| families |"))
+    assert row == f"| families | {', '.join(f'`{f.model_type}` ({f.title})' for f in FAMILIES.values())} |"

@@ -14,21 +14,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dispc.export.trace import rotary_caches
+from dispc.export.trace import export_program
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.families import FAMILIES
 from dispc.model.pretrained import build_model
 from dispc.model.rope import FULL, Rope, check_ropes
 from dispc.support.errors import CheckpointError, DispcError
 
 SAVED = saved_configs.load()
-VARIANTS = tuple(tiny.VARIANTS | tiny.RARE)
-ROTARY = tuple(name for name in VARIANTS if harness.checkpoint(name).family.rotary)
+VARIANTS = tuple(saved_configs.EVERY)
+FAMILY = {name: FAMILIES[model_type] for name, (model_type, _) in saved_configs.EVERY.items()}
+ROTARY = tuple(name for name in VARIANTS if FAMILY[name].rotary)
 
 
 def stored(raw: dict[str, Any], directory: Path) -> Checkpoint:
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(raw))
     return Checkpoint(directory)
+
+
+def tables_of(variant: str, raw: dict[str, Any], directory: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Cosines and sines that the compiler makes of `raw`, for each rotation of the model."""
+    checkpoint = stored(raw, directory)
+    (directory / "model.safetensors").symlink_to(harness.checkpoint(variant).directory / "model.safetensors")
+    return [
+        (t.cos, t.sin)
+        for t in (rotation.tables(torch.float32) for rotation in export_program(checkpoint, torch.float32)[1])
+    ]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -49,18 +61,16 @@ def test_a_config_of_either_release_gives_the_same_model(variant: str, tmp_path:
 
 @pytest.mark.parametrize("variant", ROTARY)
 def test_a_config_of_either_release_gives_the_same_rotary_tables(variant: str, tmp_path: Path) -> None:
-    tables = [
-        rotary_caches(stored(SAVED[variant][release], tmp_path / release), torch.float32)
-        for release in saved_configs.RELEASES
-    ]
-    assert tables[0] is not None and tables[1] is not None
-    assert all(torch.equal(one, other) for one, other in zip(*tables, strict=True))
+    first, second = (
+        tables_of(variant, SAVED[variant][release], tmp_path / release) for release in saved_configs.RELEASES
+    )
+    assert len(first) == len(second) == len(stored(SAVED[variant]["4"], tmp_path / "4").ropes)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
 @pytest.mark.parametrize("release", saved_configs.RELEASES)
-@pytest.mark.parametrize(
-    "variant", [name for name in ROTARY if harness.checkpoint(name).family.local_rope_theta is None]
-)
+@pytest.mark.parametrize("variant", [name for name in ROTARY if FAMILY[name].local_rope_theta is None])
 def test_the_base_of_rotary_positions_is_the_one_that_the_file_says(variant: str, release: str, tmp_path: Path) -> None:
     raw = json.loads(json.dumps(SAVED[variant][release]))
     (raw["rope_parameters"] if release == "5" else raw).update(
@@ -70,12 +80,10 @@ def test_the_base_of_rotary_positions_is_the_one_that_the_file_says(variant: str
         raw["rope_scaling"]["rope_theta"] = 500_000.0
     checkpoint = stored(raw, tmp_path / "model")
     assert checkpoint.ropes[FULL].theta == 500_000.0
-    tables = rotary_caches(checkpoint, torch.float64)
-    rope = checkpoint.ropes[FULL]
-    frequencies, stretch = rope.frequencies(checkpoint.config.head_dim)
-    assert tables is not None
+    frequencies, stretch = checkpoint.ropes[FULL].frequencies(checkpoint.config.head_dim)
     angles = torch.outer(torch.arange(checkpoint.config.max_positions).double(), torch.from_numpy(frequencies))
-    assert torch.allclose(tables[0], angles.cos() * stretch, atol=1e-4)
+    ((cosines, _),) = tables_of(variant, raw, tmp_path / "model")
+    assert torch.allclose(cosines.double(), angles.cos() * stretch, atol=1e-4)
 
 
 SCALINGS = st.one_of(

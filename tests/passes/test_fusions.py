@@ -23,7 +23,7 @@ from dispc.reference.masked import load_reference
 from dispc.runtime.session import Runner, open_session
 from dispc.support.errors import CompileError
 from dispc.validate.checks.parity import logit_error
-from dispc.validate.checks.scenarios import Feeder
+from dispc.validate.client import Batch
 
 COUNTED_BY_MASKS = ("align-widths", "fuse-rotary", "fuse-gate-up")
 """Passes that know from the masks what there is to do, and so fail when it is done already (test_fusion_counts.py)."""
@@ -139,8 +139,8 @@ def test_the_kernel_still_counts_the_positions_of_left_padded_rows_wrong(tmp_pat
     found = []
     for name in ("apart.onnx", "fused.onnx"):
         rows = [harness.TOKENS[: length + 1] for length in (9, 3)]
-        feeder = Feeder(Runner(open_session(tmp_path / name)), rows, "left", compact=False).prefill([9, 3]).extend()
-        found.append(np.stack([row.outputs["logits"][-2:] for row in feeder.said()]))
+        batch = Batch(Runner(open_session(tmp_path / name)), rows, "left", compact=False).prefill([9, 3]).extend()
+        found.append(np.stack([row.outputs["logits"][-2:] for row in batch.outputs()]))
     (long, short), (long_fused, short_fused) = found
     assert logit_error(long_fused, long) <= TOLERANCE  # a row without padding is right
     assert logit_error(short_fused[0], short[0]) <= TOLERANCE  # in a prompt only distances count

@@ -17,7 +17,7 @@ from dispc.manifest import FIELDS
 from dispc.runtime import doctor
 from dispc.runtime.providers import CPU
 from dispc.support.files import write_json
-from dispc.validate.judge import choose_provider
+from dispc.validate.comparison import choose_provider
 
 HAVE_CUDA = doctor.cuda_problem() is None
 without_cuda = pytest.mark.skipif(HAVE_CUDA, reason="CUDA loads on this machine")

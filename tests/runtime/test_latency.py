@@ -144,3 +144,16 @@ def test_a_dense_artifact_of_another_kind_is_no_comparison(choices: dict[str, An
     compile_model(CompileOptions(output=tmp_path / "other", masks=None if choices else masks, **common, **choices))
     line = ("validate", tmp_path / "out", "-r", checkpoint.directory, "--dense", tmp_path / "other")
     command.assert_refused(tmp_path, *line, says=(says,))
+
+
+@pytest.mark.parametrize(("last", "room"), [(False, [2, 7, 131]), (True, [2, 1, 131])])
+def test_logits_are_bound_in_the_shape_that_the_graph_gives_them(last: bool, room: list[int], tmp_path: Path) -> None:
+    """A CUDA graph writes to an address that is bound beforehand; here it is only asked for."""
+    options = CompileOptions(
+        model=harness.checkpoint("llama").directory, output=tmp_path / "out", target="onnx-cpu", dense=True,
+        last_logits=last, validate=False,
+    )  # fmt: skip
+    compile_model(options)
+    decoder = BoundDecoder(Artifact(tmp_path / "out"), batch=2, capacity=9, shared=True)
+    assert decoder.feed(np.ones((2, 7), dtype=np.int64)).shape == tuple(room)
+    assert decoder._logits((2, 7)).shape() == room

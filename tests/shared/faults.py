@@ -1,5 +1,6 @@
 """Faults to plant into a compiled graph: what a compiler may get wrong, one at a time."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,15 @@ Fault = Callable[[ir.Model], None]
 
 
 def plant(fault: Fault, artifact: Path, broken: Path) -> Path:
-    """A copy of `artifact` in `broken` with the fault in it; its manifest and masks know nothing of it."""
-    shutil.copytree(artifact, broken)
+    """A copy of `artifact` in `broken` with the fault in it, of which its manifest tells nothing but the new size."""
     model = ir.load(artifact / "model.onnx")
     fault(model)
+    shutil.copytree(artifact, broken)
     ir.save(model, broken / "model.onnx", external_data="model.onnx.data")
+    manifest = json.loads((broken / "dispc.json").read_text())
+    manifest["nodes"] = len(model.graph)
+    manifest["bytes"] = sum(file.stat().st_size for file in broken.glob("model.onnx*"))
+    (broken / "dispc.json").write_text(json.dumps(manifest))
     return broken
 
 

@@ -23,7 +23,7 @@ from dispc.plan import Choices, Quantisation, make_plan
 from dispc.reference.masked import apply_masks, load_reference
 from dispc.reference.quantised import quantise_reference
 from dispc.runtime.session import Runner, open_session
-from dispc.validate.checks.scenarios import Feeder
+from dispc.validate.client import Batch
 
 Array = npt.NDArray[Any]
 TOLERANCE = 1e-5
@@ -110,9 +110,9 @@ def batch_logits(model: ir.Model, rows: Sequence[Array], padding: str) -> list[A
         path = Path(directory) / "model.onnx"
         ir.save(model, path, external_data="model.onnx.data")
         runner = Runner(open_session(path, optimise=False))
-    feeder = Feeder(runner, rows, padding, compact=padding == "right")
-    feeder.prefill([len(tokens) - 1 for tokens in rows]).extend()
-    return [row.outputs["logits"] for row in feeder.said()]
+    batch = Batch(runner, rows, padding, compact=padding == "right")
+    batch.prefill([len(tokens) - 1 for tokens in rows]).extend()
+    return [row.outputs["logits"] for row in batch.outputs()]
 
 
 def operators(model: ir.Model, within: str = "") -> list[str]:

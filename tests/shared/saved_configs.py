@@ -11,6 +11,7 @@ import tiny
 
 FILE = Path(__file__).with_name("saved_configs.json")
 RELEASES = ("4", "5")
+EVERY = tiny.VARIANTS | tiny.FURTHER | tiny.RARE
 
 
 def load() -> dict[str, dict[str, dict[str, Any]]]:
@@ -23,7 +24,7 @@ def write_as_installed(variant: str) -> dict[str, Any]:
     """What the installed release writes for `variant`, without its exact version."""
     from transformers import AutoConfig
 
-    model_type, options = (tiny.VARIANTS | tiny.RARE)[variant]
+    model_type, options = EVERY[variant]
     config = AutoConfig.for_model(model_type, **json.loads(json.dumps(options)))
     written: dict[str, Any] = json.loads(config.to_json_string())
     return {key: value for key, value in sorted(written.items()) if key != "transformers_version"}
@@ -38,7 +39,7 @@ def installed() -> str:
 
 if __name__ == "__main__":
     saved = load() if FILE.exists() else {}
-    for name in tiny.VARIANTS | tiny.RARE:
+    for name in EVERY:
         saved.setdefault(name, {})[installed()] = write_as_installed(name)
-    lines = [f"{json.dumps(name)}: " + json.dumps(saved[name], sort_keys=True) for name in tiny.VARIANTS | tiny.RARE]
+    lines = [f"{json.dumps(name)}: " + json.dumps(saved[name], sort_keys=True) for name in EVERY]
     FILE.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")

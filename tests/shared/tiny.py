@@ -61,7 +61,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", LLAMA | dict(hidden_size=64, sliding_window=7)),
     "gpt-neox": ("gpt_neox", NEOX),
     "gpt-neox-sequential": ("gpt_neox", NEOX | dict(use_parallel_residual=False, rotary_pct=1.0)),
-    "cohere": ("cohere", LLAMA | dict(hidden_size=64, logit_scale=0.3)),
+    "cohere": ("cohere", LLAMA | dict(hidden_size=64, logit_scale=0.3, rope_theta=50_000.0)),
     "gemma": ("gemma", LLAMA),
     "olmo2": ("olmo2", LLAMA | dict(hidden_size=64)),
     "gemma2": (

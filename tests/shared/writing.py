@@ -13,7 +13,7 @@ from dispc.model.weights import LazyWeight
 
 def older_artifact(path: Path) -> Path:
     path.mkdir()
-    (path / "dispc.json").write_text("{}")
+    (path / "dispc.json").write_text('{"dispc": "1"}')
     (path / "model.onnx").write_bytes(b"older")
     return path
 

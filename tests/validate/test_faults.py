@@ -12,11 +12,12 @@ from artifacts import artifact, failed, judged
 from dispc.plan import Quantisation
 from dispc.runtime.session import Artifact
 from dispc.validate import Thresholds
-from dispc.validate.checks.scenarios import Stage, judge_bits
+from dispc.validate.checks.variants import same_bits
+from dispc.validate.client import Client
 
 EVERYTHING = {
-    "prefill", "one token", "decode", "cache from long to short", "cache from short to long", "padded batch",
-    "positions near the limit", "shared past and present", "greedy logits", "KL divergence",
+    "prefill", "one token", "decode", "long prompt", "long prompt in pieces", "padded batch",
+    "shared past and present", "greedy logits", "KL divergence",
 }  # fmt: skip
 FAULTS: dict[str, tuple[faults.Fault, str, str, set[str]]] = {
     "an index swapped": (faults.swap_read_indices, "right", "block 1 mlp (read ", EVERYTHING),
@@ -59,14 +60,14 @@ def test_a_planted_fault_fails_the_checks_that_can_see_it_and_is_named(case: str
 
 INT4 = Quantisation(bits=4, block_size=16, symmetric=True, head=False, embedding=False)
 KINDS: dict[str, dict[str, Any]] = {
-    "float16": {"target": "onnx-cuda", "dtype": "float16"},
-    "bfloat16": {"target": "onnx-cuda", "dtype": "bfloat16"},
-    "bfloat16, left": {"target": "onnx-cuda", "dtype": "bfloat16", "padding": "left"},
+    "float16": {"target": "onnx-cuda", "align": 1, "dtype": "float16"},
+    "bfloat16": {"target": "onnx-cuda", "align": 1, "dtype": "bfloat16"},
+    "bfloat16, left": {"target": "onnx-cuda", "align": 1, "dtype": "bfloat16", "padding": "left"},
     "canonical": {"lowering": "canonical"},
     "scatter-elements": {"lowering": "scatter-elements"},
-    "float16, canonical": {"target": "onnx-cuda", "dtype": "float16", "lowering": "canonical"},
+    "float16, canonical": {"target": "onnx-cuda", "align": 1, "dtype": "float16", "lowering": "canonical"},
     "int4": {"quantisation": INT4},
-    "float16, int4": {"target": "onnx-cuda", "dtype": "float16", "quantisation": INT4},
+    "float16, int4": {"target": "onnx-cuda", "align": 1, "dtype": "float16", "quantisation": INT4},
 }
 SUBTLE = {
     "block 1 mlp": faults.drop_bias,
@@ -93,7 +94,7 @@ def test_no_kind_of_artifact_hides_a_fault(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "seeing"),
     [
-        (faults.spoil_late_positions, {"positions near the limit", "rotary tables"}),
+        (faults.spoil_late_positions, {"long prompt", "long prompt in pieces", "rotary tables"}),
         (faults.spoil_steps, EVERYTHING - {"prefill", "one token"}),
     ],
 )
@@ -105,17 +106,17 @@ def test_a_fault_that_few_scenarios_see_fails_those_alone(
 
 
 def test_one_bit_that_differs_from_run_to_run_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    stage, runs = Stage(Artifact(artifact(padding="right")), 131), count()
-    assert judge_bits(stage).passed
-    whole = stage.runner.run_all
+    client, runs = Client(Artifact(artifact(padding="right")), 131), count()
+    assert same_bits(client).passed
+    whole = client.runner.run_all
 
     def restless(*args: Any) -> Any:
         outputs, caches = whole(*args)
         outputs["logits"][0, 0, 0] = np.nextafter(outputs["logits"][0, 0, 0], np.float32(next(runs) % 3 * 100))
         return outputs, caches
 
-    monkeypatch.setattr(stage.runner, "run_all", restless)
-    assert not judge_bits(stage).passed
+    monkeypatch.setattr(client.runner, "run_all", restless)
+    assert not same_bits(client).passed
 
 
 def test_where_only_the_choices_are_wrong_the_furthest_scenario_is_drilled(tmp_path: Path) -> None:

@@ -16,14 +16,14 @@ from artifacts import originals, reports
 from language import make_student
 from rich.console import Console
 
-from dispc.cli.tables import latency_tables
+from dispc.cli.checks import latency_tables
 from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.support.check import Check
 from dispc.support.errors import DispcError
 from dispc.validate import LatencyOptions, Report, check
-from dispc.validate.checks.static import judge_file
+from dispc.validate.checks.static import check_file
 from dispc.validate.report.html import page
 
 # Thresholds
@@ -211,7 +211,7 @@ def test_the_page_is_legible_in_a_browser_in_light_and_dark(scheme: str, bright:
 
 def test_inputs_that_cannot_be_read_are_told_before_anything_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     good, _, model = originals()
-    monkeypatch.setattr("dispc.validate.judge.play", lambda *args, **options: pytest.fail("judged"))
+    monkeypatch.setattr("dispc.validate.comparison.run_scenario", lambda *args, **options: pytest.fail("judged"))
     for options in ({"data": "lost.txt"}, {"baseline": Path("lost.json")}, {"latency": LatencyOptions(pasts=(999,))}):
         with pytest.raises(DispcError):
             check(good, model, **options)  # type: ignore[arg-type]
@@ -239,11 +239,11 @@ def test_a_validation_that_cannot_run_leaves_no_report_of_an_earlier_one(tmp_pat
 
 def test_operators_of_foreign_domains_fail(tmp_path: Path) -> None:
     good, _, _ = originals()
-    assert judge_file(good / "model.onnx", "onnx-cpu").passed
-    standard = judge_file(good / "model.onnx", "onnx")  # GroupQueryAttention is ONNX Runtime's own
+    assert check_file(good / "model.onnx", "onnx-cpu").passed
+    standard = check_file(good / "model.onnx", "onnx")  # GroupQueryAttention is ONNX Runtime's own
     assert not standard.passed and "com.microsoft" in standard.detail
     (tmp_path / "model.onnx").write_bytes((good / "model.onnx").read_bytes()[:200])
-    assert not judge_file(tmp_path / "model.onnx", "onnx").passed
+    assert not check_file(tmp_path / "model.onnx", "onnx").passed
 
 
 def test_unknown_truth_dtypes_are_refused() -> None:

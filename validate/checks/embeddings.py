@@ -1,6 +1,6 @@
 """The embeddings that an artifact stores, row by row, against the checkpoint's: the scenarios look up few of them."""
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +14,8 @@ from dispc.runtime.session import Array, Artifact, Tokens
 from dispc.support.check import Check
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError
-from dispc.validate.checks.drill import first_stream
+from dispc.validate.comparison import Comparison
+from dispc.validate.streams import first_stream
 
 NAME, OUTPUT = "embeddings", "embedded"
 LONGEST = 4096
@@ -23,18 +24,20 @@ UNITS = 2.0
 """Units in the last place of the dtype, at the largest number of a row, that the row may be off."""
 
 
-def judge_embeddings(directory: Path, checkpoint: Checkpoint) -> Check:
+def judge_embeddings(comparison: Comparison) -> Iterator[Check]:
     """Every token and, where positions are learned, every position: the stream in front of the first sub-layer.
 
     The graph is cut off there and run on the CPU.
     """
+    checkpoint = comparison.checkpoint
     try:
-        artifact = Artifact(directory, edit=cut_behind_embeddings)
+        artifact = Artifact(comparison.directory, edit=cut_behind_embeddings)
         worst, token = _worst_row(artifact, checkpoint)
     except ArtifactError as error:
-        return Check.failed(NAME, "parity", str(error))
+        yield Check.failed(NAME, "parity", str(error))
+        return
     detail = f"{checkpoint.config.vocab_size:,} tokens; worst at token {token}"
-    return Check.against(NAME, "parity", worst, UNITS, "units in the last place", detail)
+    yield Check.against(NAME, "parity", worst, UNITS, "units in the last place", detail)
 
 
 def cut_behind_embeddings(model: ir.Model) -> None:
@@ -62,6 +65,7 @@ def _worst_row(artifact: Artifact, checkpoint: Checkpoint) -> tuple[float, int]:
         ids = torch.arange(start, min(start + size, lookups)) % len(tokens)
         expected = tokens[ids].to(dtype)
         expected = round_blocks(expected, rounded) if rounded else expected.float()
+        expected = expected * torch.tensor(checkpoint.config.embedding_multiplier).to(dtype).float()
         if places is not None:  # its first rows are for padding
             expected = expected + places[len(places) - artifact.positions :][: len(ids)].to(dtype).float()
         found = torch.from_numpy(_look_up(artifact, ids.numpy()))

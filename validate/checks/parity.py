@@ -6,27 +6,23 @@ position the artifact may be off by a small factor of that cost. docs/parity.md 
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from dispc.evaluate.perplexity import Perplexity
-from dispc.reference.truth import TINY, Answers, divergence
-from dispc.runtime.session import Array, Artifact
+from dispc.reference.truth import TINY, TOLERANCE, Answers, Text, divergence
+from dispc.runtime.session import Array
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
-from dispc.validate.checks.scenarios import GREEDY, Row, Stage, Turn
+from dispc.validate.client import Row
 
 LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest error of a dtype as a share of the logits' range: for graphs between passes, and where no truth is finer."""
-INT8_ACTIVATIONS_LIMIT = 0.1
-"""The same, for what the rounding of activations to int8 does to the last token's logits (docs/quantisation.md)."""
-SHIPPED_LENGTHS, SHIPPED_STEPS = (17, 5, 9), 4
 KL_FLOOR = 1e-12
 """nats; what rounding in float64 makes of a divergence of nothing."""
 TIMES = "x own error"
-LOGITS_CHECK = {GREEDY.name: "greedy logits"}
-"""Scenario -> the check of its logits, where that does not have the scenario's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +50,22 @@ DEFAULTS = Thresholds()
 
 @dataclass(frozen=True)
 class Distance:
-    """One output of one row at its positions [n]: largest error, what the dtype costs there, and the truth's range."""
+    """How far one output of one row is from the truth, at its positions [n].
+
+    `error` is the largest difference, `own` what the dtype costs there, `range` that of the truth over its whole text.
+    Of logits there are the divergences in nats as well, whether the likeliest token is `another` one, and by how much
+    the truth prefers its own (`gap`).
+    """
 
     error: Array
     own: Array
     range: float
+    divergence: Array
+    own_divergence: Array
+    another: Array
+    gap: Array
+    dimensions: Array
+    """Largest difference of each dimension [width] over all positions."""
 
     @property
     def ratio(self) -> Array:
@@ -68,43 +75,71 @@ class Distance:
         result: Array = np.where(np.isfinite(ratio), ratio, np.inf)
         return result
 
-
-def distance(row: Row, answers: Answers, name: str = "logits") -> Distance:
-    """Of output `name` of `row`."""
-    truth = answers.truth[row.text][name][row.at].astype(np.float64)
-    error = np.abs(row.outputs[name].astype(np.float64) - truth).max(axis=-1)
-    own = np.maximum(answers.own_error(row.text, name)[row.at], answers.floor(name))
-    return Distance(error, own, max(float(np.ptp(truth)), TINY))
+    def part(self, where: slice) -> "Distance":
+        """The same at some of its positions."""
+        cut = ("error", "own", "divergence", "own_divergence", "another", "gap")
+        return replace(self, **{name: getattr(self, name)[where] for name in cut})
 
 
-def judge(turns: Sequence[Turn], answers: Answers, thresholds: Thresholds) -> list[Check]:
-    """A check for each scenario, and those over all of them: KL divergence and top-1 tokens."""
-    checks: list[Check] = []
-    judged: list[Row] = []
-    for turn in turns:
-        name = turn.scenario.name
-        if turn.check is not None:
-            checks.append(turn.check)
-            continue
-        limit = None if turn.told else thresholds.error
-        if turn.scenario is GREEDY:
-            checks.append(judge_logits(LOGITS_CHECK[name], turn.rows, turn.detail, answers, limit))
-            steps = [row.part(slice(0, -1)) for row in turn.rows]  # behind the last nothing was chosen
-            checks.append(judge_choices(name, steps, turn.detail, answers, thresholds.error, thresholds.greedy))
-        else:
-            checks.append(judge_logits(name, turn.rows, turn.detail, answers, limit))
-        judged += [] if turn.told else turn.rows
-    if judged:
-        checks.append(judge_divergence(judged, answers, thresholds.kl))
-        checks.append(
-            judge_choices("top-1 tokens", judged, "all scenarios", answers, thresholds.error, thresholds.top1)
+def measure(rows: Sequence[Row], answers: Answers, name: str = "logits") -> list[Distance]:
+    """The distance of each row's output `name`; both are compared a few positions at a time, and not kept.
+
+    The own error of a position counts as no less than nine of ten have: less is chance.
+    """
+    by_source: dict[Text, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_source.setdefault(answers.source(row.text), []).append(number)
+    found: dict[int, Distance] = {}
+    for source, numbers in by_source.items():
+        measured = _measure(source, [rows[number] for number in numbers], answers, name)
+        found |= dict(zip(numbers, measured, strict=True))
+    distances = [found[number] for number in range(len(rows))]
+    floor = max(float(np.quantile(np.concatenate([each.own for each in distances]), 0.9)), TINY)
+    return [replace(each, own=np.maximum(each.own, floor)) for each in distances]
+
+
+def _measure(source: Text, rows: Sequence[Row], answers: Answers, name: str) -> list[Distance]:
+    """The distances of rows whose texts begin `source`."""
+    at = np.unique(np.concatenate([row.at for row in rows]))
+    own, own_divergence = np.zeros((2, len(source.tokens)))
+    of_rows = [np.zeros((4, len(row.at))) for row in rows]
+    dimensions: list[Any] = [0.0 for _ in rows]
+    low, high = np.inf, -np.inf
+    for piece in answers.pieces(source, name, at):
+        truth = piece.truth.astype(np.float64)
+        low, high = min(low, float(truth.min())), max(high, float(truth.max()))
+        for each in piece.own:
+            own[piece.at] = np.maximum(own[piece.at], np.abs(each - truth).max(axis=-1))
+            if name == "logits":
+                own_divergence[piece.at] += divergence(truth, each) / len(piece.own)
+        for number, row in enumerate(rows):
+            where = np.flatnonzero((row.at >= piece.at[0]) & (row.at <= piece.at[-1]))
+            if not len(where):
+                continue
+            expected, output = truth[np.searchsorted(piece.at, row.at[where])], row.outputs[name][where]
+            difference = np.abs(output - expected)
+            dimensions[number] = np.maximum(dimensions[number], difference.max(axis=0))
+            of_rows[number][0, where] = difference.max(axis=-1)
+            if name == "logits":
+                lines, ours, theirs = np.arange(len(where)), output.argmax(axis=-1), expected.argmax(axis=-1)
+                of_rows[number][1:, where] = (
+                    divergence(expected, output), ours != theirs, expected[lines, theirs] - expected[lines, ours]
+                )  # fmt: skip
+    spread = max(high - low, TINY)
+    if not answers.has_own:
+        own = np.full(len(source.tokens), TOLERANCE[answers.dtype] * spread)
+        own_divergence = 0.5 * own**2
+    return [
+        Distance(
+            error=error, own=own[row.at], range=spread, divergence=nats, own_divergence=own_divergence[row.at],
+            another=another.astype(bool), gap=gap, dimensions=dimension,
         )
-    return checks
+        for row, (error, nats, another, gap), dimension in zip(rows, of_rows, dimensions, strict=True)
+    ]  # fmt: skip
 
 
-def judge_logits(name: str, rows: Sequence[Row], detail: str, answers: Answers, limit: float | None) -> Check:
-    """The worst position of a scenario against the error budget; told only, where `limit` is None."""
-    found = [distance(row, answers) for row in rows]
+def judge_logits(name: str, rows: Sequence[Row], found: Sequence[Distance], detail: str, limit: float | None) -> Check:
+    """The worst position of a scenario against the error budget; noted only, where `limit` is None."""
     ratios = [each.ratio for each in found]
     worst = int(np.argmax([ratio.max() for ratio in ratios]))
     at = int(ratios[worst].argmax())
@@ -121,73 +156,31 @@ def judge_logits(name: str, rows: Sequence[Row], detail: str, answers: Answers, 
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Choices:
-    """Whether the artifact's likeliest token is the truth's: different, and different by more than a tie."""
+def judge_choices(name: str, found: Sequence[Distance], detail: str, factor: float, limit: float) -> Check:
+    """The share of positions at which the artifact's likeliest token is not the truth's.
 
-    positions: int
-    different: int
-    unexplained: int
-
-
-def choices(rows: Sequence[Row], answers: Answers, factor: float) -> Choices:
-    """A different choice is a tie where the truth holds the two tokens for equal within the error budget."""
-    positions = different = unexplained = 0
-    for row in rows:
-        truth = answers.truth[row.text]["logits"][row.at]
-        found = distance(row, answers)
-        lines = np.arange(len(truth))
-        ours, theirs = row.outputs["logits"].argmax(axis=-1), truth.argmax(axis=-1)
-        gap = truth[lines, theirs] - truth[lines, ours]
-        other = ours != theirs
-        positions += len(truth)
-        different += int(other.sum())
-        unexplained += int((other & ~((gap <= factor * found.own) & np.isfinite(found.error))).sum())
-    return Choices(positions, different, unexplained)
-
-
-def judge_choices(name: str, rows: Sequence[Row], detail: str, answers: Answers, factor: float, limit: float) -> Check:
-    """The share of positions at which another token is chosen, ties within `factor` times the own error excused."""
-    found = choices(rows, answers, factor)
-    share = found.unexplained / found.positions
+    A tie is excused: where the truth holds the two tokens for equal within `factor` times the own error.
+    """
+    positions = sum(len(each.error) for each in found)
+    different = sum(int(each.another.sum()) for each in found)
+    unexplained = sum(
+        int((each.another & ~((each.gap <= factor * each.own) & np.isfinite(each.error))).sum()) for each in found
+    )
     return Check.against(
-        name, "parity", share, limit, "of the positions",
-        f"{detail}; {found.different} of {found.positions} differ, "
-        f"{found.different - found.unexplained} of them ties within the budget",
-        agreement=1 - found.different / found.positions,
+        name, "parity", unexplained / positions, limit, "of the positions",
+        f"{detail}; {different} of {positions} differ, {different - unexplained} of them ties within the budget",
+        agreement=1 - different / positions,
     )  # fmt: skip
 
 
-def judge_divergence(rows: Sequence[Row], answers: Answers, limit: float) -> Check:
+def judge_divergence(found: Sequence[Distance], limit: float) -> Check:
     """Mean KL(truth || artifact) in units of what the dtype itself costs."""
-    ours, own = [], []
-    for row in rows:
-        truth = answers.truth[row.text]["logits"][row.at]
-        ours.append(divergence(truth, row.outputs["logits"]))
-        own.append(answers.own_divergence(row.text)[row.at])
-    mean, cost = float(np.concatenate(ours).mean()), float(np.concatenate(own).mean())
+    mean = float(np.concatenate([each.divergence for each in found]).mean())
+    cost = float(np.concatenate([each.own_divergence for each in found]).mean())
     figure = mean / max(cost, KL_FLOOR) if np.isfinite(mean) else float("inf")
-    detail = f"mean {mean:.1e} nats over {sum(map(len, ours))} positions, own {cost:.1e}"
+    positions = sum(len(each.error) for each in found)
+    detail = f"mean {mean:.1e} nats over {positions} positions, own {cost:.1e}"
     return Check.against("KL divergence", "parity", figure, limit, "x own divergence", detail, nats=mean, own_nats=cost)
-
-
-def judge_shipped(shipped: Artifact, exact: Artifact, stage: Stage) -> Check:
-    """The artifact as it is against the graph that the other checks ran (`Artifact`, exact): each row's last token.
-
-    A prefill, and SHIPPED_STEPS steps behind it.
-    """
-    tokens = [stage.tokens(100 + length, min(length, stage.length)).tolist() for length in SHIPPED_LENGTHS]
-    (found, ours), (expected, theirs) = shipped.prefill(tokens), exact.prefill(tokens)
-    error = logit_error(found, expected)
-    for _ in range(SHIPPED_STEPS):
-        chosen = expected.argmax(axis=-1)
-        (found, ours), (expected, theirs) = shipped.step(chosen, ours), exact.step(chosen, theirs)
-        error = max(error, logit_error(found, expected))
-    what = [name for name, has in (("int8 activations", shipped.int8_activations),
-                                   ("last logits", shipped.last_logits)) if has]  # fmt: skip
-    limit = INT8_ACTIVATIONS_LIMIT if shipped.int8_activations else LIMITS[shipped.dtype]
-    detail = f"{len(tokens)} prompts and {SHIPPED_STEPS} steps, last tokens; the other checks are of the graph without"
-    return Check.against(", ".join(what), "parity", error, limit, "of the range", f"{detail} {' and '.join(what)}")
 
 
 def logit_error(found: Array, expected: Array) -> float:
@@ -197,8 +190,8 @@ def logit_error(found: Array, expected: Array) -> float:
     return float(np.abs(found - expected).max() / max(np.ptp(expected), np.finfo(np.float32).tiny))
 
 
-def judge_perplexity(name: str, ours: Perplexity, theirs: Perplexity, limit: float | None) -> Check:
-    """The relative difference of two perplexities over the same windows; told only, where `limit` is None."""
+def judge_perplexities(name: str, ours: Perplexity, theirs: Perplexity, limit: float | None) -> Check:
+    """The relative difference of two perplexities over the same windows; noted only, where `limit` is None."""
     a, b = ours.perplexity, theirs.perplexity
     detail = (
         f"{a:.4f} against {b:.4f} on {ours.data}, {ours.windows} windows of {ours.sequence_length}, "

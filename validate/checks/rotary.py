@@ -3,68 +3,108 @@
 The scenarios reach the last positions only where the context is short or the artifact takes position_ids.
 """
 
-from functools import partial
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
+import onnx_ir as ir
 import torch
+from torch import nn
 
-from dispc.model.checkpoint import Checkpoint
-from dispc.model.pretrained import build_model
 from dispc.runtime.edits import load_graph
-from dispc.runtime.session import Artifact
 from dispc.support.check import Check
 from dispc.support.dtypes import DTYPES
+from dispc.support.errors import ArtifactError
+from dispc.support.graph import MICROSOFT
+from dispc.validate.comparison import Comparison
 
-TABLES = ("cos_cache", "sin_cache")
+NAME = "rotary tables"
+TABLES = {
+    ("RotaryEmbedding", ""): (1, 2),
+    ("RotaryEmbedding", MICROSOFT): (2, 3),
+    ("GroupQueryAttention", MICROSOFT): (7, 8),
+}
+"""Operator and domain -> where it takes cosines and sines."""
 UNITS = 2.0
 """Units in the last place of the stored dtype that a cosine may be off."""
 
 
-def judge_rotary(artifact: Artifact, checkpoint: Checkpoint) -> Check:
-    """Largest difference of both tables [positions, rotary dimensions / 2], in units of the stored dtype at 1."""
-    check = partial(Check.skipped, "rotary tables", "parity")
-    initializers = load_graph(artifact.directory / "model.onnx").graph.initializers
-    stored = [initializers[name].const_value for name in TABLES if name in initializers]
-    if not stored:
-        return check("the graph has none")
-    rotary = rotary_module(checkpoint)
-    if rotary is None:
-        return Check.failed("rotary tables", "parity", "the graph has them, the reference has no rotary positions")
+def judge_rotary(comparison: Comparison) -> Iterator[Check]:
+    """Largest difference of every table [positions, rotary dimensions / 2], in units of the stored dtype at 1.
+
+    Whatever feeds an operator that rotates is a table, whatever it is called.
+    """
+    artifact, masks = comparison.artifact, comparison.masks
+    try:
+        tables = find_tables(load_graph(comparison.directory / "model.onnx"))
+    except ArtifactError as error:
+        yield Check.failed(NAME, "parity", str(error))
+        return
+    if not comparison.checkpoint.family.rotary or not any(block.attention.alive for block in masks.blocks):
+        if tables:
+            yield Check.failed(NAME, "parity", "the graph has them, the reference has no rotary positions")
+        else:
+            yield Check.skipped(NAME, "parity", "the model has no rotary positions")
+        return
+    if not tables:
+        yield Check.failed(NAME, "parity", "the graph has none, the reference has rotary positions")
+        return
     dtype, worst, where = DTYPES[artifact.dtype].torch, 0.0, ""
-    for name, tensor, expected in zip(TABLES, stored, rotary_tables(rotary, artifact.positions), strict=True):
-        assert tensor is not None
-        found = torch.from_numpy(tensor.numpy().astype(np.float32))
-        if found.shape != (artifact.positions, expected.shape[1] // 2):
-            return Check.failed("rotary tables", "parity", f"{name} is {list(found.shape)}")
-        error = (found - expected[:, : found.shape[1]].to(dtype).float()).abs().nan_to_num(float("inf")).amax(dim=1)
-        if float(error.max()) > worst:
-            worst, where = float(error.max()), f"; worst at position {int(error.argmax())} of {name}"
-    detail = f"{artifact.positions:,} positions{where}"
-    return Check.against(
-        "rotary tables", "parity", worst / torch.finfo(dtype).eps, UNITS, "units in the last place", detail
-    )
+    expected = rotary_tables(comparison.checkpoint.empty_model(torch.float32), artifact.positions)
+    for value, (kind, node) in tables.items():
+        assert value.const_value is not None
+        found = torch.from_numpy(value.const_value.numpy().astype(np.float32))
+        fitting = [pair[kind].to(dtype).float() for pair in expected if pair[kind].shape == found.shape]
+        if not fitting:
+            yield Check.failed(NAME, "parity", f"{value.name} of {node} is {list(found.shape)}")
+            return
+        errors = [(found - wanted).abs().nan_to_num(float("inf")).amax(dim=1) for wanted in fitting]
+        off = min(errors, key=lambda error: float(error.max()))
+        if float(off.max()) > worst:
+            worst, where = float(off.max()), f"; worst at position {int(off.argmax())} of {value.name}, for {node}"
+    detail = f"{len(tables)} tables of {artifact.positions:,} positions{where}"
+    yield Check.against(NAME, "parity", worst / torch.finfo(dtype).eps, UNITS, "units in the last place", detail)
 
 
-def rotary_module(checkpoint: Checkpoint) -> Any:
-    """transformers' own module that makes cosines and sines, in float32; None where the model has none."""
-    config = checkpoint.pretrained_config
-    with torch.device("meta"):
-        model = build_model(config, torch.float32, checkpoint.family.attention)
-    module = next((m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
-    return None if module is None else type(module)(config)
+def find_tables(model: ir.Model) -> dict[ir.Value, tuple[int, str]]:
+    """Every table of `model` -> 0 for cosines, 1 for sines, and the first node that it is for.
+
+    Raises:
+        ArtifactError: when an operator that rotates gets something else.
+    """
+    tables: dict[ir.Value, tuple[int, str]] = {}
+    for node in model.graph:
+        for kind, position in enumerate(TABLES.get((node.op_type, node.domain), ())):
+            value = node.inputs[position] if position < len(node.inputs) else None
+            if value is None:  # GroupQueryAttention behind nodes that rotate
+                continue
+            table = _stored(value)
+            if table is None:
+                raise ArtifactError(f"{node.name}: its {('cosines', 'sines')[kind]} are computed, not stored")
+            if tables.setdefault(table, (kind, node.name or ""))[0] != kind:
+                raise ArtifactError(f"{node.name}: {table.name} is for cosines and for sines")
+    return tables
+
+
+def _stored(value: ir.Value) -> ir.Value | None:
+    """The initializer that a value is, behind casts that change nothing."""
+    producer = value.producer()
+    while producer is not None and producer.op_type in ("Identity", "Cast") and producer.inputs[0] is not None:
+        value, producer = producer.inputs[0], producer.inputs[0].producer()
+    return value if producer is None and value.const_value is not None else None
 
 
 @torch.no_grad()
-def rotary_tables(rotary: Any, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position, float32 [positions, rotary dimensions].
+def rotary_tables(model: nn.Module, positions: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """cos and sin [positions, rotary dimensions / 2], float32, of every set of frequencies that transformers has.
 
-    On one thread: with several, a first call of torch was once seen to give cosines that are off by 1e-4.
+    Multiplied out in float32, as transformers does. A family may have one set for blocks that attend to everything and
+    one for those with a sliding window.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        cos, sin = rotary(torch.zeros(1), torch.arange(positions)[None])
-    finally:
-        torch.set_num_threads(threads)
-    return cos[0], sin[0]
+    found = []
+    for name, frequencies in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        if leaf.endswith("inv_freq") and "original" not in leaf:
+            scaling = getattr(model.get_submodule(owner), leaf.replace("inv_freq", "attention_scaling"), 1.0)
+            angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies.float()[None]
+            found.append((angles.cos() * scaling, angles.sin() * scaling))
+    return found

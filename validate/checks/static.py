@@ -1,30 +1,31 @@
-"""What can be said of an artifact without running it: onnx.checker, operator sets, and the files beside the graph."""
+"""What can be said of the graph without running it: onnx.checker, operator sets, and where its nodes are placed."""
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from dispc.manifest import COPIED
-from dispc.model.checkpoint import Checkpoint
 from dispc.support.check import Check
 from dispc.support.errors import first_line
 from dispc.support.graph import MICROSOFT
+from dispc.support.onnx_checker import check_model
+from dispc.validate.comparison import Comparison
 
-COMPANIONS = "files beside the model"
 DOMAINS = {"onnx": {""}}
 """Target -> the operator domains that its runtimes know; other targets are for ONNX Runtime."""
 ONNX_RUNTIME = {"", MICROSOFT}
 
 
-def judge_file(path: Path, target: str) -> Check:
+def judge_file(comparison: Comparison) -> Iterator[Check]:
     """onnx.checker with full shape inference, and no operator from a domain that the target's runtimes lack."""
+    yield check_file(comparison.directory / "model.onnx", comparison.target)
+
+
+def check_file(path: Path, target: str) -> Check:
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        check_model(path)
         model = onnx.load(path, load_external_data=False)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, DecodeError) as error:
         return Check.failed("onnx.checker", "static", f"refuses the model: {first_line(error)}")
@@ -41,37 +42,6 @@ def judge_file(path: Path, target: str) -> Check:
     return Check(name="onnx.checker", group="static", status="passed", detail=detail, figures=figures)
 
 
-def judge_companions(artifact: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint) -> Check:
-    """Config and tokenizer are the reference's, and onnxruntime-genai is told the reference's figures.
-
-    Without them the best graph stops at the wrong token, or does not load.
-    """
-    faults = list(_companion_faults(artifact, manifest, checkpoint))
-    if faults:
-        return Check.failed(COMPANIONS, "static", "; ".join(faults))
-    return Check(name=COMPANIONS, group="static", status="passed", detail="config, tokenizer and genai_config.json")
-
-
-def _companion_faults(artifact: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
-    for name in COPIED:
-        theirs, ours = checkpoint.directory / name, artifact / name
-        if theirs.is_file() and not (ours.is_file() and ours.read_bytes() == theirs.read_bytes()):
-            yield f"{name} {'differs from the reference' if ours.is_file() else 'is missing'}"
-    config, stops = checkpoint.config, checkpoint.stop_tokens
-    for name, told, expected in (("positions", manifest["positions"], config.max_positions),
-                                 ("stop_tokens", manifest["stop_tokens"], stops)):  # fmt: skip
-        if told != expected:
-            yield f"dispc.json: {name} {told}, the reference has {expected}"
-    try:
-        model = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))["model"]
-        told = {name: model[name] for name in ("vocab_size", "context_length", "eos_token_id")}
-        told |= {name: model["decoder"][name] for name in ("head_size", "hidden_size", "filename")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        yield f"genai_config.json cannot be read ({type(error).__name__})"
-        return
-    for name, wanted in {
-        "vocab_size": config.vocab_size, "context_length": config.max_positions, "eos_token_id": stops or [0],
-        "head_size": config.head_dim, "hidden_size": config.hidden_size, "filename": "model.onnx",
-    }.items():  # fmt: skip
-        if told[name] != wanted:
-            yield f"genai_config.json: {name} {told[name]}, the reference has {wanted}"
+def judge_placement(comparison: Comparison) -> Iterator[Check]:
+    """ONNX Runtime's own records: no node away from the provider but shape arithmetic, and no copy."""
+    yield comparison.placement[1]

@@ -1,0 +1,96 @@
+"""What an artifact stores of each weight, so that the reference can round the same numbers.
+
+Some weights are stored after arithmetic: norms that add 1, projections with a folded multiplier, norms behind
+sub-layers that run over another number of positions. `((w + offset) * factor)` is rounded there.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dispc.masks import Masks
+from dispc.model.families import DecoderConfig
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a stored number is made of a weight."""
+
+    offset: float = 0.0
+    factor: float = 1.0
+
+    def stored(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The number that is stored."""
+        return ((weight + self.offset) * self.factor).to(dtype)
+
+    def weight(self, stored: Tensor) -> Tensor:
+        """The weight in float32 that a stored number stands for."""
+        return stored.float() / self.factor - self.offset
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What an artifact of `masks` stores; `norm_widths` are the positions that its norms run over, by their names."""
+
+    config: DecoderConfig
+    masks: Masks
+    norm_widths: Mapping[str, int]
+
+    def arithmetic(self, part: nn.Module, index: int | None) -> dict[str, Arithmetic]:
+        """Of the parameters of block `index`, or with None of those outside of the blocks; others are stored as is."""
+        family = self.config.family
+        found = {
+            f"{name}.weight": Arithmetic(offset=family.norm.offset)
+            for name, module in part.named_modules()
+            if family.norm.describes(module)
+        }
+        if index is None:
+            return found if self.config.tied else found | self._head(part)
+        for sub_layer in ("attention", "mlp"):
+            names = getattr(family, f"{sub_layer}_names")
+            folded = Arithmetic(factor=self.config.residual_multiplier)
+            found |= {f"{names.write}.weight": folded, f"{names.write}.bias": folded}
+            if names.behind:
+                width = self.norm_widths.get(f"{family.block(index)}.{names.behind}.weight", 0)
+                counted = self.masks.hidden_size
+                if self.masks.norm_scope == "selected":
+                    counted = len(getattr(self.masks.blocks[index], sub_layer).write)
+                share = counted / width if width and counted else 1.0
+                found[f"{names.behind}.weight"] = Arithmetic(family.norm.offset, math.sqrt(share))
+        return found
+
+    def _head(self, model: Any) -> dict[str, Arithmetic]:
+        head = model.get_output_embeddings()
+        name = next(name for name, module in model.named_modules() if module is head)
+        return {f"{name}.weight": Arithmetic(factor=self.config.logits_multiplier)}
+
+    def round(self, part: Any, index: int | None, dtype: torch.dtype) -> None:
+        """Round, in place, what is stored in `dtype`: weights, cosines and sines, and multipliers that are nodes.
+
+        What is left when such an artifact computes in float32 is float32's own error.
+        """
+        arithmetic = self.arithmetic(part, index)
+        blocks = f"{self.config.family.layers}."
+        for name, parameter in part.named_parameters():
+            if index is None and name.startswith(blocks):
+                continue
+            made = arithmetic.get(name, Arithmetic())
+            parameter.data = made.weight(made.stored(parameter.data, dtype))
+        for module in part.modules():
+            if type(module).__name__.endswith("RotaryEmbedding"):
+                module.register_forward_hook(lambda m, x, y: tuple(value.to(dtype).to(value.dtype) for value in y))
+        if index is None:
+            _round_multiplier(part.get_input_embeddings(), self.config.embedding_multiplier, dtype)
+            if self.config.tied:
+                _round_multiplier(part.get_output_embeddings(), self.config.logits_multiplier, dtype)
+
+
+def _round_multiplier(module: nn.Module, multiplier: float, dtype: torch.dtype) -> None:
+    """Let the outputs of a module be multiplied, by what the model does later, as if that was rounded."""
+    ratio = float(torch.tensor(multiplier).to(dtype)) / multiplier
+    if ratio != 1.0:
+        module.register_forward_hook(lambda m, x, y: y * ratio)

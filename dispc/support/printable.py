@@ -1,0 +1,11 @@
+"""Text from files that others wrote, as it may be shown."""
+
+import re
+
+HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""Characters that move a cursor, colour, ring, or turn the direction of text round; all but newline and tab."""
+
+
+def printable(text: str) -> str:
+    """The text with every such character spelled out, as in `\\\\x1b[31m`: it can name a thing, and command nothing."""
+    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)

@@ -1,0 +1,207 @@
+"""Planted faults by the hundred: kinds x artifacts x sub-layers x token indices x rows, each judged by `check`.
+
+`python tests/shared/fault_matrix.py [COUNT [SEED]]` plants COUNT (1,000) and prints what became of them; `make faults`
+calls it. The exit code is 1 when a fault passed, was not named, or a whole artifact failed.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only wait for each other
+
+import faults
+import harness
+import numpy as np
+from artifacts import artifact, failed, judged
+from fault_kinds import KINDS, Kind, NotHere, Place
+
+from dispc.plan import Quantisation
+from dispc.reference.blocks import Blocks
+from dispc.reference.truth import Answers, Reading, Text, ask, sources
+from dispc.runtime.session import Artifact
+from dispc.validate import Report
+from dispc.validate.checks.scenarios import SCENARIOS
+from dispc.validate.client import Client, Row
+from dispc.validate.comparison import Comparison
+
+INT4 = Quantisation(bits=4, block_size=16, symmetric=True, head=False, embedding=False)
+INT8 = Quantisation(bits=8, block_size=16, symmetric=False, head=True, embedding=False)
+VARIANTS = ("llama", "phi", "opt", "qwen3", "mistral-window", "qwen2-mixed-window", "llama-tied-biased")
+ARTIFACTS: tuple[dict[str, Any], ...] = (
+    {"target": "onnx"},
+    {"target": "onnx", "dtype": "float16"},
+    {"target": "onnx", "dtype": "bfloat16"},
+    {"target": "onnx-cpu"},
+    {"target": "onnx-cpu", "padding": "left"},
+    {"target": "onnx-cpu", "lowering": "canonical"},
+    {"target": "onnx-cpu", "lowering": "scatter-elements"},
+    {"target": "onnx-cpu", "norm_scope": "selected"},
+    {"target": "onnx-cpu", "quantisation": INT4},
+    {"target": "onnx-cpu", "quantisation": INT8, "last_logits": True},
+    {"target": "onnx-cuda", "dtype": "float16"},
+    {"target": "onnx-cuda", "dtype": "bfloat16", "padding": "left"},
+)
+Case = tuple[str, dict[str, Any]]
+MATRIX: tuple[Case, ...] = tuple((variant, options) for variant in VARIANTS for options in ARTIFACTS)
+ATTEMPTS = 400
+"""Places that are tried for one fault."""
+FIRST_TOKEN, LAST_TOKEN, ROWS = 71, 158, 9
+"""Where faults of a token begin (the context has 160), and rows that a batch has for certain."""
+
+
+@dataclass(frozen=True)
+class Planted:
+    """What became of one fault: `found` and named, found and `unnamed`, `missed`, or `harmless` (the same bits)."""
+
+    kind: str
+    artifact: str
+    place: str
+    outcome: str
+    detail: str
+
+
+@contextmanager
+def reference_read_once() -> Iterator[None]:
+    """The reference's answers to the same texts are kept: a fault in an artifact does not change them."""
+    known: dict[Any, tuple[Blocks, dict[Text, list[Reading]]]] = {}
+
+    def answers(self: Comparison, rows: Sequence[Row], *, streams: bool = False) -> Answers:
+        key = (
+            self.checkpoint.directory, self.masks.sha256(), self.computes_in, self.artifact.widened,
+            str(self.manifest.get("quantisation")), self.artifact.dtype, self.truth, streams,
+        )  # fmt: skip
+        asked = sources([row.text for row in rows])
+        blocks, readings = known.get(key, (None, {}))
+        if new := [text for text in asked if not any(text.begins(other) for other in readings)]:
+            fresh = ask(self.blocks(), new, self.truth, self.computes_in, streams=streams)
+            blocks = blocks or fresh.blocks
+            fixed = {text: read for text, read in fresh.readings.items() if key not in known}
+            known.setdefault(key, (blocks, fixed))
+            readings = readings | fresh.readings
+        assert blocks is not None
+        return Answers(blocks, readings, self.computes_in)
+
+    keep = nullcontext
+    with (
+        patch.object(Comparison, "answers", answers),
+        patch("dispc.validate.comparison.freed", keep),
+        patch("dispc.validate.checks.drill.freed", keep),
+    ):
+        yield
+
+
+def places(seed: int) -> Iterator[Place]:
+    """Places without end, drawn by the seed."""
+    for number in count():
+        rng = np.random.default_rng((seed, number))
+        block, part = int(rng.integers(3)), str(rng.choice(["attention", "mlp"]))
+        token, row = int(rng.integers(FIRST_TOKEN, LAST_TOKEN + 1)), int(rng.integers(ROWS))
+        yield Place(block, part, token, row, rng)
+
+
+def plant_and_judge(name: str, case: Case, place: Place, folder: Path) -> Planted | None:
+    """Plant one fault and judge it; None where the artifact has nothing to spoil there."""
+    kind, (variant, options) = KINDS[name], case
+    whole = artifact(variant, **options)
+    broken = folder / "broken"
+    shutil.rmtree(broken, ignore_errors=True)
+    try:
+        faults.plant(lambda model: kind.plant(model, place), whole, broken)
+    except NotHere:
+        return None
+    native = options["target"] == "onnx" and options.get("dtype") == "float16"  # compiling does not widen those
+    report = judged(broken, variant, device="cpu", quick=kind.quick and not native)
+    outcome, detail = verdict(kind, place, report)
+    if outcome == "missed" and same_bits(whole, broken):
+        outcome, detail = "harmless", "the same bits in every scenario"
+    where = place.name if kind.named is None else f"token {place.token}, row {place.row}"
+    title = ", ".join((variant, *map(str, options.values())))
+    return Planted(name, title, where, outcome, detail)
+
+
+def verdict(kind: Kind, place: Place, report: Report) -> tuple[str, str]:
+    found = failed(report)
+    if not found:
+        return "missed", "every check passed"
+    if kind.check is not None:
+        return ("found" if kind.check in found else "unnamed"), ", ".join(sorted(found))
+    named = kind.named or place.name
+    said = (report.drill or {}).get("verdict") or "no verdict"
+    return ("found" if f"wrong is {named}" in said else "unnamed"), said
+
+
+def same_bits(whole: Path, broken: Path) -> bool:
+    """Whether two artifacts give the same bits in every scenario: what was changed has no effect."""
+    outputs = []
+    for directory in (whole, broken):
+        client = Client(Artifact(directory, exact=True), 131)
+        rows = [row for scenario in SCENARIOS[:6] for row in scenario.run(client)[0]]
+        outputs.append([row.outputs["logits"].tobytes() for row in rows])
+    return outputs[0] == outputs[1]
+
+
+def judge_whole(case: Case) -> Report:
+    variant, options = case
+    return judged(artifact(variant, **options), variant, device="cpu")
+
+
+@cache
+def folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="dispc-faults-", dir=harness.scratch()))
+
+
+def run(wanted: int, seed: int, matrix: Sequence[Case] = MATRIX) -> Iterator[Planted]:
+    """Plant `wanted` faults, every kind in turn; where an artifact has nothing to spoil, another is drawn."""
+    drawn = places(seed)
+    for number in range(wanted):
+        name = list(KINDS)[number % len(KINDS)]
+        for place in islice(drawn, ATTEMPTS):
+            case = matrix[int(place.rng.integers(len(matrix)))]
+            if (result := plant_and_judge(name, case, place, folder())) is not None:
+                yield result
+                break
+        else:
+            raise AssertionError(f"{name}: nothing to spoil in {ATTEMPTS} places")
+
+
+def main(wanted: int, seed: int) -> int:
+    wrong = 0
+    with reference_read_once():
+        for case in MATRIX:
+            report = judge_whole(case)
+            wrong += not report.passed
+            if not report.passed:
+                print(f"WHOLE ARTIFACT FAILED: {case}: {sorted(failed(report))}", flush=True)
+        print(f"{len(MATRIX)} whole artifacts, {wrong} failed", flush=True)
+        outcomes: Counter[str] = Counter()
+        kinds: Counter[str] = Counter()
+        for number, result in enumerate(run(wanted, seed), start=1):
+            outcomes[result.outcome] += 1
+            kinds[result.kind] += 1
+            if result.outcome in ("missed", "unnamed"):
+                print(f"{result.outcome.upper()}: {result.kind}; {result.artifact}; {result.place}: {result.detail}")
+            if number % 50 == 0:
+                print(f"{number} faults: {dict(outcomes)}", flush=True)
+    for name, times in sorted(kinds.items()):
+        print(f"{times:5} {name}")
+    print(
+        f"{sum(outcomes.values())} faults of {len(kinds)} kinds on {len(MATRIX)} artifacts (seed {seed}): "
+        f"{outcomes['found']} found and named, {outcomes['unnamed']} found and not named, {outcomes['missed']} missed, "
+        f"{outcomes['harmless']} without effect (the same bits)"
+    )
+    return int(bool(wrong or outcomes["missed"] or outcomes["unnamed"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(int((sys.argv[1:] or ["1000"])[0]), int((sys.argv[2:] or ["0"])[0])))

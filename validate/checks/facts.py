@@ -1,0 +1,113 @@
+"""What dispc.json says of the artifact, worked out again from the graph, the masks and the reference."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from dispc.masks import Masks
+from dispc.runtime.edits import load_graph
+from dispc.support.check import Check
+from dispc.support.dtypes import DTYPES
+from dispc.support.errors import ArtifactError
+from dispc.support.version import __version__
+from dispc.validate.checks.files import SHOWN, differences
+from dispc.validate.checks.scenarios import SCENARIOS
+from dispc.validate.comparison import Comparison
+
+NAME = "dispc.json"
+SCATTERS = {"canonical": "ScatterND", "scatter-elements": "ScatterElements"}
+"""Lowering -> the operator by which it is known; the others have neither."""
+QUICK = (*(each.name for each in SCENARIOS if each.quick), "KL divergence", "embeddings", "rotary tables")
+"""Checks that a stored validation holds."""
+SURELY_SCATTERED = 0.8
+"""A write set that keeps less than this share is never filled up with zeros instead."""
+OF_REPORT = ("target", "dtype", "padding", "lowering", "bytes", "widths", "full_widths")
+"""What a stored validation repeats of the artifact."""
+
+
+def judge_facts(comparison: Comparison) -> Iterator[Check]:
+    """Every fact that can be worked out again is; the stored validation fits the artifact and its own figures."""
+    try:
+        graph = load_graph(comparison.directory / "model.onnx")
+    except ArtifactError as error:
+        yield Check.failed(NAME, "static", str(error))
+        return
+    expected = recomputed(comparison, graph)
+    stored = {name: comparison.manifest.get(name) for name in expected}
+    faults = [f"{place} is {ours}, it should be {theirs}" for place, ours, theirs in differences(stored, expected)]
+    faults += _metadata(comparison.manifest, graph, comparison.masks)
+    if comparison.manifest.get("validation") is not None:
+        faults += _validation(comparison.manifest["validation"], comparison)
+    if faults:
+        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        yield Check.failed(NAME, "static", "; ".join(faults[:SHOWN]) + more)
+    else:
+        yield Check(name=NAME, group="static", status="passed", detail=f"{len(expected)} facts worked out again")
+
+
+def recomputed(comparison: Comparison, graph: ir.Model) -> dict[str, Any]:
+    """The facts of dispc.json, by name, from everything but dispc.json."""
+    checkpoint, masks, config = comparison.checkpoint, comparison.masks, comparison.checkpoint.config
+    operators = Counter(node.op_type for node in graph.graph)
+    dense = config.block_parameters * config.num_hidden_layers
+    logits = next(value for value in graph.graph.outputs if value.name == "logits")
+    facts: dict[str, Any] = {
+        "model_type": config.family.model_type,
+        "dtype": next((name for name, row in DTYPES.items() if row.onnx == logits.dtype), "unknown"),
+        "logits": "last" if any((node.name or "").startswith("/last/") for node in graph.graph) else "all",
+        "attention": "GroupQueryAttention" if operators["GroupQueryAttention"] else "Attention",
+        "positions": config.max_positions,
+        "stop_tokens": checkpoint.stop_tokens,
+        "norm_scope": masks.norm_scope,
+        "block_parameters": {"dense": dense, "kept": masks.kept_parameters(config)},
+        "cache_layers": sum(block.attention.alive for block in masks.blocks),
+        "widths": [{name: len(indices) for name, indices in block.sets().items()} for block in masks.blocks],
+        "nodes": len(graph.graph),
+        "bytes": sum(file.stat().st_size for file in comparison.directory.glob("model.onnx*")),
+    }
+    return facts
+
+
+def _metadata(manifest: Mapping[str, Any], graph: ir.Model, masks: Masks) -> Iterator[str]:
+    """What model.onnx says of itself, and the lowering that its operators show."""
+    for name in ("target", "padding", "masks_sha256"):
+        told = graph.metadata_props.get(f"dispc.{name}")
+        if told != manifest[name]:
+            yield f"{name} is {manifest[name]}, model.onnx says {told or 'nothing'}"
+    operators, lowering = Counter(node.op_type for node in graph.graph), manifest["lowering"]["name"]
+    parts = [part for block in masks.blocks for part in (block.attention, block.mlp) if part.alive]
+    scattered = any(len(part.write) < SURELY_SCATTERED * masks.hidden_size for part in parts)
+    for name, operator in SCATTERS.items():
+        if operators[operator] and lowering != name:
+            yield f"lowering is {lowering}, model.onnx has {operator} ({name})"
+        elif scattered and lowering == name and not operators[operator]:
+            yield f"lowering is {lowering}, model.onnx has no {operator}"
+
+
+def _validation(stored: Any, comparison: Comparison) -> Iterator[str]:
+    """A stored report that was not written for this artifact, or says otherwise than its own figures."""
+    if not isinstance(stored, Mapping) or not isinstance(stored.get("checks"), list):
+        yield "validation is no report"
+        return
+    facts = comparison.facts()
+    expected = {name: facts[name] for name in OF_REPORT} | {"widths": list(facts["widths"])}
+    for place, ours, theirs in differences({name: stored.get(name) for name in expected}, expected):
+        yield f"validation.{place} is {ours}, it should be {theirs}"
+    failed = False
+    for check in stored["checks"]:
+        if not isinstance(check, Mapping) or not isinstance(check.get("name"), str):
+            yield "validation.checks holds something that is no check"
+            return
+        figure, limit, status = (check.get(name) for name in ("figure", "limit", "status"))
+        failed |= status == "failed"
+        over = limit is not None and not (isinstance(figure, int | float) and figure <= limit)
+        if status == "passed" and over:
+            yield f"validation: {check['name']} has passed with {figure} against a limit of {limit}"
+    if stored.get("passed") is not True or failed:
+        yield "validation: the artifact did not pass when it was made"
+    if comparison.manifest.get("dispc") == __version__:
+        missing = {name for name in QUICK if name not in {check["name"] for check in stored["checks"]}}
+        if missing:
+            yield f"validation lacks the check {min(missing)}"

@@ -1,0 +1,139 @@
+"""The files beside the graph: masks, config, tokenizer, and what onnxruntime-genai is told.
+
+Without them the best graph prunes what nobody meant, stops at the wrong token, or does not load.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from typing import Any
+
+import numpy as np
+
+from dispc.export.companions import genai_config
+from dispc.manifest import COPIED
+from dispc.masks import Masks
+from dispc.plan import Choices, choices_of, make_plan
+from dispc.runtime.providers import PROVIDERS
+from dispc.support.check import Check
+from dispc.support.errors import DispcError
+from dispc.validate.comparison import Comparison
+
+COMPANIONS = "files beside the model"
+READ_BY_OTHERS = (
+    "*.py", "*.so", "*.dll", "*.jinja", "tokenizer*", "vocab*", "merges*", "added_tokens*", "special_tokens*",
+    "*.tiktoken", "spiece*", "*generation_config*", "*processor_config*", "adapter_*", "additional_chat_templates",
+    "custom_generate", "config*.json", "*.onnx", "*.safetensors",
+)  # fmt: skip
+"""Names that runtimes and tokenizers look for: a file of such a name changes what they do."""
+OURS = ("model.onnx", "masks.safetensors", "genai_config.json")
+SHOWN = 6
+"""Differences that are named."""
+ABSENT = "nothing"
+
+
+def judge_masks(comparison: Comparison) -> Iterator[Check]:
+    """The artifact's masks are those that are meant: the ones named by `--masks`, else those beside the reference.
+
+    Learn again and forget to compile, and everything else still passes.
+    """
+    meant, where = comparison.meant_masks
+    if meant is None:
+        detail = f"the artifact's own: {where}, and --masks names none"
+        yield Check(name="masks", group="static", status="noted", detail=detail)
+        return
+    difference = first_difference(comparison.masks, meant)
+    if difference is None:
+        yield Check(name="masks", group="static", status="passed", detail=f"those of {where}")
+        return
+    own = comparison.directory / "masks.safetensors"
+    yield Check.failed(
+        "masks", "static",
+        f"not those of {where}: {difference}; compile again, or judge by the artifact's own with --masks {own} "
+        "(the other checks do)",
+    )  # fmt: skip
+
+
+def first_difference(ours: Masks, meant: Masks) -> str | None:
+    """In words; None where both hold the same sets for the same norm scope."""
+    if ours.norm_scope != meant.norm_scope:
+        return f"norm scope {ours.norm_scope}, meant is {meant.norm_scope}"
+    for number, (block, other) in enumerate(zip(ours.blocks, meant.blocks, strict=True)):
+        for (name, indices), wanted in zip(block.sets().items(), other.sets().values(), strict=True):
+            if not np.array_equal(indices, wanted):
+                index = int(np.setxor1d(indices, wanted)[0])
+                kept = "keeps" if index in indices else "leaves out"
+                sizes = f"{len(indices)} indices, meant are {len(wanted)}"
+                return f"block {number} {name} {kept} index {index} ({sizes})"
+    return None
+
+
+def judge_companions(comparison: Comparison) -> Iterator[Check]:
+    """Config and tokenizer files are the reference's, no others are there, and genai_config.json is what we write."""
+    faults = [*_copied(comparison), *_foreign(comparison), *_genai(comparison)]
+    if faults:
+        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        yield Check.failed(COMPANIONS, "static", "; ".join(faults[:SHOWN]) + more)
+    else:
+        detail = "config, tokenizer and genai_config.json"
+        yield Check(name=COMPANIONS, group="static", status="passed", detail=detail)
+
+
+def _copied(comparison: Comparison) -> Iterator[str]:
+    for name in COPIED:
+        theirs, ours = comparison.checkpoint.directory / name, comparison.directory / name
+        if not theirs.is_file():
+            if ours.exists():
+                yield f"{name}: the reference has none"
+        elif not ours.is_file():
+            yield f"{name} is missing"
+        elif ours.read_bytes() != theirs.read_bytes():
+            yield f"{name} differs from the reference"
+
+
+def _foreign(comparison: Comparison) -> Iterator[str]:
+    for path in sorted(comparison.directory.iterdir()):
+        known = path.name in (*COPIED, *OURS)
+        if not known and any(fnmatch(path.name.lower(), pattern) for pattern in READ_BY_OTHERS):
+            yield f"{path.name}: no file of an artifact, and others may read it"
+
+
+def _genai(comparison: Comparison) -> Iterator[str]:
+    """Differences of genai_config.json from what dispc writes for these choices, this model and this graph."""
+    try:
+        choices = choices_of(comparison.manifest)
+        plan = make_plan(choices.pop("target"), Choices(**choices))
+    except (DispcError, KeyError, TypeError) as error:
+        yield f"dispc.json: no choices that a compilation takes ({error})"
+        return
+    inputs = [value.name for value in comparison.artifact.session.get_inputs()]
+    caches = sum(block.attention.alive for block in comparison.masks.blocks)
+    options = PROVIDERS[plan.target.provider].genai_options(graph=plan.cuda_graph, dtype=plan.dtype)
+    wanted = genai_config(comparison.checkpoint, plan, caches, inputs, options)
+    try:
+        found = json.loads((comparison.directory / "genai_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        yield f"genai_config.json cannot be read ({type(error).__name__})"
+        return
+    for place, ours, theirs in differences(found, wanted):
+        yield f"genai_config.json: {place} is {ours}, expected {theirs}"
+
+
+def differences(found: Any, wanted: Any, place: str = "") -> Iterator[tuple[str, str, str]]:
+    """Where two values of JSON differ: the place, what was found, and what was wanted."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        for key in dict.fromkeys([*wanted, *found]):
+            inner = f"{place}.{key}".removeprefix(".")
+            if key not in found:
+                yield inner, ABSENT, _short(wanted[key])
+            elif key not in wanted:
+                yield inner, _short(found[key]), ABSENT
+            else:
+                yield from differences(found[key], wanted[key], inner)
+    elif found != wanted or isinstance(found, bool) != isinstance(wanted, bool):
+        yield place or "all of it", _short(found), _short(wanted)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,280 @@
+"""What is judged: an artifact, loaded, and the masked reference that it must agree with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from dispc.evaluate.perplexity import ArtifactScorer, Perplexity, TorchScorer, measure_perplexity, text_windows
+from dispc.manifest import read_manifest
+from dispc.masks import SETS, Masks, set_width
+from dispc.model.checkpoint import Checkpoint
+from dispc.model.published import open_checkpoint
+from dispc.plan import TARGETS, Quantisation
+from dispc.reference.blocks import Blocks, read_lazily
+from dispc.reference.masked import load_reference
+from dispc.reference.quantised import match_quantisation, quantise_block, quantise_tables
+from dispc.reference.stored import Storage
+from dispc.reference.truth import Answers, ask, freed, truth_dtype
+from dispc.runtime.edits import load_graph
+from dispc.runtime.latency import LatencyOptions, measure_latency
+from dispc.runtime.memory import require_memory_for_reference
+from dispc.runtime.placement import Placement, judge_placement
+from dispc.runtime.providers import CPU, PROVIDERS, Provider
+from dispc.runtime.session import Artifact
+from dispc.support.check import Check
+from dispc.support.dtypes import DTYPES, name_of
+from dispc.support.errors import ArtifactError, MasksError
+from dispc.support.version import __version__
+from dispc.validate.checks.parity import DEFAULTS, Distance, Thresholds, measure
+from dispc.validate.checks.scenarios import SCENARIOS, ScenarioRun, run_scenario
+from dispc.validate.client import Client, Row
+
+Device = Literal["target", "cpu", "available"]
+PACKAGES = ("onnxruntime-gpu", "torch", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to judge; `dispc.validate.check` says what each means."""
+
+    thresholds: Thresholds = DEFAULTS
+    device: Device = "target"
+    quick: bool = False
+    reference_dtype: str | None = None
+    masks: Path | None = None
+    data: str | None = None
+    sequence_length: int | None = None
+    max_windows: int | None = None
+    latency: LatencyOptions | None = None
+    dense: Path | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A scenario's outputs against the truth: a distance for each row."""
+
+    run: ScenarioRun
+    found: list[Distance]
+
+
+class Comparison:
+    """An artifact and the model that it must agree with. What several checks need is worked out once.
+
+    Raises:
+        DispcError: when one of the two is unusable, or the artifact was made from another model.
+    """
+
+    def __init__(self, directory: Path, reference: Path, options: Options, *, widened: bool = False) -> None:
+        self.options = options
+        self.checkpoint = open_checkpoint(reference)
+        provider, self.remark = (CPU, "") if widened else choose_provider(directory, options.device)
+        self.artifact = Artifact(directory, provider=provider, exact=True, widened=widened or None)
+        self.masks = own_masks(self.artifact, self.checkpoint)
+        self.truth = truth_dtype(options.reference_dtype)
+        if options.data is not None:  # what cannot be read is reported before anything is judged
+            text_windows(options.data, reference, self.artifact.positions, options.sequence_length)
+        if options.latency is not None:
+            options.latency.require_room(directory, self.artifact.positions)
+        window = getattr(self.checkpoint.pretrained_config, "sliding_window", None) or 0
+        self.client = Client(self.artifact, self.checkpoint.config.vocab_size, options.seed, window=window)
+        logits = (self.client.length if options.quick else self.client.longest) * self.client.vocabulary
+        require_memory_for_reference(self.checkpoint, whole=options.data is not None, logits=logits)
+
+    @property
+    def directory(self) -> Path:
+        return self.artifact.directory
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return self.artifact.manifest
+
+    @property
+    def target(self) -> str:
+        return str(self.manifest["target"])
+
+    @cached_property
+    def meant_masks(self) -> tuple[Masks | None, str]:
+        """The masks that the artifact is meant to have, and where they are from: those named, else the reference's.
+
+        None where there are no others than the artifact's own.
+        """
+        beside = self.checkpoint.directory / "masks.safetensors"
+        if self.options.masks is None and self.checkpoint.own_masks is not None:
+            return self.checkpoint.own_masks, str(self.checkpoint.directory)
+        path = self.options.masks or (beside if beside.is_file() else None)
+        if path is None:
+            return None, f"{self.checkpoint.directory} has none"
+        masks = Masks.load(path)
+        masks.check(self.checkpoint.config, path)
+        return masks, str(path)
+
+    @cached_property
+    def measured(self) -> dict[str, Measured]:
+        """Every scenario by name: the artifact runs first, then the reference reads all texts at once."""
+        runs = [
+            run_scenario(scenario, self.client) for scenario in SCENARIOS if scenario.quick or not self.options.quick
+        ]
+        rows = [row for run in runs for row in run.rows]
+        found = iter(self.measure(rows) if rows else [])
+        return {run.scenario.name: Measured(run, [next(found) for _ in run.rows]) for run in runs}
+
+    @property
+    def judged(self) -> list[Distance]:
+        """The distances of all scenarios whose figures count."""
+        return [each for part in self.measured.values() if not part.run.noted for each in part.found]
+
+    def measure(self, rows: Sequence[Row]) -> list[Distance]:
+        """How far the logits of `rows` are from the truth."""
+        answers = self.answers(rows)
+        with freed(answers.blocks.model):
+            return measure(rows, answers)
+
+    def answers(self, rows: Sequence[Row], *, streams: bool = False) -> Answers:
+        """What the reference says about the texts of `rows`."""
+        return ask(self.blocks(), [row.text for row in rows], self.truth, self.computes_in, streams=streams)
+
+    @cached_property
+    def perplexities(self) -> dict[str, Perplexity]:
+        """On `options.data`, over the same windows: `artifact`, `reference`, and where weights are quantised
+        `unquantised`, the reference without that."""
+        options, positions, place = self.options, self.artifact.positions, self.checkpoint.directory
+        assert options.data is not None
+        measured = partial(
+            measure_perplexity, data=options.data, sequence_length=options.sequence_length,
+            max_windows=options.max_windows,
+        )  # fmt: skip
+        found = {"artifact": measured(ArtifactScorer.of(self.artifact))}
+        with freed(self.load()) as model:
+            found["reference"] = measured(TorchScorer.of(model, place, positions))
+        if self.manifest.get("quantisation"):
+            with freed(load_reference(self.checkpoint, self.masks)) as model:
+                found["unquantised"] = measured(TorchScorer.of(model, place, positions))
+        return found
+
+    @cached_property
+    def times(self) -> dict[str, Any] | None:
+        """What `measure_latency` found; None where nobody asked."""
+        options = self.options
+        if options.latency is None:
+            return None
+        return measure_latency(self.directory, options.dense, options.latency, self.artifact.provider)
+
+    @cached_property
+    def placement(self) -> tuple[Placement | None, Check]:
+        """Where the nodes are, and whether they may be there."""
+        return judge_placement(self.artifact)
+
+    def perplexity_facts(self) -> dict[str, Any] | None:
+        """The part of a report about perplexity; None where nobody asked."""
+        if self.options.data is None:
+            return None
+        return {name: each.as_dict() for name, each in self.perplexities.items()}
+
+    @property
+    def computes_in(self) -> str:
+        """The precision of the arithmetic: a widened artifact has to be as exact as float32 is."""
+        return "float32" if self.artifact.widened else self.artifact.dtype
+
+    @cached_property
+    def storage(self) -> Storage:
+        """What the artifact stores of each weight."""
+        initializers = load_graph(self.directory / "model.onnx").graph.initializers
+        norms = {name: value.const_value for name, value in initializers.items() if "norm" in name}
+        widths = {name: int(tensor.shape.numpy()[0]) for name, tensor in norms.items() if tensor and tensor.shape}
+        return Storage(self.checkpoint.config, self.masks, widths)
+
+    def blocks(self) -> Blocks:
+        """The same as `load`, each block read when it is needed."""
+        quantisation, dtype = self.manifest.get("quantisation"), DTYPES[self.artifact.dtype].torch
+        options = Quantisation(**quantisation) if quantisation else None
+
+        def as_stored(part: Any, index: int | None) -> None:
+            if self.artifact.widened:
+                self.storage.round(part, index, dtype)
+            if options and index is None:
+                quantise_tables(part, options, dtype)
+            elif options and index is not None:
+                quantise_block(part, self.checkpoint.family, self.masks.blocks[index], options, dtype)
+
+        return read_lazily(self.checkpoint, self.masks, as_stored)
+
+    def load(self) -> Any:
+        """The masked reference, in float32, with the weights rounded as a widened or quantised artifact stores them."""
+        reference = load_reference(self.checkpoint, self.masks)
+        if self.artifact.widened:
+            dtype, family = DTYPES[self.artifact.dtype].torch, self.checkpoint.family
+            for index in range(len(self.masks.blocks)):
+                self.storage.round(reference.get_submodule(family.block(index)), index, dtype)
+            self.storage.round(reference, None, dtype)
+        match_quantisation(reference, self.checkpoint.family, self.masks, self.manifest)
+        return reference
+
+    @cached_property
+    def widened(self) -> "Comparison | None":
+        """The same with half-precision weights widened to float32, on the CPU; None where that is what is judged."""
+        if self.artifact.dtype == "float32" or self.artifact.widened:
+            return None
+        return Comparison(self.directory, self.checkpoint.directory, replace(self.options, quick=True), widened=True)
+
+    def facts(self) -> dict[str, Any]:
+        """The part of a report that tells what was compared, and where."""
+        artifact, masks = self.artifact, self.masks
+        precision = "weights widened to float32" if artifact.widened else f"{artifact.dtype} as is"
+        return {
+            "artifact": str(artifact.directory), "reference": str(self.checkpoint.directory), "target": self.target,
+            "dtype": artifact.dtype, "padding": artifact.padding, "lowering": self.manifest["lowering"]["name"],
+            "judged_on": f"{artifact.provider}{self.remark}, {precision}",
+            "truth": f"reference in {name_of(self.truth)}"
+                     + (f" with weights rounded to {artifact.dtype}" if artifact.widened else ""),
+            "device": artifact.provider.processor(),
+            "versions": {"dispc": __version__} | {name: version(name) for name in PACKAGES},
+            "bytes": self.manifest["bytes"],
+            "widths": tuple({name: len(v) for name, v in block.sets().items()} for block in masks.blocks),
+            "full_widths": {name: set_width(name, masks.hidden_size, masks.intermediate_size) for name in SETS},
+        }  # fmt: skip
+
+
+def own_masks(artifact: Artifact, checkpoint: Checkpoint) -> Masks:
+    """The masks that `artifact` was compiled with.
+
+    Raises:
+        DispcError: when it was not compiled from `checkpoint`, or its files do not belong together.
+    """
+    directory, reference = artifact.directory, checkpoint.directory
+    outputs = {value.name: value.shape for value in artifact.session.get_outputs()}
+    if (columns := outputs.get("logits", [None])[-1]) != checkpoint.config.vocab_size:
+        what = f"logits has {columns} columns" if columns else "it has no output logits"
+        why = f"{what}, {reference} a vocabulary of {checkpoint.config.vocab_size}"
+        raise ArtifactError(f"{directory}: was not compiled from {reference}, or not by dispc: {why}")
+    masks = Masks.load(directory / "masks.safetensors")
+    masks.check(checkpoint.config, directory / "masks.safetensors")
+    if masks.sha256() != artifact.manifest["masks_sha256"]:
+        raise MasksError(f"{directory}: masks.safetensors is not the file that the artifact was compiled with")
+    if checkpoint.config_sha256 != artifact.manifest["config_sha256"]:
+        raise ArtifactError(f"{directory}: was not compiled from {reference} (config.json differs)")
+    return masks
+
+
+def choose_provider(artifact: Path, device: Device) -> tuple[Provider, str]:
+    """The execution provider to judge on, and the remark that its name needs in the report's first line.
+
+    Raises:
+        ArtifactError: when the target's provider does not load here and the CPU was not asked for.
+    """
+    name = read_manifest(artifact)["target"]
+    target = TARGETS.get(name)
+    if target is None:
+        raise ArtifactError(f"{artifact}: is for the target {name}, which this dispc does not know")
+    wanted = PROVIDERS[target.provider]
+    if wanted.fallback:
+        return wanted, ""
+    if device == "cpu":
+        return CPU, f" instead of {wanted} (chosen)"
+    if device == "target":
+        wanted.require(f"{artifact}: is for {wanted.title}", "--on-cpu judges parity on the CPU")
+    problem = wanted.problem()
+    return (wanted, "") if problem is None else (CPU, f" instead of {wanted} (not here: {problem})")

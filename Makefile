@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-transformers5 setup-web demo gpu test test-transformers5 faults test-runtimes lint types check clean
+.PHONY: help setup setup-transformers5 setup-web demo gpu test test-transformers5 faults test-runtimes test-wheel lint types check clean
 
 VENV := .venv
 VENV5 := .venv-transformers5
@@ -71,6 +71,10 @@ build/runtimes/genai-%/.installed:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet onnxruntime-genai==$*
 	@touch $@
+
+WHEEL ?= newest oldest
+test-wheel: setup ## the wheel in fresh environments, with the newest and the oldest allowed versions (4 GB)
+	bash .ci/try-wheel $(CURDIR)/$(VENV)/bin/python $(WHEEL)
 
 lint: setup ## ruff: rules and format
 	$(VENV)/bin/ruff check .

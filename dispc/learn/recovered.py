@@ -1,11 +1,13 @@
 """The directory that a recovery leaves: an ordinary Hugging Face model with zeros outside of the sets."""
 
+import errno
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dispc.learn.adapter import ADAPTER, merge_adapter, save_adapter
@@ -17,6 +19,7 @@ from dispc.model.families import DecoderConfig
 from dispc.model.packed import rows
 from dispc.reference.masked import load_reference, zero_outside
 from dispc.support.directories import staged_directory
+from dispc.support.errors import first_line
 from dispc.support.files import write_json, write_text
 from dispc.support.version import __version__
 
@@ -71,7 +74,10 @@ def _write_model(model: Any, checkpoint: Checkpoint, masks: Masks, folder: Path)
     dtypes = {tensor.dtype for tensor in checkpoint.tensors.values()}
     if len(dtypes) == 1:
         stored.to(dtypes.pop())
-    stored.save_pretrained(str(folder))
+    try:
+        stored.save_pretrained(str(folder))
+    except SafetensorError as error:  # where the system says that the disk is full
+        raise OSError(errno.EIO, first_line(error), str(folder)) from error
     for name in COPIED:
         if (checkpoint.directory / name).is_file():
             shutil.copyfile(checkpoint.directory / name, folder / name)

@@ -14,6 +14,7 @@ from command import assert_refused
 
 from dispc.runtime import memory
 from dispc.runtime.latency import measure_latency
+from dispc.runtime.providers import CPU
 from dispc.validate import LatencyOptions
 
 
@@ -50,7 +51,7 @@ def test_options_that_would_do_nothing_are_refused(options: list[object], says: 
 
 def test_whatever_goes_wrong_is_in_the_reports_and_exit_code_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good, _, model = originals()
-    monkeypatch.setattr("dispc.validate.judge.play", Mock(side_effect=StopIteration))
+    monkeypatch.setattr("dispc.validate.comparison.run_scenario", Mock(side_effect=StopIteration))
     outcome = command.run("validate", good, "-r", model, "--junit", tmp_path / "j", "--markdown", tmp_path / "m")
     assert outcome.code == 2 and len(outcome.err.splitlines()) == 1 and "unexpected StopIteration" in outcome.err
     assert ElementTree.parse(tmp_path / "j").find(".//error") is not None
@@ -91,7 +92,7 @@ def test_nothing_of_the_users_folder_is_imported_to_time_an_artifact(
     (tmp_path / "random.py").write_text("raise SystemExit('executed')")
     monkeypatch.chdir(tmp_path)
     options = LatencyOptions(prompts=(4,), pasts=(4,), rounds=1, warmup=0, threads=1)
-    assert measure_latency(good, None, options, "CPUExecutionProvider")["rows"]
+    assert measure_latency(good, None, options, CPU)["rows"]
 
 
 def test_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

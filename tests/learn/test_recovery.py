@@ -8,9 +8,10 @@ from typing import Any
 import harness
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from student import student, text
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dispc.learn import recovery
 from dispc.learn.folder import METRICS
@@ -21,7 +22,7 @@ from dispc.learn.recovery_options import MARKER, RecoverOptions
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.reference.masked import load_reference
-from dispc.support.errors import DispcError, Interrupted, LearnError
+from dispc.support.errors import ArtifactError, DispcError, Interrupted, LearnError
 
 pytestmark = [
     pytest.mark.xdist_group("learn"),  # one worker, so that the student is taught once
@@ -215,3 +216,17 @@ def test_other_families_are_written_as_they_are_stored(tmp_path: Path, variant: 
         masked = load_reference(checkpoint, masks)(input_ids=ids).logits
         plain = load_plain(tmp_path / "out")(input_ids=ids).logits
     assert torch.allclose(masked, plain, atol=1e-5)
+
+
+def test_a_full_disk_at_the_end_costs_nothing_but_another_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    chosen = options(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(PreTrainedModel, "save_pretrained", full)
+        with pytest.raises(ArtifactError, match="cannot be written .*No space left"):
+            recover(chosen)
+    assert not chosen.output.exists() and sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".recover"]
+    outcome, _ = recover(chosen, resume=True)
+    assert outcome.steps == 12 and chosen.output.is_dir()

@@ -95,7 +95,7 @@ def test_no_kind_of_artifact_hides_a_fault(kind: str, tmp_path: Path) -> None:
     ("fault", "seeing"),
     [
         (faults.spoil_late_positions, {"long prompt", "long prompt in pieces", "rotary tables"}),
-        (faults.spoil_steps, EVERYTHING - {"prefill", "one token"}),
+        (faults.spoil_steps, EVERYTHING - {"prefill", "one token", "long prompt"}),
     ],
 )
 def test_a_fault_that_few_scenarios_see_fails_those_alone(

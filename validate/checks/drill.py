@@ -49,8 +49,9 @@ def _drill_down(comparison: Comparison, scenario: Scenario, limit: float) -> dic
     lowering = artifact.manifest["lowering"]["name"]
     broken = next((entry for entry in stages if not entry["ratio"] <= limit), None)
     verdict = None if broken is None else _verdict(broken, limit, scenario.name, lowering)
-    if remark:
-        verdict = f"{verdict} ({remark})" if verdict else f"no drill: {remark}"
+    if remark:  # where the logits are right, the streams were compared with the wrong ones
+        wrong = verdict is not None and not stages[-1]["ratio"] <= limit
+        verdict = f"{verdict} ({remark})" if wrong else f"no drill: {remark}"
     return {"verdict": verdict, "scenario": scenario.name, "limit": limit, "lowering": lowering, "stages": stages}
 
 

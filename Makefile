@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-transformers5 setup-web demo gpu test test-transformers5 faults test-runtimes test-wheel lint types check clean
+.PHONY: fuzz help setup setup-transformers5 setup-web demo gpu test test-transformers5 faults test-runtimes test-wheel lint types check clean
 
 VENV := .venv
 VENV5 := .venv-transformers5
@@ -47,6 +47,9 @@ test-transformers5: setup-transformers5 ## run the core tests with transformers 
 GPU_ARGS ?= --minutes 9 --json benchmarks/results/gpu_minutes.json
 gpu: setup ## on a machine with CUDA: parity, speed, learning, most important first (GPU_ARGS="--minutes 5")
 	$(VENV)/bin/python benchmarks/gpu_minutes.py $(GPU_ARGS)
+
+fuzz: setup ## damaged inputs for every command (FUZZ_ARGS="--seed 1 --count 2000", the default is 2,000 cases)
+	cd tests/shared && OMP_NUM_THREADS=1 $(CURDIR)/$(VENV)/bin/python fuzzing.py $(FUZZ_ARGS)
 
 FAULTS ?= 1000
 SEED ?= 0

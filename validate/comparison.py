@@ -18,6 +18,7 @@ from dispc.reference.masked import load_reference
 from dispc.reference.quantised import match_quantisation, quantise_block, quantise_tables
 from dispc.reference.stored import Storage
 from dispc.reference.truth import Answers, ask, freed, truth_dtype
+from dispc.runtime.build import builds
 from dispc.runtime.edits import load_graph
 from dispc.runtime.latency import LatencyOptions, measure_latency
 from dispc.runtime.memory import require_memory_for_reference
@@ -33,7 +34,7 @@ from dispc.validate.checks.scenarios import SCENARIOS, ScenarioRun, run_scenario
 from dispc.validate.client import Client, Row
 
 Device = Literal["target", "cpu", "available"]
-PACKAGES = ("onnxruntime-gpu", "torch", "transformers")
+PACKAGES = ("torch", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +232,8 @@ class Comparison:
             "truth": f"reference in {name_of(self.truth)}"
                      + (f" with weights rounded to {artifact.dtype}" if artifact.widened else ""),
             "device": artifact.provider.processor(),
-            "versions": {"dispc": __version__} | {name: version(name) for name in PACKAGES},
+            "versions": {"dispc": __version__} | {build.name: build.version for build in builds()}
+                        | {name: version(name) for name in PACKAGES},
             "bytes": self.manifest["bytes"],
             "widths": tuple({name: len(v) for name, v in block.sets().items()} for block in masks.blocks),
             "full_widths": {name: set_width(name, masks.hidden_size, masks.intermediate_size) for name in SETS},

@@ -9,7 +9,6 @@ from rich.markup import escape
 
 from dispc.cli.process import collect_garbage
 from dispc.cli.tables import JsonFlag, count_progress, err, eval_table, out, print_json
-from dispc.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from dispc.evaluate.evaluate import EvalOptions
@@ -61,6 +60,7 @@ def evaluate(arguments: EvalArguments, as_json: JsonFlag = False) -> None:
     Example: [bold]dispc eval model/ --masks masks.safetensors --data wiki.test.raw[/bold]
     """
     from dispc.evaluate.evaluate import evaluate
+    from dispc.manifest import MANIFEST
 
     options = arguments.options()
     collect_garbage()

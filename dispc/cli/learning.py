@@ -9,13 +9,13 @@ import typer
 
 from dispc.cli.process import collect_garbage
 from dispc.cli.tables import JsonFlag, count_progress, err, facts_table, learn_progress, out, print_json
-from dispc.masks import Masks, check_output
 from dispc.support.errors import DataError, LearnError
 from dispc.support.extras import need
 
 if TYPE_CHECKING:
     from dispc.learn.instant import Method
     from dispc.learn.options import LearnOptions
+    from dispc.masks import Masks
 
 Data = Annotated[
     str | None,
@@ -90,7 +90,7 @@ class LearnArguments:
         """Where the masks go."""
         return self.output or self.model / "masks.safetensors"
 
-    def instant(self) -> Masks:
+    def instant(self) -> "Masks":
         """Masks by one of the methods that learn nothing."""
         from dispc.learn.instant import instant_masks
 
@@ -150,6 +150,7 @@ def learn(context: typer.Context, arguments: LearnArguments, as_json: JsonFlag =
     Example: [bold]dispc learn model/ --pruning-ratio 0.5 --data train.txt -o masks-50.safetensors[/bold]
     """
     from dispc.learn.instant import METHODS
+    from dispc.masks import check_output
     from dispc.model.published import open_checkpoint
 
     method, file = arguments.method, arguments.file
@@ -172,7 +173,7 @@ def learn(context: typer.Context, arguments: LearnArguments, as_json: JsonFlag =
     report_masks(file, arguments.model, as_json)
 
 
-def run_learning(arguments: LearnArguments, options: "LearnOptions") -> Masks | None:
+def run_learning(arguments: LearnArguments, options: "LearnOptions") -> "Masks | None":
     """Learn, and draw how it went; None in all processes but the one that wrote the masks."""
     from dispc.learn.plots import plot_run
     from dispc.learn.trainer import learn
@@ -197,7 +198,7 @@ def _refuse_what_does_not_apply(context: typer.Context, method: "Method") -> Non
             raise LearnError(f"{parameter.opts[0]}: does not apply to --method {method_name}; leave it out")
 
 
-def _warn_of_a_missed_budget(masks: Masks) -> None:
+def _warn_of_a_missed_budget(masks: "Masks") -> None:
     facts = masks.metadata
     asked, reached = float(facts["pruning_ratio"]), float(facts["ratio_reached"])
     if abs(asked - reached) > MISSED:
@@ -208,6 +209,7 @@ def _warn_of_a_missed_budget(masks: Masks) -> None:
 
 def report_masks(file: Path, model: Path, as_json: bool) -> None:
     """Say where the masks are and what they keep."""
+    from dispc.masks import Masks
     from dispc.model.published import open_checkpoint
 
     masks, config = Masks.load(file), open_checkpoint(model).config
@@ -235,6 +237,7 @@ def import_masks(
     """
     from dispc.learn.budget import budget_facts
     from dispc.learn.published import import_published
+    from dispc.masks import check_output
     from dispc.model.published import open_checkpoint
 
     file = output or model / "masks.safetensors"

@@ -21,10 +21,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dispc.cli.heartbeat import heartbeat
-from dispc.manifest import MIB, spell_pass, summary
-from dispc.masks import SETS
 from dispc.support.files import json_text
 from dispc.support.printable import printable
+
+MIB = 2**20
 
 
 class PlainConsole(Console):
@@ -128,6 +128,8 @@ def eval_table(report: Mapping[str, Any]) -> Table:
 
 def compile_tables(manifest: Mapping[str, Any]) -> list[Table]:
     """The passes, and what came out."""
+    from dispc.manifest import spell_pass, summary
+
     passes = Table(
         title=f"{manifest['model_type']} for {manifest['target']}, {manifest['dtype']}", title_justify="left"
     )
@@ -163,10 +165,10 @@ def inspect_tables(facts: Mapping[str, Any], *, ops: bool = False) -> list[Table
         full = facts["full_widths"]
         widths = Table(title="Widths", title_justify="left")
         widths.add_column("block", justify="right")
-        for name in SETS:
+        for name in full:
             widths.add_column(f"{name}\nof {full[name]}", justify="right")
         for number, row in enumerate(facts["widths"]):
-            widths.add_row(str(number), *(str(row[name]) for name in SETS))
+            widths.add_row(str(number), *(str(row[name]) for name in full))
         tables.append(widths)
     if facts.get("operators"):
         operators = Table(title="Operators", title_justify="left")

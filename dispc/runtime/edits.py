@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dispc.support.errors import ArtifactError, first_line
-from dispc.support.graph import PROTOBUF_BYTES
+from dispc.support.graph import PROTOBUF_BYTES, require_beside
 from dispc.support.inputs import regular
 
 Edit = Callable[[ir.Model], None]
@@ -17,15 +17,44 @@ Edit = Callable[[ir.Model], None]
 def load_graph(path: Path) -> ir.Model:
     """The graph of an artifact, its weights still in their file.
 
+    Files beside it that are links are followed, as ONNX Runtime does: the cache of the Hugging Face hub has them.
+
     Raises:
-        ArtifactError: when it is no ONNX model.
+        ArtifactError: when it is no ONNX model, or names weights outside of its directory.
     """
     try:
-        return ir.load(regular(path, ArtifactError, PROTOBUF_BYTES))
+        model = ir.load(regular(path, ArtifactError, PROTOBUF_BYTES))
     except (ArtifactError, OSError):
         raise
     except Exception as error:  # protobuf's and onnx_ir's share no base class
         raise ArtifactError(f"{path}: ONNX Runtime cannot load the model: {first_line(error)}") from error
+    require_beside(path, {str(tensor.location) for _, tensor in _stored_outside(model)})
+    for value, tensor in _stored_outside(model):  # onnx_ir refuses links where it knows a base directory
+        value.const_value = ir.ExternalTensor(
+            str(path.parent.absolute() / tensor.location), tensor.offset, tensor.length, tensor.dtype,
+            shape=tensor.shape, name=tensor.name or "", base_dir="",
+        )  # fmt: skip
+    return model
+
+
+def _stored_outside(model: ir.Model) -> list[tuple[ir.Value, ir.ExternalTensor]]:
+    values = model.graph.initializers.values()
+    return [(value, value.const_value) for value in values if isinstance(value.const_value, ir.ExternalTensor)]
+
+
+def serialise(model: ir.Model) -> tuple[bytes, set[Path]]:
+    """A graph that `load_graph` gave, for a session that is told the folder of its weights, and those folders.
+
+    ONNX Runtime follows no links out of that folder: named are the files that they lead to.
+    """
+    proto, folders = ir.to_proto(model), set()
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                file = Path(entry.value).resolve()
+                entry.value = file.name
+                folders.add(file.parent)
+    return proto.SerializeToString(), folders
 
 
 def with_float32_outputs(edit: Edit | None) -> Edit:

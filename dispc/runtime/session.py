@@ -12,12 +12,12 @@ import onnx_ir as ir
 
 from dispc.manifest import read_manifest
 from dispc.plan import TARGETS
-from dispc.runtime.edits import Edit, exactly_comparable, load_graph, widen, with_float32_outputs
+from dispc.runtime.edits import Edit, exactly_comparable, load_graph, serialise, widen, with_float32_outputs
 from dispc.runtime.ort import ort
 from dispc.runtime.providers import CPU, Provider
 from dispc.support.dtypes import BY_ORT
 from dispc.support.errors import ArtifactError, first_line
-from dispc.support.inputs import regular
+from dispc.support.graph import read_graph, require_beside, weight_files
 
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
@@ -59,11 +59,9 @@ class Artifact:
         self.provider = provider
         self.widened = is_widened(self.manifest, provider) if widened is None else widened
         path = directory / "model.onnx"
-        for file in (path, directory / "model.onnx.data"):
-            if file.exists():
-                regular(file, ArtifactError)
-            elif file is path:
-                raise ArtifactError(f"{path}: no such file")
+        if not path.exists():
+            raise ArtifactError(f"{path}: no such file")
+        require_beside(path, weight_files(read_graph(path)))
         self.int8_activations = bool((self.manifest.get("quantisation") or {}).get("int8_activations"))
         self.last_logits = self.manifest.get("logits") == "last"
         if exact and (self.int8_activations or self.last_logits):
@@ -244,8 +242,10 @@ def open_session(
     if edit:
         model = load_graph(path)
         edit(model)
-        source = ir.to_proto(model).SerializeToString()
-        entries["session.model_external_initializers_file_folder_path"] = str(path.parent)
+        source, folders = serialise(model)
+        if len(folders) > 1:
+            raise ArtifactError(f"{path}: its weights lie in several directories ({', '.join(map(str, folders))})")
+        entries["session.model_external_initializers_file_folder_path"] = str(next(iter(folders), path.parent))
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
     providers: dict[str, dict[str, str]] = {provider.name: provider.exact_options | (provider_options or {})}

@@ -1,8 +1,11 @@
 """The few ways in which dispc builds and reads ONNX graphs."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -46,6 +49,46 @@ def read_graph(path: Path) -> onnx.GraphProto:
     if not graph.node:
         raise ArtifactError(f"{path}: not an ONNX model (it has no nodes)")
     return graph
+
+
+def weight_files(graph: onnx.GraphProto) -> set[str]:
+    """The files that hold the weights of a graph, as it names them."""
+    return {entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"}
+
+
+def require_beside(path: Path, files: Iterable[str]) -> None:
+    """Make sure that the weights of the model at `path` are regular files, or links to such, in its own directory.
+
+    Raises:
+        ArtifactError: for a path that leads elsewhere, a missing file, or what is no regular file.
+    """
+    for name in sorted(files):
+        if Path(name).name != name or not name.strip("."):
+            raise ArtifactError(f"{path}: its weights are in {name!r}, outside of its directory")
+        if not (path.parent / name).exists():
+            raise ArtifactError(f"{path.parent / name}: no such file; {path.name} has its weights there")
+        regular(path.parent / name, ArtifactError)
+
+
+@contextmanager
+def without_links(path: Path) -> Iterator[Path]:
+    """A path to the same graph for onnx.checker, which takes no links: weights are stood in for by holes of their size.
+
+    Raises:
+        ArtifactError: as `read_graph` and `require_beside` do.
+    """
+    files = weight_files(read_graph(path))
+    require_beside(path, files)
+    every = (path, *(path.parent / name for name in files))
+    if not any(file.is_symlink() or file.stat().st_nlink > 1 for file in every):
+        yield path
+        return
+    with TemporaryDirectory(prefix="dispc-check-") as folder:
+        shutil.copyfile(path, Path(folder) / path.name)
+        for name in files:
+            with (Path(folder) / name).open("wb") as stand_in:
+                stand_in.truncate((path.parent / name).stat().st_size)
+        yield Path(folder) / path.name
 
 
 def scope(module: str) -> str:

@@ -16,7 +16,8 @@ from dispc.masks import Masks
 from dispc.plan import Choices, choices_of, make_plan
 from dispc.runtime.providers import PROVIDERS
 from dispc.support.check import Check
-from dispc.support.errors import DispcError
+from dispc.support.errors import ArtifactError, DispcError, first_line
+from dispc.support.inputs import read_object
 from dispc.validate.comparison import Comparison
 
 COMPANIONS = "files beside the model"
@@ -111,9 +112,9 @@ def _genai(comparison: Comparison) -> Iterator[str]:
     options = PROVIDERS[plan.target.provider].genai_options(graph=plan.cuda_graph, dtype=plan.dtype)
     wanted = genai_config(comparison.checkpoint, plan, caches, inputs, options)
     try:
-        found = json.loads((comparison.directory / "genai_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        yield f"genai_config.json cannot be read ({type(error).__name__})"
+        found = read_object(comparison.directory / "genai_config.json", ArtifactError)
+    except (ArtifactError, OSError) as error:
+        yield f"genai_config.json cannot be read ({first_line(error)})"
         return
     for place, ours, theirs in differences(found, wanted):
         yield f"genai_config.json: {place} is {ours}, expected {theirs}"

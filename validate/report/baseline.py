@@ -1,6 +1,5 @@
 """Is this report worse than an earlier one?"""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,6 +8,7 @@ from typing import Any
 
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
+from dispc.support.inputs import read_object
 from dispc.validate.report.report import Report
 
 SAME = ("target", "dtype", "judged_on", "truth", "seed")
@@ -50,14 +50,12 @@ def read_report(path: Path) -> dict[str, Any]:
         ArtifactError: when it is none.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path, ArtifactError)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: no such report") from error
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ArtifactError(f"{path}: is no report of dispc validate ({error})") from error
-    if not isinstance(content, dict) or not isinstance(content.get("checks"), list) or "bytes" not in content:
+    if not isinstance(content.get("checks"), list) or "bytes" not in content:
         raise ArtifactError(f"{path}: is no report of dispc validate")
     return content
 

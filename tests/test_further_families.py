@@ -221,6 +221,7 @@ def test_what_a_family_needs_is_missed_when_it_is_not_there(variant: str, fault:
         ("phi3", {"rope_scaling": {"type": "su", "long_factor": [1.0]}}, "longrope"),
         ("starcoder2", {"norm_type": "rms"}, "norm_type"),
         ("starcoder2", {"mlp_type": "gated"}, "mlp_type"),
+        ("starcoder2", {"scale_attn_weights": False}, "scale_attn_weights"),
     ],
 )
 def test_options_that_are_not_done_are_refused_by_name(model_type: str, options: dict[str, Any], reason: str) -> None:

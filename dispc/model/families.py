@@ -168,8 +168,16 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="starcoder2",
             title="StarCoder2",
-            ignored=("mlp_type", "norm_type", "activation_function"),
+            ignored=(  # GPT-BigCode's, which published files still name
+                "mlp_type",
+                "norm_type",
+                "activation_function",
+                "scale_attn_weights",
+                "attention_softmax_in_fp32",
+                "scale_attention_softmax_in_fp32",
+            ),
             refusals=(
+                (lambda c: c.get("scale_attn_weights") is False, "unscaled attention (scale_attn_weights=false)"),
                 (lambda c: c.get("mlp_type", "default") != "default", "other MLPs (mlp_type)"),
                 (lambda c: c.get("norm_type", "layer_norm") != "layer_norm", "other norms (norm_type)"),
             ),

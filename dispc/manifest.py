@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dispc.plan import Quantisation
+from dispc.quantisation import Quantisation
 from dispc.support.dtypes import ARTIFACT_DTYPES
 from dispc.support.errors import ArtifactError
 from dispc.support.inputs import read_object

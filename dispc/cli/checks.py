@@ -1,4 +1,4 @@
-"""What `dispc validate` and `dispc compile` show of a report: a line for each check, and tables of latency."""
+"""What `dispc validate`, `compile` and `doctor` found: a line for each check, and tables of latency."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +34,17 @@ def check_lines(report: Mapping[str, Any], *, verbose: bool = False) -> Group:
             shown.append(Padding(Text(check["detail"]), (0, 0, 0, 5)))
     if report["drill"] and report["drill"]["verdict"]:
         shown.append(Text(report["drill"]["verdict"]))
+    return Group(*shown)
+
+
+def doctor_lines(diagnosis: Mapping[str, Any]) -> Group:
+    """A line for each finding, and whole lines of what to do, each said once."""
+    shown = [Text("CUDA works" if diagnosis["problem"] is None else "CUDA does not work", style="bold")]
+    for finding in diagnosis["findings"]:
+        word, style = MARKS["passed" if finding["ok"] else "failed"]
+        shown.append(Text(f"{word:<5}", style=style).append(f"{finding['name']}: {finding['detail']}", style="none"))
+    remedies = dict.fromkeys(finding["remedy"] for finding in diagnosis["findings"] if finding["remedy"])
+    shown += [Text(f"to do: {remedy}") for remedy in remedies]
     return Group(*shown)
 
 

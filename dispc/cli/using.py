@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
+from dispc.cli.checks import doctor_lines
 from dispc.cli.tables import JsonFlag, err, out, print_json
 from dispc.support.printable import printable
 
@@ -99,13 +98,7 @@ def doctor(as_json: JsonFlag = False) -> None:
     if as_json:
         print_json(diagnosis.as_dict())
     else:
-        table = Table(title="CUDA works" if diagnosis.problem is None else "CUDA does not work", title_justify="left")
-        for column in ("", "", "found", "what to do"):
-            table.add_column(column)
-        for finding in diagnosis.findings:
-            mark = "[green]ok[/green]" if finding.ok else "[red]FAIL[/red]"
-            table.add_row(escape(finding.name), mark, escape(finding.detail), escape(finding.remedy))
-        out.print(table)
+        out.print(doctor_lines(diagnosis.as_dict()), soft_wrap=True)  # a command that is cut cannot be copied
         out.print(", ".join(f"{name} {number}" for name, number in diagnosis.versions.items()), highlight=False)
     if diagnosis.problem is not None:
         raise typer.Exit(1)

@@ -19,7 +19,7 @@ from dispc.runtime.build import Build, builds, fault, has_gpu_build, mend, unusa
 from dispc.support.errors import first_line
 
 REMEDIES = (
-    (r"libcuda\.so", "the NVIDIA driver"),
+    (r"libcuda\.so", "install the NVIDIA driver"),
     (r"libcudnn", "pip install 'onnxruntime-gpu[cuda,cudnn]'"),
     (r"lib(cu|nv)", "pip install 'onnxruntime-gpu[cuda,cudnn]'"),
 )

@@ -24,8 +24,9 @@ from dispc.runtime.providers import PROVIDERS, Provider
 from dispc.runtime.session import Artifact
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError, DispcError
+from dispc.support.graph import EXTRACTOR
 
-GATHERS = ("Gather", "GatherElements", "GatherND", "ScatterND", "ScatterElements")
+GATHERS = ("Gather", "GatherElements", "GatherND", "ScatterND", "ScatterElements", EXTRACTOR)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from dispc.cli import heartbeat as heartbeats
-from dispc.cli.checks import NAME_WIDTH, check_lines, latency_tables
+from dispc.cli.checks import NAME_WIDTH, check_lines, doctor_lines, latency_tables
 from dispc.cli.heartbeat import heartbeat
 from dispc.support.check import Check
 
@@ -79,6 +79,20 @@ def test_latency_fits_80_columns_with_every_figure() -> None:
     assert artifact.count("12345.67") == 3
     for figure in ("123,456.7", "12.34x", "3400.0 (99 %)"):
         assert figure in artifact
+
+
+def test_what_the_doctor_advises_is_never_cut_and_said_once() -> None:
+    command = (
+        "pip uninstall -y onnxruntime; pip install --force-reinstall --no-deps onnxruntime-gpu==1.31.1  # " + "x" * 80
+    )
+    finding = {"name": "libcudart.so.13", "ok": False, "detail": "cannot be loaded", "remedy": command}
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(doctor_lines({"problem": "x", "findings": [finding, finding]}), soft_wrap=True)
+    found = console.export_text().splitlines()
+    assert [line.rstrip() for line in found[1:]] == [
+        *["FAIL libcudart.so.13: cannot be loaded"] * 2,
+        f"to do: {command}",
+    ]
 
 
 def test_long_work_says_what_it_does_where_no_bar_can_move(monkeypatch: pytest.MonkeyPatch) -> None:

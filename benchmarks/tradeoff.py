@@ -159,10 +159,15 @@ def clock(
     work: WorkOption,
     rounds: Annotated[int, typer.Option(help="Times that each graph has its turn.")] = 7,
     calls: Annotated[int, typer.Option(help="Tokens of a turn.")] = 8,
+    formats: Annotated[str, typer.Option(help="Number formats, by commas; all, if empty.")] = "",
 ) -> None:
-    """Time one token behind 64 of all graphs, in turns."""
+    """Time one token behind 64 of all graphs, in turns; older times are dropped."""
     known = read()
-    names = [name for name in known["points"] if (work / name / "model.onnx").exists()]
+    names = []
+    for name, facts in known["points"].items():
+        facts.pop("milliseconds", None)
+        chosen = not formats or facts["format"] in formats.split(",")
+        names += [name] if chosen and (work / name / "model.onnx").exists() else []
     config = Checkpoint(work / names[0]).config
     steps = {}
     for name in names:

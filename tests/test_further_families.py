@@ -17,7 +17,7 @@ from torch import Tensor
 from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
 from dispc.model.families import FAMILIES, find_family
-from dispc.plan import Quantisation
+from dispc.quantisation import Quantisation
 from dispc.reference.masked import load_reference
 from dispc.support.errors import UnsupportedModelError
 from dispc.validate.checks.parity import logit_error
@@ -221,6 +221,7 @@ def test_what_a_family_needs_is_missed_when_it_is_not_there(variant: str, fault:
         ("phi3", {"rope_scaling": {"type": "su", "long_factor": [1.0]}}, "longrope"),
         ("starcoder2", {"norm_type": "rms"}, "norm_type"),
         ("starcoder2", {"mlp_type": "gated"}, "mlp_type"),
+        ("starcoder2", {"scale_attn_weights": False}, "scale_attn_weights"),
     ],
 )
 def test_options_that_are_not_done_are_refused_by_name(model_type: str, options: dict[str, Any], reason: str) -> None:

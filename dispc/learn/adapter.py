@@ -42,12 +42,12 @@ def add_adapters(model: Any, config: DecoderConfig, rank: int, seed: int) -> Any
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         wrapped = PeftModel(model, settings, ADAPTER)
-    for parameter in adapter_parameters(model).values():
+    for parameter in trained_parameters(model).values():
         parameter.data = parameter.data.float()
     return wrapped
 
 
-def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trained parameters of `model` by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 

@@ -13,10 +13,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dispc.learn.adapter import adapter_parameters, add_adapters
+from dispc.learn.adapter import add_adapters, trained_parameters
 from dispc.learn.distributed import Processes, fill, gathered, like
 from dispc.learn.folder import RunFolder
 from dispc.learn.objective import checkpoint_block, divergence, next_token_loss
@@ -178,7 +179,7 @@ class Recovery:
         if options.activation_checkpointing:
             for index in range(config.num_hidden_layers):
                 checkpoint_block(self.model.get_submodule(family.block(index)))
-        self.trained = adapter_parameters(self.model)
+        self.trained = trained_parameters(self.model)
         self.optimiser = torch.optim.AdamW(
             self.trained.values(), lr=options.learning_rate, weight_decay=options.weight_decay
         )
@@ -267,10 +268,10 @@ class Recovery:
     @torch.no_grad()
     def judge(self, held_out: Tokens) -> dict[str, float]:
         """Judge the weights as they are by the held-out windows, and keep them where they are the best so far."""
-        own = held_out[: max(1, len(held_out) // self.processes.count) * self.processes.count]
-        own = own if len(own) <= len(held_out) else held_out.repeat(self.processes.count, axis=0)
-        mine = self.processes.share(own)
-        size = max(1, self.options.batch_size // self.processes.count)
+        count = self.processes.count
+        rows = -(-len(held_out) // count) * count  # some twice, so that all processes have as many
+        mine = self.processes.share(np.resize(held_out, (rows, held_out.shape[1])))
+        size = max(1, self.options.batch_size // count)
         sums = torch.zeros(2, device=mine.device)
         for start in range(0, len(mine), size):
             piece = mine[start : start + size]

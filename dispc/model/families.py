@@ -168,8 +168,16 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="starcoder2",
             title="StarCoder2",
-            ignored=("mlp_type", "norm_type", "activation_function"),
+            ignored=(  # GPT-BigCode's, which published files still name
+                "mlp_type",
+                "norm_type",
+                "activation_function",
+                "scale_attn_weights",
+                "attention_softmax_in_fp32",
+                "scale_attention_softmax_in_fp32",
+            ),
             refusals=(
+                (lambda c: c.get("scale_attn_weights") is False, "unscaled attention (scale_attn_weights=false)"),
                 (lambda c: c.get("mlp_type", "default") != "default", "other MLPs (mlp_type)"),
                 (lambda c: c.get("norm_type", "layer_norm") != "layer_norm", "other norms (norm_type)"),
             ),
@@ -340,6 +348,8 @@ class DecoderConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0
+    parallel: bool = False
+    """Both sub-layers of a block read what enters it."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -380,6 +390,8 @@ class DecoderConfig:
             else _number(config, "embedding_multiplier"),
             residual_multiplier=_number(config, "residual_multiplier"),
             logits_multiplier=logits_multiplier(config),
+            parallel=family.attention_norm == family.mlp_norm is not None
+            or bool(getattr(config, "use_parallel_residual", False)),
         )
 
     @property

@@ -58,6 +58,10 @@ def _windowed(node: ir.Node) -> bool:
     return _number(node, "local_window_size") > 0
 
 
+def _capped(node: ir.Node) -> bool:
+    return "softcap" in node.attributes and node.attributes["softcap"].as_float() > 0
+
+
 def _rounds(node: ir.Node) -> bool:
     """Activations to int8."""
     return _number(node, "accuracy_level") == 4
@@ -74,6 +78,7 @@ def _only_weights(node: ir.Node) -> bool:
 OLDEST = RELEASES[min(RELEASES)].onnxruntime
 KERNELS = (
     Kernel(op_type="Attention", domain="", onnxruntime="1.24", because="refused an empty past that has no memory"),
+    Kernel(op_type="Attention", domain="", onnxruntime="1.27", when=_capped, because="capped wrongly, silently"),
     Kernel(op_type=SIMPLIFIED_NORM, domain="", onnxruntime=OLDEST),
     Kernel(op_type="SkipSimplifiedLayerNormalization", onnxruntime=OLDEST),
     Kernel(op_type="SkipLayerNormalization", onnxruntime=OLDEST),
@@ -84,6 +89,9 @@ KERNELS = (
     Kernel(op_type="FusedMatMul", onnxruntime=OLDEST),
     Kernel(op_type="ArrayFeatureExtractor", domain=MACHINE_LEARNING, onnxruntime=OLDEST),
     Kernel(op_type="GroupQueryAttention", onnxruntime=OLDEST),
+    Kernel(
+        op_type="GroupQueryAttention", onnxruntime="1.21", when=_capped, because="1.19 had no softcap (1.20: untried)"
+    ),
     Kernel(op_type="GroupQueryAttention", onnxruntime="1.22", when=_takes(10), because="had no attention_bias"),
     Kernel(op_type="GroupQueryAttention", onnxruntime="1.24", when=_windowed, because="saw past the window, silently"),
     Kernel(op_type="MatMulNBits", onnxruntime=OLDEST),

@@ -19,7 +19,7 @@ from dispc.compiler import CompileOptions, compile_model
 from dispc.manifest import read_manifest
 from dispc.masks import Masks
 from dispc.passes.common.versions import version_key
-from dispc.plan import Quantisation
+from dispc.quantisation import Quantisation
 
 SCRIPTS = Path(trial.__file__).parent
 ENVIRONMENTS = Path(__file__).parents[2] / "build" / "runtimes"

@@ -20,7 +20,8 @@ from shapes import SHAPES
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
-from dispc.plan import TARGETS, make_quantisation
+from dispc.plan import TARGETS
+from dispc.quantisation import make_quantisation
 from dispc.runtime.memory import available_memory
 from dispc.validate.checks.parity import LIMITS, logit_error
 

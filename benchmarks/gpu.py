@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from shutil import disk_usage
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 from common import WORK, compile_artifact, console, remove, report, write_result
@@ -37,12 +37,13 @@ from machine import environment
 from make_checkpoint import make_checkpoint
 from shapes import SHAPES
 
+from dispc.lowerings import CUDA, LOWERINGS
 from dispc.model.published import open_checkpoint
-from dispc.plan import Lowering
 from dispc.support.errors import first_line
 
 SPEEDUP_GOAL, RATE_GOAL = 1.9, 0.85
 GOAL_PRUNED = 50
+CUDA_LOWERINGS = ",".join(row.name for row in LOWERINGS.values() if row.runs(CUDA, "float16"))
 Found = dict[str, Any]
 
 
@@ -172,7 +173,7 @@ def main(
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,64",
     pasts: Annotated[str, typer.Option(help="Tokens in the caches when decoding.")] = "512,2048",
     lengths: Annotated[str, typer.Option(help="Tokens of a prefill.")] = "2048",
-    lowerings: Annotated[str, typer.Option(help="Lowerings of the pruned artifacts.")] = ",".join(get_args(Lowering)),
+    lowerings: Annotated[str, typer.Option(help="Lowerings of the pruned artifacts.")] = CUDA_LOWERINGS,
     rounds: Annotated[int, typer.Option(help="Counted rounds.")] = 5,
     calls: Annotated[int, typer.Option(help="Counted calls per round.")] = 20,
     timeout: Annotated[float, typer.Option(help="Seconds for one model in PyTorch or in ONNX Runtime.")] = 3600,

@@ -23,7 +23,7 @@ from learned_like import learned_like
 from make_checkpoint import make_checkpoint
 
 from dispc.model.checkpoint import Checkpoint
-from dispc.plan import Quantisation
+from dispc.quantisation import Quantisation
 from dispc.support.errors import first_line
 
 PRUNED = 0.5

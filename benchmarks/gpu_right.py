@@ -97,7 +97,7 @@ def compile_one(directory: Path, artifact: Artifact) -> str:
     """Compile an artifact; the error in one line, empty when there is none."""
     from common import compile_artifact
 
-    from dispc.plan import Quantisation
+    from dispc.quantisation import Quantisation
     from dispc.support.errors import first_line
 
     model = directory / artifact.variant

@@ -2,8 +2,8 @@
 
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,17 @@ from dispc.export.write import check_file, save_model
 from dispc.manifest import MANIFEST, foreign_content
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.families import DecoderConfig
 from dispc.model.published import open_checkpoint
 from dispc.model.rope import unreached_positions
 from dispc.model.weights import surface_weight_errors
 from dispc.passes.common.versions import needs
 from dispc.passes.pipeline import PassRecord, build_pipeline, pipeline_line, run_pipeline
 from dispc.plan import Choices, Plan, make_plan
+from dispc.runtime.calibrate import calibrate
 from dispc.runtime.providers import PROVIDERS
 from dispc.runtime.tune import tune
+from dispc.selection import sets_to_fill
 from dispc.support.directories import check_output, staged_directory
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError, CompileError
@@ -40,7 +43,8 @@ Progress = Callable[[str, int, int], None]
 class CompileOptions(Choices):
     """What to compile, for what, and where to.
 
-    `masks` None means those of a published pruned model, else MODEL/masks.safetensors; `dense` means no masks.
+    `masks` None means those of a published pruned model, else MODEL/masks.safetensors; `dense` means no masks. `data`
+    is the text for quantisation that looks at one.
     """
 
     model: Path
@@ -53,6 +57,7 @@ class CompileOptions(Choices):
     verify_each: bool = False
     tune: bool = False
     validate: bool = True
+    data: str | None = None
 
 
 class ParityFailure(ArtifactError):
@@ -80,11 +85,18 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
     checkpoint = open_checkpoint(options.model)
     plan = make_plan(options.target, options)
     masks = load_masks(checkpoint, options)
+    if options.data or (plan.quantisation and (plan.quantisation.mixed or plan.quantisation.wants_text)):
+        from dispc.evaluate.mixed import settle_quantisation
+
+        plan, windows = settle_quantisation(checkpoint, masks, plan, options.data, progress)
     tuned: dict[str, Any] = {}
     if options.tune:
         progress("timing lowerings", 0, 1)
-        plan, record = tune(checkpoint, masks, options.target, options, build_artifact)
+        plan, record = tune(
+            checkpoint, masks, options.target, replace(options, quantisation=plan.quantisation), build_artifact
+        )
         tuned["tuned"] = record
+    hessians = calibrate(checkpoint, masks, windows, build_artifact) if plan.rounds_by_inputs else None
     if options.validate or options.verify_each:
         from dispc.runtime.memory import require_memory_for_reference
 
@@ -94,10 +106,11 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
 
         # The passes do not look at dtypes: their float32 graphs are compared, whatever the target's dtype is.
         verifier = make_verifier(checkpoint, masks, plan.quantisation)
-        run_pipeline(trace(checkpoint, torch.float32), build_pipeline(plan.exact, checkpoint, masks), verifier)
+        passes = build_pipeline(plan.exact, checkpoint, masks, hessians)
+        run_pipeline(trace(checkpoint, torch.float32), passes, verifier)
 
     with staged_directory(options.output, options.force, foreign=foreign_content) as stage:
-        manifest = build_artifact(checkpoint, masks, plan, stage, progress, options.dump_ir)
+        manifest = build_artifact(checkpoint, masks, plan, stage, progress, options.dump_ir, hessians)
         manifest["lowering"] |= tuned
         manifest["compile_seconds"] = round(time.perf_counter() - started, 3)
         write_json(stage / MANIFEST, manifest)
@@ -107,9 +120,13 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
             progress("validating", 0, 1)
             begun = time.perf_counter()
             report = check(
-                stage, options.model, quick=True, device="available", masks=stage / "masks.safetensors",
+                stage,
+                options.model,
+                quick=True,
+                device="available",
+                masks=stage / "masks.safetensors",
                 say=lambda what: progress(f"validating: {what}", 0, 1),
-            )  # fmt: skip
+            )
             manifest["validation_seconds"] = round(time.perf_counter() - begun, 3)
             named = replace(report, artifact=options.output.name, reference=options.model.resolve().name)
             manifest["validation"] = named.as_dict()
@@ -127,6 +144,7 @@ def build_artifact(
     stage: Path,
     progress: Progress = lambda what, done, total: None,
     dump_ir: Path | None = None,
+    hessians: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trace, rewrite and write everything but the model card into the empty directory `stage`; the manifest.
 
@@ -138,10 +156,13 @@ def build_artifact(
     progress("tracing", 0, 1)
     model = trace(checkpoint, DTYPES[plan.dtype].torch)
     traced = time.perf_counter()
-    passes = build_pipeline(plan, checkpoint, masks)
+    passes = build_pipeline(plan, checkpoint, masks, hessians)
     if dump_ir:
         dump_graph(model, dump_ir / "00-trace.onnx")
     records = run_pipeline(model, passes, _dumper(dump_ir))
+    if dump_ir:
+        left = [f"{record.name}: {reason}\n" for record in records for reason in record.left]
+        (dump_ir / "not-rewritten.txt").write_text("".join(left), encoding="utf-8")
     manifest = describe(checkpoint, masks, plan, model, records)
     manifest |= {"pipeline": pipeline_line(passes), "trace_seconds": round(traced - started, 4)}
     model.metadata_props.update(
@@ -196,7 +217,7 @@ def describe(
         "target": plan.target.name,
         "dtype": plan.dtype,
         "padding": plan.padding,
-        "lowering": {"name": plan.lowering, "reason": plan.reason},
+        "lowering": {"name": plan.lowering.name, "reason": plan.reason} | _filled(plan, masks, config),
         "align": plan.align,
         "fusions": list(plan.fusions),
         "logits": "last" if plan.last_logits else "all",
@@ -214,8 +235,16 @@ def describe(
         "widths": [{name: len(indices) for name, indices in block.sets().items()} for block in masks.blocks],
         "nodes": model.graph.num_nodes(),
         "needs": needs(model),
-        "passes": [asdict(record) for record in records],
+        "passes": [record.as_dict() for record in records],
     }
+
+
+def _filled(plan: Plan, masks: Masks, config: DecoderConfig) -> dict[str, Any]:
+    """The sets that are zeros in the weights, as `3.mlp.read`, and the costs by which they were chosen."""
+    if not plan.fills:
+        return {}
+    filled = sorted(sets_to_fill(masks, config, plan.costs))
+    return {"filled": [f"{block}.{name}" for block, name in filled], "costs": plan.costs.as_dict()}
 
 
 def dump_graph(model: ir.Model, path: Path) -> None:

@@ -4,14 +4,18 @@ Knows nothing of graphs.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+from dispc.lowerings import CPU, CUDA, LOWERINGS, Lowering, find_lowering
+from dispc.quantisation import Quantisation
+from dispc.selection import DEFAULT_COSTS, SelectionCosts
 from dispc.support.errors import CompileError
 
-Lowering = Literal["inverse-gather", "canonical", "scatter-elements", "zero-filled"]
 Padding = Literal["left", "right"]
-FUSIONS = ("fuse-rotary", "fuse-qkv", "fuse-gate-up", "fuse-activations", "fuse-skip-norm", "tie-embeddings")
+FUSIONS = (
+    "fill-zeros", "fuse-rotary", "fuse-qkv", "fuse-gate-up", "fuse-activations", "fuse-skip-norm", "tie-embeddings"
+)  # fmt: skip
 """The passes that a compilation can do without: they change how fast the artifact is, not what it computes."""
 
 
@@ -20,19 +24,18 @@ class Target:
     """One row of the table. The first dtype is the default.
 
     `group_query` lists the dtypes for which ONNX Runtime has a GroupQueryAttention kernel on this provider (opset 23's
-    Attention serves the others), `scatter_add` those for which it can run ScatterND(add) and ScatterElements(add).
-    `lowering` is the default, which must run in every dtype. `contrib` says whether operators of com.microsoft may be
-    used, `fusions` which passes pay, `quantised_fusions` which others do with quantised weights. Written widths are
-    padded to `write_multiple`, read and mid widths to `half_align` in half precision and to `int4_align` where weights
-    have four bits, unless told otherwise. `cuda_graph` says whether a run can be captured.
+    Attention serves the others). `lowering` names the default (a row of `LOWERINGS`), which must run in every dtype.
+    `contrib` says whether operators outside ONNX's own domain may be used, `fusions` which passes pay,
+    `quantised_fusions` which others do with quantised weights. Written widths are padded to `write_multiple`, read and
+    mid widths to `half_align` in half precision and to `int4_align` where weights have four bits, unless told
+    otherwise. `cuda_graph` says whether a run can be captured.
     """
 
     name: str
     provider: str
     dtypes: tuple[str, ...]
     group_query: tuple[str, ...]
-    scatter_add: tuple[str, ...]
-    lowering: Lowering
+    lowering: str
     contrib: bool
     fusions: tuple[str, ...]
     write_multiple: int
@@ -47,10 +50,9 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target(
             name="onnx-cuda",
-            provider="CUDAExecutionProvider",
+            provider=CUDA,
             dtypes=("float16", "bfloat16", "float32"),
             group_query=("float16", "bfloat16"),
-            scatter_add=("float16", "float32"),
             lowering="inverse-gather",
             contrib=True,
             fusions=FUSIONS,
@@ -61,11 +63,10 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             name="onnx-cpu",
-            provider="CPUExecutionProvider",
+            provider=CPU,
             dtypes=("float32",),
             group_query=("float32",),
-            scatter_add=("float32",),
-            lowering="canonical",  # as fast as the others for a token, faster for a prompt and behind a long past
+            lowering="feature-extractor",
             contrib=True,
             fusions=tuple(name for name in FUSIONS if name != "fuse-gate-up"),  # its Split costs more than it saves ...
             quantised_fusions=("fuse-gate-up",),  # ... but for integers, whose MatMulNBits has a price by itself
@@ -73,88 +74,16 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             name="onnx",
-            provider="CPUExecutionProvider",
+            provider=CPU,
             dtypes=("float32", "float16", "bfloat16"),
             group_query=(),
-            scatter_add=("float32",),
             lowering="inverse-gather",
             contrib=False,
-            fusions=("tie-embeddings",),
+            fusions=("fill-zeros", "tie-embeddings"),
             write_multiple=1,
         ),
     )
 }
-
-
-BITS = {"int4": 4, "int8": 8}
-BLOCK_SIZES = (16, 32, 64, 128, 256)
-"""What MatMulNBits and GatherBlockQuantized take (256 without the CUDA kernels for single tokens)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quantisation:
-    """Weights become integers of `bits` bits; along its inputs, each `block_size` weights of an output share a scale.
-
-    Symmetric integers stand for multiples of the scale around zero; asymmetric blocks have a zero point each. All
-    projections of the blocks are quantised; the LM head and the token embedding only where asked.
-
-    `int8_activations` lets the CPU's kernels round what a weight is multiplied with to int8 too, block by block
-    (`accuracy_level` 4 of MatMulNBits): the fastest kernels, and for int8 weights the only ones.
-    """
-
-    bits: int
-    block_size: int
-    symmetric: bool
-    head: bool
-    embedding: bool
-    int8_activations: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        """As dispc.json holds it; `Quantisation(**...)` reads it."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        parts = ["blocks", *(["LM head"] if self.head else []), *(["embedding"] if self.embedding else [])]
-        kind = "symmetric" if self.symmetric else "asymmetric"
-        activations = ", int8 activations" if self.int8_activations else ""
-        return f"int{self.bits}, {kind}, block size {self.block_size}{activations}: {', '.join(parts)}"
-
-
-def make_quantisation(
-    name: str | None,
-    target: str,
-    *,
-    block_size: int | None,
-    asymmetric: bool,
-    head: bool,
-    embedding: bool,
-    int8_activations: bool | None,
-) -> Quantisation | None:
-    """The options of the command line as a Quantisation; None without `name`.
-
-    `int8_activations` None means yes for int8 weights on the CPU, which otherwise run far slower than float32: ONNX
-    Runtime 1.31 has no floating-point kernel for them there, and spells the whole weight out again at every token.
-
-    Raises:
-        CompileError: for an unknown name, a choice without kernels, or options that have nothing to act on.
-    """
-    if name is None:
-        if block_size is not None or asymmetric or head or embedding or int8_activations is not None:
-            raise CompileError("options of quantisation are given without --quantize; add --quantize int4 or int8")
-        return None
-    if name not in BITS:
-        raise CompileError(f"unknown quantisation {name!r}; quantisations are {', '.join(BITS)}")
-    size = 32 if block_size is None else block_size
-    if size not in BLOCK_SIZES:
-        raise CompileError(f"block size {size} has no kernels; block sizes are {', '.join(map(str, BLOCK_SIZES))}")
-    if int8_activations and target != "onnx-cpu":
-        raise CompileError(f"target {target} has no kernels for int8 activations; they are for --target onnx-cpu")
-    if int8_activations is None:
-        int8_activations = name == "int8" and target == "onnx-cpu"
-    return Quantisation(
-        bits=BITS[name], block_size=size, symmetric=not asymmetric, head=head, embedding=embedding,
-        int8_activations=int8_activations,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,13 +117,14 @@ def choices_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A target with every choice made; `reason` says why the lowering is what it is."""
+    """A target with every choice made; `reason` says why the lowering is what it is, `costs` which sets it fills."""
 
     target: Target
     dtype: str
     padding: Padding
     lowering: Lowering
     reason: str
+    costs: SelectionCosts
     align: int
     last_logits: bool
     cuda_graph: bool
@@ -207,6 +137,16 @@ class Plan:
         if self.quantisation is None:
             return self
         return replace(self, quantisation=replace(self.quantisation, int8_activations=False))
+
+    @property
+    def fills(self) -> bool:
+        """Sets that are not worth an index list become zeros; integers are of what is kept, not of zeros between it."""
+        return self.lowering.fills and "fill-zeros" in self.fusions and self.quantisation is None
+
+    @property
+    def rounds_by_inputs(self) -> bool:
+        """The weights are rounded by what they are multiplied with."""
+        return self.quantisation is not None and self.quantisation.algorithm == "gptq"
 
     @property
     def group_query(self) -> bool:
@@ -238,14 +178,18 @@ def make_plan(target: str, choices: Choices = Choices()) -> Plan:
     padding = _padding(row, dtype, choices.padding)
     lowering, reason = _lowering(row, dtype, choices.lowering)
     fusions = row.fusions + (row.quantised_fusions if choices.quantisation else ())
-    if choices.quantisation and lowering == "zero-filled":
-        raise CompileError("--quantize rounds what is kept, not zeros between it; use --lowering inverse-gather")
+    if choices.quantisation and not lowering.quantised:
+        raise CompileError(
+            f"--quantize rounds what is kept, not the zeros between it of --lowering {lowering.name}; "
+            f"use --lowering {row.lowering}"
+        )
     return Plan(
         target=row,
         dtype=dtype,
         padding=padding,
         lowering=lowering,
         reason=reason,
+        costs=DEFAULT_COSTS,
         align=choices.align or _align(row, dtype, choices.quantisation),
         last_logits=choices.last_logits,
         cuda_graph=choices.cuda_graph and row.cuda_graph and dtype in row.group_query and padding == "right",
@@ -271,17 +215,18 @@ def _align(row: Target, dtype: str, quantisation: Quantisation | None) -> int:
     return 1 if dtype == "float32" else row.half_align
 
 
-def _lowering(row: Target, dtype: str, lowering: str | None) -> tuple[Lowering, str]:
-    if lowering is None:
-        return row.lowering, f"the default of {row.name}"
-    for known in get_args(Lowering):
-        if lowering != known:
-            continue
-        if lowering in ("canonical", "scatter-elements") and dtype not in row.scatter_add:
-            operator = "ScatterND" if lowering == "canonical" else "ScatterElements"
-            raise CompileError(
-                f"ONNX Runtime cannot run {operator}(add) in {dtype} for target {row.name}; "
-                "use --lowering inverse-gather"
-            )
-        return known, "chosen by --lowering"
-    raise CompileError(f"unknown lowering {lowering!r}; lowerings are {', '.join(get_args(Lowering))}")
+def _lowering(row: Target, dtype: str, name: str | None) -> tuple[Lowering, str]:
+    if name is None:
+        return LOWERINGS[row.lowering], f"the default of {row.name}"
+    lowering = find_lowering(name)
+    if lowering.domain and not row.contrib:
+        raise CompileError(
+            f"target {row.name} has standard operators only, and {lowering.operator} is of {lowering.domain}; "
+            f"use --lowering {row.lowering}"
+        )
+    if not lowering.runs(row.provider, dtype):
+        raise CompileError(
+            f"ONNX Runtime cannot run {lowering.operator} in {dtype} for target {row.name}; "
+            f"use --lowering {row.lowering}"
+        )
+    return lowering, "chosen by --lowering"

@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from dispc.manifest import LICENCE_FILES, needed_versions
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
-from dispc.plan import TARGETS, Quantisation
+from dispc.plan import TARGETS
+from dispc.quantisation import Quantisation
 from dispc.support.errors import DispcError
 from dispc.support.files import write_text
 from dispc.support.inputs import JSON_BYTES, regular

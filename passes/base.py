@@ -30,15 +30,28 @@ class RewritePass(InPlacePass):
         """The name and the options, such as `align-widths{multiple=8}`."""
         return spell_pass(self.name, self.options)
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: list[str] = []
+
     @abstractmethod
     def expected(self, model: ir.Model) -> int:
-        """The number of rewrites that this model needs; a silent no-op is the main risk of a compiler."""
+        """The number of rewrites that this model needs; a silent no-op is the main risk of a compiler.
+
+        It follows from the masks and the config, not from what `rewrite` looks for: what was renamed or spelled in
+        another way is missed by both otherwise.
+        """
 
     @abstractmethod
     def rewrite(self, model: ir.Model) -> int:
         """Change the model in place; return the number of rewrites made."""
 
+    def leave(self, what: str | None, reason: str) -> None:
+        """Note why a candidate is not rewritten, with the value that decides; `--dump-ir` writes the notes down."""
+        self.left.append(f"{what}: {reason}")
+
     def call(self, model: ir.Model) -> PassResult:
+        self.left.clear()
         expected = self.expected(model)
         self.count = self.rewrite(model)
         if self.count != expected:

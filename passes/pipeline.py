@@ -2,8 +2,9 @@
 
 import gc
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import onnx_ir as ir
 
@@ -18,23 +19,23 @@ from dispc.passes.fuse.fuse_qkv import FuseQkvPass
 from dispc.passes.fuse.fuse_rotary import FuseRotaryPass
 from dispc.passes.fuse.fuse_skip_norm import FuseSkipNormPass
 from dispc.passes.fuse.tie_embeddings import TieEmbeddingsPass
+from dispc.passes.lower.feature_extractor import FeatureExtractorPass
+from dispc.passes.lower.inverse_gather import InverseGatherPass
 from dispc.passes.lower.last_logits import LastLogitsPass
 from dispc.passes.lower.lower_attention import LowerAttentionPass
 from dispc.passes.lower.lower_opset import LowerOpsetPass
-from dispc.passes.lower.lower_scatter import LowerScatterPass
+from dispc.passes.lower.scatter_elements import ScatterElementsPass
 from dispc.passes.prune.align_widths import AlignWidthsPass
 from dispc.passes.prune.fill_zeros import FillZerosPass
 from dispc.passes.prune.prune_blocks import PruneBlocksPass
 from dispc.passes.quantise import QuantisePass
 from dispc.plan import Plan
-
-NEARLY_EVERYTHING = 0.9
-"""Share of the stream from which `zero-filled` gives a set its full width back."""
+from dispc.selection import fill, sets_to_fill
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassRecord:
-    """What one pass was told and did: its options, rewrites made, nodes before and after, seconds."""
+    """What one pass was told and did: its options, rewrites made, nodes, seconds; what it left as it was, and why."""
 
     name: str
     options: dict[str, str | int | bool]
@@ -42,16 +43,25 @@ class PassRecord:
     nodes_before: int
     nodes_after: int
     seconds: float
+    left: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """As dispc.json holds it, without what was left."""
+        return {name: value for name, value in asdict(self).items() if name != "left"}
 
 
-def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[RewritePass]:
-    """The passes from the traced graph to the target's graph."""
+def build_pipeline(
+    plan: Plan, checkpoint: Checkpoint, masks: Masks, hessians: Mapping[str, Any] | None = None
+) -> list[RewritePass]:
+    """The passes from the traced graph to the target's graph; `hessians` of the products are for GPTQ."""
     config, target = checkpoint.config, plan.target
     multiple = max(target.write_multiple, plan.align)
     quantisation = plan.quantisation
     tied = config.tied and "tie-embeddings" in plan.fusions
     apart = quantisation is not None and (quantisation.head or quantisation.embedding)  # QuantisePass ties what it can
-    embedding = config.family.embedding
+    embedding, spelled = config.family.embedding, plan.lowering.passes
+    filled = sets_to_fill(masks, config, plan.costs) if plan.fills else frozenset[tuple[int, str]]()
+    left = fill(masks, filled)  # the sets that are left to be selected
     rows: tuple[tuple[bool, Callable[[], RewritePass]], ...] = (
         (True, lambda: UnrollPass(checkpoint)),
         (
@@ -60,27 +70,25 @@ def build_pipeline(plan: Plan, checkpoint: Checkpoint, masks: Masks) -> list[Rew
         ),
         (True, lambda: PruneBlocksPass(config, masks)),
         (plan.align > 1, lambda: AlignWidthsPass(config, masks, plan.align)),
-        (plan.lowering == "zero-filled", lambda: FillZerosPass(config, masks, NEARLY_EVERYTHING)),
-        (
-            plan.lowering in ("inverse-gather", "zero-filled"),
-            lambda: LowerScatterPass("inverse-gather", config.hidden_size, multiple),
-        ),
-        (plan.lowering == "scatter-elements", lambda: LowerScatterPass("scatter-elements", config.hidden_size)),
-        (plan.group_query, lambda: LowerAttentionPass(plan.padding, config.head_dim)),
+        (plan.fills, lambda: FillZerosPass(config, masks, plan.costs)),
+        ("inverse-gather" in spelled, lambda: InverseGatherPass(left, multiple)),
+        ("scatter-elements" in spelled, lambda: ScatterElementsPass(left)),
+        ("feature-extractor" in spelled, lambda: FeatureExtractorPass(left)),
+        (plan.group_query, lambda: LowerAttentionPass(plan.padding, config, masks)),
         (
             plan.group_query and plan.padding == "right" and "fuse-rotary" in plan.fusions,
             lambda: FuseRotaryPass(config, masks),
         ),
-        (plan.group_query and "fuse-qkv" in plan.fusions, lambda: FuseQkvPass()),
+        (plan.group_query and "fuse-qkv" in plan.fusions, lambda: FuseQkvPass(config, masks)),
         ("fuse-gate-up" in plan.fusions, lambda: FuseGateUpPass(config, masks)),
         ("fuse-activations" in plan.fusions, lambda: FuseActivationsPass()),
-        ("fuse-skip-norm" in plan.fusions, lambda: FuseSkipNormPass()),
+        ("fuse-skip-norm" in plan.fusions, lambda: FuseSkipNormPass(config, left, adds=plan.lowering.adds)),
         (
             tied and not apart,
             lambda: TieEmbeddingsPass(embedding, contrib=target.contrib),
         ),
         (plan.last_logits, lambda: LastLogitsPass(plan.padding)),
-        *([(True, lambda: QuantisePass(quantisation, f"{embedding}.weight", tied=tied))] if quantisation else []),
+        *([(True, lambda: QuantisePass(quantisation, config, tied=tied, hessians=hessians))] if quantisation else []),
         (True, lambda: LowerOpsetPass(respell=plan.group_query)),  # last: it sees what the others have made
     )
     return [make() for wanted, make in rows if wanted]
@@ -117,6 +125,7 @@ def _run(
                 nodes_before=nodes_before,
                 nodes_after=model.graph.num_nodes(),
                 seconds=round(time.perf_counter() - start, 4),
+                left=tuple(rewrite.left),
             )
         )
         after(number, rewrite.name, model)

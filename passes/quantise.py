@@ -1,6 +1,7 @@
 """Store weights as integers of 4 or 8 bits that share a scale block by block."""
 
 import threading
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -8,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from dispc.model.families import DecoderConfig
 from dispc.passes.base import RewritePass
-from dispc.plan import Quantisation
+from dispc.passes.rounding import Integers, pack, round_weight
+from dispc.quantisation import Quantisation, product_of
 from dispc.support.errors import CompileError
 from dispc.support.graph import HEAD, MICROSOFT, add_initializer, drop_unused_initializers, make_node, replace_node
 
@@ -40,18 +43,24 @@ class QuantisePass(RewritePass):
     1. A block is b weights of one output, along its inputs: after pruning, those that are left. K need not be a
        multiple of b.
     2. Asymmetric quantisation adds zero points, packed like the weights: uint8 [N, ceil(k * bits / 8)].
-    3. Biases stay an Add: the fast CUDA kernels take none.
-    4. Nothing is computed here: integers, scales and zero points are lazy, and are made together (`QuantisedWeight`).
-    5. MatMulNBits refuses the embedding's two dimensions; ONNX Runtime folds the Reshape when a session is made.
+    3. The products that mixed quantisation names have 8 bits, symmetric.
+    4. Biases stay an Add: the fast CUDA kernels take none.
+    5. Nothing is computed here: integers, scales and zero points are lazy, and are made together (`QuantisedWeight`).
+    6. MatMulNBits refuses the embedding's two dimensions; ONNX Runtime folds the Reshape when a session is made.
     """
 
     name = "quantise"
 
-    def __init__(self, quantisation: Quantisation, embedding: str, *, tied: bool = False) -> None:
-        """`embedding` is the name of the token embedding's weight; `tied` says that the LM head is to share it."""
+    def __init__(
+        self, quantisation: Quantisation, config: DecoderConfig, *, tied: bool = False,
+        hessians: Mapping[str, Array] | None = None,
+    ) -> None:  # fmt: skip
+        """`tied` says that the LM head is to share the embedding's integers; `hessians` are those of the products."""
         super().__init__()
         self.quantisation = quantisation
-        self.embedding = embedding
+        self.config = config
+        self.embedding = f"{config.family.embedding}.weight"
+        self.hessians = hessians or {}
         self.tied = tied and quantisation.head and quantisation.embedding
 
     @property
@@ -85,13 +94,14 @@ class QuantisePass(RewritePass):
     def _matmul(self, graph: ir.Graph, node: ir.Node, weight: ir.Value) -> ir.Node:
         assert weight.const_value is not None
         inputs, outputs = weight.const_value.shape.numpy()
-        accuracy = {"accuracy_level": INT8_ACTIVATIONS} if self.quantisation.int8_activations else {}
+        quantisation = self.quantisation.of(product_of(weight.name or "", self.config.family))
+        accuracy = {"accuracy_level": INT8_ACTIVATIONS} if quantisation.int8_activations else {}
         return make_node(
             "MatMulNBits",
             [node.inputs[0], *self._blocks(graph, node, weight)],
             (node.name or "").removesuffix("MatMul") + "MatMulNBits",
             domain=MICROSOFT,
-            attributes=self._attributes() | {"K": inputs, "N": outputs} | accuracy,
+            attributes=_attributes(quantisation) | {"K": inputs, "N": outputs} | accuracy,
         )
 
     def _blocks(self, graph: ir.Graph, node: ir.Node, weight: ir.Value) -> list[ir.Value]:
@@ -100,7 +110,15 @@ class QuantisePass(RewritePass):
         inputs, outputs = weight.const_value.shape.numpy()
         bits, size = self.quantisation.bits, self.quantisation.block_size
         if weight.name != HEAD or not self.tied or inputs % size:
-            return self._initializers(graph, weight, QuantisedWeight(weight.const_value, self.quantisation))
+            product = product_of(weight.name or "", self.config.family)
+            if self.hessians and product not in self.hessians:
+                raise CompileError(
+                    f"{node.name}: no inputs of the product {product} were recorded, which GPTQ looks at"
+                )
+            quantised = QuantisedWeight(
+                weight.const_value, self.quantisation.of(product), hessian=self.hessians.get(product)
+            )
+            return self._initializers(graph, weight, quantised)
         data, *rest = self._rows(graph, graph.initializers[self.embedding])
         shape = np.array([outputs, inputs // size, size * bits // 8], dtype=np.int64)
         turn = make_node("Reshape", [data, add_initializer(graph, "lm_head.blocks", shape)], "/lm_head/Reshape")
@@ -114,7 +132,7 @@ class QuantisePass(RewritePass):
             [data, node.inputs[1], *rest],
             (node.name or "").removesuffix("Gather") + "GatherBlockQuantized",
             domain=MICROSOFT,
-            attributes=self._attributes() | {"gather_axis": 0, "quantize_axis": 1},
+            attributes=_attributes(self.quantisation) | {"gather_axis": 0, "quantize_axis": 1},
         )
 
     def _rows(self, graph: ir.Graph, weight: ir.Value) -> list[ir.Value]:
@@ -123,10 +141,9 @@ class QuantisePass(RewritePass):
         width = weight.const_value.shape.numpy()[1]
         if width * self.quantisation.bits % 8:
             raise CompileError(f"{weight.name}: int4 embeddings need an even width, this one's is {width}")
-        return self._initializers(graph, weight, QuantisedWeight(weight.const_value, self.quantisation, rows=True))
-
-    def _attributes(self) -> dict[str, int]:
-        return {"bits": self.quantisation.bits, "block_size": self.quantisation.block_size}
+        hessian = self.hessians.get("head") if self.tied else None
+        quantised = QuantisedWeight(weight.const_value, self.quantisation, rows=True, hessian=hessian)
+        return self._initializers(graph, weight, quantised)
 
     def _initializers(self, graph: ir.Graph, weight: ir.Value, quantised: "QuantisedWeight") -> list[ir.Value]:
         return [add_initializer(graph, f"{weight.name}.{part}", t) for part, t in quantised.tensors().items()]
@@ -138,11 +155,15 @@ class QuantisedWeight:
     Args:
         weight: [K,N], or with `rows` [N,K]; float32, float16 or bfloat16.
         quantisation: bits, block size, symmetry.
+        hessian: [K,K] of the inputs that the weight is multiplied with, for GPTQ.
         rows: Blocks run along the last axis, and the integers are stored without blocks: [N, K * bits / 8].
     """
 
-    def __init__(self, weight: ir.TensorProtocol, quantisation: Quantisation, *, rows: bool = False) -> None:
+    def __init__(
+        self, weight: ir.TensorProtocol, quantisation: Quantisation, *, rows: bool = False, hessian: Array | None = None
+    ) -> None:
         self.weight = weight
+        self.hessian = hessian
         self.quantisation = quantisation
         self.rows = rows
         self.waiting: dict[str, Array] = {}
@@ -188,7 +209,11 @@ class QuantisedWeight:
         step = max(1, PIECE // inputs)
         kernel_dtype = np.float16 if stored.dtype == np.float16 else np.float32
         pieces = [
-            quantise(np.ascontiguousarray(weight[:, start : start + step], dtype=kernel_dtype), self.quantisation)
+            quantise(
+                np.ascontiguousarray(weight[:, start : start + step], dtype=kernel_dtype),
+                self.quantisation,
+                self.hessian,
+            )
             for start in range(0, outputs, step)
         ]
         integers, scales, zero_points = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
@@ -198,11 +223,13 @@ class QuantisedWeight:
         return parts if self.quantisation.symmetric else parts | {"zero_points": zero_points}
 
 
-def quantise(weight: Array, quantisation: Quantisation) -> tuple[Array, Array, Array]:
-    """ONNX Runtime's own quantiser on [K,N], float32 or float16, contiguous.
+def quantise(weight: Array, quantisation: Quantisation, hessian: Array | None = None) -> tuple[Array, Array, Array]:
+    """ONNX Runtime's own quantiser, or one of its algorithms, on [K,N], float32 or float16, contiguous.
 
     Returns integers uint8 [N, k, block bytes], scales [N,k] of the weight's dtype, zero points uint8 [N, bytes].
     """
+    if quantisation.algorithm != "rtn" and (hessian is not None or quantisation.algorithm != "gptq"):
+        return _packed(round_weight(weight, quantisation, hessian), quantisation.bits)
     from onnxruntime.capi import _pybind_state
 
     bits, size = quantisation.bits, quantisation.block_size
@@ -214,6 +241,14 @@ def quantise(weight: Array, quantisation: Quantisation) -> tuple[Array, Array, A
     kernel = {4: _pybind_state.quantize_matmul_4bits, 8: _pybind_state.quantize_matmul_8bits}[bits]
     kernel(integers, weight, scales, zero_points, size, outputs, inputs, quantisation.symmetric)
     return integers, scales, zero_points
+
+
+def _packed(integers: Integers, bits: int) -> tuple[Array, Array, Array]:
+    return pack(integers.values, bits), integers.scales, pack(integers.zero_points, bits)
+
+
+def _attributes(quantisation: Quantisation) -> dict[str, int]:
+    return {"bits": quantisation.bits, "block_size": quantisation.block_size}
 
 
 def _name(value: ir.Value | None) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
 from dispc.model.families import FAMILIES, find_family
-from dispc.plan import Quantisation
+from dispc.quantisation import Quantisation
 from dispc.reference.masked import load_reference
 from dispc.support.errors import UnsupportedModelError
 from dispc.validate.checks.parity import logit_error

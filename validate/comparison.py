@@ -7,15 +7,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import onnx_ir as ir
+
 from dispc.evaluate.perplexity import ArtifactScorer, Perplexity, TorchScorer, measure_perplexity, text_windows
 from dispc.manifest import read_manifest
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
-from dispc.plan import TARGETS, Quantisation
+from dispc.plan import TARGETS
+from dispc.quantisation import Quantisation
 from dispc.reference.blocks import Blocks, read_lazily
 from dispc.reference.masked import load_reference
-from dispc.reference.quantised import match_quantisation, quantise_block, quantise_tables
+from dispc.reference.quantised import match_quantisation, quantise_block, quantise_tables, read_integers
 from dispc.reference.stored import Storage
 from dispc.reference.truth import Answers, ask, freed, truth_dtype
 from dispc.runtime.build import builds
@@ -188,18 +191,23 @@ class Comparison:
         widths = {name: int(tensor.shape.numpy()[0]) for name, tensor in norms.items() if tensor and tensor.shape}
         return Storage(self.checkpoint.config, self.masks, widths)
 
+    def _graph(self) -> ir.Model:
+        return load_graph(self.directory / "model.onnx")
+
     def blocks(self) -> Blocks:
         """The same as `load`, each block read when it is needed."""
         quantisation, dtype = self.manifest.get("quantisation"), DTYPES[self.artifact.dtype].torch
         options = Quantisation(**quantisation) if quantisation else None
+        integers = read_integers(options, self._graph, self.checkpoint.family) if options else None
 
         def as_stored(part: Any, index: int | None) -> None:
             if self.artifact.widened:
                 self.storage.round(part, index, dtype)
             if options and index is None:
-                quantise_tables(part, options, dtype)
+                quantise_tables(part, options, dtype, integers)
             elif options and index is not None:
-                quantise_block(part, self.checkpoint.family, self.masks.blocks[index], options, dtype)
+                sets = self.masks.blocks[index]
+                quantise_block(part, index, self.checkpoint.family, sets, options, dtype, integers)
 
         return read_lazily(self.checkpoint, self.masks, as_stored)
 
@@ -211,7 +219,7 @@ class Comparison:
             for index in range(len(self.masks.blocks)):
                 self.storage.round(reference.get_submodule(family.block(index)), index, dtype)
             self.storage.round(reference, None, dtype)
-        match_quantisation(reference, self.checkpoint.family, self.masks, self.manifest)
+        match_quantisation(reference, self.checkpoint.family, self.masks, self.manifest, self._graph)
         return reference
 
     @cached_property

@@ -12,7 +12,7 @@ from dispc.cli.tables import JsonFlag, err, out, print_error, print_json
 
 if TYPE_CHECKING:
     from dispc.compiler import CompileOptions
-    from dispc.plan import Quantisation
+    from dispc.quantisation import Quantisation
 
 Force = Annotated[bool, typer.Option("--force", help="Replace an older artifact at the output path.")]
 
@@ -31,6 +31,16 @@ class QuantisationArguments:
     int8_activations: Annotated[
         bool | None, typer.Option(help="onnx-cpu: multiply in int8 (int8 weights: the default).")
     ] = None
+    algorithm: Annotated[
+        str | None, typer.Option(help="How int4 weights are rounded: rtn, k_quant, hqq, or gptq.", show_default="rtn")
+    ] = None
+    mixed: Annotated[
+        str | None,
+        typer.Option(help="Keep some products in int8, 15 % more bytes: chosen by widths, or by measured damage."),
+    ] = None
+    data: Annotated[
+        str | None, typer.Option(help="Text for --algorithm gptq and --mixed damage, as `dispc learn` takes it.")
+    ] = None
 
     def quantisation(self, target: str) -> "Quantisation | None":
         """None without --quantize.
@@ -38,7 +48,7 @@ class QuantisationArguments:
         Raises:
             CompileError: as `make_quantisation` does.
         """
-        from dispc.plan import make_quantisation
+        from dispc.quantisation import make_quantisation
 
         return make_quantisation(
             self.quantize,
@@ -48,6 +58,8 @@ class QuantisationArguments:
             head=self.quantize_head,
             embedding=self.quantize_embedding,
             int8_activations=self.int8_activations,
+            algorithm=self.algorithm,
+            mixed=self.mixed,
         )
 
 
@@ -67,12 +79,15 @@ class CompileArguments:
     lowering: Annotated[
         str | None,
         typer.Option(
-            help="How subsets are read and written: inverse-gather, canonical (ScatterND), scatter-elements, or "
-            "zero-filled (sets of nine tenths and more become zeros in the weights).",
-            show_default="canonical for onnx-cpu, else inverse-gather",
+            help="How subsets are read and written: inverse-gather, canonical (ScatterND), scatter-elements, "
+            "feature-extractor (ArrayFeatureExtractor), or zero-filled (inverse-gather; sets that are not worth an "
+            "index list become zeros in the weights, as they do with feature-extractor).",
+            show_default="feature-extractor for onnx-cpu, else inverse-gather",
         ),
     ] = None
-    tune: Annotated[bool, typer.Option("--tune", help="Choose the lowering by timing all on this machine.")] = False
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Choose lowering and zero-filled sets by timing on this machine.")
+    ] = False
     align: Annotated[
         int | None,
         typer.Option(
@@ -120,6 +135,7 @@ class CompileArguments:
             verify_each=self.verify_each,
             tune=self.tune,
             validate=not self.no_validate,
+            data=self.quantised.data,
         )
 
 

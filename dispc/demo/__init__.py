@@ -19,7 +19,8 @@ from dispc.manifest import MANIFEST, read_manifest
 from dispc.model.published import open_checkpoint
 from dispc.model.tokenizer import load_tokenizer
 from dispc.passes.pipeline import build_pipeline
-from dispc.plan import Quantisation, make_plan
+from dispc.plan import make_plan
+from dispc.quantisation import Quantisation
 from dispc.runtime.generate import Sampler, generate_text
 from dispc.runtime.session import Artifact
 from dispc.support.errors import ArtifactError

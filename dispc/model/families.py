@@ -348,6 +348,8 @@ class DecoderConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0
+    parallel: bool = False
+    """Both sub-layers of a block read what enters it."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -388,6 +390,8 @@ class DecoderConfig:
             else _number(config, "embedding_multiplier"),
             residual_multiplier=_number(config, "residual_multiplier"),
             logits_multiplier=logits_multiplier(config),
+            parallel=family.attention_norm == family.mlp_norm is not None
+            or bool(getattr(config, "use_parallel_residual", False)),
         )
 
     @property

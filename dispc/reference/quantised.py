@@ -8,70 +8,142 @@ of one output, in blocks:
     w -> (clamp(round(w / scale + zero point), 0, 2^n - 1) - zero point) * scale
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from dispc.masks import Block, Indices, Masks
 from dispc.model.families import Family, logits_multiplier
-from dispc.plan import Quantisation
+from dispc.quantisation import HEAD_PRODUCT, Quantisation
+from dispc.reference.integers import Part, StoredIntegers
 from dispc.support.dtypes import DTYPES
 
 PIECE = 4096
 """Outputs rounded at a time, so that the working memory stays small next to the weight."""
 
 
-def match_quantisation(model: Any, family: Family, masks: Masks, manifest: Mapping[str, Any]) -> None:
-    """Round the masked reference's weights as the artifact of `manifest` (its dispc.json) has them, if it has."""
+def match_quantisation(
+    model: Any,
+    family: Family,
+    masks: Masks,
+    manifest: Mapping[str, Any],
+    graph: Callable[[], ir.Model],
+) -> None:
+    """Round the masked reference's weights as the artifact of `manifest` (its dispc.json) has them, if it has.
+
+    `graph` loads the artifact's own, for the algorithms whose integers are read there.
+
+    Raises:
+        ArtifactError: when integers do not stand for the weights that they were made of.
+    """
     if manifest.get("quantisation"):
         options = Quantisation(**manifest["quantisation"])
-        quantise_reference(model, family, masks, options, DTYPES[manifest["dtype"]].torch)
+        integers = read_integers(options, graph, family)
+        quantise_reference(model, family, masks, options, DTYPES[manifest["dtype"]].torch, integers)
+
+
+def read_integers(quantisation: Quantisation, graph: Callable[[], ir.Model], family: Family) -> StoredIntegers | None:
+    """The integers of a graph where an algorithm made them that cannot be repeated; None where one can."""
+    return None if quantisation.algorithm == "rtn" else StoredIntegers(graph(), family)
 
 
 @torch.no_grad()
 def quantise_reference(
-    model: Any, family: Family, masks: Masks, quantisation: Quantisation, dtype: torch.dtype
+    model: Any,
+    family: Family,
+    masks: Masks,
+    quantisation: Quantisation,
+    dtype: torch.dtype,
+    integers: StoredIntegers | None = None,
 ) -> None:
     """Round the weights of the masked reference in place; `dtype` is the artifact's, whose weights were cast first.
 
-    What a block of weights is depends on the pruning: the inputs that are left are numbered anew.
+    What a block of weights is depends on the pruning: the inputs that are left are numbered anew. With `integers`, what
+    the artifact holds is taken instead of rounding again.
     """
     for number, sets in enumerate(masks.blocks):
-        quantise_block(model.get_submodule(family.block(number)), family, sets, quantisation, dtype)
-    quantise_tables(model, quantisation, dtype)
+        block = model.get_submodule(family.block(number))
+        quantise_block(block, number, family, sets, quantisation, dtype, integers)
+    quantise_tables(model, quantisation, dtype, integers)
 
 
 @torch.no_grad()
 def quantise_block(
-    block: nn.Module, family: Family, sets: Block, quantisation: Quantisation, dtype: torch.dtype
+    block: nn.Module,
+    number: int,
+    family: Family,
+    sets: Block,
+    quantisation: Quantisation,
+    dtype: torch.dtype,
+    integers: StoredIntegers | None = None,
 ) -> None:
-    """The same for one block and its sets."""
-    for alive, names, inputs in (
-        (sets.attention.alive, family.attention_reads, sets.attention.read),
-        (sets.attention.alive, (family.attention_out,), None),
-        (sets.mlp.alive, family.mlp_reads, sets.mlp.read),
-        (sets.mlp.alive, (family.down,), sets.mlp.mid),
-    ):
-        for name in names if alive else ():
-            layer: Any = block.get_submodule(name)
-            written = name in (family.attention_out, family.down)
-            factor = getattr(block, "residual_multiplier", 1.0) if written else 1.0
-            round_weight(layer.weight, inputs, quantisation, dtype, factor)
+    """The same for block `number` and its sets."""
+    for product, parts in products_of_block(block, number, family, sets).items():
+        round_product(product, parts, quantisation.of(product), dtype, integers)
 
 
 @torch.no_grad()
-def quantise_tables(model: Any, quantisation: Quantisation, dtype: torch.dtype) -> None:
+def quantise_tables(
+    model: Any, quantisation: Quantisation, dtype: torch.dtype, integers: StoredIntegers | None = None
+) -> None:
     """The same for the token embedding and the LM head."""
+    tied = untie(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if quantisation.head:
+        part = Part(head.weight, None, None, 1.0 if tied else logits_multiplier(model.config))
+        round_product(HEAD_PRODUCT, [part], quantisation.of(HEAD_PRODUCT), dtype, integers)
+    if quantisation.embedding and integers is not None:
+        integers.put_embedding(Part(embedding.weight, None, None), quantisation)
+    elif quantisation.embedding:
+        round_weight(embedding.weight, None, quantisation, dtype)
+
+
+def untie(model: Any) -> bool:
+    """Give the LM head a copy of a weight that it shares with the embedding, which may be rounded otherwise; did it?"""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = embedding.weight is head.weight
     if tied:
-        head.weight = nn.Parameter(head.weight.detach().clone())  # tied weights are stored apart: one may be rounded
-    if quantisation.head:
-        round_weight(head.weight, None, quantisation, dtype, 1.0 if tied else logits_multiplier(model.config))
-    if quantisation.embedding:
-        round_weight(embedding.weight, None, quantisation, dtype)
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    return bool(tied)
+
+
+def products(model: Any, family: Family, masks: Masks) -> dict[str, list[Part]]:
+    """The weights of each product that is left, by its name (`dispc.quantisation.product_of`), and of the head."""
+    found: dict[str, list[Part]] = {}
+    for number, sets in enumerate(masks.blocks):
+        found |= products_of_block(model.get_submodule(family.block(number)), number, family, sets)
+    found[HEAD_PRODUCT] = [Part(model.get_output_embeddings().weight, None, None)]
+    return found
+
+
+def products_of_block(block: Any, number: int, family: Family, sets: Block) -> dict[str, list[Part]]:
+    """The same of one block."""
+    attention, mlp, factor = sets.attention, sets.mlp, getattr(block, "residual_multiplier", 1.0)
+    rows = (
+        ("attention.read", family.attention_reads, None, attention.read, 1.0),
+        ("attention.write", (family.attention_out,), attention.write, None, factor),
+        ("mlp.read", family.mlp_reads, mlp.mid, mlp.read, 1.0),
+        ("mlp.write", (family.down,), mlp.write, mlp.mid, factor),
+    )
+    return {
+        f"{number}.{side}": [Part(block.get_submodule(name).weight, outputs, inputs, by) for name in names]
+        for side, names, outputs, inputs, by in rows
+        if (attention if side.startswith("attention") else mlp).alive
+    }
+
+
+def round_product(
+    product: str, parts: Sequence[Part], options: Quantisation, dtype: torch.dtype, integers: StoredIntegers | None
+) -> None:
+    """Round the weights of one product in place."""
+    if integers is not None and options.algorithm != "rtn":
+        integers.put(product, parts, options)
+        return
+    for part in parts:
+        round_weight(part.weight, part.inputs, options, dtype, part.factor)
 
 
 def round_weight(

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from dispc.lowerings import LOWERINGS
 from dispc.manifest import read_manifest
 from dispc.plan import TARGETS
 from dispc.runtime.edits import Edit, exactly_comparable, load_graph, serialise, widen, with_float32_outputs
@@ -21,8 +22,6 @@ from dispc.support.graph import read_graph, require_beside, weight_files
 
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
-SCATTERING = ("canonical", "scatter-elements")
-"""The lowerings whose operators the CPU has in float32 only."""
 
 
 class Artifact:
@@ -114,7 +113,9 @@ def is_widened(manifest: dict[str, Any], provider: Provider) -> bool:
     target = TARGETS.get(manifest["target"])
     foreign = target is not None and target.provider != provider.name
     half = manifest["dtype"] != "float32"
-    return provider.fallback and half and (foreign or manifest["lowering"]["name"] in SCATTERING)
+    lowering = LOWERINGS.get(manifest["lowering"]["name"])
+    runs = lowering is not None and lowering.runs(provider.name, manifest["dtype"])
+    return provider.fallback and half and (foreign or not runs)
 
 
 @dataclass(frozen=True)

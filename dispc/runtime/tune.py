@@ -1,4 +1,4 @@
-"""`--tune`: time the lowerings that a target can run on this machine, on a few of the model's own blocks.
+"""`--tune`: measure what selections cost on this machine, and time the lowerings on a few of the model's own blocks.
 
 Which lowering is fastest depends on the device and on the widths. Each candidate becomes a small artifact of some
 blocks of the model, with their own weights and sets but next to no vocabulary (the head would hide the difference); all
@@ -12,17 +12,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
+from dispc.lowerings import LOWERINGS
 from dispc.masks import Block, Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import DecoderConfig, keep_blocks
 from dispc.model.storage import CheckpointTensor
-from dispc.passes.pipeline import NEARLY_EVERYTHING
-from dispc.plan import Choices, Lowering, Plan, make_plan
+from dispc.plan import Choices, Plan, make_plan
+from dispc.runtime.costs import fit_costs
 from dispc.runtime.providers import PROVIDERS
+from dispc.selection import SelectionCosts, sets_to_fill
 from dispc.support.errors import CompileError
 
 BLOCKS, VOCABULARY = 4, 128
@@ -73,6 +75,7 @@ def tune(
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan with the lowering that is fastest here (`choose`), and the record of how it was chosen.
 
+    The plan's `costs` are those of this machine, unless the weights are integers, which are never filled with zeros.
     The record has `blocks` (those that were timed), `device`, `threads` and `milliseconds`: for each lowering the
     median of a prompt of 128 tokens (`first_token`) and of a token behind 64 (`one_token`, with a CUDA graph where the
     artifact asks for one), or of half the model's positions where that is less.
@@ -92,19 +95,21 @@ def tune(
     blocks = tuple(pruned[place] for place in places)
     part = SomeBlocks(checkpoint, blocks)
     kept = replace(masks, blocks=tuple(masks.blocks[block] for block in blocks))
-    plans = dict(_candidates(target, choices, masks))
+    costs = default.costs if choices.quantisation else fit_costs(masks.hidden_size, default, os.cpu_count() or 1)
+    plans = dict(_candidates(target, choices, masks, checkpoint.config, costs))
     try:
         with _artifacts(part, kept, plans, build) as artifacts:
             milliseconds = time_lowerings(artifacts, default, checkpoint.config.max_positions)
     except OSError as error:
         raise CompileError(f"--tune: {tempfile.gettempdir()}: {error.strerror or error}") from error
     # Where there is nothing to fill, zero-filled is inverse-gather.
-    best, reason = choose(milliseconds, default.lowering if default.lowering in plans else "inverse-gather")
+    best, reason = choose(milliseconds, default.lowering.name if default.lowering.name in plans else "inverse-gather")
     record = {
-        "blocks": list(blocks), "threads": os.cpu_count(),
+        "blocks": list(blocks),
+        "threads": os.cpu_count(),
         "device": PROVIDERS[default.target.provider].processor(),
         "milliseconds": milliseconds,
-    }  # fmt: skip
+    }
     return replace(plans[best], reason=reason), record
 
 
@@ -138,14 +143,16 @@ def _require_device(plan: Plan) -> None:
         raise CompileError(f"--tune: ONNX Runtime runs no {plan.dtype} on {provider.title}: there is nothing to time")
 
 
-def _candidates(target: str, choices: Choices, masks: Masks) -> Iterator[tuple[str, Plan]]:
+def _candidates(
+    target: str, choices: Choices, masks: Masks, config: DecoderConfig, costs: SelectionCosts
+) -> Iterator[tuple[str, Plan]]:
     """The lowerings that the target can run and that differ for these masks."""
-    widest = max(width for block in masks.blocks for width in _part_widths(block, masks.hidden_size))
-    for lowering in get_args(Lowering):
-        if lowering == "zero-filled" and widest < NEARLY_EVERYTHING * masks.hidden_size:
+    nothing_to_fill = not sets_to_fill(masks, config, costs)
+    for lowering in LOWERINGS:
+        if lowering == "zero-filled" and nothing_to_fill:
             continue
         try:
-            yield lowering, make_plan(target, replace(choices, lowering=lowering))
+            yield lowering, replace(make_plan(target, replace(choices, lowering=lowering)), costs=costs)
         except CompileError:
             if lowering == "inverse-gather":  # runs everywhere: something else is wrong
                 raise

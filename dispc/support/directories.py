@@ -2,7 +2,6 @@
 
 import ctypes
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from dispc.support.errors import ArtifactError
+from dispc.support.inputs import read_object
 from dispc.support.signals import hold_signals
 
 ARTIFACT = "dispc.json"
@@ -53,7 +53,11 @@ def staged_directory(out: Path, force: bool, marker: str = ARTIFACT, foreign: Fo
             check_output(out, force, marker, foreign)  # again: something may have come there meanwhile
             _swap(stage, out)
     except OSError as error:
-        where = str(error.filename or out).replace(str(stage), str(out))
+        named = [str(name) for name in (error.filename, error.filename2) if name]
+        ours = [name for name in named if Path(name).absolute().is_relative_to(stage) or name == str(out)]
+        if named and not ours:
+            raise  # of a file that was read, or written elsewhere: told as what it is
+        where = (ours or [str(out)])[0].replace(str(stage), str(out))
         reason = error.strerror or f"{error}; is the disk full?"  # numpy says how many values it wrote, and not why
         raise ArtifactError(f"{where}: cannot be written ({reason})") from error
     finally:
@@ -119,10 +123,10 @@ def _lock(descriptor: int) -> bool:
 
 def _wrote(marker: Path) -> bool:
     try:
-        content = json.loads(marker.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_object(marker, ArtifactError)
+    except (OSError, ArtifactError):
         return False
-    return isinstance(content, dict) and isinstance(content.get("dispc"), str)
+    return isinstance(content.get("dispc"), str)
 
 
 def _swap(stage: Path, out: Path) -> None:

@@ -18,6 +18,7 @@ from dispc.support.inputs import regular
 
 MICROSOFT = "com.microsoft"
 MACHINE_LEARNING = "ai.onnx.ml"
+EXTRACTOR = "ArrayFeatureExtractor"
 SIMPLIFIED_NORM = "SimplifiedLayerNormalization"
 """ONNX Runtime's RMS norm, which it keeps in the standard's own domain."""
 PROTOBUF_BYTES = 2**31

@@ -1,16 +1,36 @@
-"""The canonical write, found in a graph: what the passes that spell it otherwise start from."""
+"""The canonical reads and writes: how many the masks promise, and where they are in a graph."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from dispc.masks import Indices, Masks
+from dispc.masks import Indices, Masks, SubLayer
 from dispc.model.families import DecoderConfig
 from dispc.model.weights import LazyWeight, rebind, weight_of
 from dispc.passes.common.norms import recount
 from dispc.support.errors import CompileError
 from dispc.support.graph import consumers, remove_dead
+
+
+def part_reads(masks: Masks) -> int:
+    """How many sub-layers read a part of the stream: so many selections stand in the canonical form."""
+    return sum(len(layer.read) < masks.hidden_size for layer in _alive(masks))
+
+
+def part_writes(masks: Masks) -> int:
+    """How many sub-layers add into a part of the stream: so many ScatterND stand in the canonical form."""
+    return sum(len(layer.write) < masks.hidden_size for layer in _alive(masks))
+
+
+def _alive(masks: Masks) -> Iterator[SubLayer]:
+    return (layer for block in masks.blocks for layer in (block.attention, block.mlp) if layer.alive)
+
+
+def find_selections(graph: ir.Graph) -> list[ir.Node]:
+    """Every Gather of a read set, and every one by an inverse index that stands for a write set, in order."""
+    names = ("/read/Gather", "/write/Gather")
+    return [node for node in graph if node.op_type == "Gather" and (node.name or "").endswith(names)]
 
 
 @dataclass(frozen=True)

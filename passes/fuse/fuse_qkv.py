@@ -2,9 +2,15 @@
 
 import onnx_ir as ir
 
+from dispc.masks import Masks
+from dispc.model.families import DecoderConfig
 from dispc.passes.base import RewritePass
 from dispc.passes.common.packing import pack, projection_of
+from dispc.support.errors import CompileError
 from dispc.support.graph import drop_unused_initializers, remove_dead
+
+HEAD_NORMS = ("q_norm.weight", "k_norm.weight")
+"""Weights of norms that queries and keys pass through, whatever family they are in."""
 
 
 class FuseQkvPass(RewritePass):
@@ -27,10 +33,25 @@ class FuseQkvPass(RewritePass):
 
     name = "fuse-qkv"
 
+    def __init__(self, config: DecoderConfig, masks: Masks) -> None:
+        super().__init__()
+        self.config = config
+        self.masks = masks
+
     def expected(self, model: ir.Model) -> int:
-        """Every attention, but those whose queries pass through something other than a projection."""
-        kernels = [node for node in model.graph if node.op_type == "GroupQueryAttention" and node.inputs[1] is not None]
-        return sum(projection_of(_unscaled(kernel.inputs[0])[0]) is not None for kernel in kernels)
+        """Every attention that is left, but those with norms of their heads, or with a rotation that was not fused."""
+        numbers = [number for number, block in enumerate(self.masks.blocks) if block.attention.alive]
+        kernels = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+        if len(kernels) != len(numbers):
+            raise CompileError(f"pass {self.name}: {len(kernels)} attentions where {len(numbers)} are left")
+        weights = model.graph.initializers
+        normed = {number for number in numbers if any(
+            name.startswith(f"{self.config.family.block(number)}.") and name.endswith(HEAD_NORMS) for name in weights
+        )}  # fmt: skip
+        return sum(
+            number not in normed and ("do_rotary" in kernel.attributes or not self.config.rotates(number))
+            for number, kernel in zip(numbers, kernels, strict=True)
+        )
 
     def rewrite(self, model: ir.Model) -> int:
         graph, count = model.graph, 0
@@ -39,6 +60,9 @@ class FuseQkvPass(RewritePass):
             found = [projection_of(value) for value in (query, *kernel.inputs[1:3])]
             projections = [projection for projection in found if projection is not None]
             if len(projections) < 3:
+                behind = next(v for v, p in zip((query, *kernel.inputs[1:3]), found, strict=True) if p is None)
+                producer = behind.producer() if behind is not None else None
+                self.leave(kernel.name, f"{producer.op_type if producer else 'nothing'} stands behind a projection")
                 continue
             module = (projections[0].matmul.inputs[1].name or "").removesuffix(".weight").rpartition(".")[0]  # type: ignore[union-attr]
             old = [value.producer() for value in kernel.inputs[:3] if value is not None]

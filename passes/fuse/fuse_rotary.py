@@ -51,7 +51,13 @@ class FuseRotaryPass(RewritePass):
         widths = {int(cache.shape.numpy()[1]) for cache in caches if cache is not None}
         if not widths:
             raise CompileError(f"pass {self.name}: a {self.config.family.model_type} model has no cos_cache")
-        return self.config.head_dim % HEAD_MULTIPLE == 0 and all(width % CACHE_MULTIPLE == 0 for width in widths)
+        possible = self.config.head_dim % HEAD_MULTIPLE == 0 and all(width % CACHE_MULTIPLE == 0 for width in widths)
+        if not possible:
+            self.leave(
+                "every attention", f"head size {self.config.head_dim}, of which {2 * max(widths)} rotate; the kernels "
+                f"rotate multiples of {HEAD_MULTIPLE} and of {2 * CACHE_MULTIPLE}"
+            )  # fmt: skip
+        return possible
 
     def _rotations(self) -> int:
         """Attentions that are left and rotate."""
@@ -60,7 +66,7 @@ class FuseRotaryPass(RewritePass):
 
     def rewrite(self, model: ir.Model) -> int:
         graph, count = model.graph, 0
-        if not self._possible(graph):
+        if not self.expected(model):
             return 0
         for kernel in [node for node in graph if node.op_type == "GroupQueryAttention"]:
             rotated = [value.producer() if value is not None else None for value in kernel.inputs[:2]]

@@ -1,11 +1,13 @@
 """The residual add and the norm behind it as one node."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
 from onnxscript.rewriter import RewriteRule, RewriteRuleClassBase
 
+from dispc.masks import Masks
+from dispc.model.families import DecoderConfig
 from dispc.passes.common.patterns import PatternPass
 from dispc.support.graph import MICROSOFT
 
@@ -87,10 +89,41 @@ class FuseSkipNormPass(PatternPass):
 
     name = "fuse-skip-norm"
 
+    def __init__(self, config: DecoderConfig, masks: Masks, *, adds: bool) -> None:
+        """`masks` are those that are left to be selected; `adds` says whether every write ends in an Add."""
+        super().__init__()
+        self.config = config
+        self.masks = masks
+        self.adds = adds
+
     def rules(self) -> Sequence[RewriteRule]:
         return [kind.rule() for kind in (_SkipRms, _SkipLayer, _SkipLayerWithoutBias)]
 
     def expected(self, model: ir.Model) -> int:
         """Every add of a write that a norm reads."""
-        norms = [node for node in model.graph if node.op_type in ("RMSNormalization", "LayerNormalization")]
-        return len({norm.inputs[0] for norm in norms if _reads_a_write(norm)})
+        return len(set(self._adds_before_norms()))
+
+    def _adds_before_norms(self) -> Iterator[str]:
+        """Which write's Add each norm reads, followed through the blocks; norms that read none are left out."""
+        family, width = self.config.family, self.masks.hidden_size
+        stream: str | None = None  # the write whose Add made the stream
+        for number, block in enumerate(self.masks.blocks):
+            entering = stream
+            for layer, names in ((block.attention, family.attention_names), (block.mlp, family.mlp_names)):
+                if not layer.alive:
+                    continue
+                source = entering if self.config.parallel else stream
+                whole = self.masks.norm_scope == "full" or len(layer.read) == width
+                if names.before is not None and whole and source is not None:
+                    yield source
+                stream = f"{number}.{names.write}" if self.adds or len(layer.write) == width else None
+        if stream is not None:
+            yield stream
+
+    def rewrite(self, model: ir.Model) -> int:
+        count = super().rewrite(model)
+        for norm in model.graph:
+            if norm.op_type in ("RMSNormalization", "LayerNormalization") and norm.inputs[0] is not None:
+                made = norm.inputs[0].producer()
+                self.leave(norm.name, f"reads what {made.name if made else 'an input'} makes, no add of a write")
+        return count

@@ -30,7 +30,8 @@ class TieEmbeddingsPass(RewritePass):
         self.contrib = contrib
 
     def expected(self, model: ir.Model) -> int:
-        return int(HEAD in model.graph.initializers)
+        """One: the pass is only for models whose LM head is the embedding."""
+        return 1
 
     def rewrite(self, model: ir.Model) -> int:
         graph = model.graph
@@ -44,9 +45,12 @@ class TieEmbeddingsPass(RewritePass):
         if self.contrib:
             name = f"{(matmul.name or '').rpartition('/')[0]}/FusedMatMul"
             fused = make_node(
-                "FusedMatMul", [matmul.inputs[0], embedding], name, domain=MICROSOFT,
+                "FusedMatMul",
+                [matmul.inputs[0], embedding],
+                name,
+                domain=MICROSOFT,
                 attributes={"transB": 1, "alpha": 1.0},
-            )  # fmt: skip
+            )
             replace_node(graph, matmul, fused)
             graph.opset_imports[MICROSOFT] = 1
         else:

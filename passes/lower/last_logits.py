@@ -44,7 +44,7 @@ class LastLogitsPass(RewritePass):
         graph = model.graph
         heads = [node for node in graph if (node.name or "").startswith("/lm_head/") and "MatMul" in node.op_type]
         if len(heads) != 1 or heads[0].inputs[0] is None:
-            raise CompileError(f"expected one LM head, found {[node.name for node in heads]}")
+            raise CompileError(f"pass {self.name}: expected one LM head, found {[node.name for node in heads]}")
         head, hidden = heads[0], heads[0].inputs[0]
         nodes: list[ir.Node] = []
 

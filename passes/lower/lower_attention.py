@@ -7,6 +7,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from dispc.masks import Masks
+from dispc.model.families import DecoderConfig
 from dispc.passes.base import ConditionError, RewritePass
 from dispc.support.graph import MICROSOFT, WINDOW, add_initializer, make_node
 
@@ -37,10 +39,11 @@ class LowerAttentionPass(RewritePass):
     name = "lower-attention"
     option_names = ("padding",)
 
-    def __init__(self, padding: Padding, head_dim: int) -> None:
+    def __init__(self, padding: Padding, config: DecoderConfig, masks: Masks) -> None:
         super().__init__()
         self.padding = padding
-        self.head_dim = head_dim
+        self.head_dim = config.head_dim
+        self.masks = masks
 
     def requires(self, model: ir.Model) -> None:
         if self.head_dim % 8:
@@ -50,7 +53,8 @@ class LowerAttentionPass(RewritePass):
             )
 
     def expected(self, model: ir.Model) -> int:
-        return sum(node.op_type == "Attention" for node in model.graph)
+        """Every attention that is left."""
+        return sum(block.attention.alive for block in self.masks.blocks)
 
     def rewrite(self, model: ir.Model) -> int:
         graph = model.graph

@@ -16,7 +16,7 @@ from runtimes import EXAMPLES, JAVASCRIPT, say, served
 from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
-from dispc.plan import Quantisation
+from dispc.quantisation import Quantisation
 from dispc.runtime.generate import load_tokenizer
 
 pytestmark = [pytest.mark.extras, pytest.mark.xdist_group("examples")]  # one worker, so that the student is made once

@@ -14,7 +14,7 @@ from dispc.demo import run_demo
 from dispc.demo.model import GGUF, shipped_masks, unpack_gguf
 from dispc.manifest import read_manifest
 from dispc.model.checkpoint import Checkpoint
-from dispc.plan import Quantisation
+from dispc.quantisation import Quantisation
 from dispc.runtime.generate import Sampler, generate_text, generate_tokens, load_tokenizer
 from dispc.runtime.session import Artifact
 

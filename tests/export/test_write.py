@@ -154,6 +154,21 @@ def test_an_empty_directory_may_be_replaced_by_force(tmp_path: Path) -> None:
     check_output(tmp_path / "new", force=False)
 
 
+def test_an_input_that_cannot_be_read_is_not_told_as_one_that_cannot_be_written(tmp_path: Path) -> None:
+    """Also where it lies beside the output."""
+    unreadable = tmp_path / "model" / "tokenizer.json"
+    with pytest.raises(OSError, match="Input/output error") as failure, staged_directory(tmp_path / "out", False):
+        raise OSError(errno.EIO, "Input/output error", str(unreadable))
+    assert failure.value.filename == str(unreadable)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_that_fills_the_disk_names_what_it_writes(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ArtifactError, match=r"/out/x: cannot be written"), staged_directory(out, False) as stage:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "model/x"), None, str(stage / "x"))
+
+
 def test_a_parent_that_is_a_file_or_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_file(tmp_path / "file")
     with (

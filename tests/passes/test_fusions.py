@@ -12,20 +12,25 @@ import torch
 from harness import TOLERANCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sets import LOWERINGS, half, masks_of, widths
+from sets import half, masks_of, targets_of, widths
 
 from dispc.export.trace import trace
+from dispc.lowerings import LOWERINGS
 from dispc.masks import Masks
 from dispc.passes.common.canonical import find_writes
-from dispc.passes.pipeline import NEARLY_EVERYTHING, build_pipeline, run_pipeline
+from dispc.passes.pipeline import build_pipeline, run_pipeline
 from dispc.plan import FUSIONS, Choices, make_plan
 from dispc.reference.masked import load_reference
 from dispc.runtime.session import Runner, open_session
+from dispc.selection import sets_to_fill
 from dispc.support.errors import CompileError
-from dispc.validate.checks.parity import logit_error
+from dispc.validate.checks.parity import DEFAULTS, logit_error
 from dispc.validate.client import Batch
 
-COUNTED_BY_MASKS = ("align-widths", "fuse-rotary", "fuse-gate-up")
+COUNTED_BY_MASKS = (
+    "align-widths", "fill-zeros", "inverse-gather", "feature-extractor", "lower-attention", "fuse-rotary", "fuse-qkv",
+    "fuse-gate-up", "fuse-skip-norm", "tie-embeddings"
+)  # fmt: skip
 """Passes that know from the masks what there is to do, and so fail when it is done already (test_fusion_counts.py)."""
 
 
@@ -72,21 +77,21 @@ def test_any_family_widths_and_options_keep_the_function_in_padded_batches(lower
     variant = data.draw(st.sampled_from([*tiny.VARIANTS, *tiny.RARE]))
     masks = data.draw(widths(variant))
     options = {
-        "target": data.draw(st.sampled_from(["onnx-cpu", "onnx-cuda", "onnx"])),
+        "target": data.draw(st.sampled_from(targets_of(lowering))),
         "align": data.draw(st.sampled_from([1, 8, 16])),
         "last_logits": data.draw(st.booleans()),
         "without": tuple(sorted(data.draw(st.sets(st.sampled_from(FUSIONS), max_size=3)))),
     }
     options["padding"] = data.draw(st.sampled_from(["left", "right"])) if options["target"] != "onnx" else "left"
+    model = harness.rewritten(variant, masks, lowering=lowering, **options)
     if options["last_logits"]:
-        assert error(variant, masks, lowering=lowering, **options) <= TOLERANCE
+        logits, last = harness.model_logits(model), [4, len(harness.TOKENS) - 1]
+        assert harness.times_own(variant, masks, [harness.TOKENS], [logits], at=last) <= DEFAULTS.error
         return
     lengths = data.draw(st.lists(st.integers(2, len(harness.TOKENS)), min_size=2, max_size=3))
     rows = [harness.TOKENS[-length:] for length in lengths]
-    model = harness.rewritten(variant, masks, lowering=lowering, **options)
     found = harness.batch_logits(model, rows, options["padding"])
-    for logits, expected in zip(found, harness.reference_rows(variant, masks, rows), strict=True):
-        assert logit_error(logits, expected) <= TOLERANCE
+    assert harness.times_own(variant, masks, rows, found) <= DEFAULTS.error
 
 
 @pytest.mark.parametrize("target", ["onnx-cuda", "onnx-cpu"])
@@ -199,17 +204,39 @@ def test_aligned_widths_are_multiples(multiple: int) -> None:
             assert int(value.shape[0]) % multiple == 0, name
 
 
+@pytest.mark.parametrize("lowering", ["zero-filled", "feature-extractor"])
 @pytest.mark.parametrize("missing", [1, 2, 6, 7, 20])
 @pytest.mark.parametrize("variant", ["llama", "phi", "opt"])
-def test_sets_that_keep_nearly_everything_are_filled_with_zeros_and_no_others(variant: str, missing: int) -> None:
-    config = harness.checkpoint(variant).config
+def test_sets_that_are_not_worth_an_index_list_are_filled_with_zeros_and_no_others(
+    variant: str, missing: int, lowering: str
+) -> None:
+    checkpoint = harness.checkpoint(variant)
+    config = checkpoint.config
     kept = np.arange(missing, config.hidden_size)
     full = dict.fromkeys(("attention.read", "attention.write", "mlp.read", "mlp.write"), kept)
     masks = Masks.from_indices([full] * config.num_hidden_layers, config)
-    graph = harness.rewritten(variant, masks, lowering="zero-filled").graph
-    gathers = [node for node in graph if node.op_type == "Gather" and "layers." in (node.name or "")]
-    assert bool(gathers) == (len(kept) < NEARLY_EVERYTHING * config.hidden_size)
-    assert error(variant, masks, lowering="zero-filled") < TOLERANCE
+    graph = harness.rewritten(variant, masks, lowering=lowering).graph
+    places = [(n.name or "").rpartition("/")[0] for n in graph if n.op_type in ("Gather", "ArrayFeatureExtractor")]
+    filled = sets_to_fill(masks, config, make_plan("onnx-cpu").costs)
+    selected = [place for place in places if place.endswith(("/read", "/write"))]
+    assert len(selected) == 4 * config.num_hidden_layers - len(filled)
+    assert bool(filled) == (missing < 20)
+    assert error(variant, masks, lowering=lowering) < TOLERANCE
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("norm_scope", ["full", "selected"])
+@pytest.mark.parametrize("variant", ["llama", "phi", "opt"])
+def test_extracted_features_are_gathered_ones_to_the_last_bit(variant: str, norm_scope: str, padding: str) -> None:
+    masks = half(variant, norm_scope=norm_scope)
+    options = {"padding": padding, "without": ("fill-zeros",)}
+    extracted = harness.rewritten(variant, masks, lowering="feature-extractor", **options)
+    gathered = harness.rewritten(variant, masks, lowering="inverse-gather", **options)
+    names = {place: harness.operators(extracted, place) for place in ("/read/", "/write/")}
+    assert all("ArrayFeatureExtractor" in found and "Gather" not in found for found in names.values())
+    for optimise in (False, True):
+        results = [harness.model_logits(model, optimise=optimise) for model in (extracted, gathered)]
+        np.testing.assert_array_equal(*results)
 
 
 @pytest.mark.parametrize("variant", ["llama-tied-biased", "phi", "opt"])

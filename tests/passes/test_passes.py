@@ -1,5 +1,6 @@
 """Each pass by itself: what it leaves unchanged, what it must count, and what it must refuse."""
 
+from dataclasses import replace
 from typing import Any
 
 import harness
@@ -15,11 +16,12 @@ from dispc.masks import Masks
 from dispc.passes.base import RewritePass
 from dispc.passes.common.blocks import BlockFinder
 from dispc.passes.common.unroll import UnrollPass
+from dispc.passes.lower.inverse_gather import inverse_index
 from dispc.passes.lower.lower_attention import LowerAttentionPass
-from dispc.passes.lower.lower_scatter import LowerScatterPass, inverse_index
 from dispc.passes.pipeline import build_pipeline, pipeline_line, run_pipeline
 from dispc.passes.prune.prune_blocks import PruneBlocksPass
-from dispc.plan import FUSIONS, Choices, Quantisation, make_plan
+from dispc.plan import FUSIONS, Choices, make_plan
+from dispc.quantisation import Quantisation
 from dispc.support.errors import CompileError
 from dispc.support.graph import consumers
 from dispc.validate.checks import verify
@@ -182,15 +184,6 @@ def test_a_pass_that_misses_a_rewrite_fails() -> None:
         Lazy()(harness.traced("llama"))
 
 
-def test_lowering_twice_changes_nothing_the_second_time() -> None:
-    config = harness.checkpoint("llama").config
-    model = harness.rewritten("llama", Masks.random(config, 0.5, 1), lowering="inverse-gather")
-    before = str(model)
-    assert not LowerScatterPass("inverse-gather", config.hidden_size)(model).modified
-    assert not LowerAttentionPass("right", config.head_dim)(model).modified
-    assert str(model) == before
-
-
 @given(st.integers(1, 64), st.data())
 def test_gathering_by_the_inverse_index_scatters(width: int, data: st.DataObject) -> None:
     write = np.array(sorted(data.draw(st.sets(st.integers(0, width - 1), min_size=1))))
@@ -209,8 +202,9 @@ def test_the_lowered_graph_has_one_gather_and_no_transpose_per_write() -> None:
 
 
 def test_head_sizes_that_the_kernel_does_not_take_are_refused_with_a_remedy() -> None:
+    config = harness.checkpoint("llama").config
     with pytest.raises(CompileError, match=r"multiple of 8.*--target onnx"):
-        LowerAttentionPass("right", 12)(harness.traced("llama"))
+        LowerAttentionPass("right", replace(config, head_dim=12), Masks.dense(config))(harness.traced("llama"))
 
 
 def test_the_mask_is_gone_where_the_operator_masks_by_itself() -> None:
@@ -229,7 +223,7 @@ def test_verify_each_is_quiet_over_the_whole_pipeline(variant: str, target: str,
     passes = build_pipeline(make_plan(target, Choices(lowering=lowering)), checkpoint, masks)
     run_pipeline(harness.traced(variant), passes, make_verifier(checkpoint, masks))
     assert pipeline_line(passes).startswith("unroll prune-blocks")
-    assert ("lower-scatter" in pipeline_line(passes)) == (lowering != "canonical")
+    assert ("inverse-gather" in pipeline_line(passes)) == (lowering != "canonical")
 
 
 def test_the_line_of_a_pipeline_tells_two_with_other_options_apart() -> None:
@@ -253,7 +247,7 @@ def test_verifying_does_not_keep_the_reference(monkeypatch: pytest.MonkeyPatch) 
     assert sum(parameter.numel() for parameter in held[0].parameters()) == 0
 
 
-@pytest.mark.parametrize("guilty", ["unroll", "prune-blocks", "lower-scatter", "lower-attention"])
+@pytest.mark.parametrize("guilty", ["unroll", "prune-blocks", "inverse-gather", "lower-attention"])
 def test_verify_each_names_the_pass_that_changed_the_result(guilty: str) -> None:
     checkpoint = harness.checkpoint("llama")
     masks = Masks.random(checkpoint.config, 0.5, 2)

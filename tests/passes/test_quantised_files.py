@@ -17,7 +17,7 @@ from dispc.masks import Masks
 from dispc.model.weights import LazyWeight
 from dispc.passes import quantise
 from dispc.passes.quantise import QuantisedWeight
-from dispc.plan import Quantisation
+from dispc.quantisation import Quantisation
 from dispc.runtime.session import open_session
 
 

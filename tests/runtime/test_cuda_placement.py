@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import harness
 import onnx_ir as ir
@@ -18,9 +18,11 @@ from placement import CPU, CUDA, Placement, place
 from sets import masks_of
 
 from dispc.export.trace import trace
+from dispc.lowerings import LOWERINGS
 from dispc.masks import Masks
 from dispc.passes.pipeline import build_pipeline, run_pipeline
-from dispc.plan import TARGETS, Choices, Lowering, Plan, Quantisation, make_plan
+from dispc.plan import TARGETS, Choices, Plan, make_plan
+from dispc.quantisation import Quantisation
 from dispc.runtime.placement import check_placement
 from dispc.support.errors import CompileError
 
@@ -58,13 +60,13 @@ GATHERS = {"inverse-gather": 4, "zero-filled": 3, "canonical": 2, "scatter-eleme
 
 
 def expected_operators(variant: str, plan: Plan) -> dict[str, int]:
-    block, gathered = BLOCKS[variant], plan.lowering in ("inverse-gather", "zero-filled")
+    block, name = BLOCKS[variant], plan.lowering.name
     kind = 2 if not plan.group_query else 1 if plan.padding == "left" else 0
     return {
         "GroupQueryAttention": int(plan.group_query), "Attention": int(not plan.group_query),
-        "MatMul": block.matmuls[kind], "skip-norms": block.norms if gathered else 0, "Gather": GATHERS[plan.lowering],
-        "Transpose": block.transposes if plan.lowering == "canonical" else 0,
-        "ScatterND": 2 * (plan.lowering == "canonical"), "ScatterElements": 2 * (plan.lowering == "scatter-elements"),
+        "MatMul": block.matmuls[kind], "skip-norms": block.norms if plan.lowering.adds else 0, "Gather": GATHERS[name],
+        "Transpose": block.transposes if name == "canonical" else 0,
+        "ScatterND": 2 * (name == "canonical"), "ScatterElements": 2 * (name == "scatter-elements"),
     }  # fmt: skip
 
 
@@ -77,7 +79,7 @@ def operators_of_a_block(placement: Placement) -> dict[str, int]:
 
 def plans() -> Iterator[Plan]:
     """Every dtype, padding and lowering that the target can run."""
-    for dtype, padding, lowering in product(TARGETS["onnx-cuda"].dtypes, ("right", "left"), get_args(Lowering)):
+    for dtype, padding, lowering in product(TARGETS["onnx-cuda"].dtypes, ("right", "left"), LOWERINGS):
         try:
             yield make_plan("onnx-cuda", Choices(dtype=dtype, padding=padding, lowering=lowering))
         except CompileError:
@@ -125,7 +127,7 @@ def test_every_dtype_padding_and_lowering_runs_on_cuda_with_the_operators_it_nee
     every, masks = list(plans()), masks_of(variant)
     models = [write(variant, plan, masks, tmp_path / f"{number}.onnx") for number, plan in enumerate(every)]
     for plan, placement in zip(every, place(models, cuda_stub), strict=True):
-        what = f"{plan.dtype}, {plan.padding}, {plan.lowering}"
+        what = f"{plan.dtype}, {plan.padding}, {plan.lowering.name}"
         assert_on_cuda(placement)
         assert operators_of_a_block(placement) == expected_operators(variant, plan), what
 

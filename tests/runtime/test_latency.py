@@ -14,7 +14,7 @@ from dispc.cli.judging import dense_artifact
 from dispc.compiler import CompileOptions, compile_model
 from dispc.manifest import COMPARABLE, read_manifest
 from dispc.masks import Masks
-from dispc.plan import Quantisation
+from dispc.quantisation import Quantisation
 from dispc.runtime.bound import BoundDecoder
 from dispc.runtime.latency import measure
 from dispc.runtime.profile import bytes_read, shares_buffer

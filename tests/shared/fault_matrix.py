@@ -26,7 +26,7 @@ import numpy as np
 from artifacts import artifact, failed, judged
 from fault_kinds import KINDS, Kind, NotHere, Place
 
-from dispc.plan import Quantisation
+from dispc.quantisation import Quantisation
 from dispc.reference.blocks import Blocks
 from dispc.reference.truth import Answers, Reading, Text, ask, sources
 from dispc.runtime.session import Artifact

@@ -19,11 +19,15 @@ from dispc.export.trace import trace
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.passes.pipeline import build_pipeline, run_pipeline
-from dispc.plan import Choices, Quantisation, make_plan
+from dispc.plan import Choices, make_plan
+from dispc.quantisation import Quantisation
+from dispc.reference.blocks import Blocks
 from dispc.reference.masked import apply_masks, load_reference
 from dispc.reference.quantised import quantise_reference
+from dispc.reference.truth import Text, ask
 from dispc.runtime.session import Runner, open_session
-from dispc.validate.client import Batch
+from dispc.validate.checks.parity import measure
+from dispc.validate.client import Batch, Row
 
 Array = npt.NDArray[Any]
 TOLERANCE = 1e-5
@@ -82,6 +86,32 @@ def reference_rows(
         if quantisation is not None:
             quantise_reference(model, checkpoint(variant).family, masks, quantisation, torch.float32)
     return rows_of(model, rows)
+
+
+def times_own(
+    variant: str,
+    masks: Masks,
+    rows: Sequence[Array],
+    found: Sequence[Array],
+    quantisation: Quantisation | None = None,
+    at: Sequence[int] | None = None,
+) -> float:
+    """The largest error of `found` logits [S,V], in units of what float32 costs the reference at that position.
+
+    `at` are their token indices, all where it is None. What is right stays below `DEFAULTS.error`: a norm over few
+    positions amplifies any rounding, the reference's too, so no fixed tolerance is right for every width.
+    """
+    model = copy.deepcopy(_dense_reference(variant))
+    apply_masks(model, checkpoint(variant).family, masks)
+    if quantisation is not None:
+        quantise_reference(model, checkpoint(variant).family, masks, quantisation, torch.float32)
+    texts = [Text(tuple(tokens.tolist())) for tokens in rows]
+    answers = ask(Blocks(model, checkpoint(variant).config), texts, torch.float64, "float32")
+    compared = [
+        Row(text, np.arange(len(text.tokens)) if at is None else np.array(at), {"logits": logits})
+        for text, logits in zip(texts, found, strict=True)
+    ]
+    return max(float(distance.ratio.max()) for distance in measure(compared, answers))
 
 
 def rows_of(model: Any, rows: Sequence[Array]) -> list[Array]:

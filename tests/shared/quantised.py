@@ -6,7 +6,7 @@ import harness
 import onnx_ir as ir
 
 from dispc.masks import Masks
-from dispc.plan import Quantisation
+from dispc.quantisation import Quantisation
 
 EMBEDDING = "model.embed_tokens.weight"
 

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from dispc.lowerings import LOWERINGS
 from dispc.masks import SETS, Masks, set_width
-
-LOWERINGS = ("inverse-gather", "canonical", "scatter-elements", "zero-filled")
+from dispc.plan import TARGETS
 
 
 def masks_of(variant: str) -> Masks:
@@ -17,6 +17,13 @@ def masks_of(variant: str) -> Masks:
     config = harness.checkpoint(variant).config
     nearly = {"mlp.read": np.arange(1, config.hidden_size)}
     return Masks.from_indices([block.sets() | nearly for block in Masks.random(config, 0.5, 3).blocks], config)
+
+
+def targets_of(lowering: str) -> list[str]:
+    """The targets that have a lowering, in float32."""
+    row = LOWERINGS[lowering]
+    found = TARGETS.values()
+    return [t.name for t in found if row.runs(t.provider, "float32") and (t.contrib or not row.domain)]
 
 
 def half(variant: str, seed: int = 1, **options: Any) -> Masks:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from artifacts import artifact, failed, judged
 
-from dispc.plan import Quantisation
+from dispc.quantisation import Quantisation
 from dispc.runtime.session import Artifact
 from dispc.validate import Thresholds
 from dispc.validate.checks.variants import same_bits

@@ -19,7 +19,7 @@ from sets import half
 from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
-from dispc.plan import Quantisation
+from dispc.quantisation import Quantisation
 from dispc.validate import check
 from dispc.validate.checks.facts import NAME as FACTS
 from dispc.validate.checks.files import COMPANIONS, first_difference

@@ -8,7 +8,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dispc.model.checkpoint import Checkpoint
-from dispc.plan import Quantisation
+from dispc.quantisation import Quantisation
 from dispc.reference.quantised import round_blocks
 from dispc.runtime.session import Array, Artifact, Tokens
 from dispc.support.check import Check

@@ -9,13 +9,13 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from dispc.support.check import Check
 from dispc.support.errors import first_line
-from dispc.support.graph import MICROSOFT, without_links
+from dispc.support.graph import MACHINE_LEARNING, MICROSOFT, without_links
 from dispc.support.onnx_checker import check_model
 from dispc.validate.comparison import Comparison
 
 DOMAINS = {"onnx": {""}}
 """Target -> the operator domains that its runtimes know; other targets are for ONNX Runtime."""
-ONNX_RUNTIME = {"", MICROSOFT}
+ONNX_RUNTIME = {"", MICROSOFT, MACHINE_LEARNING}
 
 
 def judge_file(comparison: Comparison) -> Iterator[Check]:

@@ -15,9 +15,9 @@ import torch
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.weights import surface_weight_errors
-from dispc.plan import Quantisation
+from dispc.quantisation import Quantisation
 from dispc.reference.masked import apply_masks, load_reference
-from dispc.reference.quantised import quantise_reference
+from dispc.reference.quantised import quantise_reference, read_integers
 from dispc.reference.truth import freed
 from dispc.runtime.session import Array, Runner, open_session
 from dispc.support.errors import CompileError
@@ -40,15 +40,18 @@ def make_verifier(
     with freed(load_reference(checkpoint, None)) as model:  # only its answers are needed while the passes run
         dense = _reference_logits(model, tokens)
         apply_masks(model, checkpoint.family, masks)
-        masked = quantised = _reference_logits(model, tokens)
-        if quantisation:
-            quantise_reference(model, checkpoint.family, masks, quantisation, torch.float32)
-            quantised = _reference_logits(model, tokens)
-    expected = dict.fromkeys(DENSE_PASSES, dense) | {QUANTISING_PASS: quantised}
+        masked = _reference_logits(model, tokens)
+    answers = {"behind": masked}  # what the passes behind the dense ones must give; quantisation changes it
 
     def verify(number: int, name: str, graph: ir.Model) -> None:
+        if name == QUANTISING_PASS and quantisation:
+            with freed(load_reference(checkpoint, masks)) as model:
+                integers = read_integers(quantisation, lambda: graph, checkpoint.family)
+                quantise_reference(model, checkpoint.family, masks, quantisation, torch.float32, integers)
+                answers["behind"] = _reference_logits(model, tokens)
         logits, positions = _run(graph, tokens)
-        error = logit_error(logits, expected.get(name, masked)[positions])
+        expected = dense if name in DENSE_PASSES else answers["behind"]
+        error = logit_error(logits, expected[positions])
         if not error <= LIMITS["float32"]:
             raise CompileError(
                 f"pass {number:02d} {name} changed the result: logits are off by {error:.2e} of their range "

@@ -1,0 +1,150 @@
+"""Which products keep 8 bits when the others get 4: by a rule that knows the widths, or by the loss that each adds."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dispc.evaluate.perplexity import text_windows
+from dispc.masks import Masks
+from dispc.model.checkpoint import Checkpoint
+from dispc.model.families import DecoderConfig
+from dispc.plan import Plan
+from dispc.quantisation import HEAD_PRODUCT, Quantisation
+from dispc.reference.integers import Part
+from dispc.reference.masked import load_reference
+from dispc.reference.quantised import products, round_weight, untie
+from dispc.support.errors import CompileError
+
+BUDGET = 0.14
+"""What 8 bits may add to the bytes of the artifact in 4 bits; its scales, norms and graph are the rest of 15 %."""
+SCALE_BYTES = 4
+WINDOW, WINDOWS, DAMAGE_WINDOWS = 512, 32, 4
+"""Tokens of a window of the text; windows that GPTQ reads, and that each product's damage is measured on."""
+Tokens = npt.NDArray[np.int64]
+Progress = Callable[[str, int, int], None]
+
+
+def settle_quantisation(
+    checkpoint: Checkpoint, masks: Masks, plan: Plan, data: str | None, progress: Progress
+) -> tuple[Plan, Tokens]:
+    """The plan with the products that keep 8 bits chosen, and the windows [N,S] of the text `data`, if it has one.
+
+    Raises:
+        DispcError: when a text is wanted and missing, given and not wanted, or cannot be read.
+    """
+    quantisation, config = plan.quantisation, checkpoint.config
+    if (quantisation is not None and quantisation.wants_text) != (data is not None):
+        wanted = "--algorithm gptq and --mixed damage"
+        raise CompileError(f"--data is for {wanted}; leave it out" if data else f"{wanted} look at a text: --data FILE")
+    windows = np.zeros((0, 0), dtype=np.int64)
+    if data is not None:
+        windows = text_windows(data, checkpoint.directory, config.max_positions, min(WINDOW, config.max_positions))
+    if quantisation is None or quantisation.mixed is None or quantisation.int8:
+        return plan, windows[:WINDOWS]
+    if quantisation.mixed == "widths":
+        chosen = by_widths(masks, config, quantisation)
+    else:
+        chosen = by_damage(checkpoint, masks, quantisation, windows[-DAMAGE_WINDOWS:], progress)
+    return replace(plan, quantisation=replace(quantisation, int8=chosen)), windows[:WINDOWS]
+
+
+def weights_of(masks: Masks, config: DecoderConfig, quantisation: Quantisation) -> dict[str, int]:
+    """The weights that are left in each product, by its name."""
+    found = {}
+    for number, block in enumerate(masks.blocks):
+        attention, mlp = block.attention, block.mlp
+        if attention.alive:
+            found[f"{number}.attention.read"] = len(attention.read) * (config.query_size + 2 * config.key_value_size)
+            found[f"{number}.attention.write"] = len(attention.write) * config.query_size
+        if mlp.alive:
+            assert mlp.mid is not None
+            found[f"{number}.mlp.read"] = len(mlp.read) * len(config.family.mlp_reads) * len(mlp.mid)
+            found[f"{number}.mlp.write"] = len(mlp.write) * len(mlp.mid)
+    if quantisation.head and not (quantisation.embedding and config.tied):  # the embedding's integers have one width
+        found[HEAD_PRODUCT] = config.vocab_size * config.hidden_size
+    return found
+
+
+def by_widths(masks: Masks, config: DecoderConfig, quantisation: Quantisation) -> tuple[str, ...]:
+    """The products that are worth most by experience, as many as the budget pays for.
+
+    What the MLPs write and what the attentions read, of the first and the last eighth of the blocks and of every third
+    block between (onnxruntime-genai's rule); then of all other blocks; smaller products first, for a narrow product
+    costs less and loses as much.
+    """
+    weights, count = weights_of(masks, config, quantisation), len(masks.blocks)
+    outer = {number for number in range(count) if number < count // 8 or number >= count - count // 8}
+    third = {number for number in range(count) if (number - count // 8) % 3 == 2}
+
+    def rank(name: str) -> tuple[bool, bool, int]:
+        number, _, side = name.partition(".")
+        first = side in ("mlp.write", "attention.read")
+        return (not first, int(number) not in outer | third, weights[name])
+
+    blocks = [name for name in weights if name != HEAD_PRODUCT]
+    return _within_budget(sorted(blocks, key=rank), weights, plain_bytes(masks, config, quantisation))
+
+
+def by_damage(
+    checkpoint: Checkpoint, masks: Masks, quantisation: Quantisation, windows: Tokens,
+    progress: Progress = lambda what, done, total: None,
+) -> tuple[str, ...]:  # fmt: skip
+    """The products whose rounding to 4 bits, alone, adds most to the loss on `windows` [N,S] for each weight."""
+    config = checkpoint.config
+    weights = weights_of(masks, config, quantisation)
+    model = load_reference(checkpoint, masks)
+    untie(model)
+    plain = replace(quantisation, mixed=None, int8=(), algorithm="rtn")
+    with torch.no_grad():
+        base, damage, parts = _loss(model, windows), {}, products(model, config.family, masks)
+        for done, name in enumerate(weights):
+            progress("measuring damage", done, len(weights))
+            with _rounded(parts[name], plain):
+                damage[name] = _loss(model, windows) - base
+    order = sorted((name for name in weights if damage[name] > 0), key=lambda name: -damage[name] / weights[name])
+    return _within_budget(order, weights, plain_bytes(masks, config, quantisation))
+
+
+def plain_bytes(masks: Masks, config: DecoderConfig, quantisation: Quantisation) -> float:
+    """Bytes of the weights with 4 bits everywhere: what the budget is a share of."""
+    each = quantisation.bits / 8 + SCALE_BYTES / quantisation.block_size
+    table, blocks = config.vocab_size * config.hidden_size, masks.kept_parameters(config)
+    apart = [quantisation.embedding, quantisation.head]
+    if config.tied and quantisation.embedding == quantisation.head:
+        del apart[0]
+    return blocks * each + sum(table * (each if quantised else 4) for quantised in apart)
+
+
+def _within_budget(order: list[str], weights: Mapping[str, int], plain: float) -> tuple[str, ...]:
+    left, chosen = BUDGET * plain, []
+    for name in order:
+        if weights[name] / 2 <= left:  # four bits more for each
+            left -= weights[name] / 2
+            chosen.append(name)
+    return tuple(sorted(chosen))
+
+
+def _loss(model: Any, windows: Tokens) -> float:
+    total = 0.0
+    for window in windows:
+        ids = torch.from_numpy(window)[None]
+        total += float(model(input_ids=ids, labels=ids, use_cache=False).loss)
+    return total / len(windows)
+
+
+@contextmanager
+def _rounded(parts: Sequence[Part], quantisation: Quantisation) -> Iterator[None]:
+    """The weights of one product, rounded within the context."""
+    kept = [part.weight.clone() for part in parts]
+    for part in parts:
+        round_weight(part.weight, part.inputs, quantisation, torch.float32)
+    try:
+        yield
+    finally:
+        for part, weight in zip(parts, kept, strict=True):
+            part.weight.copy_(weight)

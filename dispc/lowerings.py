@@ -1,0 +1,101 @@
+"""The lowerings: how an artifact reads parts of the residual stream and adds into parts of it. One row each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dispc.support.errors import CompileError
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+EVERY = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowering:
+    """One row of the table.
+
+    Args:
+        name: What `--lowering` calls it.
+        label: What it does, in a few words, for people.
+        operator: The operator it stands on, beside Gather and Add.
+        domain: That operator's domain; the empty one is what every build of ONNX Runtime has.
+        kernels: The dtypes in which ONNX Runtime runs `operator`, by provider.
+        passes: The names of the passes that make it of the canonical form, in the order of the pipeline.
+        quantised: Whether the weights may be integers.
+    """
+
+    name: str
+    label: str
+    operator: str
+    domain: str = ""
+    kernels: Mapping[str, tuple[str, ...]]
+    passes: tuple[str, ...]
+    quantised: bool = True
+
+    @property
+    def fills(self) -> bool:
+        """Whether sets that are not worth an index list become zeros in the weights."""
+        return "fill-zeros" in self.passes
+
+    @property
+    def adds(self) -> bool:
+        """Whether every write ends in an Add, which can be fused with the next norm."""
+        return "inverse-gather" in self.passes
+
+    def runs(self, provider: str, dtype: str) -> bool:
+        """Whether ONNX Runtime has the kernels."""
+        return dtype in self.kernels.get(provider, ())
+
+
+LOWERINGS: dict[str, Lowering] = {
+    row.name: row
+    for row in (
+        Lowering(
+            name="inverse-gather",
+            label="Gather, for reads and for writes",
+            operator="Gather",
+            kernels={CPU: EVERY, CUDA: EVERY},
+            passes=("inverse-gather",),
+        ),
+        Lowering(
+            name="canonical",
+            label="Gather for reads, ScatterND(add) for writes",
+            operator="ScatterND(add)",
+            kernels={CPU: ("float32",), CUDA: ("float32", "float16")},
+            passes=(),
+        ),
+        Lowering(
+            name="scatter-elements",
+            label="Gather for reads, ScatterElements(add) for writes",
+            operator="ScatterElements(add)",
+            kernels={CPU: ("float32",), CUDA: ("float32", "float16")},
+            passes=("scatter-elements",),
+        ),
+        Lowering(
+            name="zero-filled",
+            label="as inverse-gather; sets not worth an index list are zeros in the weights",
+            operator="Gather",
+            kernels={CPU: EVERY, CUDA: EVERY},
+            passes=("fill-zeros", "inverse-gather"),
+            quantised=False,
+        ),
+        Lowering(
+            name="feature-extractor",
+            label="ArrayFeatureExtractor, for reads and for writes",
+            operator="ArrayFeatureExtractor",
+            domain="ai.onnx.ml",
+            kernels={CPU: ("float32",)},
+            passes=("fill-zeros", "inverse-gather", "feature-extractor"),
+        ),
+    )
+}
+
+
+def find_lowering(name: str) -> Lowering:
+    """The row called `name`.
+
+    Raises:
+        CompileError: naming every lowering.
+    """
+    if name not in LOWERINGS:
+        raise CompileError(f"unknown lowering {name!r}; lowerings are {', '.join(LOWERINGS)}")
+    return LOWERINGS[name]

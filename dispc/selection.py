@@ -1,0 +1,121 @@
+"""Which parts of the stream are worth an index list, and which are better read and written whole: a cost model.
+
+A set of nearly everything saves little: with zeros in the weights where it keeps nothing, the product is a little
+larger and the selection goes. What pays depends on the width of the set and on the size of the products beside it, so
+it is decided set by set.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from dispc.masks import Block, Masks, SubLayer
+from dispc.model.families import DecoderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionCosts:
+    """What a selection costs and what a weight costs, in nanoseconds; `dispc compile --tune` measures them.
+
+    Args:
+        call: A selection while decoding, whatever its width.
+        element: Each element that it selects.
+        weight: Each weight that is read while decoding.
+        prompt_element: Each element selected, per token of a long prompt.
+        prompt_weight: Each weight, per token of a long prompt: one multiplication and one addition.
+    """
+
+    call: float
+    element: float
+    weight: float
+    prompt_element: float
+    prompt_weight: float
+
+    def cost(self, side: "Side", width: int) -> float:
+        """Nanoseconds of selecting, for a token read and one decoded, in a stream `width` wide.
+
+        A request reads at least as many tokens as it decodes; it is judged by one of each.
+        """
+        selected = side.width if side.name.endswith("read") else width
+        return self.call + (self.element + self.prompt_element) * selected
+
+    def saving(self, side: "Side", width: int) -> float:
+        """Nanoseconds that the weights take which the selection saves, likewise."""
+        return (self.weight + self.prompt_weight) * (width - side.width) * side.beside
+
+    def pays(self, side: "Side", width: int) -> bool:
+        """Whether to select, and not to multiply by zeros."""
+        return self.saving(side, width) > self.cost(side, width)
+
+    def reason(self, side: "Side", width: int) -> str:
+        """Why, in words."""
+        cost, saving = self.cost(side, width) / 1000, self.saving(side, width) / 1000
+        return f"{side.width} of {width}: selecting costs {cost:.1f} us of two tokens, zeros would cost {saving:.1f}"
+
+    def as_dict(self) -> dict[str, float]:
+        """As dispc.json holds it; `SelectionCosts(**...)` reads it."""
+        return asdict(self)
+
+
+DEFAULT_COSTS = SelectionCosts(call=5000.0, element=3.0, weight=0.13, prompt_element=0.5, prompt_weight=0.01)
+"""Of two cores of an AMD EPYC: 30 GB/s of weights, 0.5 ns per element in a prompt, 0.01 ns per multiplication. What a
+selection costs while decoding is assumed, between two measurements: 1.2 us by itself, and 20 us by the difference of
+whole models (docs/performance.md).
+"""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One read or write set that is neither empty nor full.
+
+    `name` is as in `SETS`; `beside` is the other dimension of the products that read the set, or write it.
+    """
+
+    block: int
+    name: str
+    width: int
+    beside: int
+
+
+def sides(masks: Masks, config: DecoderConfig) -> Iterator[Side]:
+    """The sets of living sub-layers that can be filled. A read in front of a norm (norm scope `selected`) cannot: the
+    norm is over the read set."""
+    family = config.family
+    for number, block in enumerate(masks.blocks):
+        mid = _mid(block.mlp)
+        for module, names, layer, reads, writes in (
+            (
+                "attention", family.attention_names, block.attention,
+                config.query_size + 2 * config.key_value_size, config.query_size,
+            ),
+            ("mlp", family.mlp_names, block.mlp, len(family.mlp_reads) * mid, mid),
+        ):  # fmt: skip
+            candidates = [("write", layer.write, writes)]
+            if masks.norm_scope == "full" or names.before is None:
+                candidates.append(("read", layer.read, reads))
+            for side, indices, beside in candidates if layer.alive else ():
+                if len(indices) < masks.hidden_size:
+                    yield Side(number, f"{module}.{side}", len(indices), beside)
+
+
+def sets_to_fill(masks: Masks, config: DecoderConfig, costs: SelectionCosts) -> frozenset[tuple[int, str]]:
+    """The sets, by block and name, whose selection costs more than the weights that it saves."""
+    return frozenset(
+        (side.block, side.name) for side in sides(masks, config) if not costs.pays(side, masks.hidden_size)
+    )
+
+
+def fill(masks: Masks, filled: frozenset[tuple[int, str]]) -> Masks:
+    """The masks with those sets full: what the graph reads and writes once they are zeros in the weights."""
+    everything = np.arange(masks.hidden_size, dtype=np.int64)
+    blocks = [
+        Block.from_sets({name: everything if (number, name) in filled else set_ for name, set_ in block.sets().items()})
+        for number, block in enumerate(masks.blocks)
+    ]
+    return replace(masks, blocks=tuple(blocks))
+
+
+def _mid(layer: SubLayer) -> int:
+    assert layer.mid is not None
+    return len(layer.mid)

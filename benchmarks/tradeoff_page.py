@@ -124,8 +124,8 @@ def page(rows: Sequence[Mapping[str, Any]], known: Mapping[str, Any], recovery: 
     ]  # fmt: skip
     lines += [
         "", *verdicts(rows),
-        "The recovered models were trained on WikiText-2's train split for half a million tokens, the dense model was not: "
-        "part of their advantage is that. On 48 held-out answers of the dense model itself, where it has the advantage, "
+        "The recovered models were trained on WikiText-2's train split for half a million tokens, the dense model was "
+        "not: part of their advantage is that. On 48 held-out answers of the dense model, where the advantage is its, "
         f"perplexities in float32 are {', '.join(answers)}.",
     ]  # fmt: skip
     lines += ["", "## Commands", "", "Models: `dispc recover` (docs/recovery.md).", ""]

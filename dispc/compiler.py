@@ -120,9 +120,13 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
             progress("validating", 0, 1)
             begun = time.perf_counter()
             report = check(
-                stage, options.model, quick=True, device="available", masks=stage / "masks.safetensors",
+                stage,
+                options.model,
+                quick=True,
+                device="available",
+                masks=stage / "masks.safetensors",
                 say=lambda what: progress(f"validating: {what}", 0, 1),
-            )  # fmt: skip
+            )
             manifest["validation_seconds"] = round(time.perf_counter() - begun, 3)
             named = replace(report, artifact=options.output.name, reference=options.model.resolve().name)
             manifest["validation"] = named.as_dict()

@@ -12,19 +12,41 @@ from dispc.support.inputs import read_object
 
 MANIFEST = "dispc.json"
 COPIED = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
     "chat_template.json",
-)  # fmt: skip
+)
 """Files of a model directory that an artifact has copies of, where they are there."""
 WRITTEN = (MANIFEST, "model.onnx", "model.onnx.data", "genai_config.json", "masks.safetensors", "README.md", *COPIED)
 """What an artifact may hold, beside licence files."""
 LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)[\w.-]*", re.IGNORECASE)
 FIELDS: dict[str, type] = {
-    "dispc": str, "model_type": str, "target": str, "dtype": str, "padding": str, "lowering.name": str,
-    "attention": str, "positions": int, "stop_tokens": list, "norm_scope": str, "masks_sha256": str,
-    "config_sha256": str, "block_parameters.dense": int, "block_parameters.kept": int, "bytes": int, "nodes": int,
-}  # fmt: skip
+    "dispc": str,
+    "model_type": str,
+    "target": str,
+    "dtype": str,
+    "padding": str,
+    "lowering.name": str,
+    "attention": str,
+    "positions": int,
+    "stop_tokens": list,
+    "norm_scope": str,
+    "masks_sha256": str,
+    "config_sha256": str,
+    "block_parameters.dense": int,
+    "block_parameters.kept": int,
+    "bytes": int,
+    "nodes": int,
+}
 """What every manifest holds, among others; a dot leads into an object."""
 MIB = 2**20
 

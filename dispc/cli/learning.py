@@ -27,8 +27,16 @@ Align = Annotated[int, typer.Option(min=1, help="Make every width a multiple of 
 Scope = Annotated[str, typer.Option(help="What norms see: full (the whole stream) or selected (the read set).")]
 ModelArgument = Annotated[Path, typer.Argument(help="Hugging Face model directory.")]
 EVERY_METHOD = {
-    "model", "output", "pruning_ratio", "ratio_of", "method", "norm_scope", "align", "force", "as_json",
-}  # fmt: skip
+    "model",
+    "output",
+    "pruning_ratio",
+    "ratio_of",
+    "method",
+    "norm_scope",
+    "align",
+    "force",
+    "as_json",
+}
 READING, SEEDED = {"data", "sequence_length", "device"}, {"seed"}
 """Options of the methods without learning: of all, of those that read a text, and of those that have a seed."""
 LEARNED = "disp-llm"

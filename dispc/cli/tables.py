@@ -199,9 +199,13 @@ def demo_tables(result: Mapping[str, Any]) -> list[Table]:
     for name, model in models.items():
         took = model["milliseconds_per_token"]
         figures.add_row(
-            escape(name), f"{model['bytes'] / MIB:,.0f} MiB", f"{took:.1f} ms", f"{slowest / took:.2f}x",
-            f"{model['perplexity']:.2f}", "passed" if model["passed"] else "FAILED",
-        )  # fmt: skip
+            escape(name),
+            f"{model['bytes'] / MIB:,.0f} MiB",
+            f"{took:.1f} ms",
+            f"{slowest / took:.2f}x",
+            f"{model['perplexity']:.2f}",
+            "passed" if model["passed"] else "FAILED",
+        )
         answers.add_row(escape(name), escape(model["text"].strip()))
     figures.caption = "perplexity: of answers that the dense model gives, held out of learning and recovery"
     return [figures, answers]

@@ -126,10 +126,13 @@ def _in_words(found: Perplexity, max_windows: int | None) -> str:
 
 def _head(options: EvalOptions, scorer: Scorer) -> dict[str, Any]:
     return {
-        "model": str(options.path), "masks": str(options.masks) if options.masks else None, **scorer.facts(),
+        "model": str(options.path),
+        "masks": str(options.masks) if options.masks else None,
+        **scorer.facts(),
         "versions": {"dispc": __version__, "python": platform.python_version()} | _versions(),
-        "complete": False, "perplexity": [],
-    }  # fmt: skip
+        "complete": False,
+        "perplexity": [],
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -173,10 +173,14 @@ def measure_perplexity(
     scored = len(rows) * (length - 1)
     mean = total / scored
     return Perplexity(
-        perplexity=math.inf if mean >= 700 else math.exp(mean), mean_nll=mean, windows=len(rows),
-        sequence_length=length, tokens_scored=scored, data=source_name(data),
+        perplexity=math.inf if mean >= 700 else math.exp(mean),
+        mean_nll=mean,
+        windows=len(rows),
+        sequence_length=length,
+        tokens_scored=scored,
+        data=source_name(data),
         tokens_sha256=hashlib.sha256(rows.tobytes()).hexdigest(),
-    )  # fmt: skip
+    )
 
 
 def text_windows(data: str, directory: Path, positions: int, sequence_length: int | None = None) -> Tokens:

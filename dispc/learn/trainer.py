@@ -103,7 +103,7 @@ def learn(options: LearnOptions, progress: Progress = lambda record, steps: None
 class Trainer:
     """One learning run: the gated model, the source of latents, its optimiser, and the step it is at.
 
-    `inputs` are digests of what is learned on, by name, which a checkpoint must have in common to be gone on from.
+    `inputs` are digests of what is learned on, by name: resuming requires the same inputs.
     """
 
     def __init__(

@@ -113,9 +113,11 @@ def _selections(masks: Masks, config: DecoderConfig) -> Iterator[tuple[str, tupl
         mid: Kept = (sets["mlp.mid"], middle)
         whole: Kept = (None, 0)
         for names, rows, columns in (
-            (family.attention_reads, whole, read), ((family.attention_out,), write, whole),
-            (family.mlp_reads, mid, mlp_read), ((family.down,), mlp_write, mid),
-        ):  # fmt: skip
+            (family.attention_reads, whole, read),
+            ((family.attention_out,), write, whole),
+            (family.mlp_reads, mid, mlp_read),
+            ((family.down,), mlp_write, mid),
+        ):
             for name in names:
                 for kind in ("weight", "bias"):  # a bias has rows only
                     yield f"{family.block(index)}.{name}.{kind}", (rows, columns)

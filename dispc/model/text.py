@@ -22,9 +22,14 @@ from dispc.support.files import whole
 
 Tokens = npt.NDArray[np.int32]
 LOADERS = {
-    ".txt": "text", ".raw": "text", ".tokens": "text",
-    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet",
-}  # fmt: skip
+    ".txt": "text",
+    ".raw": "text",
+    ".tokens": "text",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}
 """Suffix to what reads the file, text or a loader of `datasets`. Files with others are read as text; where there is no
 file, a name with one of these is that of a missing file, any other that of a dataset.
 """

@@ -14,11 +14,19 @@ LARGEST = 256 * 2**20
 CLASSES = frozenset(
     name + suffix
     for name in (
-        "PreTrainedTokenizer", "LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer", "CodeGenTokenizer",
-        "GemmaTokenizer", "CohereTokenizer", "GPTNeoXTokenizer", "BloomTokenizer", "NemotronTokenizer",
+        "PreTrainedTokenizer",
+        "LlamaTokenizer",
+        "GPT2Tokenizer",
+        "Qwen2Tokenizer",
+        "CodeGenTokenizer",
+        "GemmaTokenizer",
+        "CohereTokenizer",
+        "GPTNeoXTokenizer",
+        "BloomTokenizer",
+        "NemotronTokenizer",
     )
     for suffix in ("", "Fast")
-) | {"TokenizersBackend"}  # fmt: skip
+) | {"TokenizersBackend"}
 """Tokenizers of decoder models. transformers has others, which load pickles or start programs."""
 RELEASE5 = ("TokenizersBackend",)
 TEMPLATE_SECONDS, TEMPLATE_MEMORY = 10.0, 512 * 2**20

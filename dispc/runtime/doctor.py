@@ -32,9 +32,15 @@ DEVICE_REMEDIES = (
 PT_LOAD, PT_DYNAMIC, DT_NEEDED, DT_STRTAB = 1, 2, 1, 5
 """Numbers of the ELF format (man 5 elf)."""
 PACKAGES = (
-    "onnxruntime-gpu", "onnxruntime", "onnxruntime-genai-cuda", "onnxruntime-genai", "torch", "transformers", "onnx",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "onnxruntime-genai-cuda",
+    "onnxruntime-genai",
+    "torch",
+    "transformers",
+    "onnx",
     "onnx-ir",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,9 +194,11 @@ def _session() -> Finding:
     ort.set_default_logger_severity(4)
     try:
         session = ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CUDAExecutionProvider", "CPUExecutionProvider"],
+            model.SerializeToString(),
+            options,
+            providers=["CUDAExecutionProvider", "CPUExecutionProvider"],
             enable_fallback=0,  # falling back prints to standard output, and loses the reason
-        )  # fmt: skip
+        )
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         reason = cuda_reason(first_line(error))
         return Finding(name="CUDA session", ok=False, detail=reason, remedy=driver_remedy(reason))

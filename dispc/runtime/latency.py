@@ -97,9 +97,13 @@ def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provide
                 rows += time_case(loaded, kind, batch, length, options)
     copy = provider.copy_speed(options.threads)
     operators = operator_times(
-        artifact, provider, threads=options.threads, batch=max(options.batches), past=max(options.pasts),
+        artifact,
+        provider,
+        threads=options.threads,
+        batch=max(options.batches),
+        past=max(options.pasts),
         rounds=options.rounds,
-    )  # fmt: skip
+    )
     gathers = sum(entry["share"] for entry in operators if entry["operator"] in GATHERS)
     speedup = {}
     for row in rows:
@@ -109,12 +113,19 @@ def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provide
         if "bytes_per_second" in row:
             row["share_of_copy"] = row["bytes_per_second"] / copy
     return {
-        "rows": rows, "speedup": speedup, "copy_bytes_per_second": copy, "peak_bytes": peak,
-        "operators": operators, "gather_scatter_share": gathers, "provider": provider.name,
+        "rows": rows,
+        "speedup": speedup,
+        "copy_bytes_per_second": copy,
+        "peak_bytes": peak,
+        "operators": operators,
+        "gather_scatter_share": gathers,
+        "provider": provider.name,
         "threads": options.threads or os.cpu_count(),
         "threads_chosen_by": "option" if options.threads else "ONNX Runtime",
-        "rounds": options.rounds, "warmup": options.warmup, "dense": dense and str(dense),
-    }  # fmt: skip
+        "rounds": options.rounds,
+        "warmup": options.warmup,
+        "dense": dense and str(dense),
+    }
 
 
 class TimedArtifact:
@@ -195,9 +206,14 @@ def time_case(
         p50, p90, p99 = np.percentile(found[options.warmup :], (50, 90, 99))
         tokens = batch * (length if kind == "first token" else 1)
         row = {
-            "artifact": name, "name": title, "p50": float(p50), "p90": float(p90), "p99": float(p99),
-            "tokens_per_second": 1000 * tokens / float(p50), "cuda_graph": session.graph,
-        }  # fmt: skip
+            "artifact": name,
+            "name": title,
+            "p50": float(p50),
+            "p90": float(p90),
+            "p99": float(p99),
+            "tokens_per_second": 1000 * tokens / float(p50),
+            "cuda_graph": session.graph,
+        }
         if kind == "one token":
             read = session.step_bytes(batch, length)
             row |= {"bytes_per_token": read, "bytes_per_second": 1000 * read / float(p50)}

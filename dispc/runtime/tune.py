@@ -105,10 +105,11 @@ def tune(
     # Where there is nothing to fill, zero-filled is inverse-gather.
     best, reason = choose(milliseconds, default.lowering.name if default.lowering.name in plans else "inverse-gather")
     record = {
-        "blocks": list(blocks), "threads": os.cpu_count(),
+        "blocks": list(blocks),
+        "threads": os.cpu_count(),
         "device": PROVIDERS[default.target.provider].processor(),
         "milliseconds": milliseconds,
-    }  # fmt: skip
+    }
     return replace(plans[best], reason=reason), record
 
 

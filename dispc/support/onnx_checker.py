@@ -27,12 +27,14 @@ def _simplified_norm() -> Iterator[None]:
     floats = [f"tensor({name})" for name in ("float", "float16", "bfloat16", "double")]
     kinds = {"axis": OpSchema.AttrType.INT, "epsilon": OpSchema.AttrType.FLOAT, "stash_type": OpSchema.AttrType.INT}
     schema = OpSchema(
-        SIMPLIFIED_NORM, "", 1,
+        SIMPLIFIED_NORM,
+        "",
+        1,
         inputs=[OpSchema.FormalParameter("X", "T"), OpSchema.FormalParameter("scale", "T")],
         outputs=[OpSchema.FormalParameter("Y", "T")],
         type_constraints=[("T", floats, "")],
         attributes=[OpSchema.Attribute(name, kind, "", required=False) for name, kind in kinds.items()],
-    )  # fmt: skip
+    )
     onnx.defs.register_schema(schema)
     try:
         yield

@@ -56,9 +56,12 @@ class FuseGateUpPass(RewritePass):
                 continue
             packed = pack(graph, projections, f"{module}.gate_up_proj")
             split = make_node(
-                "Split", [packed], f"{scope(module)}/gate_up_proj/Split", attributes={"axis": -1, "num_outputs": 2},
+                "Split",
+                [packed],
+                f"{scope(module)}/gate_up_proj/Split",
+                attributes={"axis": -1, "num_outputs": 2},
                 outputs=2,
-            )  # fmt: skip
+            )
             behind = packed.producer()
             assert behind is not None
             graph.insert_after(behind, split)

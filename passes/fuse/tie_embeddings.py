@@ -45,9 +45,12 @@ class TieEmbeddingsPass(RewritePass):
         if self.contrib:
             name = f"{(matmul.name or '').rpartition('/')[0]}/FusedMatMul"
             fused = make_node(
-                "FusedMatMul", [matmul.inputs[0], embedding], name, domain=MICROSOFT,
+                "FusedMatMul",
+                [matmul.inputs[0], embedding],
+                name,
+                domain=MICROSOFT,
                 attributes={"transB": 1, "alpha": 1.0},
-            )  # fmt: skip
+            )
             replace_node(graph, matmul, fused)
             graph.opset_imports[MICROSOFT] = 1
         else:

@@ -69,7 +69,10 @@ def _hqq(weight: Array, quantisation: Quantisation, _: Array | None) -> Integers
 
 
 def _gptq(weight: Array, quantisation: Quantisation, hessian: Array | None) -> Integers:
-    """Column after column, the error of one spread over those that follow, by what the inputs are like."""
+    """Column after column, the error of one spread over those that follow, by what the inputs are like.
+
+    ONNX Runtime 1.31 takes the wrong triangle of the factor that says how, and spreads nothing.
+    """
     from onnxruntime.quantization.neural_compressor.weight_only import gptq
 
     if hessian is None:

@@ -32,7 +32,11 @@ class QuantisationArguments:
         bool | None, typer.Option(help="onnx-cpu: multiply in int8 (int8 weights: the default).")
     ] = None
     algorithm: Annotated[
-        str | None, typer.Option(help="How int4 weights are rounded: rtn, k_quant, hqq, or gptq.", show_default="rtn")
+        str | None,
+        typer.Option(
+            help="How int4 weights are rounded: rtn, k_quant, hqq, or gptq (as rtn in ONNX Runtime 1.31).",
+            show_default="rtn",
+        ),
     ] = None
     mixed: Annotated[
         str | None,

@@ -38,7 +38,7 @@ def test_the_page_says_who_wins_and_who_does_not(tmp_path: Path) -> None:
         "e": point(20, "int4", 5.0, 70, None),
     }  # fmt: skip
     known = {"points": points, "environment": {"cpu": "a CPU"}, "threads": 2, "past": 64, "round_count": 5}
-    report = {"dense": {"wiki.test, 16 of 1024": 22.9, "wiki.test": 21.6}}
+    report = {"dense": {"wiki.test, 16 of 1024": 22.9, "wiki.test": 21.6, "answers": 4.2}}
     tradeoff_page.write_tradeoff(known, report, tmp_path)
     page = (tmp_path / "tradeoff.md").read_text()
     assert "| dense, float32 | 22.90 | 21.60 | 20.00 | 540 |  |" in page

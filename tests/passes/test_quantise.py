@@ -26,7 +26,7 @@ from dispc.plan import Choices, make_plan
 from dispc.quantisation import BLOCK_SIZES, Quantisation, make_quantisation
 from dispc.reference.quantised import round_blocks
 from dispc.support.errors import CompileError
-from dispc.validate.checks import parity
+from dispc.validate.checks import variants
 from dispc.validate.checks.parity import DEFAULTS, LIMITS, logit_error
 from dispc.validate.checks.verify import make_verifier
 from dispc.validate.judge import check
@@ -239,7 +239,7 @@ def test_int8_activations_are_judged_by_a_limit_of_their_own(tmp_path: Path, mon
     checks = compiled("llama", tmp_path / "out", CPU_INT8)["validation"]["checks"]
     figures = {one["name"]: one["figure"] for one in checks}
     assert figures["int8 activations"] > LIMITS["float32"]
-    monkeypatch.setattr(parity, "INT8_ACTIVATIONS_LIMIT", figures["int8 activations"] * 0.99)
+    monkeypatch.setattr(variants, "INT8_ACTIVATIONS_LIMIT", figures["int8 activations"] * 0.99)
     report = check(tmp_path / "out", harness.checkpoint("llama").directory, quick=True)
     assert [one.name for one in report.checks if not one.passed] == ["int8 activations"]
 

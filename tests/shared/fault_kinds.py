@@ -17,6 +17,7 @@ MODULES = {
     "attention": ("/self_attn/", "/input_layernorm/", "/self_attn_layer_norm/"),
     "mlp": ("/mlp/", "/fc1/", "/fc2/", "/activation_fn/", "/post_attention_layernorm/", "/final_layer_norm/"),
 }
+INDICES = (ir.DataType.INT32, ir.DataType.INT64)
 PROJECTIONS = ("MatMul", "MatMulNBits")
 
 
@@ -241,7 +242,7 @@ def indices(part: str, change: Callable[[Array, int, np.random.Generator], None]
             for node in nodes(model, place, "Gather", "ArrayFeatureExtractor", "ScatterND", "ScatterElements")
             if f"/{part}/" in (node.name or "")
             for value in node.inputs
-            if value is not None and value.const_value is not None and value.dtype == ir.DataType.INT64
+            if value is not None and value.const_value is not None and value.dtype in INDICES
         ]
         value = one(found, place)
 

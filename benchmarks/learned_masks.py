@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 from common import console, dispc, run, write_result
 from machine import REPOSITORY, environment
-from results_page import write_page
+from results_page import RECOVERY, write_page
 
 from dispc.learn.estimator import OFFSET
 from dispc.masks import Masks
@@ -155,7 +155,8 @@ def zero_shot(
 @app.command()
 def table(results: ResultsOption = RESULTS) -> None:
     """Write docs/results.md from the cells that are there."""
-    write_page([json.loads(path.read_text()) for path in sorted(results.glob("*.json"))], list(METHODS))
+    cells = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    write_page(cells, list(METHODS), recovery=RECOVERY)
 
 
 def inputs(cell: Cell, data: Any) -> list[Any]:

@@ -17,7 +17,7 @@ TEXT = "python benchmarks/learning_text.py wiki.train.tokens wiki.valid.raw -o w
 Cell = dict[str, Any]
 
 
-def write_page(cells: Sequence[Cell], methods: Sequence[str], page: Path = PAGE) -> None:
+def write_page(cells: Sequence[Cell], methods: Sequence[str], page: Path = PAGE, recovery: Path | None = None) -> None:
     """A table for each way in which perplexity was measured, the zero-shot tasks, and how to repeat each cell."""
     cells = sorted(cells, key=lambda cell: ([*methods, "dense"].index(cell["method"]), cell["ratio"], cell["seed"]))
     lines = [
@@ -30,8 +30,8 @@ def write_page(cells: Sequence[Cell], methods: Sequence[str], page: Path = PAGE)
         "METHOD-RATIO-SEED.json in `benchmarks/results/learned/`, with their masks and the machines they were "
         "measured on.", "",
     ]  # fmt: skip
-    if RECOVERY.exists() and page == PAGE:
-        lines += recovery_sections(json.loads(RECOVERY.read_text()), learned_short(cells), page.parent)
+    if recovery is not None:
+        lines += recovery_sections(json.loads(recovery.read_text()), learned_short(cells), page.parent)
         lines += ["# Methods and ablations, from 307,200 tokens", ""]
     lines += how
     protocols = {protocol(text) for cell in cells for text in cell["perplexities"]}

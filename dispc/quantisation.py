@@ -80,7 +80,7 @@ class Quantisation:
 
     def as_dict(self) -> dict[str, Any]:
         """As dispc.json holds it; `Quantisation(**...)` reads it."""
-        return asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     def __str__(self) -> str:
         parts = ["blocks", *(["LM head"] if self.head else []), *(["embedding"] if self.embedding else [])]

@@ -43,15 +43,17 @@ def cuda_stub(request: pytest.FixtureRequest) -> Path:
         pytest.skip(f"no CUDA stub: {error}")
 
 
-@pytest.fixture(autouse=True)
-def costs_of_tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def costs_of_tiny_models() -> Iterator[None]:
     """Next to the products of tiny models any selection is dear; by these costs some sets are filled, as in real ones:
     those that keep about nine tenths."""
     from dispc import plan
     from dispc.selection import SelectionCosts
 
     tiny = SelectionCosts(call=0.0, element=1.0, weight=0.07, prompt_element=0.0, prompt_weight=0.0)
-    monkeypatch.setattr(plan, "DEFAULT_COSTS", tiny)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "DEFAULT_COSTS", tiny)
+        yield
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """What is judged: an artifact, loaded, and the masked reference that it must agree with."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +32,8 @@ from dispc.support.check import Check
 from dispc.support.dtypes import DTYPES, name_of
 from dispc.support.errors import ArtifactError, MasksError
 from dispc.support.version import __version__
-from dispc.validate.checks.parity import DEFAULTS, Distance, Thresholds, measure
+from dispc.validate.checks import parity
+from dispc.validate.checks.parity import Distance, Thresholds, measure
 from dispc.validate.checks.scenarios import SCENARIOS, ScenarioRun, run_scenario
 from dispc.validate.client import Client, Row
 
@@ -44,7 +45,7 @@ PACKAGES = ("torch", "transformers")
 class Options:
     """How to judge; `dispc.validate.check` says what each means."""
 
-    thresholds: Thresholds = DEFAULTS
+    thresholds: Thresholds = field(default_factory=lambda: parity.DEFAULTS)
     device: Device = "target"
     quick: bool = False
     reference_dtype: str | None = None

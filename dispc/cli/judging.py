@@ -29,7 +29,7 @@ class ThresholdArguments:
         float | None, typer.Option(help="Logit error, in units of the dtype's own.", show_default="4")
     ] = None
     max_kl: Annotated[
-        float | None, typer.Option(help="KL divergence, in units of the dtype's own.", show_default="4")
+        float | None, typer.Option(help="KL divergence, in units of the dtype's own.", show_default="16")
     ] = None
     max_top1: Annotated[
         float | None, typer.Option(help="Share of other top tokens beyond ties.", show_default="0.01")

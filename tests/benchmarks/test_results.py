@@ -110,7 +110,7 @@ def test_the_five_tasks_are_measured_and_shown_beside_the_perplexities(tmp_path:
 
 def test_the_page_in_the_repository_is_that_of_its_cells(tmp_path: Path) -> None:
     cells = [json.loads(path.read_text()) for path in sorted(learned_masks.RESULTS.glob("*.json"))]
-    write_page(cells, list(learned_masks.METHODS), tmp_path / "page.md")
+    write_page(cells, list(learned_masks.METHODS), tmp_path / "page.md", results_page.RECOVERY)
     assert (tmp_path / "page.md").read_text() == results_page.PAGE.read_text()
 
 

@@ -51,9 +51,9 @@ def test_options_that_would_do_nothing_are_refused(options: list[object], says: 
 
 def test_whatever_goes_wrong_is_in_the_reports_and_exit_code_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good, _, model = originals()
-    monkeypatch.setattr("dispc.validate.comparison.run_scenario", Mock(side_effect=StopIteration))
+    monkeypatch.setattr("dispc.validate.comparison.run_scenario", Mock(side_effect=ZeroDivisionError))
     outcome = command.run("validate", good, "-r", model, "--junit", tmp_path / "j", "--markdown", tmp_path / "m")
-    assert outcome.code == 2 and len(outcome.err.splitlines()) == 1 and "unexpected StopIteration" in outcome.err
+    assert outcome.code == 2 and len(outcome.err.splitlines()) == 1 and "unexpected ZeroDivisionError" in outcome.err
     assert ElementTree.parse(tmp_path / "j").find(".//error") is not None
     assert "could not run" in (tmp_path / "m").read_text()
 

@@ -16,7 +16,8 @@ from dispc.reference.masked import load_reference
 
 pytestmark = [pytest.mark.extras, pytest.mark.xdist_group("further-families")]
 ONE_EACH = [variant for variant in tiny.FURTHER if variant not in ("granite-tied", "gpt-neox-sequential")]
-KNOWN_TO_OPTIMUM = ("granite", "smollm3", "phi3", "gpt-neox", "gemma", "olmo2")
+KNOWN_TO_OPTIMUM = ("gpt-neox", "gemma")
+"""Of granite, smollm3, phi3 and olmo2 it takes the head size for hidden size over heads, which tiny ones lack."""
 PROMPT, STEPS = harness.TOKENS[:6], 12
 
 

@@ -71,7 +71,10 @@ def chat_tokens(tokenizer: Any, prompt: str) -> list[int]:
 def test_float16_and_bfloat16_artifacts_of_real_weights_pass(model: Path, masks: Path, tmp_path: Path) -> None:
     for dtype in ("float16", "bfloat16"):
         out = tmp_path / dtype
-        options = CompileOptions(model=model, masks=masks, output=out, target="onnx-cuda", dtype=dtype, padding="right")
+        options = CompileOptions(
+            model=model, masks=masks, output=out, target="onnx-cuda", dtype=dtype, padding="right",
+            align=1,
+        )  # fmt: skip
         assert compile_model(options)["validation"]["passed"]
         assert abs(size_over_kept(out, model, 2) - 1) < 0.01
 
@@ -94,12 +97,16 @@ def test_every_example_says_what_dispc_says(example: str, artifact: Path) -> Non
 
 
 def test_the_licence_that_the_gguf_names_reaches_the_artifacts_card(artifact: Path) -> None:
-    assert (artifact / "README.md").read_text(encoding="utf-8").startswith("---\nlicense: apache-2.0\n")
+    front_matter = (artifact / "README.md").read_text(encoding="utf-8").split("---\n")[1]
+    assert "license: apache-2.0\n" in front_matter
 
 
-@pytest.mark.parametrize("artifact", ["right", "left"], indirect=True)
-def test_an_artifact_is_as_large_as_what_it_keeps(artifact: Path, model: Path) -> None:
-    assert abs(size_over_kept(artifact, model, 4) - 1) < 0.01
+def test_an_artifact_without_filled_sets_is_as_large_as_what_it_keeps(model: Path, masks: Path, tmp_path: Path) -> None:
+    options = CompileOptions(
+        model=model, masks=masks, output=tmp_path / "out", target="onnx-cpu", without=("fill-zeros",), validate=False
+    )
+    compile_model(options)
+    assert abs(size_over_kept(tmp_path / "out", model, 4) - 1) < 0.01
 
 
 @pytest.mark.parametrize("artifact", ["left"], indirect=True)

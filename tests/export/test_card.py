@@ -182,7 +182,7 @@ def model_with(directory: Path, **files: str | bytes) -> Path:
     ],
 )
 def test_the_licence_is_that_of_the_base_model(files: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
-    matter = front_matter(model_with(tmp_path, **files))
+    matter = front_matter(model_with(tmp_path, **files)).to_dict()
     assert {
         key: matter[key] for key in ("license", "license_name", "license_link", "language") if key in matter
     } == expected
@@ -207,7 +207,7 @@ def test_the_base_model_is_named_where_the_hubs_cache_names_it(tmp_path: Path) -
     snapshot = tmp_path / "models--HuggingFaceTB--SmolLM2-135M" / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)
     assert front_matter(snapshot)["base_model"] == "HuggingFaceTB/SmolLM2-135M"
-    assert "base_model" not in front_matter(snapshot.parent)
+    assert "base_model" not in front_matter(snapshot.parent).to_dict()
 
 
 # The code

@@ -202,7 +202,7 @@ def test_what_cannot_be_generated_is_refused(name: str, prompt: str, says: str, 
     [
         ("tokenizer.json", "{}", "no tokenizer that transformers can load"),
         ("tokenizer.json", "nonsense", "no tokenizer that transformers can load"),
-        ("tokenizer_config.json", "nonsense", "no tokenizer that transformers can load"),
+        ("tokenizer_config.json", "nonsense", "is not valid JSON"),
         ("chat_template.jinja", "{{ messages[0", "the chat template fails"),
         ("chat_template.jinja", "{{ raise_exception('no') }}", "the chat template fails"),
         ("model.onnx.data", "", "cannot load"),

@@ -122,7 +122,7 @@ def test_the_dense_artifact_built_for_comparison_differs_in_its_masks_alone(
         theirs = read_manifest(path)
         with dense_artifact(tmp_path / "out", checkpoint.directory, path, False) as named:
             assert named == path
-    assert all(ours[name] == theirs[name] for name in COMPARABLE)
+    assert {name: ours[name] for name in COMPARABLE} == {name: theirs[name] for name in COMPARABLE}
     assert theirs["block_parameters"]["kept"] == theirs["block_parameters"]["dense"] > ours["block_parameters"]["kept"]
 
 

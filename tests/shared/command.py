@@ -59,6 +59,6 @@ def assert_refused(place: Path, *arguments: object, says: tuple[str, ...] = (), 
     assert outcome.code == code, outcome
     assert len(lines) == 1 and lines[0].startswith("error: "), outcome.err
     for phrase in says:
-        assert phrase in lines[0]
+        assert phrase in lines[0], lines[0]
     assert outcome.out == ""
     assert fingerprint(place) == before

@@ -31,10 +31,11 @@ class Thresholds:
 
     `error` and `kl` are factors of what the dtype itself costs, `top1` and `greedy` shares of positions at which
     another token is chosen for more than a tie within the error budget, `perplexity` a relative difference.
+    A divergence grows with the square of the error behind it, so its factor is the square of the other.
     """
 
     error: float = 4.0
-    kl: float = 4.0
+    kl: float = 16.0
     top1: float = 0.01
     greedy: float = 0.0
     perplexity: float = 0.01

@@ -1,11 +1,13 @@
 """The tokenizer of a model directory, or of an artifact, which has a copy of it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dispc.support.errors import DataError, DispcError, first_line
 from dispc.support.inputs import read_object, regular
 from dispc.support.limits import limited
+from dispc.support.printable import printable
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """One of these holds the words of a tokenizer."""
@@ -55,11 +57,23 @@ def load_tokenizer(directory: Path) -> Any:
         raise DataError(f"{directory}: no tokenizer that transformers can load ({reason})") from error
 
 
+def _keys(value: object) -> Iterator[str]:
+    """Every key of a JSON value."""
+    if isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _keys(item)
+
+
 def _check(path: Path) -> None:
     """Raise DataError for a class that is not known to be harmless, and for what the installed release cannot read."""
     import transformers
 
     told = read_object(path, DataError)
+    if odd := next((key for key in _keys(told) if printable(key) != key), None):
+        raise DataError(f"{path}: the key {printable(odd)} holds control characters; tokenizers would print them")
     kind = told.get("tokenizer_class")
     if kind is not None and kind not in CLASSES:
         raise DataError(f"{path}: tokenizer_class is {kind!r}; dispc loads those of decoder models only")

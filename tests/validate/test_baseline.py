@@ -124,10 +124,14 @@ def test_worse_than_nothing_is_measured_by_the_limit(share: float, failing: list
     assert regressions(compare(report(share), older(report(0.0).as_dict()), 0.05)) == failing
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"checks": 1}'])
-def test_what_is_no_report_cannot_be_a_baseline(content: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("{", "is not valid JSON"), ("[]", "a JSON object is expected"), ("{}", "is no report"),
+     ('{"checks": 1}', "is no report")],
+)  # fmt: skip
+def test_what_is_no_report_cannot_be_a_baseline(content: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(content)
-    with pytest.raises(ArtifactError, match=r"x\.json: is no report"):
+    with pytest.raises(ArtifactError, match=rf"x\.json: {says}"):
         read_report(tmp_path / "x.json")
     with pytest.raises(ArtifactError, match="no such report"):
         read_report(tmp_path / "lost.json")

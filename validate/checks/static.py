@@ -8,7 +8,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from dispc.support.check import Check
-from dispc.support.errors import first_line
+from dispc.support.errors import ArtifactError, first_line
 from dispc.support.graph import MACHINE_LEARNING, MICROSOFT, without_links
 from dispc.support.onnx_checker import check_model
 from dispc.validate.comparison import Comparison
@@ -28,7 +28,7 @@ def check_file(path: Path, target: str) -> Check:
         with without_links(path) as plain:
             check_model(plain)
         model = onnx.load(path, load_external_data=False)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, DecodeError) as error:
+    except (ArtifactError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError, DecodeError) as error:
         return Check.failed("onnx.checker", "static", f"refuses the model: {first_line(error)}")
     operators = Counter(f"{node.domain}.{node.op_type}".removeprefix(".") for node in model.graph.node)
     opsets = {entry.domain: entry.version for entry in model.opset_import}

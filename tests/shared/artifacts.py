@@ -15,8 +15,10 @@ from dispc.validate import Report, check
 @functools.cache
 def artifact(variant: str = "phi", target: str = "onnx-cpu", **options: Any) -> Path:
     checkpoint = harness.checkpoint(variant)
-    name = "-".join((variant, target, *map(str, options.values())))
+    name = "-".join((variant, target, *(f"{key}-{value}" for key, value in sorted(options.items()))))
     path = harness.scratch() / "artifacts" / name
+    if path.is_dir():  # made already, by a call that spells the same options in another way
+        return path
     options = {"lowering": "inverse-gather"} | options  # the one that faults are planted into, unless a test says more
     masks = Masks.random(checkpoint.config, 0.5, 4)
     if options.pop("norm_scope", "full") == "selected":

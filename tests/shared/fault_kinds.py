@@ -265,10 +265,13 @@ def swap_indices(a: Array, width: int, rng: np.random.Generator) -> None:
 
 
 def another_index(a: Array, width: int, rng: np.random.Generator) -> None:
-    unused = np.setdiff1d(np.arange(width), a)
-    if not len(unused):
+    """One that the list does not have; in a list that has them all, one of the others."""
+    place = rng.integers(len(a))
+    others = np.setdiff1d(np.arange(width), a)
+    others = others if len(others) else np.setdiff1d(a, a[place])
+    if not len(others):
         raise NotHere
-    a[rng.integers(len(a))] = rng.choice(unused)
+    a[place] = rng.choice(others)
 
 
 def roll_indices(a: Array, width: int, rng: np.random.Generator) -> None:

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -204,5 +203,6 @@ def test_our_loading_gives_the_model_of_transformers(variant: str) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in ours.named_parameters())
     ids = torch.from_numpy(harness.TOKENS)[None]
     with torch.no_grad():
-        difference = (ours(input_ids=ids).logits - theirs(input_ids=ids).logits).abs().max()
-    assert math.isclose(float(difference), 0.0, abs_tol=1e-6)
+        expected_logits, logits = theirs(input_ids=ids).logits, ours(input_ids=ids).logits
+    # equal but for the order of sums, which BLAS libraries choose by CPU and by how the tensors lie in memory
+    assert float((logits - expected_logits).abs().max()) <= 1e-4 * float(expected_logits.abs().max())

@@ -247,7 +247,7 @@ def test_what_a_family_needs_is_missed_when_it_is_not_there(variant: str, fault:
         ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual"),
         ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-        ("gemma3_text", {"_sliding_window_pattern": 4}, "_sliding_window_pattern"),
+        ("gemma3_text", {"_sliding_window_pattern": 4}, "sliding_window_pattern"),
         ("phi3", {"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "longrope"),
         ("phi3", {"rope_scaling": {"type": "su", "long_factor": [1.0]}}, "longrope"),
         ("starcoder2", {"norm_type": "rms"}, "norm_type"),

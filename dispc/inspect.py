@@ -12,8 +12,9 @@ from dispc.manifest import MANIFEST, read_manifest, summary
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.published import open_checkpoint
 from dispc.support.dtypes import name_of
-from dispc.support.errors import DispcError
+from dispc.support.errors import ArtifactError, DispcError
 from dispc.support.graph import read_graph
+from dispc.support.inputs import read_object
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -61,13 +62,9 @@ def _artifact(path: Path) -> dict[str, Any]:
     widths, full = _widths(Masks.load(path / "masks.safetensors"))
     graph = read_graph(path / "model.onnx")
     operators = Counter(f"{node.domain}.{node.op_type}".removeprefix(".") for node in graph.node)
-    validation = manifest.get("validation")
-    facts = {
-        "model": manifest["model_type"],
-        "target": f"{manifest['target']}, {manifest['dtype']}",
-    } | summary(manifest)
-    facts["validation"] = "not run" if validation is None else "passed" if validation["passed"] else "failed"
-    facts["compiled by"] = f"dispc {manifest['dispc']}"
+    facts = {"model": manifest.model_type, "target": f"{manifest.target}, {manifest.dtype}"} | summary(manifest)
+    facts["validation"] = {None: "not run", True: "passed", False: "failed"}[manifest.passed]
+    facts["compiled by"] = f"dispc {manifest.dispc}"
     return {
         "kind": "artifact",
         "facts": facts,
@@ -75,7 +72,7 @@ def _artifact(path: Path) -> dict[str, Any]:
         "full_widths": full,
         "operators": dict(operators.most_common()),
         "block_operators": _block_operators(graph, len(widths)),
-        "manifest": manifest,
+        "manifest": read_object(path / MANIFEST, ArtifactError),
     }
 
 

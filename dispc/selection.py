@@ -6,7 +6,7 @@ it is decided set by set.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,10 +52,6 @@ class SelectionCosts:
         """Why, in words."""
         cost, saving = self.cost(side, width) / 1000, self.saving(side, width) / 1000
         return f"{side.width} of {width}: selecting costs {cost:.1f} us of two tokens, zeros would cost {saving:.1f}"
-
-    def as_dict(self) -> dict[str, float]:
-        """As dispc.json holds it; `SelectionCosts(**...)` reads it."""
-        return asdict(self)
 
 
 DEFAULT_COSTS = SelectionCosts(call=5000.0, element=3.0, weight=0.13, prompt_element=0.5, prompt_weight=0.01)

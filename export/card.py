@@ -11,11 +11,10 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from dispc.manifest import LICENCE_FILES, needed_versions
+from dispc.manifest import LICENCE_FILES, Manifest
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.plan import TARGETS
-from dispc.quantisation import Quantisation
 from dispc.support.errors import DispcError
 from dispc.support.files import write_text
 from dispc.support.inputs import JSON_BYTES, regular
@@ -99,9 +98,7 @@ OPTIMUM_FIX = (
 )
 
 
-def write_card(
-    checkpoint: Checkpoint, masks: Masks, manifest: Mapping[str, Any], genai_build: str, directory: Path
-) -> None:
+def write_card(checkpoint: Checkpoint, masks: Masks, manifest: Manifest, genai_build: str, directory: Path) -> None:
     """Write README.md into an artifact whose `manifest` is complete, and copy the base model's licence files.
 
     `genai_build` says which build of onnxruntime-genai it needs, empty for any.
@@ -110,44 +107,43 @@ def write_card(
     for file in licence_files(model):
         shutil.copyfile(model / file, directory / file)
     name = hub_name(model) or model.resolve().name
-    provider = TARGETS[manifest["target"]].provider
-    blocks = manifest["block_parameters"]
-    share = f"{100 * blocks['kept'] / blocks['dense']:.1f} %"
+    provider = TARGETS[manifest.target].provider
+    blocks = manifest.block_parameters
     pruned = (
         f"Pruned in the way of {PAPER}: every attention and MLP reads from, works in and adds into its own subset of "
-        f"dimensions. {share} of the block parameters are kept."
+        f"dimensions. {blocks.share} of the block parameters are kept."
     )
     facts = {
         "base model": name,
-        "family": manifest["model_type"],
-        "target": f"{manifest['target']} ({provider})",
-        "dtype": manifest["dtype"],
-        "batches are padded on the": manifest["padding"],
-        "attention": manifest["attention"],
-        "positions": f"{manifest['positions']:,}",
-        "block parameters kept": f"{blocks['kept']:,} of {blocks['dense']:,} ({share})",
-        "size of model.onnx and its data": f"{manifest['bytes']:,} bytes",
-        "runs in": needed_versions(manifest),
+        "family": manifest.model_type,
+        "target": f"{manifest.target} ({provider})",
+        "dtype": manifest.dtype,
+        "batches are padded on the": manifest.padding,
+        "attention": manifest.attention,
+        "positions": f"{manifest.positions:,}",
+        "block parameters kept": f"{blocks.kept:,} of {blocks.dense:,} ({blocks.share})",
+        "size of model.onnx and its data": f"{manifest.bytes:,} bytes",
+        "runs in": str(manifest.needs),
     }
-    if manifest["quantisation"]:
-        facts["quantised"] = str(Quantisation(**manifest["quantisation"]))
+    if manifest.quantisation:
+        facts["quantised"] = str(manifest.quantisation)
     full = [f"{part} of {set_width(part, config.hidden_size, config.intermediate_size)}" for part in SETS]
-    widths = ((str(i), *(str(row[part]) for part in SETS)) for i, row in enumerate(manifest["widths"]))
+    widths = ((str(i), *(str(row[part]) for part in SETS)) for i, row in enumerate(manifest.widths))
     usual_heads = config.head_dim == config.hidden_size // config.num_attention_heads
     text = CARD.format(
         front_matter=front_matter(model).to_yaml(),
-        title=f"{_cell(name)}, {manifest['target']}, {manifest['dtype']}",
+        title=f"{_cell(name)}, {manifest.target}, {manifest.dtype}",
         name=_cell(name),
-        dispc=manifest["dispc"],
-        pruned=pruned if blocks["kept"] < blocks["dense"] else "Nothing is pruned.",
+        dispc=manifest.dispc,
+        pruned=pruned if blocks.kept < blocks.dense else "Nothing is pruned.",
         facts=_table(("", ""), facts.items()),
         provider=provider,
-        padding=manifest["padding"],
-        optimum_batches=OPTIMUM_BATCHES[manifest["padding"]],
+        padding=manifest.padding,
+        optimum_batches=OPTIMUM_BATCHES[manifest.padding],
         genai_build=f" ({genai_build})" if genai_build else "",
         optimum_fix="" if usual_heads else OPTIMUM_FIX.format(size=config.head_dim),
         masks=_masks(masks),
-        parity=_parity(manifest.get("validation")),
+        parity=_parity(manifest.validation),
         widths=_table(("block", *full), widths),
         licence=_licence(model),
     )

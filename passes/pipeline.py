@@ -3,11 +3,11 @@
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import onnx_ir as ir
 
+from dispc.manifest import PassRecord
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.passes.base import RewritePass
@@ -31,23 +31,6 @@ from dispc.passes.prune.prune_blocks import PruneBlocksPass
 from dispc.passes.quantise import QuantisePass
 from dispc.plan import Plan
 from dispc.selection import fill, sets_to_fill
-
-
-@dataclass(frozen=True, kw_only=True)
-class PassRecord:
-    """What one pass was told and did: its options, rewrites made, nodes, seconds; what it left as it was, and why."""
-
-    name: str
-    options: dict[str, str | int | bool]
-    rewrites: int
-    nodes_before: int
-    nodes_after: int
-    seconds: float
-    left: tuple[str, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """As dispc.json holds it, without what was left."""
-        return {name: value for name, value in asdict(self).items() if name != "left"}
 
 
 def build_pipeline(

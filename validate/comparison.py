@@ -10,12 +10,11 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from dispc.evaluate.perplexity import ArtifactScorer, Perplexity, TorchScorer, measure_perplexity, text_windows
-from dispc.manifest import read_manifest
+from dispc.manifest import Manifest, read_manifest
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
 from dispc.plan import TARGETS
-from dispc.quantisation import Quantisation
 from dispc.reference.blocks import Blocks, read_lazily
 from dispc.reference.masked import load_reference
 from dispc.reference.quantised import match_quantisation, quantise_block, quantise_tables, read_integers
@@ -94,12 +93,12 @@ class Comparison:
         return self.artifact.directory
 
     @property
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         return self.artifact.manifest
 
     @property
     def target(self) -> str:
-        return str(self.manifest["target"])
+        return self.manifest.target
 
     @cached_property
     def meant_masks(self) -> tuple[Masks | None, str]:
@@ -155,7 +154,7 @@ class Comparison:
         found = {"artifact": measured(ArtifactScorer.of(self.artifact))}
         with freed(self.load()) as model:
             found["reference"] = measured(TorchScorer.of(model, place, positions))
-        if self.manifest.get("quantisation"):
+        if self.manifest.quantisation:
             with freed(load_reference(self.checkpoint, self.masks)) as model:
                 found["unquantised"] = measured(TorchScorer.of(model, place, positions))
         return found
@@ -197,8 +196,7 @@ class Comparison:
 
     def blocks(self) -> Blocks:
         """The same as `load`, each block read when it is needed."""
-        quantisation, dtype = self.manifest.get("quantisation"), DTYPES[self.artifact.dtype].torch
-        options = Quantisation(**quantisation) if quantisation else None
+        options, dtype = self.manifest.quantisation, DTYPES[self.artifact.dtype].torch
         integers = read_integers(options, self._graph, self.checkpoint.family) if options else None
 
         def as_stored(part: Any, index: int | None) -> None:
@@ -236,14 +234,14 @@ class Comparison:
         precision = "weights widened to float32" if artifact.widened else f"{artifact.dtype} as is"
         return {
             "artifact": str(artifact.directory), "reference": str(self.checkpoint.directory), "target": self.target,
-            "dtype": artifact.dtype, "padding": artifact.padding, "lowering": self.manifest["lowering"]["name"],
+            "dtype": artifact.dtype, "padding": artifact.padding, "lowering": self.manifest.lowering.name,
             "judged_on": f"{artifact.provider}{self.remark}, {precision}",
             "truth": f"reference in {name_of(self.truth)}"
                      + (f" with weights rounded to {artifact.dtype}" if artifact.widened else ""),
             "device": artifact.provider.processor(),
             "versions": {"dispc": __version__} | {build.name: build.version for build in builds()}
                         | {name: version(name) for name in PACKAGES},
-            "bytes": self.manifest["bytes"],
+            "bytes": self.manifest.bytes,
             "widths": tuple({name: len(v) for name, v in block.sets().items()} for block in masks.blocks),
             "full_widths": {name: set_width(name, masks.hidden_size, masks.intermediate_size) for name in SETS},
         }  # fmt: skip
@@ -263,9 +261,9 @@ def own_masks(artifact: Artifact, checkpoint: Checkpoint) -> Masks:
         raise ArtifactError(f"{directory}: was not compiled from {reference}, or not by dispc: {why}")
     masks = Masks.load(directory / "masks.safetensors")
     masks.check(checkpoint.config, directory / "masks.safetensors")
-    if masks.sha256() != artifact.manifest["masks_sha256"]:
+    if masks.sha256() != artifact.manifest.masks_sha256:
         raise MasksError(f"{directory}: masks.safetensors is not the file that the artifact was compiled with")
-    if checkpoint.config_sha256 != artifact.manifest["config_sha256"]:
+    if checkpoint.config_sha256 != artifact.manifest.config_sha256:
         raise ArtifactError(f"{directory}: was not compiled from {reference} (config.json differs)")
     return masks
 
@@ -276,7 +274,7 @@ def choose_provider(artifact: Path, device: Device) -> tuple[Provider, str]:
     Raises:
         ArtifactError: when the target's provider does not load here and the CPU was not asked for.
     """
-    name = read_manifest(artifact)["target"]
+    name = read_manifest(artifact).target
     target = TARGETS.get(name)
     if target is None:
         raise ArtifactError(f"{artifact}: is for the target {name}, which this dispc does not know")

@@ -165,15 +165,15 @@ def compile(arguments: CompileArguments, as_json: JsonFlag = False) -> None:
         print_error(str(failure))
         raise typer.Exit(1) from failure
     if as_json:
-        print_json(manifest | {"output": str(options.output)})
+        print_json(manifest.to_json() | {"output": str(options.output)})
         return
     for table in compile_tables(manifest):
         out.print(table)
-    if "validation" in manifest:
-        out.print(check_lines(manifest["validation"]))
-    for note in manifest["notes"]:
+    if manifest.validation is not None:
+        out.print(check_lines(manifest.validation))
+    for note in manifest.notes:
         out.print(f"[yellow]note:[/yellow] {escape(note)}", highlight=False)
-    times = f"compiled in {manifest['compile_seconds']:.1f} s"
-    if "validation_seconds" in manifest:
-        times += f", validated in {manifest['validation_seconds']:.1f} s"
+    times = f"compiled in {manifest.compile_seconds:.1f} s"
+    if manifest.validation_seconds is not None:
+        times += f", validated in {manifest.validation_seconds:.1f} s"
     out.print(f"[bold]{escape(str(options.output))}[/bold] {times}")

@@ -290,7 +290,15 @@ def dense_artifact(artifact: Path, reference: Path, dense: Path | None, build: b
     manifest = read_manifest(artifact)
     with TemporaryDirectory(prefix="dispc-dense-") as scratch:
         path = Path(scratch) / "dense"
-        compile_model(CompileOptions(model=reference, output=path, dense=True, validate=False, **choices_of(manifest)))
+        options = CompileOptions(
+            model=reference,
+            output=path,
+            target=manifest.target,
+            dense=True,
+            validate=False,
+            **vars(choices_of(manifest)),
+        )
+        compile_model(options)
         yield path
 
 

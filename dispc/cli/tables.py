@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,6 +23,9 @@ from rich.text import Text
 from dispc.cli.heartbeat import heartbeat
 from dispc.support.files import json_text
 from dispc.support.printable import printable
+
+if TYPE_CHECKING:
+    from dispc.manifest import Manifest
 
 MIB = 2**20
 
@@ -126,26 +129,23 @@ def eval_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def compile_tables(manifest: Mapping[str, Any]) -> list[Table]:
+def compile_tables(manifest: "Manifest") -> list[Table]:
     """The passes, and what came out."""
-    from dispc.manifest import spell_pass, summary
+    from dispc.manifest import summary
 
-    passes = Table(
-        title=f"{manifest['model_type']} for {manifest['target']}, {manifest['dtype']}", title_justify="left"
-    )
+    passes = Table(title=f"{manifest.model_type} for {manifest.target}, {manifest.dtype}", title_justify="left")
     for column in ("pass", "rewrites", "nodes before", "nodes after", "seconds"):
         passes.add_column(column, justify="left" if column == "pass" else "right")
-    for record in manifest["passes"]:
-        name = spell_pass(record["name"], record["options"])
-        counts = (str(record[key]) for key in ("rewrites", "nodes_before", "nodes_after"))
-        passes.add_row(escape(name), *counts, f"{record['seconds']:.3f}")
+    for record in manifest.passes:
+        counts = map(str, (record.rewrites, record.nodes_before, record.nodes_after))
+        passes.add_row(escape(str(record)), *counts, f"{record.seconds:.3f}")
     tables = [passes, facts_table(summary(manifest))]
-    if tuned := manifest["lowering"].get("tuned"):
-        blocks = ", ".join(map(str, tuned["blocks"]))
-        times = Table(title=f"blocks {blocks} on {escape(tuned['device'])}", title_justify="left")
+    if tuned := manifest.lowering.tuned:
+        blocks = ", ".join(map(str, tuned.blocks))
+        times = Table(title=f"blocks {blocks} on {escape(tuned.device)}", title_justify="left")
         for column in ("lowering", "one token, ms", "first token, ms"):
             times.add_column(column, justify="left" if column == "lowering" else "right")
-        for name, found in tuned["milliseconds"].items():
+        for name, found in tuned.milliseconds.items():
             times.add_row(name, f"{found['one_token']:.3f}", f"{found['first_token']:.2f}")
         tables.append(times)
     return tables

@@ -79,9 +79,9 @@ def run_demo(directory: Path | None, prompt: str, say: Say, pruning_ratio: float
         models[name] = asdict(
             Figures(
                 artifact=str(artifact),
-                block_parameters=manifest["block_parameters"]["kept"],
-                bytes=manifest["bytes"],
-                passed=manifest["validation"]["passed"],
+                block_parameters=manifest.block_parameters.kept,
+                bytes=manifest.bytes,
+                passed=manifest.passed is True,
                 milliseconds_per_token=milliseconds[name],
                 perplexity=answers_perplexity(artifact),
                 text="".join(generate_text(artifact, prompt, 64, Sampler())),
@@ -130,8 +130,8 @@ def _same(artifact: Path, options: CompileOptions) -> bool:
     checkpoint = open_checkpoint(options.model)
     masks = load_masks(checkpoint, options)
     passes = [one.name for one in build_pipeline(make_plan(options.target, options), checkpoint, masks)]
-    made = [record["name"] for record in manifest.get("passes", [])]
-    return (manifest["dispc"], manifest["masks_sha256"], made) == (__version__, masks.sha256(), passes)
+    made = [record.name for record in manifest.passes]
+    return (manifest.dispc, manifest.masks_sha256, made) == (__version__, masks.sha256(), passes)
 
 
 def answers_perplexity(artifact: Path) -> float:

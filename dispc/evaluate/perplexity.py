@@ -123,7 +123,7 @@ def _provider(artifact: Path, device: str) -> Provider:
     if device not in by_device:
         raise DataError(f"--device {device}: an artifact runs on {' or '.join(by_device)}")
     provider = by_device[device]
-    target = TARGETS.get(read_manifest(artifact)["target"])
+    target = TARGETS.get(read_manifest(artifact).target)
     if target and target.contrib and target.provider != provider.name and not provider.fallback:
         raise DataError(
             f"{artifact}: is for {PROVIDERS[target.provider].title} (target {target.name}); leave out --device {device}"

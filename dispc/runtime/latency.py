@@ -175,9 +175,7 @@ def _graphs(path: Path, provider: Provider) -> tuple[bool, ...]:
         return (False,)
     from dispc.manifest import read_manifest
 
-    manifest = read_manifest(path)
-    can = manifest["padding"] == "right" and manifest["attention"] == "GroupQueryAttention"
-    return (False, True) if can else (False,)
+    return (False, True) if read_manifest(path).shares_buffer else (False,)
 
 
 def time_case(

@@ -108,7 +108,7 @@ def shape_arithmetic(model: ir.Model) -> set[str]:
 
 def judge_placement(artifact: Artifact) -> tuple[Placement | None, Check]:
     """Where the nodes of a loaded artifact are, and whether they may be there."""
-    target = TARGETS.get(artifact.manifest["target"])
+    target = TARGETS.get(artifact.manifest.target)
     wanted = PROVIDERS[target.provider] if target else artifact.provider
     if artifact.widened or wanted != artifact.provider:
         reason = f"judged on {artifact.provider}; the target's is {wanted}"

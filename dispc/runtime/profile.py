@@ -67,4 +67,4 @@ def operator_times(
 
 def shares_buffer(artifact: Artifact) -> bool:
     """Past and present may be one buffer."""
-    return artifact.padding == "right" and artifact.manifest["attention"] == "GroupQueryAttention"
+    return artifact.manifest.shares_buffer

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dispc.evaluate import evaluate, perplexity
 from dispc.evaluate.perplexity import ArtifactScorer, TorchScorer, logits_of, measure_perplexity, open_scorer
+from dispc.manifest import read_manifest
 from dispc.masks import Masks
 from dispc.model.text import load_tokens
 from dispc.runtime import doctor
@@ -123,8 +124,8 @@ def test_bad_input_is_refused_before_anything_is_measured(
 
 
 def test_cuda_is_used_for_an_artifact_or_said_to_be_missing(judged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = json.loads((judged / "out" / "dispc.json").read_text())
-    monkeypatch.setattr(perplexity, "read_manifest", lambda path: manifest | {"target": "onnx"})
+    manifest = replace(read_manifest(judged / "out"), target="onnx")
+    monkeypatch.setattr(perplexity, "read_manifest", lambda path: manifest)
     opened = []
     monkeypatch.setattr(perplexity, "ArtifactScorer", lambda path, provider: opened.append(provider))
     monkeypatch.setattr(doctor, "cuda_problem", lambda: "libcudnn.so is missing")

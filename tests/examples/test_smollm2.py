@@ -57,7 +57,7 @@ def artifact(
     out = tmp_path_factory.mktemp("smollm2-pruned") / request.param
     choice: dict[str, Any] = {"quantisation": INT4} if request.param == "int4" else {"padding": request.param}
     manifest = compile_model(CompileOptions(model=model, masks=masks, output=out, target="onnx-cpu", **choice))
-    assert manifest["validation"]["passed"]
+    assert manifest.passed
     return out
 
 
@@ -71,7 +71,7 @@ def loops(text: str) -> bool:
 def size_over_kept(artifact: Path, model: Path, element_bytes: int) -> float:
     """Bytes on the disk over those of the kept block parameters and of one embedding."""
     config = Checkpoint(model).config
-    kept = read_manifest(artifact)["block_parameters"]["kept"]
+    kept = read_manifest(artifact).block_parameters.kept
     written = sum(file.stat().st_size for file in artifact.glob("model.onnx*"))
     return float(written / (element_bytes * (kept + config.vocab_size * config.hidden_size)))
 
@@ -90,7 +90,7 @@ def test_float16_and_bfloat16_artifacts_of_real_weights_pass(model: Path, masks:
             model=model, masks=masks, output=out, target="onnx-cuda", dtype=dtype, padding="right",
             align=1,
         )  # fmt: skip
-        assert compile_model(options)["validation"]["passed"]
+        assert compile_model(options).passed
         assert abs(size_over_kept(out, model, 2) - 1) < 0.01
 
 

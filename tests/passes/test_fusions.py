@@ -289,9 +289,10 @@ def test_an_artifact_with_last_logits_is_judged_at_every_position_and_as_it_is(
             padding=padding, last_logits=True, verify_each=True,
         )
     )  # fmt: skip
-    checks = {check["name"]: check for check in manifest["validation"]["checks"]}
-    assert manifest["validation"]["passed"]
-    assert manifest["logits"] == "last"
+    assert manifest.validation is not None
+    checks = {check["name"]: check for check in manifest.validation["checks"]}
+    assert manifest.passed
+    assert manifest.logits == "last"
     assert {"prefill", "last logits"} <= set(checks)
 
 

@@ -18,6 +18,7 @@ from quantised import EVERYTHING, quantised_model
 from sets import widths
 
 from dispc.compiler import CompileOptions, compile_model
+from dispc.manifest import Manifest
 from dispc.masks import Masks
 from dispc.passes import quantise
 from dispc.passes.pipeline import build_pipeline, run_pipeline
@@ -156,9 +157,7 @@ def test_an_embedding_that_is_not_found_is_an_error_and_no_silent_omission() -> 
         QuantisePass(EVERYTHING, harness.checkpoint("opt").config)(harness.traced("llama"))
 
 
-def compiled(
-    variant: str, out: Path, quantisation: Quantisation, target: str = "onnx-cpu", **options: Any
-) -> dict[str, Any]:
+def compiled(variant: str, out: Path, quantisation: Quantisation, target: str = "onnx-cpu", **options: Any) -> Manifest:
     checkpoint = harness.checkpoint(variant)
     Masks.random(checkpoint.config, 0.5, 4).save(out.parent / "masks.safetensors", checkpoint.config)
     return compile_model(
@@ -184,7 +183,7 @@ def test_artifacts_pass_and_say_how_they_are_quantised(
     variant: str, quantisation: Quantisation, target: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     manifest = compiled(variant, tmp_path / "out", quantisation, target, **options)
-    assert manifest["validation"]["passed"]
+    assert manifest.passed
     assert Quantisation(**json.loads((tmp_path / "out" / "dispc.json").read_text())["quantisation"]) == quantisation
     outcome = command.run("inspect", tmp_path / "out", "--json")
     assert json.loads(outcome.out)["facts"]["quantised"] == str(quantisation)

@@ -122,8 +122,9 @@ def test_the_dense_artifact_built_for_comparison_differs_in_its_masks_alone(
         theirs = read_manifest(path)
         with dense_artifact(tmp_path / "out", checkpoint.directory, path, False) as named:
             assert named == path
-    assert {name: ours[name] for name in COMPARABLE} == {name: theirs[name] for name in COMPARABLE}
-    assert theirs["block_parameters"]["kept"] == theirs["block_parameters"]["dense"] > ours["block_parameters"]["kept"]
+    for name in COMPARABLE:
+        assert getattr(ours, name) == getattr(theirs, name)
+    assert theirs.block_parameters.kept == theirs.block_parameters.dense > ours.block_parameters.kept
 
 
 @pytest.mark.parametrize(

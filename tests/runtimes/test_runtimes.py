@@ -101,7 +101,7 @@ def tried(package: str, version: str) -> dict[str, Any]:
 @pytest.mark.parametrize("version", versions("onnxruntime"))
 def test_an_artifact_runs_from_the_onnx_runtime_on_that_it_names(version: str, name: str) -> None:
     found = tried("onnxruntime", version)[name]
-    needed = read_manifest(artifact(name))["needs"]["onnxruntime"]
+    needed = read_manifest(artifact(name)).needs.onnxruntime
     error = np.inf
     if "logits" in found:
         logits = np.array(found["logits"]).reshape(expected(name).shape)
@@ -119,7 +119,7 @@ def test_onnxruntime_genai_says_the_same_tokens(version: str, name: str) -> None
         assert "invalid dimensions for output: logits" in found["error"]
         return
     assert "tokens" in found, found["error"]
-    stops = set(read_manifest(artifact(name))["stop_tokens"])
+    stops = set(read_manifest(artifact(name)).stop_tokens)
     for row, tokens in enumerate(found["tokens"]):
         greedy = expected(name)[:, row].argmax(axis=1).tolist()
         said = [token for token in tokens if token not in stops]

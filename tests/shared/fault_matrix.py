@@ -79,7 +79,7 @@ def reference_read_once() -> Iterator[None]:
     def answers(self: Comparison, rows: Sequence[Row], *, streams: bool = False) -> Answers:
         key = (
             self.checkpoint.directory, self.masks.sha256(), self.computes_in, self.artifact.widened,
-            str(self.manifest.get("quantisation")), self.artifact.dtype, self.truth, streams,
+            str(self.manifest.quantisation), self.artifact.dtype, self.truth, streams,
         )  # fmt: skip
         asked = sources([row.text for row in rows])
         blocks, readings = known.get(key, (None, {}))

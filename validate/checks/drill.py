@@ -46,7 +46,7 @@ def _drill_down(comparison: Comparison, scenario: Scenario, limit: float) -> dic
     answers = comparison.answers(rows, streams=True)
     with freed(answers.blocks.model):
         stages, remark = _stages(rows, answers, comparison.masks)
-    lowering = artifact.manifest["lowering"]["name"]
+    lowering = artifact.manifest.lowering.name
     broken = next((entry for entry in stages if not entry["ratio"] <= limit), None)
     verdict = None if broken is None else _verdict(broken, limit, scenario.name, lowering)
     if remark:  # where the logits are right, the streams were compared with the wrong ones

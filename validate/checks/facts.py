@@ -6,6 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from dispc.manifest import Manifest
 from dispc.masks import Masks
 from dispc.runtime.edits import load_graph
 from dispc.support.check import Check
@@ -35,11 +36,12 @@ def judge_facts(comparison: Comparison) -> Iterator[Check]:
         yield Check.failed(NAME, "static", str(error))
         return
     expected = recomputed(comparison, graph)
-    stored = {name: comparison.manifest.get(name) for name in expected}
+    content = comparison.manifest.to_json()
+    stored = {name: content[name] for name in expected}
     faults = [f"{place} is {ours}, it should be {theirs}" for place, ours, theirs in differences(stored, expected)]
     faults += _metadata(comparison.manifest, graph, comparison.masks)
-    if comparison.manifest.get("validation") is not None:
-        faults += _validation(comparison.manifest["validation"], comparison)
+    if comparison.manifest.validation is not None:
+        faults += _validation(comparison.manifest.validation, comparison)
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         yield Check.failed(NAME, "static", "; ".join(faults[:SHOWN]) + more)
@@ -70,13 +72,13 @@ def recomputed(comparison: Comparison, graph: ir.Model) -> dict[str, Any]:
     return facts
 
 
-def _metadata(manifest: Mapping[str, Any], graph: ir.Model, masks: Masks) -> Iterator[str]:
+def _metadata(manifest: Manifest, graph: ir.Model, masks: Masks) -> Iterator[str]:
     """What model.onnx says of itself, and the lowering that its operators show."""
     for name in ("target", "padding", "masks_sha256"):
-        told = graph.metadata_props.get(f"dispc.{name}")
-        if told != manifest[name]:
-            yield f"{name} is {manifest[name]}, model.onnx says {told or 'nothing'}"
-    operators, lowering = Counter(node.op_type for node in graph.graph), manifest["lowering"]["name"]
+        ours, in_graph = getattr(manifest, name), graph.metadata_props.get(f"dispc.{name}")
+        if in_graph != ours:
+            yield f"{name} is {ours}, model.onnx says {in_graph or 'nothing'}"
+    operators, lowering = Counter(node.op_type for node in graph.graph), manifest.lowering.name
     parts = [part for block in masks.blocks for part in (block.attention, block.mlp) if part.alive]
     scattered = any(len(part.write) < SURELY_SCATTERED * masks.hidden_size for part in parts)
     for name, operator in SCATTERS.items():
@@ -107,7 +109,7 @@ def _validation(stored: Any, comparison: Comparison) -> Iterator[str]:
             yield f"validation: {check['name']} has passed with {figure} against a limit of {limit}"
     if stored.get("passed") is not True or failed:
         yield "validation: the artifact did not pass when it was made"
-    if comparison.manifest.get("dispc") == __version__:
+    if comparison.manifest.dispc == __version__:
         missing = {name for name in QUICK if name not in {check["name"] for check in stored["checks"]}}
         if missing:
             yield f"validation lacks the check {min(missing)}"

@@ -13,7 +13,7 @@ import numpy as np
 from dispc.export.companions import genai_config
 from dispc.manifest import COPIED
 from dispc.masks import Masks
-from dispc.plan import Choices, choices_of, make_plan
+from dispc.plan import choices_of, make_plan
 from dispc.runtime.providers import PROVIDERS
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError, DispcError, first_line
@@ -102,9 +102,8 @@ def _foreign(comparison: Comparison) -> Iterator[str]:
 def _genai(comparison: Comparison) -> Iterator[str]:
     """Differences of genai_config.json from what dispc writes for these choices, this model and this graph."""
     try:
-        choices = choices_of(comparison.manifest)
-        plan = make_plan(choices.pop("target"), Choices(**choices))
-    except (DispcError, KeyError, TypeError) as error:
+        plan = make_plan(comparison.manifest.target, choices_of(comparison.manifest))
+    except DispcError as error:
         yield f"dispc.json: no choices that a compilation takes ({error})"
         return
     inputs = [value.name for value in comparison.artifact.session.get_inputs()]

@@ -177,7 +177,7 @@ def graph_replay(client: Client) -> Result:
 
 
 def _shared_decoder(client: Client, artifact: Artifact, *, graph: bool) -> BoundDecoder:
-    if artifact.manifest["attention"] != "GroupQueryAttention" or artifact.padding != "right":
+    if not artifact.manifest.shares_buffer:
         raise Skip("only GroupQueryAttention with padding on the right writes into a shared buffer")
     return BoundDecoder(artifact, batch=1, capacity=client.length + 8, shared=True, graph=graph)
 

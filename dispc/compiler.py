@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
@@ -34,6 +34,9 @@ from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError, CompileError
 from dispc.support.files import write_json
 from dispc.support.version import __version__
+
+if TYPE_CHECKING:
+    from dispc.validate.report.report import Report
 
 Progress = Callable[[str, int, int], None]
 """progress(what, bytes done, bytes in all)"""
@@ -63,9 +66,9 @@ class CompileOptions(Choices):
 class ParityFailure(ArtifactError):
     """The artifact was made and does not compute what the reference computes; it is not kept."""
 
-    def __init__(self, validation: dict[str, Any]) -> None:
+    def __init__(self, report: "Report") -> None:
         super().__init__("the artifact fails validation and was not kept; --no-validate keeps it for inspection")
-        self.validation = validation
+        self.report = report
 
 
 def compile_model(options: CompileOptions, progress: Progress = lambda what, done, total: None) -> Manifest:
@@ -134,7 +137,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
             )
             write_json(stage / MANIFEST, manifest.to_json())
             if not report.passed:
-                raise ParityFailure(named.as_dict())
+                raise ParityFailure(named)
         write_card(checkpoint, masks, manifest, PROVIDERS[plan.target.provider].genai_build, stage)
     return manifest
 

@@ -22,7 +22,7 @@ from dispc.reference.stored import Storage
 from dispc.reference.truth import Answers, ask, freed, truth_dtype
 from dispc.runtime.build import builds
 from dispc.runtime.edits import load_graph
-from dispc.runtime.latency import LatencyOptions, measure_latency
+from dispc.runtime.latency import Latency, LatencyOptions, measure_latency
 from dispc.runtime.memory import require_memory_for_reference
 from dispc.runtime.placement import Placement, judge_placement
 from dispc.runtime.providers import CPU, PROVIDERS, Provider
@@ -160,7 +160,7 @@ class Comparison:
         return found
 
     @cached_property
-    def times(self) -> dict[str, Any] | None:
+    def times(self) -> Latency | None:
         """What `measure_latency` found; None where nobody asked."""
         options = self.options
         if options.latency is None:
@@ -171,12 +171,6 @@ class Comparison:
     def placement(self) -> tuple[Placement | None, Check]:
         """Where the nodes are, and whether they may be there."""
         return judge_placement(self.artifact)
-
-    def perplexity_facts(self) -> dict[str, Any] | None:
-        """The part of a report about perplexity; None where nobody asked."""
-        if self.options.data is None:
-            return None
-        return {name: each.as_dict() for name, each in self.perplexities.items()}
 
     @property
     def computes_in(self) -> str:

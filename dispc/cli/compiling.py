@@ -151,6 +151,7 @@ def compile(arguments: CompileArguments, as_json: JsonFlag = False) -> None:
     from dispc.cli.checks import check_lines
     from dispc.cli.tables import compile_progress, compile_tables
     from dispc.compiler import ParityFailure, compile_model
+    from dispc.validate.report.report import report_of
 
     options = arguments.options()
     import_transformers()
@@ -159,9 +160,9 @@ def compile(arguments: CompileArguments, as_json: JsonFlag = False) -> None:
             manifest = compile_model(options, progress)
     except ParityFailure as failure:
         if as_json:
-            print_json({"validation": failure.validation})
+            print_json({"validation": failure.report.as_dict()})
         else:
-            out.print(check_lines(failure.validation))
+            out.print(check_lines(failure.report))
         print_error(str(failure))
         raise typer.Exit(1) from failure
     if as_json:
@@ -170,7 +171,7 @@ def compile(arguments: CompileArguments, as_json: JsonFlag = False) -> None:
     for table in compile_tables(manifest):
         out.print(table)
     if manifest.validation is not None:
-        out.print(check_lines(manifest.validation))
+        out.print(check_lines(report_of(manifest.validation, options.output)))
     for note in manifest.notes:
         out.print(f"[yellow]note:[/yellow] {escape(note)}", highlight=False)
     times = f"compiled in {manifest.compile_seconds:.1f} s"

@@ -70,6 +70,6 @@ def evaluate(arguments: EvalArguments, as_json: JsonFlag = False) -> None:
         note = f"note: judged is the dense model; --masks {unused} judges what those leave"
         err.print(escape(note), highlight=False, soft_wrap=True)
     if as_json:
-        print_json(report)
+        print_json(report.as_dict())
     else:
         out.print(eval_table(report))

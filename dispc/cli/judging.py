@@ -116,12 +116,11 @@ class ReportArguments:
         from dispc.support.files import json_text, write_text
         from dispc.validate.report.html import page
 
-        found = report.as_dict()
         texts: tuple[tuple[Path | None, Callable[[], str]], ...] = (
-            (self.json_file, lambda: json_text(found)),
+            (self.json_file, lambda: json_text(report.as_dict())),
             (self.junit, report.junit),
             (self.markdown, report.markdown),
-            (self.html, lambda: page(found)),
+            (self.html, lambda: page(report)),
         )
         failures = []
         for path, render in texts:
@@ -231,12 +230,11 @@ def validate(arguments: ValidateArguments, as_json: JsonFlag = False) -> None:
     except Exception as error:  # whatever it is: CI reads the reports
         arguments.reports.write_failure(arguments.artifact, error)
         raise
-    found = report.as_dict()
     if as_json:
-        print_json(found)
+        print_json(report.as_dict())
     else:
-        out.print(check_lines(found, verbose=arguments.verbose))
-        for table in latency_tables(found):
+        out.print(check_lines(report, verbose=arguments.verbose))
+        for table in latency_tables(report.latency, report.device):
             out.print(table)
     arguments.reports.write(report)
     if not report.passed:

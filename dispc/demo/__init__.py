@@ -4,11 +4,10 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -58,7 +57,15 @@ class Figures:
     text: str
 
 
-def run_demo(directory: Path | None, prompt: str, say: Say, pruning_ratio: float = 0.2) -> dict[str, Any]:
+@dataclass(frozen=True)
+class DemoResult:
+    """The figures of each model, by its name, and the prompt that they answer."""
+
+    prompt: str
+    models: Mapping[str, Figures]
+
+
+def run_demo(directory: Path | None, prompt: str, say: Say, pruning_ratio: float = 0.2) -> DemoResult:
     """Make the models, compile each, time all in turns, score them, and let them answer.
 
     Raises:
@@ -76,18 +83,16 @@ def run_demo(directory: Path | None, prompt: str, say: Say, pruning_ratio: float
     models = {}
     for name, artifact in artifacts.items():
         manifest = read_manifest(artifact)
-        models[name] = asdict(
-            Figures(
-                artifact=str(artifact),
-                block_parameters=manifest.block_parameters.kept,
-                bytes=manifest.bytes,
-                passed=manifest.passed is True,
-                milliseconds_per_token=milliseconds[name],
-                perplexity=answers_perplexity(artifact),
-                text="".join(generate_text(artifact, prompt, 64, Sampler())),
-            )
+        models[name] = Figures(
+            artifact=str(artifact),
+            block_parameters=manifest.block_parameters.kept,
+            bytes=manifest.bytes,
+            passed=manifest.passed is True,
+            milliseconds_per_token=milliseconds[name],
+            perplexity=answers_perplexity(artifact),
+            text="".join(generate_text(artifact, prompt, 64, Sampler())),
         )
-    return {"prompt": prompt, "models": models}
+    return DemoResult(prompt, models)
 
 
 def make_contenders(directory: Path, pruning_ratio: float, say: Say) -> list[Contender]:

@@ -7,7 +7,7 @@ not scored, and what does not fill a window is left out. Perplexity is exp of th
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +143,6 @@ class Perplexity:
     tokens_scored: int
     data: str
     tokens_sha256: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def measure_perplexity(

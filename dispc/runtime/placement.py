@@ -56,8 +56,12 @@ class Placement:
         """Copies between devices in the graph that is run."""
         return [name for name, op_type in self.optimised.items() if op_type.startswith("Memcpy")]
 
-    def as_dict(self) -> dict[str, Any]:
-        found = {"provider": self.provider.name, "assigned": self.assigned, "optimised": self.optimised}
+    def as_dict(self) -> dict[str, object]:
+        found: dict[str, object] = {
+            "provider": self.provider.name,
+            "assigned": self.assigned,
+            "optimised": self.optimised,
+        }
         return found | {"nodes": self.nodes, "unexpected": self.strays, "copies": self.copies}
 
 

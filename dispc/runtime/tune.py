@@ -190,6 +190,6 @@ def time_lowerings(artifacts: dict[str, Path], plan: Plan, positions: int) -> di
     milliseconds: dict[str, dict[str, float]] = {name: {} for name in artifacts}
     for kind, length, label in (("first token", prompt, PREFILL), ("one token", past, DECODING)):
         for row in time_case(loaded, kind, 1, length, options):  # of two rows that with the CUDA graph is the last
-            milliseconds[row["artifact"]][label] = round(row["p50"], 4)
+            milliseconds[row.artifact][label] = round(row.p50, 4)
     del ballast
     return milliseconds

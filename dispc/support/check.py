@@ -1,7 +1,8 @@
 """One check: a figure against its limit. What measures makes them, what judges collects them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 Status = Literal["passed", "failed", "skipped", "noted"]
 
@@ -20,7 +21,7 @@ class Check:
     figure: float | None = None
     limit: float | None = None
     unit: str = ""
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -28,7 +29,7 @@ class Check:
 
     @staticmethod
     def against(
-        name: str, group: str, figure: float, limit: float | None, unit: str, detail: str, **figures: Any
+        name: str, group: str, figure: float, limit: float | None, unit: str, detail: str, **figures: object
     ) -> "Check":
         """Passed when `figure` is at most `limit`; NaN is not."""
         status: Status = "noted" if limit is None else "passed" if figure <= limit else "failed"

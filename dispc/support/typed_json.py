@@ -1,5 +1,6 @@
 """Dataclasses as JSON objects, and JSON objects as dataclasses, with the type of every field checked."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
@@ -31,7 +32,8 @@ def to_json(value: Any) -> Any:
 def from_json(kind: type[T], content: object, where: object, error: type[DispcError]) -> T:
     """The dataclass `kind` of a JSON object. Keys that it has no field for are passed over.
 
-    Fields may be scalars, `Literal`s, `X | None`, `tuple[X, ...]`, mappings from strings, and such dataclasses.
+    Fields may be scalars, `Literal`s, `X | None`, `tuple[X, ...]`, mappings from strings, and such dataclasses. Where a
+    float is expected, null is NaN: JSON has no figure that is not finite.
 
     Raises:
         error: naming `where` and the first field that is missing or of another type, such as `lowering.name`.
@@ -75,6 +77,8 @@ def _read(kind: Any, value: Any, place: str) -> Any:
         return {key: _read(arguments[1], one, f"{place}.{key}") for key, one in value.items()}
     if is_dataclass(kind) and isinstance(kind, type):
         return _read_dataclass(kind, value, place)
+    if kind is float and value is None:
+        return math.nan
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and isinstance(value, kind) and isinstance(value, bool) == (kind is bool):

@@ -92,7 +92,7 @@ def test_nothing_of_the_users_folder_is_imported_to_time_an_artifact(
     (tmp_path / "random.py").write_text("raise SystemExit('executed')")
     monkeypatch.chdir(tmp_path)
     options = LatencyOptions(prompts=(4,), pasts=(4,), rounds=1, warmup=0, threads=1)
-    assert measure_latency(good, None, options, CPU)["rows"]
+    assert measure_latency(good, None, options, CPU).rows
 
 
 def test_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,14 +149,14 @@ def test_generated_text_is_the_decoded_tokens_and_streams(artifact: Path) -> Non
 
 def test_the_demo_compares_the_dense_model_with_what_a_user_would_take(tmp_path: Path) -> None:
     result = run_demo(tmp_path, QUESTIONS[0], say=lambda line: None)
-    dense, dense_int8, pruned = result["models"].values()
-    assert "Paris" in dense["text"]
-    answers = ["".join(generate_text(Path(pruned["artifact"]), one, 64, Sampler())) for one in QUESTIONS]
-    assert answers[0] == pruned["text"]
+    dense, dense_int8, pruned = result.models.values()
+    assert "Paris" in dense.text
+    answers = ["".join(generate_text(Path(pruned.artifact), one, 64, Sampler())) for one in QUESTIONS]
+    assert answers[0] == pruned.text
     assert sum(loops(one) for one in answers) <= 1, answers
-    assert all(entry["passed"] for entry in result["models"].values())
-    assert pruned["bytes"] < dense_int8["bytes"] < dense["bytes"]
-    assert dense["perplexity"] < pruned["perplexity"] < 3 * dense["perplexity"]
+    assert all(entry.passed for entry in result.models.values())
+    assert pruned.bytes < dense_int8.bytes < dense.bytes
+    assert dense.perplexity < pruned.perplexity < 3 * dense.perplexity
 
 
 def test_the_command_line_validates_what_it_compiled(artifact: Path, model: Path) -> None:

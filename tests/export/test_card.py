@@ -17,7 +17,7 @@ from language import make_tokenizer
 
 from dispc.compiler import CompileOptions, compile_model
 from dispc.export.card import LICENCE_FILES, front_matter, write_card
-from dispc.manifest import read_manifest
+from dispc.manifest import BlockParameters, Needs, read_manifest
 from dispc.masks import SETS, Masks
 from dispc.model.checkpoint import Checkpoint
 
@@ -110,7 +110,7 @@ def test_a_failed_check_is_called_one(tmp_path: Path) -> None:
 
 
 def test_a_dense_artifact_is_not_called_pruned(tmp_path: Path) -> None:
-    assert "Nothing is pruned." in card(tmp_path, block_parameters={"dense": 10, "kept": 10})
+    assert "Nothing is pruned." in card(tmp_path, block_parameters=BlockParameters(dense=10, kept=10))
 
 
 @given(st.dictionaries(st.sampled_from(["method", "data", "seed", "perplexity"]), st.text(), min_size=1))
@@ -139,7 +139,7 @@ def test_the_card_says_which_batches_each_runtime_can_feed(padding: str, says: s
 
 @pytest.mark.parametrize(("needs", "says"), [("1.18", "ONNX Runtime 1.18 or newer"), ("1.27", "1.27")])
 def test_the_card_names_the_first_onnx_runtime(needs: str, says: str, tmp_path: Path) -> None:
-    text = card(tmp_path, needs={"onnxruntime": needs, "opset": 21})
+    text = card(tmp_path, needs=Needs(onnxruntime=needs, opset=21))
     assert says in dict(table(text, "# card-model"))["runs in"]
 
 

@@ -137,8 +137,8 @@ def verdict(kind: Kind, place: Place, report: Report) -> tuple[str, str]:
     if kind.check is not None:
         return ("found" if kind.check in found else "unnamed"), ", ".join(sorted(found))
     named = kind.named or place.name
-    said = (report.drill or {}).get("verdict") or "no verdict"
-    return ("found" if f"wrong is {named}" in said else "unnamed"), said
+    verdict = (report.drill.verdict if report.drill else None) or "no verdict"
+    return ("found" if f"wrong is {named}" in verdict else "unnamed"), verdict
 
 
 def same_bits(whole: Path, broken: Path) -> bool:

@@ -78,11 +78,11 @@ def test_every_kind_of_artifact_passes_and_its_streams_are_found(
     path = artifact(variant, target, **options)
     report = judged(path, variant, device="cpu", drill=True)
     assert report.passed, failed(report)
-    assert report.drill is not None and report.drill["verdict"] is None
-    stages = report.drill["stages"]
-    assert [stage["name"] for stage in stages[1:3]] == ["block 0 attention", "block 0 mlp"]
+    assert report.drill is not None and report.drill.verdict is None
+    stages = report.drill.stages
+    assert [stage.name for stage in stages[1:3]] == ["block 0 attention", "block 0 mlp"]
     assert len(stages) == 2 * 3 + 2
-    assert all(stage["ratio"] <= 4 for stage in stages)
+    assert all(stage.ratio <= 4 for stage in stages)
     assert ("instead of CUDAExecutionProvider (chosen)" in report.headline) == (target == "onnx-cuda")
     half_for_cuda = target == "onnx-cuda" and report.dtype != "float32"
     assert ("widened" in report.judged_on) == (half_for_cuda or report.dtype == "bfloat16")
@@ -124,7 +124,7 @@ def test_a_model_that_onnx_runtime_cannot_run_has_failed(tmp_path: Path) -> None
     quick = judged(broken, quick=True)
     assert failed(quick) == {scenario.name for scenario in SCENARIOS if scenario.quick}
     assert all("cannot run" in check.detail for check in quick.checks if not check.passed)
-    assert quick.drill is not None and "/model/layers.1/mlp/read/Gather" in quick.drill["verdict"]
+    assert quick.drill is not None and "/model/layers.1/mlp/read/Gather" in (quick.drill.verdict or "")
     report = judged(broken)
     assert failed(report) >= {scenario.name for scenario in SCENARIOS} - NOT_HERE
     assert "same bits" in failed(report)
@@ -146,7 +146,7 @@ def test_a_graph_whose_stream_cannot_be_followed_is_still_judged(tmp_path: Path)
         faults.plant(reroute, artifact(padding="right", without=("fuse-skip-norm",)), tmp_path / "broken"), drill=True
     )
     assert report.passed
-    assert report.drill is not None and "no drill:" in report.drill["verdict"]
+    assert report.drill is not None and "no drill:" in report.drill.verdict
 
 
 def fuse_adds_into_norms(model: ir.Model) -> None:
@@ -172,11 +172,11 @@ def test_streams_are_found_where_adds_are_fused_into_norms(tmp_path: Path) -> No
     path = faults.plant(fuse_adds_into_norms, artifact("llama"), tmp_path / "fused")
     report = judged(path, "llama", drill=True)
     assert report.passed and report.drill is not None
-    assert [stage["name"] for stage in report.drill["stages"]] == [
+    assert [stage.name for stage in report.drill.stages] == [
         "embedding", *(f"block {block} {part}" for block in range(3) for part in ("attention", "mlp")),
         "final norm and head",
     ]  # fmt: skip
-    assert all(0 < stage["ratio"] <= 4 for stage in report.drill["stages"][1:])
+    assert all(0 < stage.ratio <= 4 for stage in report.drill.stages[1:])
 
 
 # The truth, and what is made of it

@@ -165,14 +165,14 @@ def build_artifact(
     if dump_ir:
         dump_graph(model, dump_ir / "00-trace.onnx")
     records = run_pipeline(model, passes, _dumper(dump_ir))
-    if dump_ir:
-        left = [f"{record.name}: {reason}\n" for record in records for reason in record.left]
-        (dump_ir / "not-rewritten.txt").write_text("".join(left), encoding="utf-8")
     manifest = replace(
         describe(checkpoint, masks, plan, model, records),
         pipeline=pipeline_line(passes),
         trace_seconds=round(traced - started, 4),
     )
+    if dump_ir:
+        lines = "".join(f"{line}\n" for line in manifest.not_rewritten)
+        (dump_ir / "not-rewritten.txt").write_text(lines, encoding="utf-8")
     model.metadata_props.update(
         {
             "dispc.version": __version__,

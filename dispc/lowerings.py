@@ -19,7 +19,8 @@ class Lowering:
         operator: The operator it stands on, beside Gather and Add.
         domain: That operator's domain; the empty one is what every build of ONNX Runtime has.
         kernels: The dtypes in which ONNX Runtime runs `operator`, by provider.
-        passes: The names of the passes that make it of the canonical form, in the order of the pipeline.
+        passes: The passes that make it of the canonical form, in order: modules of `dispc.passes.lower`.
+        fills: Whether sets that are not worth an index list become zeros in the weights.
         quantised: Whether the weights may be integers.
     """
 
@@ -29,12 +30,8 @@ class Lowering:
     domain: str = ""
     kernels: Mapping[str, tuple[str, ...]]
     passes: tuple[str, ...]
+    fills: bool = False
     quantised: bool = True
-
-    @property
-    def fills(self) -> bool:
-        """Whether sets that are not worth an index list become zeros in the weights."""
-        return "fill-zeros" in self.passes
 
     @property
     def adds(self) -> bool:
@@ -75,7 +72,8 @@ LOWERINGS: dict[str, Lowering] = {
             label="as inverse-gather; sets not worth an index list are zeros in the weights",
             operator="Gather",
             kernels={CPU: EVERY, CUDA: EVERY},
-            passes=("fill-zeros", "inverse-gather"),
+            passes=("inverse-gather",),
+            fills=True,
             quantised=False,
         ),
         Lowering(
@@ -84,7 +82,8 @@ LOWERINGS: dict[str, Lowering] = {
             operator="ArrayFeatureExtractor",
             domain="ai.onnx.ml",
             kernels={CPU: ("float32",)},
-            passes=("fill-zeros", "inverse-gather", "feature-extractor"),
+            passes=("inverse-gather", "feature-extractor"),
+            fills=True,
         ),
     )
 }

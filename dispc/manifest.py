@@ -153,6 +153,11 @@ class Manifest:
         return content
 
     @property
+    def not_rewritten(self) -> list[str]:
+        """What the passes left as it was, and why; nothing of it is stored."""
+        return [f"{record.name}: {reason}" for record in self.passes for reason in record.left]
+
+    @property
     def passed(self) -> bool | None:
         """Whether the validation at the end of compiling passed; None when there was none."""
         return None if self.validation is None else self.validation.get("passed") is True

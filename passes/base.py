@@ -7,6 +7,7 @@ from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, Precondi
 
 from dispc.manifest import spell_pass
 from dispc.support.errors import CompileError
+from dispc.support.graph import drop_unused_initializers
 
 
 class ConditionError(CompileError, PreconditionError, PostconditionError):
@@ -44,16 +45,20 @@ class RewritePass(InPlacePass):
 
     @abstractmethod
     def rewrite(self, model: ir.Model) -> int:
-        """Change the model in place; return the number of rewrites made."""
+        """Change the model in place; return the number of rewrites made. `call` removes the weights that became unused."""
 
     def leave(self, what: str | None, reason: str) -> None:
-        """Note why a candidate is not rewritten, with the value that decides; `--dump-ir` writes the notes down."""
+        """Note why a candidate is not rewritten, with the value that decides.
+
+        `--dump-ir` writes the notes down, `--debug` prints them.
+        """
         self.left.append(f"{what}: {reason}")
 
     def call(self, model: ir.Model) -> PassResult:
         self.left.clear()
         expected = self.expected(model)
         self.count = self.rewrite(model)
+        drop_unused_initializers(model.graph)
         if self.count != expected:
             raise CompileError(f"pass {self.name} made {self.count} rewrites where {expected} were expected")
         return PassResult(model, modified=self.count > 0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from dispc.cli.process import import_transformers
+from dispc.cli.process import SETTINGS, import_transformers
 from dispc.cli.tables import JsonFlag, err, out, print_error, print_json
 
 if TYPE_CHECKING:
@@ -165,6 +165,9 @@ def compile(arguments: CompileArguments, as_json: JsonFlag = False) -> None:
             out.print(check_lines(failure.report))
         print_error(str(failure))
         raise typer.Exit(1) from failure
+    if SETTINGS.debug:
+        for line in manifest.not_rewritten:
+            err.print(escape(f"not rewritten: {line}"), highlight=False, soft_wrap=True)
     if as_json:
         print_json(manifest.to_json() | {"output": str(options.output)})
         return

@@ -6,7 +6,7 @@ from dispc.masks import Masks
 from dispc.model.families import DecoderConfig
 from dispc.passes.base import RewritePass
 from dispc.passes.common.packing import pack, projection_of
-from dispc.support.graph import drop_unused_initializers, make_node, remove_dead, scope
+from dispc.support.graph import make_node, remove_dead, scope
 
 
 class FuseGateUpPass(RewritePass):
@@ -70,5 +70,4 @@ class FuseGateUpPass(RewritePass):
                 ir.convenience.replace_all_uses_with(old, new)
                 remove_dead(graph, [node for node in (producer,) if node is not None])
             count += 1
-        drop_unused_initializers(graph)
         return count

@@ -7,7 +7,7 @@ from dispc.model.families import DecoderConfig
 from dispc.passes.base import RewritePass
 from dispc.passes.common.packing import pack, projection_of
 from dispc.support.errors import CompileError
-from dispc.support.graph import drop_unused_initializers, remove_dead
+from dispc.support.graph import remove_dead
 
 HEAD_NORMS = ("q_norm.weight", "k_norm.weight")
 """Weights of norms that queries and keys pass through, whatever family they are in."""
@@ -73,7 +73,6 @@ class FuseQkvPass(RewritePass):
             kernel.attributes["scale"] = ir.AttrFloat32("scale", scale)
             remove_dead(graph, [node for node in old if node is not None])
             count += 1
-        drop_unused_initializers(graph)
         return count
 
 

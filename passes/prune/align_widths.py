@@ -8,7 +8,7 @@ from dispc.model.families import DecoderConfig
 from dispc.model.weights import rebind, weight_of
 from dispc.passes.base import RewritePass
 from dispc.passes.common.canonical import reads_of_projections
-from dispc.support.graph import add_initializer, consumers, drop_unused_initializers
+from dispc.support.graph import add_initializer, consumers
 
 
 class AlignWidthsPass(RewritePass):
@@ -87,7 +87,6 @@ class AlignWidthsPass(RewritePass):
                     if value is not None:
                         rebind(value, weight_of(value).pad(-1, more))
             count += 1
-        drop_unused_initializers(graph)
         return count
 
 

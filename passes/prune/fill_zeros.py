@@ -8,7 +8,7 @@ from dispc.model.weights import rebind, weight_of
 from dispc.passes.base import RewritePass
 from dispc.passes.common.canonical import find_writes
 from dispc.selection import SelectionCosts, sets_to_fill, sides
-from dispc.support.graph import consumers, drop_unused_initializers, make_node, remove_dead, scope
+from dispc.support.graph import consumers, make_node, remove_dead, scope
 
 
 class FillZerosPass(RewritePass):
@@ -54,7 +54,6 @@ class FillZerosPass(RewritePass):
         for side in sides(self.masks, self.config):
             if (side.block, side.name) not in self.filled:
                 self.leave(f"{side.block}.{side.name}", self.costs.reason(side, self.masks.hidden_size))
-        drop_unused_initializers(graph)
         return len(reads) + len(writes)
 
     def _place(self, number: int, name: str) -> str:

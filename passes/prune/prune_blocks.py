@@ -12,7 +12,7 @@ from dispc.passes.base import ConditionError, RewritePass
 from dispc.passes.common.blocks import BlockFinder, BlockParts, Projection, SubLayerParts
 from dispc.passes.common.norms import recount
 from dispc.support.errors import CompileError
-from dispc.support.graph import READS, WRITES, add_initializer, drop_unused_initializers, make_node, remove_dead, scope
+from dispc.support.graph import READS, WRITES, add_initializer, make_node, remove_dead, scope
 
 
 class PruneBlocksPass(RewritePass):
@@ -83,7 +83,6 @@ class PruneBlocksPass(RewritePass):
             stream, rewrites = _BlockPruner(graph, block, self.masks).prune(stream)
             count += rewrites
         _renumber_caches(graph)
-        drop_unused_initializers(graph)
         return count
 
 

@@ -45,7 +45,7 @@ class RewritePass(InPlacePass):
 
     @abstractmethod
     def rewrite(self, model: ir.Model) -> int:
-        """Change the model in place; return the number of rewrites made. `call` removes the weights that became unused."""
+        """Change the model in place; return the number of rewrites made. Unused weights need not be removed here."""
 
     def leave(self, what: str | None, reason: str) -> None:
         """Note why a candidate is not rewritten, with the value that decides.

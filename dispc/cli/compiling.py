@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from dispc.cli.arguments import fill
 from dispc.cli.process import SETTINGS, import_transformers
 from dispc.cli.tables import JsonFlag, err, out, print_error, print_json
 
@@ -120,24 +121,13 @@ class CompileArguments:
     def options(self) -> "CompileOptions":
         from dispc.compiler import CompileOptions
 
-        return CompileOptions(
-            model=self.model,
+        return fill(
+            CompileOptions,
+            self,
             output=self.directory,
-            target=self.target,
-            masks=self.masks,
-            dense=self.dense,
-            dtype=self.dtype,
-            padding=self.padding,
-            lowering=self.lowering,
-            align=self.align,
-            last_logits=self.last_logits,
             cuda_graph=not self.no_cuda_graph,
             without=tuple(self.without.split(",")) if self.without else (),
             quantisation=self.quantised.quantisation(self.target),
-            force=self.force,
-            dump_ir=self.dump_ir,
-            verify_each=self.verify_each,
-            tune=self.tune,
             validate=not self.no_validate,
             data=self.quantised.data,
         )

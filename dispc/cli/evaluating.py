@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from dispc.cli.arguments import fill
 from dispc.cli.process import collect_garbage
 from dispc.cli.tables import JsonFlag, count_progress, err, eval_table, out, print_json
 
@@ -39,19 +40,8 @@ class EvalArguments:
     def options(self) -> "EvalOptions":
         from dispc.evaluate.evaluate import EvalOptions
 
-        return EvalOptions(
-            path=self.path,
-            masks=self.masks,
-            data=tuple(self.data or ()),
-            tasks=tuple(task.strip() for task in self.tasks.split(",")) if self.tasks else (),
-            sequence_length=self.sequence_length,
-            max_windows=self.max_windows,
-            include=self.include,
-            limit=self.limit,
-            device=self.device,
-            record=self.record,
-            json_file=self.json_file,
-        )
+        tasks = tuple(task.strip() for task in self.tasks.split(",")) if self.tasks else ()
+        return fill(EvalOptions, self, data=tuple(self.data or ()), tasks=tasks)
 
 
 def evaluate(arguments: EvalArguments, as_json: JsonFlag = False) -> None:

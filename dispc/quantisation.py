@@ -132,6 +132,12 @@ def make_quantisation(
     if int8_activations is None:
         int8_activations = (name == "int8" or mixed is not None) and target == "onnx-cpu"
     return Quantisation(
-        bits=BITS[name], block_size=size, symmetric=not asymmetric and algorithm not in ASYMMETRIC, head=head,
-        embedding=embedding, int8_activations=int8_activations, algorithm=algorithm or "rtn", mixed=mixed,
-    )  # fmt: skip
+        bits=BITS[name],
+        block_size=size,
+        symmetric=not asymmetric and algorithm not in ASYMMETRIC,
+        head=head,
+        embedding=embedding,
+        int8_activations=int8_activations,
+        algorithm=algorithm or "rtn",
+        mixed=mixed,
+    )

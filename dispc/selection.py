@@ -82,11 +82,14 @@ def sides(masks: Masks, config: DecoderConfig) -> Iterator[Side]:
         mid = _mid(block.mlp)
         for module, names, layer, reads, writes in (
             (
-                "attention", family.attention_names, block.attention,
-                config.query_size + 2 * config.key_value_size, config.query_size,
+                "attention",
+                family.attention_names,
+                block.attention,
+                config.query_size + 2 * config.key_value_size,
+                config.query_size,
             ),
             ("mlp", family.mlp_names, block.mlp, len(family.mlp_reads) * mid, mid),
-        ):  # fmt: skip
+        ):
             candidates = [("write", layer.write, writes)]
             if masks.norm_scope == "full" or names.before is None:
                 candidates.append(("read", layer.read, reads))

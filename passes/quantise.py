@@ -52,9 +52,13 @@ class QuantisePass(RewritePass):
     name = "quantise"
 
     def __init__(
-        self, quantisation: Quantisation, config: DecoderConfig, *, tied: bool = False,
+        self,
+        quantisation: Quantisation,
+        config: DecoderConfig,
+        *,
+        tied: bool = False,
         hessians: Mapping[str, Array] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`tied` says that the LM head is to share the embedding's integers; `hessians` are those of the products."""
         super().__init__()
         self.quantisation = quantisation

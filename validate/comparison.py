@@ -148,9 +148,11 @@ class Comparison:
         options, positions, place = self.options, self.artifact.positions, self.checkpoint.directory
         assert options.data is not None
         measured = partial(
-            measure_perplexity, data=options.data, sequence_length=options.sequence_length,
+            measure_perplexity,
+            data=options.data,
+            sequence_length=options.sequence_length,
             max_windows=options.max_windows,
-        )  # fmt: skip
+        )
         found = {"artifact": measured(ArtifactScorer.of(self.artifact))}
         with freed(self.load()) as model:
             found["reference"] = measured(TorchScorer.of(model, place, positions))
@@ -227,18 +229,23 @@ class Comparison:
         artifact, masks = self.artifact, self.masks
         precision = "weights widened to float32" if artifact.widened else f"{artifact.dtype} as is"
         return {
-            "artifact": str(artifact.directory), "reference": str(self.checkpoint.directory), "target": self.target,
-            "dtype": artifact.dtype, "padding": artifact.padding, "lowering": self.manifest.lowering.name,
+            "artifact": str(artifact.directory),
+            "reference": str(self.checkpoint.directory),
+            "target": self.target,
+            "dtype": artifact.dtype,
+            "padding": artifact.padding,
+            "lowering": self.manifest.lowering.name,
             "judged_on": f"{artifact.provider}{self.remark}, {precision}",
             "truth": f"reference in {name_of(self.truth)}"
-                     + (f" with weights rounded to {artifact.dtype}" if artifact.widened else ""),
+            + (f" with weights rounded to {artifact.dtype}" if artifact.widened else ""),
             "device": artifact.provider.processor(),
-            "versions": {"dispc": __version__} | {build.name: build.version for build in builds()}
-                        | {name: version(name) for name in PACKAGES},
+            "versions": {"dispc": __version__}
+            | {build.name: build.version for build in builds()}
+            | {name: version(name) for name in PACKAGES},
             "bytes": self.manifest.bytes,
             "widths": tuple({name: len(v) for name, v in block.sets().items()} for block in masks.blocks),
             "full_widths": {name: set_width(name, masks.hidden_size, masks.intermediate_size) for name in SETS},
-        }  # fmt: skip
+        }
 
 
 def own_masks(artifact: Artifact, checkpoint: Checkpoint) -> Masks:

@@ -117,9 +117,14 @@ def make_contenders(directory: Path, pruning_ratio: float, say: Say) -> list[Con
 def compile_once(contender: Contender, artifact: Path, say: Say) -> None:
     """Compile and validate, unless the artifact of these masks is there already, made by the same dispc and passes."""
     options = CompileOptions(
-        model=contender.model, output=artifact, target="onnx-cpu", masks=contender.masks,
-        dense=contender.masks is None, quantisation=contender.quantisation, force=True,
-    )  # fmt: skip
+        model=contender.model,
+        output=artifact,
+        target="onnx-cpu",
+        masks=contender.masks,
+        dense=contender.masks is None,
+        quantisation=contender.quantisation,
+        force=True,
+    )
     if (artifact / MANIFEST).is_file() and _same(artifact, options):
         return
     say(f"compiling and validating {artifact}")

@@ -198,9 +198,12 @@ def _parts(model: nn.Module, config: DecoderConfig) -> list[tuple[list[Any], boo
     for index in range(config.num_hidden_layers):
         block = model.get_submodule(family.block(index))
         for names, inputs in (
-            (family.attention_reads, True), ((family.attention_out,), False), (family.mlp_reads, True),
-            ((family.down,), True), ((family.down,), False),
-        ):  # fmt: skip
+            (family.attention_reads, True),
+            ((family.attention_out,), False),
+            (family.mlp_reads, True),
+            ((family.down,), True),
+            ((family.down,), False),
+        ):
             parts.append(([block.get_submodule(name) for name in names], inputs))
     return parts
 

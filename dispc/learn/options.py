@@ -47,9 +47,16 @@ class RunOptions:
     """
 
     CHANGEABLE: ClassVar[tuple[str, ...]] = (
-        "model", "data", "steps", "minutes", "output", "device", "checkpoint_every", "activation_checkpointing",
+        "model",
+        "data",
+        "steps",
+        "minutes",
+        "output",
+        "device",
+        "checkpoint_every",
+        "activation_checkpointing",
         "learning_rate",
-    )  # fmt: skip
+    )
     """Options that may differ when a run is resumed.
 
     They do not change what a step computes (but `steps` and `minutes` where the rate falls), or mend a run that went
@@ -74,9 +81,12 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_least(
-            steps=(self.steps, 1), batch_size=(self.batch_size, 1), checkpoint_every=(self.checkpoint_every, 1),
-            sequence_length=(self.sequence_length, 2), seed=(self.seed, 0),
-        )  # fmt: skip
+            steps=(self.steps, 1),
+            batch_size=(self.batch_size, 1),
+            checkpoint_every=(self.checkpoint_every, 1),
+            sequence_length=(self.sequence_length, 2),
+            seed=(self.seed, 0),
+        )
         if self.minutes is not None and not 0.0 < self.minutes < LARGE:
             raise LearnError(f"minutes is {self.minutes}; it must be a number above 0")
         if not 0.0 < self.learning_rate < LARGE:
@@ -158,9 +168,12 @@ class LearnOptions(RunOptions):
 
     def __post_init__(self) -> None:
         check_choices(
-            ratio_of=self.ratio_of, norm_scope=self.norm_scope, align=self.align, seed=self.seed,
+            ratio_of=self.ratio_of,
+            norm_scope=self.norm_scope,
+            align=self.align,
+            seed=self.seed,
             sequence_length=self.sequence_length,
-        )  # fmt: skip
+        )
         super().__post_init__()
         if not math.isfinite(self.offset):
             raise LearnError(f"offset is {self.offset}; it must be a number")

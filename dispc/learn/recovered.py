@@ -27,9 +27,15 @@ LORA = "lora_"
 
 
 def write_recovered(
-    options: RecoverOptions, checkpoint: Checkpoint, masks: Masks, wrapped: Any, weights: Mapping[str, Tensor],
-    outcome: Mapping[str, Any], *, force: bool,
-) -> None:  # fmt: skip
+    options: RecoverOptions,
+    checkpoint: Checkpoint,
+    masks: Masks,
+    wrapped: Any,
+    weights: Mapping[str, Tensor],
+    outcome: Mapping[str, Any],
+    *,
+    force: bool,
+) -> None:
     """Write `options.output`, which appears at once: configuration and tokenizer, weights, masks, README.
 
     `weights` are those of the trained model by name, on the CPU, with the adapters of peft's `wrapped` among them

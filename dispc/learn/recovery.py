@@ -56,9 +56,12 @@ class Recovered:
 
 
 def recover(
-    options: RecoverOptions, progress: Progress = lambda record, steps: None, *, resume: bool = False,
+    options: RecoverOptions,
+    progress: Progress = lambda record, steps: None,
+    *,
+    resume: bool = False,
     force: bool = False,
-) -> tuple[Recovered, bool]:  # fmt: skip
+) -> tuple[Recovered, bool]:
     """Recover the pruned model and write `options.output`; the outcome, and whether this process wrote it.
 
     The weights written are those of the judgement with the lowest loss on held-out text, the first, before any step,
@@ -79,10 +82,12 @@ def recover(
         RunFolder(options).check(resume=resume, force=force)
     rows, held_out = texts(options, checkpoint)
     inputs = {
-        "the model's configurations": checkpoint.config_sha256, "the model's weights": checkpoint.weights_sha256,
-        "the teacher's weights": teacher.weights_sha256, "the masks": masks.sha256(),
+        "the model's configurations": checkpoint.config_sha256,
+        "the model's weights": checkpoint.weights_sha256,
+        "the teacher's weights": teacher.weights_sha256,
+        "the masks": masks.sha256(),
         "the tokens of the texts": hashlib.sha256(rows.tobytes() + held_out.tobytes()).hexdigest(),
-    }  # fmt: skip
+    }
     recovery = Recovery(options, checkpoint, teacher, masks, processes, inputs)
     if resume:
         recovery.restore()
@@ -300,9 +305,14 @@ class Recovery:
         """Write the checkpoint, on the main process."""
         optimiser = gathered(self.optimiser.state_dict())
         state = {
-            "step": self.step, "seconds": self.seconds, "judgements": self.judgements, "best": self.best,
-            "ended": self.ended, "trained": gathered(self.trained), "optimiser": optimiser,
-        }  # fmt: skip
+            "step": self.step,
+            "seconds": self.seconds,
+            "judgements": self.judgements,
+            "best": self.best,
+            "ended": self.ended,
+            "trained": gathered(self.trained),
+            "optimiser": optimiser,
+        }
         if self.processes.main:
             self.folder.save(state, self.inputs)
 

@@ -37,8 +37,9 @@ Progress = Callable[[dict[str, float], int], None]
 """Called after every step with its record (step, loss, regulariser, pruned, tokens_per_second) and the steps in all."""
 
 
-def learn(options: LearnOptions, progress: Progress = lambda record, steps: None, *, resume: bool = False,
-          force: bool = False) -> tuple[Masks, bool]:  # fmt: skip
+def learn(
+    options: LearnOptions, progress: Progress = lambda record, steps: None, *, resume: bool = False, force: bool = False
+) -> tuple[Masks, bool]:
     """Learn masks and write them to `options.output`; the masks, and whether this process is the one that wrote them.
 
     `resume` goes on from the checkpoint in the run's folder, or from the beginning where it holds none; without it, an
@@ -71,9 +72,10 @@ def learn(options: LearnOptions, progress: Progress = lambda record, steps: None
     tokens = load_tokens(options.data, options.model)
     rows = windows(tokens, length, options.data)
     inputs = {
-        "the model's configurations": checkpoint.config_sha256, "the model's weights": checkpoint.weights_sha256,
+        "the model's configurations": checkpoint.config_sha256,
+        "the model's weights": checkpoint.weights_sha256,
         "the tokens of the texts": hashlib.sha256(tokens.tobytes()).hexdigest(),
-    }  # fmt: skip
+    }
     trainer = Trainer(options, checkpoint, budget, processes, inputs)
     if resume:
         trainer.restore()
@@ -243,15 +245,21 @@ class Trainer:
             latents, self.config, self.budget, align=options.align, norm_scope=options.norm_scope, groups=groups
         )
         metadata = {
-            "method": options.method, "data": source_name(options.data),
-            "steps": str(self.step), "seed": str(options.seed),
-            "sequence_length": str(options.sequence_length), "batch_size": str(options.batch_size),
-            "learning_rate": str(options.learning_rate), "decay": str(options.decay).lower(),
-            "offset": str(options.offset), "precision": str(options.precision),
+            "method": options.method,
+            "data": source_name(options.data),
+            "steps": str(self.step),
+            "seed": str(options.seed),
+            "sequence_length": str(options.sequence_length),
+            "batch_size": str(options.batch_size),
+            "learning_rate": str(options.learning_rate),
+            "decay": str(options.decay).lower(),
+            "offset": str(options.offset),
+            "precision": str(options.precision),
             "weight_decay": str(options.weight_decay),
-            "regulariser_weight": str(options.regulariser_weight), "align": str(options.align),
+            "regulariser_weight": str(options.regulariser_weight),
+            "align": str(options.align),
             "pruning_ratio": str(options.pruning_ratio),
-        } | budget_facts(masks, self.checkpoint, options.ratio_of)  # fmt: skip
+        } | budget_facts(masks, self.checkpoint, options.ratio_of)
         return dataclasses.replace(masks, metadata=metadata)
 
     def save(self) -> None:

@@ -83,9 +83,11 @@ def zero_outside(model: nn.Module, family: Family, masks: Masks) -> None:
     for index, vectors in enumerate(_vectors(masks, next(model.parameters()).device)):
         block = model.get_submodule(family.block(index))
         for names, rows, columns in (
-            (family.attention_reads, None, "attention.read"), ((family.attention_out,), "attention.write", None),
-            (family.mlp_reads, "mlp.mid", "mlp.read"), ((family.down,), "mlp.write", "mlp.mid"),
-        ):  # fmt: skip
+            (family.attention_reads, None, "attention.read"),
+            ((family.attention_out,), "attention.write", None),
+            (family.mlp_reads, "mlp.mid", "mlp.read"),
+            ((family.down,), "mlp.write", "mlp.mid"),
+        ):
             for name in names:
                 layer: Any = block.get_submodule(name)
                 if columns:

@@ -31,9 +31,14 @@ def load_graph(path: Path) -> ir.Model:
     require_beside(path, {str(tensor.location) for _, tensor in _stored_outside(model)})
     for value, tensor in _stored_outside(model):  # onnx_ir refuses links where it knows a base directory
         value.const_value = ir.ExternalTensor(
-            str(path.parent.absolute() / tensor.location), tensor.offset, tensor.length, tensor.dtype,
-            shape=tensor.shape, name=tensor.name or "", base_dir="",
-        )  # fmt: skip
+            str(path.parent.absolute() / tensor.location),
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=tensor.name or "",
+            base_dir="",
+        )
     return model
 
 

@@ -45,9 +45,14 @@ class FuseQkvPass(RewritePass):
         if len(kernels) != len(numbers):
             raise CompileError(f"pass {self.name}: {len(kernels)} attentions where {len(numbers)} are left")
         weights = model.graph.initializers
-        normed = {number for number in numbers if any(
-            name.startswith(f"{self.config.family.block(number)}.") and name.endswith(HEAD_NORMS) for name in weights
-        )}  # fmt: skip
+        normed = {
+            number
+            for number in numbers
+            if any(
+                name.startswith(f"{self.config.family.block(number)}.") and name.endswith(HEAD_NORMS)
+                for name in weights
+            )
+        }
         return sum(
             number not in normed and ("do_rotary" in kernel.attributes or not self.config.rotates(number))
             for number, kernel in zip(numbers, kernels, strict=True)

@@ -189,8 +189,10 @@ def test_a_signal_in_the_middle_of_writing_leaves_the_older_artifact_and_nothing
     arguments = ["compile", desk.model, "-t", "onnx-cpu", "-o", desk.older, "--force", "--no-validate"]
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW.format(marker=str(marker)), *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         wait_for(marker, process)
         assert any(path.name.endswith(".partial") for path in desk.place.iterdir())
@@ -215,8 +217,10 @@ def test_a_command_that_was_started_with_a_signal_ignored_keeps_to_that(
     try:
         process = subprocess.Popen(
             [sys.executable, "-c", SLOW.format(marker=str(marker)), *map(str, arguments)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     finally:
         signal.signal(number, before)
     try:

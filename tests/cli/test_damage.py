@@ -158,7 +158,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         lambda model: shutil.copy(model / "model.safetensors", model / "masks.safetensors"),
         ("masks.safetensors", "not a mask file"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", DAMAGES)

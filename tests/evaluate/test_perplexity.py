@@ -81,9 +81,18 @@ def test_a_scorer_of_a_loaded_model_scores_with_that_model(judged: Path) -> None
 
 def test_the_command_reports_what_was_measured(judged: Path, tmp_path: Path) -> None:
     outcome = run(
-        "eval", judged / "out", "--data", judged / "text.txt", "--sequence-length", 40, "--max-windows", 3,
-        "--json", "--json-file", tmp_path / "report.json",
-    )  # fmt: skip
+        "eval",
+        judged / "out",
+        "--data",
+        judged / "text.txt",
+        "--sequence-length",
+        40,
+        "--max-windows",
+        3,
+        "--json",
+        "--json-file",
+        tmp_path / "report.json",
+    )
     assert outcome.code == 0, outcome.err
     report = json.loads(outcome.out)
     assert report == json.loads((tmp_path / "report.json").read_text())

@@ -87,9 +87,14 @@ def test_float16_and_bfloat16_artifacts_of_real_weights_pass(model: Path, masks:
     for dtype in ("float16", "bfloat16"):
         out = tmp_path / dtype
         options = CompileOptions(
-            model=model, masks=masks, output=out, target="onnx-cuda", dtype=dtype, padding="right",
+            model=model,
+            masks=masks,
+            output=out,
+            target="onnx-cuda",
+            dtype=dtype,
+            padding="right",
             align=1,
-        )  # fmt: skip
+        )
         assert compile_model(options).passed
         assert abs(size_over_kept(out, model, 2) - 1) < 0.01
 

@@ -108,8 +108,9 @@ def test_zero_filled_as_the_default_of_a_target_can_be_tuned(monkeypatch: pytest
     monkeypatch.setitem(TARGETS, "onnx-cpu", replace(TARGETS["onnx-cpu"], lowering="zero-filled"))
     checkpoint = harness.checkpoint("llama")
     for masks, expected in (
-        (masks_of("llama"), "zero-filled"), (Masks.random(checkpoint.config, 0.9, 3), "inverse-gather")
-    ):  # fmt: skip
+        (masks_of("llama"), "zero-filled"),
+        (Masks.random(checkpoint.config, 0.9, 3), "inverse-gather"),
+    ):
         assert tune.tune(checkpoint, masks, "onnx-cpu", Choices(), build_artifact)[0].lowering.name == expected
 
 

@@ -32,8 +32,25 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "compile dense": ("model", ("compile", "model", "-t", "onnx", "-o", "new", "--dense", "--no-validate")),
     "inspect model": ("model", ("inspect", "model")),
     "learn random": ("model", ("learn", "model", "--method", "random", "-r", "0.3", "-o", "new.safetensors")),
-    "learn": ("model", ("learn", "model", "-r", "0.3", "--data", "text.txt", "--sequence-length", "16",
-                        "--batch-size", "1", "--steps", "1", "-o", "new.safetensors")),
+    "learn": (
+        "model",
+        (
+            "learn",
+            "model",
+            "-r",
+            "0.3",
+            "--data",
+            "text.txt",
+            "--sequence-length",
+            "16",
+            "--batch-size",
+            "1",
+            "--steps",
+            "1",
+            "-o",
+            "new.safetensors",
+        ),
+    ),
     "eval model": ("model", ("eval", "model", "--data", "text.txt", "--sequence-length", "32", "--max-windows", "1")),
     "validate reference": ("model", ("validate", "out", "-r", "model")),
     "import": ("model", ("import-masks", "model", "--model", "model", "-o", "new.safetensors")),
@@ -42,14 +59,37 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "generate": ("out", ("generate", "out", "the sea", "--max-new-tokens", "2")),
     "validate": ("out", ("validate", "out", "-r", "model")),
     "eval artifact": ("out", ("eval", "out", "--data", "text.txt", "--sequence-length", "32", "--max-windows", "1")),
-}  # fmt: skip
+}
 """Command -> the file or folder whose files are damaged, and the words of the command."""
 
 NAMES = ("extra", "auto_map", "rope_scaling", "\x1b[2J", "quantization_config", "head_dim", "layer_types")
 NASTY: tuple[Any, ...] = (
-    None, True, 0, -1, 1, 2**31, 10**9, 10**30, 1e308, -0.5, float("nan"), float("inf"), "", "x", "\x1b[31mred", "\x00",
-    "../../etc/passwd", [], {}, [[]], ["x"], [None], {"x": 1}, {"__class__": "os.system"}, "a" * 5000,
-)  # fmt: skip
+    None,
+    True,
+    0,
+    -1,
+    1,
+    2**31,
+    10**9,
+    10**30,
+    1e308,
+    -0.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "\x1b[31mred",
+    "\x00",
+    "../../etc/passwd",
+    [],
+    {},
+    [[]],
+    ["x"],
+    [None],
+    {"x": 1},
+    {"__class__": "os.system"},
+    "a" * 5000,
+)
 
 
 def furnish(place: Path) -> Path:

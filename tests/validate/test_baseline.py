@@ -98,8 +98,9 @@ def test_what_was_infinite_cannot_get_worse_and_what_becomes_infinite_is_worse()
 
 def test_what_is_no_longer_measured_has_failed() -> None:
     assert regressions(compare(reports()[0], older(measured().as_dict()), 0.05)) == [
-        "baseline: perplexity", "baseline: one token p50"
-    ]  # fmt: skip
+        "baseline: perplexity",
+        "baseline: one token p50",
+    ]
     fewer = Report(**{**reports()[0].__dict__, "checks": reports()[0].checks[:2]})
     assert "baseline: decode" in regressions(compare(fewer, older(reports()[0].as_dict()), 0.05))
     assert compare(measured(), older(reports()[0].as_dict()), 0.05).passed  # what is new has nothing to be worse than
@@ -151,9 +152,14 @@ def test_worse_than_nothing_is_measured_by_the_limit(share: float, failing: list
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [("{", "is not valid JSON"), ("[]", "a JSON object is expected"), ("{}", "is no report"),
-     ('{"checks": 1}', "is no report"), ('{"checks": [], "bytes": 1}', "artifact is missing or malformed")],
-)  # fmt: skip
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "a JSON object is expected"),
+        ("{}", "is no report"),
+        ('{"checks": 1}', "is no report"),
+        ('{"checks": [], "bytes": 1}', "artifact is missing or malformed"),
+    ],
+)
 def test_what_is_no_report_cannot_be_a_baseline(content: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ArtifactError, match=rf"x\.json: {says}"):

@@ -16,9 +16,16 @@ from dispc.validate.checks.variants import same_bits
 from dispc.validate.client import Client
 
 EVERYTHING = {
-    "prefill", "one token", "decode", "long prompt", "long prompt in pieces", "padded batch",
-    "shared past and present", "greedy logits", "KL divergence",
-}  # fmt: skip
+    "prefill",
+    "one token",
+    "decode",
+    "long prompt",
+    "long prompt in pieces",
+    "padded batch",
+    "shared past and present",
+    "greedy logits",
+    "KL divergence",
+}
 FAULTS: dict[str, tuple[faults.Fault, str, str, set[str]]] = {
     "an index swapped": (faults.swap_read_indices, "right", "block 1 mlp (read ", EVERYTHING),
     "a row zeroed": (faults.zero_weight_row, "right", "block 2 attention (read ", EVERYTHING),

@@ -156,9 +156,13 @@ def fuse_adds_into_norms(model: ir.Model) -> None:
         (norm,) = [use.node for use in add.outputs[0].uses() if use.node.op_type == "SimplifiedLayerNormalization"]
         last = len(add.outputs[0].uses()) == 1  # nothing else reads the sum: the fourth output is left out
         fused = ir.node(
-            "SkipSimplifiedLayerNormalization", [update, stream, norm.inputs[1]], domain="com.microsoft",
-            attributes={"epsilon": norm.attributes["epsilon"].as_float()}, num_outputs=1 if last else 4, name=norm.name,
-        )  # fmt: skip
+            "SkipSimplifiedLayerNormalization",
+            [update, stream, norm.inputs[1]],
+            domain="com.microsoft",
+            attributes={"epsilon": norm.attributes["epsilon"].as_float()},
+            num_outputs=1 if last else 4,
+            name=norm.name,
+        )
         for number, value in enumerate(fused.outputs):
             value.name = f"{norm.name}_fused_{number}" if number in (0, 3) else ""
         model.graph.insert_before(norm, fused)
@@ -173,9 +177,10 @@ def test_streams_are_found_where_adds_are_fused_into_norms(tmp_path: Path) -> No
     report = judged(path, "llama", drill=True)
     assert report.passed and report.drill is not None
     assert [stage.name for stage in report.drill.stages] == [
-        "embedding", *(f"block {block} {part}" for block in range(3) for part in ("attention", "mlp")),
+        "embedding",
+        *(f"block {block} {part}" for block in range(3) for part in ("attention", "mlp")),
         "final norm and head",
-    ]  # fmt: skip
+    ]
     assert all(0 < stage.ratio <= 4 for stage in report.drill.stages[1:])
 
 
@@ -237,8 +242,10 @@ def test_logits_in_pieces_are_those_of_all_positions(monkeypatch: pytest.MonkeyP
 
 def test_the_own_error_of_halves_is_that_of_their_precision() -> None:
     masks, text = half("llama"), Text(tuple(harness.TOKENS.tolist()))
-    own = {dtype: own_errors(read("llama", masks, dtype, [text]), text).mean()
-           for dtype in ("float32", "float16", "bfloat16")}  # fmt: skip
+    own = {
+        dtype: own_errors(read("llama", masks, dtype, [text]), text).mean()
+        for dtype in ("float32", "float16", "bfloat16")
+    }
     assert 1000 < own["float16"] / own["float32"] < 30000  # 13 bits
     assert 2 < own["bfloat16"] / own["float16"] < 32  # 3 bits
 

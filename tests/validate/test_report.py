@@ -213,12 +213,21 @@ def test_the_page_is_legible_in_a_browser_in_light_and_dark(scheme: str, bright:
     shot = tmp_path / "shot.png"
     subprocess.run(
         [
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--screenshot={shot}",
-            f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,1400",
-            f"--blink-settings=preferredColorScheme={1 if bright else 0}", (tmp_path / "report.html").as_uri(),
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--screenshot={shot}",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--window-size=1000,1400",
+            f"--blink-settings=preferredColorScheme={1 if bright else 0}",
+            (tmp_path / "report.html").as_uri(),
         ],
-        capture_output=True, check=True, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        check=True,
+        timeout=120,
+    )
     pixels = np.asarray(image.open(shot).convert("RGB")).astype(int)
     background = pixels[5, 5]
     assert (background.mean() > 200) == bright

@@ -22,10 +22,26 @@ from dispc.validate.comparison import Comparison
 
 COMPANIONS = "files beside the model"
 READ_BY_OTHERS = (
-    "*.py", "*.so", "*.dll", "*.jinja", "tokenizer*", "vocab*", "merges*", "added_tokens*", "special_tokens*",
-    "*.tiktoken", "spiece*", "*generation_config*", "*processor_config*", "adapter_*", "additional_chat_templates",
-    "custom_generate", "config*.json", "*.onnx", "*.safetensors",
-)  # fmt: skip
+    "*.py",
+    "*.so",
+    "*.dll",
+    "*.jinja",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "added_tokens*",
+    "special_tokens*",
+    "*.tiktoken",
+    "spiece*",
+    "*generation_config*",
+    "*processor_config*",
+    "adapter_*",
+    "additional_chat_templates",
+    "custom_generate",
+    "config*.json",
+    "*.onnx",
+    "*.safetensors",
+)
 """Names that runtimes and tokenizers look for: a file of such a name changes what they do."""
 OURS = ("model.onnx", "masks.safetensors", "genai_config.json")
 SHOWN = 6
@@ -49,10 +65,11 @@ def judge_masks(comparison: Comparison) -> Iterator[Check]:
         return
     own = comparison.directory / "masks.safetensors"
     yield Check.failed(
-        "masks", "static",
+        "masks",
+        "static",
         f"not those of {where}: {difference}; compile again, or judge by the artifact's own with --masks {own} "
         "(the other checks do)",
-    )  # fmt: skip
+    )
 
 
 def first_difference(ours: Masks, meant: Masks) -> str | None:

@@ -124,19 +124,27 @@ def _measure(source: Text, rows: Sequence[Row], answers: Answers, name: str) -> 
             if name == "logits":
                 lines, ours, theirs = np.arange(len(where)), output.argmax(axis=-1), expected.argmax(axis=-1)
                 of_rows[number][1:, where] = (
-                    divergence(expected, output), ours != theirs, expected[lines, theirs] - expected[lines, ours]
-                )  # fmt: skip
+                    divergence(expected, output),
+                    ours != theirs,
+                    expected[lines, theirs] - expected[lines, ours],
+                )
     spread = max(high - low, TINY)
     if not answers.has_own:
         own = np.full(len(source.tokens), TOLERANCE[answers.dtype] * spread)
         own_divergence = 0.5 * own**2
     return [
         Distance(
-            error=error, own=own[row.at], range=spread, divergence=nats, own_divergence=own_divergence[row.at],
-            another=another.astype(bool), gap=gap, dimensions=dimension,
+            error=error,
+            own=own[row.at],
+            range=spread,
+            divergence=nats,
+            own_divergence=own_divergence[row.at],
+            another=another.astype(bool),
+            gap=gap,
+            dimensions=dimension,
         )
         for row, (error, nats, another, gap), dimension in zip(rows, of_rows, dimensions, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def judge_logits(name: str, rows: Sequence[Row], found: Sequence[Distance], detail: str, limit: float | None) -> Check:
@@ -148,13 +156,17 @@ def judge_logits(name: str, rows: Sequence[Row], found: Sequence[Distance], deta
     where = f"token {int(rows[worst].at[at])}" + (f" of row {worst}" if len(rows) > 1 else "")
     shown = f"error {error:.2e}" if np.isfinite(error) else "NaN or infinity"
     return Check.against(
-        name, "parity", float(ratios[worst].max()), limit, TIMES,
+        name,
+        "parity",
+        float(ratios[worst].max()),
+        limit,
+        TIMES,
         f"{detail}; worst {shown} at {where}, own {own:.2e}",
         error=max(float(each.error.max()) for each in found),
         error_of_range=max(float(each.error.max() / each.range) for each in found),
         own_error=max(float(each.own.max()) for each in found),
         worst_position=where,
-    )  # fmt: skip
+    )
 
 
 def judge_choices(name: str, found: Sequence[Distance], detail: str, factor: float, limit: float) -> Check:
@@ -168,10 +180,14 @@ def judge_choices(name: str, found: Sequence[Distance], detail: str, factor: flo
         int((each.another & ~((each.gap <= factor * each.own) & np.isfinite(each.error))).sum()) for each in found
     )
     return Check.against(
-        name, "parity", unexplained / positions, limit, "of the positions",
+        name,
+        "parity",
+        unexplained / positions,
+        limit,
+        "of the positions",
         f"{detail}; {different} of {positions} differ, {different - unexplained} of them ties within the budget",
         agreement=1 - different / positions,
-    )  # fmt: skip
+    )
 
 
 def judge_divergence(found: Sequence[Distance], limit: float) -> Check:

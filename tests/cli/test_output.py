@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from dispc import compiler
 from dispc.validate.checks.parity import Thresholds
 
-
 # Output
 
 

@@ -33,8 +33,8 @@ class Target:
     Attention serves the others). `lowering` names the default (a row of `LOWERINGS`), which must run in every dtype.
     `contrib` says whether operators outside ONNX's own domain may be used, `fusions` which passes pay,
     `quantised_fusions` which others do with quantised weights. Written widths are padded to `write_multiple`, read and
-    mid widths to `half_align` in half precision and to `int4_align` where weights have four bits, unless told
-    otherwise. `cuda_graph` says whether a run can be captured.
+    mid widths to `half_align` in half precision and to `int4_align` where weights have four bits, by
+    default. `cuda_graph` says whether a run can be captured.
     """
 
     name: str
@@ -75,7 +75,7 @@ TARGETS: dict[str, Target] = {
             lowering="feature-extractor",
             contrib=True,
             fusions=tuple(name for name in FUSIONS if name != "fuse-gate-up"),  # its Split costs more than it saves ...
-            quantised_fusions=("fuse-gate-up",),  # ... but for integers, whose MatMulNBits has a price by itself
+            quantised_fusions=("fuse-gate-up",),  # ... but for integers, where each MatMulNBits has a fixed cost
             write_multiple=1,
         ),
         Target(

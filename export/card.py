@@ -1,6 +1,6 @@
 """The model card: README.md of an artifact, and the licence files of the model that it was made from.
 
-Every figure is one of dispc.json or of the masks' own metadata; what they do not hold, the card does not say.
+Every figure is one of dispc.json or of the masks' own metadata; a fact that is missing there is left out.
 """
 
 import shutil
@@ -52,7 +52,7 @@ import onnxruntime as ort
 session = ort.InferenceSession("model.onnx", providers=["{provider}"])
 ```
 
-onnxruntime-genai{genai_build}; batches are padded on the right, as it does by itself:
+onnxruntime-genai{genai_build}; batches are padded on the right, as it does by default:
 
 ```python
 import onnxruntime_genai as og
@@ -180,7 +180,7 @@ def licence_files(model: Path) -> list[str]:
 
 
 def hub_name(model: Path) -> str | None:
-    """ORGANISATION/MODEL, where the directory lies in the cache of the Hugging Face hub; nothing else tells it."""
+    """ORGANISATION/MODEL, where the directory lies in the cache of the Hugging Face hub; nothing else names it."""
     snapshots = model.resolve().parent  # models--ORGANISATION--MODEL/snapshots/COMMIT
     kind, *name = snapshots.parent.name.split("--")
     return "/".join(name) if (snapshots.name, kind) == ("snapshots", "models") and name else None
@@ -213,7 +213,7 @@ def _parity(validation: Mapping[str, Any] | None) -> str:
     verdict = "Passed" if validation["passed"] else "FAILED"
     return (
         f"{verdict}, judged on {_cell(validation['judged_on'])}. The truth is the masked PyTorch model: "
-        f"{_cell(validation['truth'])}. Errors are in units of those that the dtype makes by itself in the same model, "
+        f"{_cell(validation['truth'])}. Errors are in units of the error of the dtype itself in the same model, "
         "at the worst position.\n\n" + _table(("check", "", "figure", "limit", "over"), rows)
     )
 

@@ -225,7 +225,7 @@ class Comparison:
         return Comparison(self.directory, self.checkpoint.directory, replace(self.options, quick=True), widened=True)
 
     def facts(self) -> dict[str, Any]:
-        """The part of a report that tells what was compared, and where."""
+        """The part of a report about what was compared, and where."""
         artifact, masks = self.artifact, self.masks
         precision = "weights widened to float32" if artifact.widened else f"{artifact.dtype} as is"
         return {

@@ -1,4 +1,4 @@
-"""The command that compiles."""
+"""The command that compiles: compile."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command that says what a model, masks or an artifact are worth: eval."""
+"""The command that measures the quality of a model, of masks or of an artifact: eval."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,7 @@ def evaluate(arguments: EvalArguments, as_json: JsonFlag = False) -> None:
     report = evaluate(options, lambda what: count_progress(err, what))
     unused = options.path / "masks.safetensors"
     if options.masks is None and unused.is_file() and not (options.path / MANIFEST).is_file():
-        note = f"note: judged is the dense model; --masks {unused} judges what those leave"
+        note = f"note: judged is the dense model; --masks {unused} judges the pruned one"
         err.print(escape(note), highlight=False, soft_wrap=True)
     if as_json:
         print_json(report.as_dict())

@@ -1,4 +1,4 @@
-"""The command that judges."""
+"""The command that judges an artifact: validate."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ThresholdArguments:
-    """What a figure may be at most."""
+    """The limits of the figures."""
 
     max_error: Annotated[
         float | None, typer.Option(help="Logit error, in units of the dtype's own.", show_default="4")
@@ -133,7 +133,7 @@ class ReportArguments:
             raise failures[0]
 
     def write_failure(self, artifact: Path, error: Exception) -> None:
-        """What CI reads where the validation could not run."""
+        """Write the reports that CI reads where the validation could not run."""
         from dispc.support.files import write_text
         from dispc.validate.report.report import junit_error, markdown_error
 
@@ -190,14 +190,14 @@ class ValidateArguments:
         thresholds, regression = self.limits.thresholds(), share(self.max_regression)
         import_transformers()
         with (
-            heartbeat(err, "loading") as tell,
+            heartbeat(err, "loading") as beat,
             dense_artifact(self.artifact, self.reference, self.timing.dense, self.timing.build_dense) as dense,
             err.status("") as status,
         ):
 
             def say(what: str) -> None:
                 status.update(f"{what} ...")
-                tell(what)
+                beat(what)
 
             return check(
                 self.artifact,

@@ -42,7 +42,7 @@ READING, SEEDED = {"data", "sequence_length", "device"}, {"seed"}
 """Options of the methods without learning: of all, of those that read a text, and of those that have a seed."""
 LEARNED = "disp-llm"
 MISSED = 0.001
-"""How far the share pruned may be from what was asked for before a warning says so."""
+"""The share pruned may differ by so much from the ratio that was asked for; a warning follows otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)

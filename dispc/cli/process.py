@@ -1,4 +1,4 @@
-"""What the command does to its own process. A program that calls dispc as a library keeps its settings."""
+"""Settings of the command's own process. Programs that call dispc as a library keep theirs."""
 
 import gc
 import os
@@ -28,7 +28,7 @@ def own_the_process(*, debug: bool) -> None:
     for number in set(ENDING) - {signal.SIGINT}:
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
             signal.signal(number, _terminate)
-    gc.disable()  # importing torch and transformers makes no garbage to walk through; long work turns it on
+    gc.disable()  # importing torch and transformers makes no garbage; long work turns the collector on
 
 
 def import_transformers() -> None:

@@ -1,4 +1,4 @@
-"""The command that trains what pruning left: recover."""
+"""The command that trains a pruned model: recover."""
 
 import os
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ class RecoverArguments:
 
 
 def recover(arguments: RecoverArguments, as_json: JsonFlag = False) -> None:
-    """Train the weights that masks keep, by what the dense model says. Several processes: torchrun -m dispc.
+    """Train the weights that masks keep, by the outputs of the dense model. Several processes: torchrun -m dispc.
 
     Example: [bold]dispc recover model/ --masks masks-50.safetensors --data train.txt -o model-50/[/bold]
     """

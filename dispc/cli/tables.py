@@ -67,11 +67,11 @@ def compile_progress(console: Console) -> Iterator[Callable[[str, int, int], Non
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=1)
-        with heartbeat(console, "starting") as tell:
+        with heartbeat(console, "starting") as beat:
 
             def update(what: str, done: int, total: int) -> None:
                 progress.update(task, description=escape(printable(what)[-48:]), completed=done, total=total)
-                tell(f"writing {what}: {done / MIB:,.0f} of {total / MIB:,.0f} MiB" if done else what)
+                beat(f"writing {what}: {done / MIB:,.0f} of {total / MIB:,.0f} MiB" if done else what)
 
             yield update
 
@@ -82,11 +82,11 @@ def count_progress(console: Console, what: str) -> Iterator[Callable[[int, int],
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=None)
-        with heartbeat(console, what) as tell:
+        with heartbeat(console, what) as beat:
 
             def update(done: int, total: int) -> None:
                 progress.update(task, completed=done, total=total)
-                tell(f"{what}: {done} of {total}")
+                beat(f"{what}: {done} of {total}")
 
             yield update
 

@@ -28,8 +28,8 @@ from dispc.support.version import __version__
 THREADS = 2
 PROMPT_TOKENS, TIMED_TOKENS, ROUNDS = 64, 16, 5
 ANSWERS, SCORED = "answers-held-out.jsonl", 24
-"""In dispc.data: what the dense model answers to questions that nothing was learned from; so many are scored."""
-TURN = "<|im_start|>assistant\n"
+"""In dispc.data: the dense model's answers to questions that were not learned from, and how many are scored."""
+ANSWER_START = "<|im_start|>assistant\n"
 INT8 = Quantisation(bits=8, block_size=32, symmetric=True, head=True, embedding=True, int8_activations=True)
 Say = Callable[[str], None]
 
@@ -46,7 +46,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Figures:
-    """What the demo says of an artifact. `perplexity` is that of the held-out answers."""
+    """What the demo measures of an artifact. `perplexity` is that of the held-out answers."""
 
     artifact: str
     block_parameters: int
@@ -66,7 +66,7 @@ class DemoResult:
 
 
 def run_demo(directory: Path | None, prompt: str, say: Say, pruning_ratio: float = 0.2) -> DemoResult:
-    """Make the models, compile each, time all in turns, score them, and let them answer.
+    """Make the models, compile each, time all alternately, score them, and let them answer.
 
     Raises:
         DispcError: when a package is missing, no masks ship for the ratio, or an artifact fails validation.
@@ -150,9 +150,9 @@ def answers_perplexity(artifact: Path) -> float:
     lines = files("dispc.data").joinpath(ANSWERS).read_text(encoding="utf-8").splitlines()
     total, count = 0.0, 0
     for line in lines[:SCORED]:
-        question, turn, answer = json.loads(line)["text"].partition(TURN)
-        given = len(tokenizer.encode(question + turn, add_special_tokens=False)) if answer else 1
-        tokens = np.array(tokenizer.encode(question + turn + answer, add_special_tokens=False), dtype=np.int64)
+        question, start, answer = json.loads(line)["text"].partition(ANSWER_START)
+        given = len(tokenizer.encode(question + start, add_special_tokens=False)) if answer else 1
+        tokens = np.array(tokenizer.encode(question + start + answer, add_special_tokens=False), dtype=np.int64)
         logits = logits_of(scorer, tokens[:-1])
         total += float(negative_log_likelihood(logits[given - 1 :], tokens[given:]).sum())
         count += len(tokens) - given
@@ -160,7 +160,7 @@ def answers_perplexity(artifact: Path) -> float:
 
 
 def time_alternately(artifacts: dict[str, Path]) -> dict[str, float]:
-    """Median milliseconds per decoded token of each artifact, batch 1, measured in turns."""
+    """Median milliseconds per decoded token of each artifact, batch 1, measured alternately."""
     prompt = np.random.default_rng(0).integers(0, 1000, PROMPT_TOKENS).tolist()
     loaded = {name: Artifact(path, threads=THREADS) for name, path in artifacts.items()}
     times: dict[str, list[float]] = {name: [] for name in artifacts}

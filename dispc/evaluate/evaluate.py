@@ -1,8 +1,7 @@
-"""What masks, or an artifact, are worth: perplexity on texts and accuracy on tasks, as one report.
+"""The quality of masks, or of an artifact: perplexity on texts and accuracy on tasks, as one report.
 
-What can be refused without running anything is refused before the first window is read; only what lm-eval finds out as
-it goes (no tokenizer, items that do not fit their definition) comes later. The report is written after each text and
-each task.
+Everything that can be checked without running the model is checked first; only errors that lm-eval meets on the way (no
+tokenizer, items that do not fit their definition) come later. The report is written after each text and each task.
 """
 
 import math

@@ -69,7 +69,7 @@ class TorchScorer:
 
 
 class ArtifactScorer:
-    """An artifact in ONNX Runtime, on the CPU unless told otherwise."""
+    """An artifact in ONNX Runtime, by default on the CPU."""
 
     def __init__(self, directory: Path, provider: Provider = CPU) -> None:
         self._set(Artifact(directory, provider=provider))

@@ -48,8 +48,8 @@ def find_tasks(tasks: list[str], include: Path | None = None) -> Any:
         raise DataError(f"the data of {', '.join(tasks)} cannot be had: {first_line(error)}") from error
     for name, task in _single_tasks(found):
         if task.OUTPUT_TYPE not in BY_LIKELIHOOD:
-            say = f"is a task of kind {task.OUTPUT_TYPE}; choose tasks that are judged by likelihood"
-            raise DataError(f"--tasks {name}: {say} ({', '.join(BY_LIKELIHOOD)})")
+            what = f"is a task of kind {task.OUTPUT_TYPE}; choose tasks that are judged by likelihood"
+            raise DataError(f"--tasks {name}: {what} ({', '.join(BY_LIKELIHOOD)})")
         if not set(METRICS) & set(task.aggregation()):
             raise DataError(f"--tasks {name}: reports none of {', '.join(METRICS)}")
     return manager
@@ -150,7 +150,7 @@ def _make_adapter(scorer: Scorer, progress: Callable[[int, int], None]) -> Any:
 
 
 def score_continuation(scorer: Scorer, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """log p(continuation | context), and whether greedy decoding would say it; a long context loses its beginning.
+    """log p(continuation | context), and whether greedy decoding gives it; a long context loses its beginning.
 
     Raises:
         DataError: when the continuation has no token, or leaves no room for one of the context.

@@ -68,9 +68,9 @@ class RunFolder:
                 torch.save({"version": FORMAT_VERSION, "inputs": inputs} | state, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except RuntimeError as error:  # torch's zip writer does not say that the disk is full
-            say = f"{self.checkpoint}: cannot be written ({first_line(error)}); is the disk full?"
-            raise LearnError(say) from error
+        except RuntimeError as error:  # torch's zip writer does not report a full disk
+            message = f"{self.checkpoint}: cannot be written ({first_line(error)}); is the disk full?"
+            raise LearnError(message) from error
 
     def load(self, device: torch.device, inputs: dict[str, str]) -> dict[str, Any] | None:
         """What `save` wrote last, None before the first time.

@@ -54,15 +54,15 @@ def recover(
     recovery = Recovery(options, checkpoint, teacher, masks, processes, inputs)
     if resume:
         recovery.restore()
-    if processes.main:  # from here on an earlier run is gone, or goes on
+    if processes.main:  # from here on an earlier run is replaced, or resumed
         recovery.folder.prepare(resume=resume)
         recovery.folder.cut_metrics(recovery.step)
     processes.wait()
     try:
         recovery.run(rows, held_out, progress)
     except KeyboardInterrupt:  # the second one, which does not wait for the step
-        say = f"interrupted in step {recovery.step + 1}; go on from the latest checkpoint with --resume"
-        raise Interrupted(say, signal.SIGINT) from None
+        message = f"interrupted in step {recovery.step + 1}; go on from the latest checkpoint with --resume"
+        raise Interrupted(message, signal.SIGINT) from None
     outcome = recovery.outcome()
     recovery.go_to_best()
     weights = gathered(dict(recovery.model.named_parameters()))

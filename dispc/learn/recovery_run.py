@@ -37,7 +37,7 @@ Progress = Callable[[Mapping[str, float], int], None]
 
 @dataclass(frozen=True)
 class Recovered:
-    """What a run came to. Losses are on held-out text, in nats; `ended` says why it ended, unless by its length."""
+    """The result of a run. Losses are on held-out text, in nats; `ended` is the reason of an early end."""
 
     begin: dict[str, float]
     best: dict[str, float]
@@ -130,8 +130,8 @@ class Recovery:
                 if self.stopping or self.step % options.checkpoint_every == 0 or over:
                     self.save()
                 if self.stopping and not over:
-                    say = f"stopped after step {self.step}; go on with --resume" if main else ""
-                    raise Interrupted(say, self.noted() or signal.SIGTERM)
+                    message = f"stopped after step {self.step}; go on with --resume" if main else ""
+                    raise Interrupted(message, self.noted() or signal.SIGTERM)
 
     def advance(self, rows: Tokens) -> dict[str, float] | None:
         """One step on all processes' sequences rows [B,S]; its record, None where it has no finite gradient."""
@@ -192,7 +192,7 @@ class Recovery:
         return {"held_out_loss": loss, "held_out_distil": distil, "held_out_text": text}
 
     def outcome(self) -> Recovered:
-        """What the run came to."""
+        """The result of the run."""
         best = dict(self.best_judgement)
         return Recovered(dict(self.judgements[0]), best, int(best["step"]), self.step, self.ended)
 
@@ -217,7 +217,7 @@ class Recovery:
             self.folder.save(state, self.inputs)
 
     def restore(self) -> None:
-        """Go back to the checkpoint, or stay at the beginning where there is none.
+        """Resume from the checkpoint, or start at the beginning where there is none.
 
         Raises:
             LearnError: when it is damaged, of another run, or not the same for every process.
@@ -227,8 +227,8 @@ class Recovery:
             try:
                 self._restore(state)
             except (RuntimeError, KeyError, ValueError, TypeError) as error:
-                say = f"{self.folder.checkpoint}: is no checkpoint of this run ({first_line(error)})"
-                raise LearnError(say) from error
+                message = f"{self.folder.checkpoint}: is no checkpoint of this run ({first_line(error)})"
+                raise LearnError(message) from error
         if not self.processes.agree(self.step):
             raise LearnError(
                 f"{self.folder.checkpoint}: not every process reads the same; "

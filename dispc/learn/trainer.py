@@ -91,8 +91,8 @@ def learn(
     try:
         trainer.run(rows, progress)
     except KeyboardInterrupt:  # the second one, which does not wait for the step
-        say = f"interrupted in step {trainer.step + 1}; go on from the latest checkpoint with --resume"
-        raise Interrupted(say, signal.SIGINT) from None
+        message = f"interrupted in step {trainer.step + 1}; go on from the latest checkpoint with --resume"
+        raise Interrupted(message, signal.SIGINT) from None
     masks = trainer.masks()
     if processes.main:
         if resume and options.output.is_file() and (older := Masks.load(options.output)).sha256() == masks.sha256():
@@ -178,8 +178,8 @@ class Trainer:
                 if self.stopping or self.step % options.checkpoint_every == 0 or over:
                     self.save()
                 if self.stopping and not over:
-                    say = f"stopped after step {self.step}; go on with --resume" if main else ""
-                    raise Interrupted(say, self.noted() or signal.SIGTERM)
+                    message = f"stopped after step {self.step}; go on with --resume" if main else ""
+                    raise Interrupted(message, self.noted() or signal.SIGTERM)
 
     def advance(self, ids: Tensor) -> dict[str, float]:
         """One step on this process's sequences ids [B,S]; the record of the step.

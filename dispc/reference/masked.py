@@ -169,8 +169,8 @@ def _vector(indices: Indices, width: int) -> Tensor:
 class _Read:
     """What a sub-layer's projections see of the residual stream x [..., d].
 
-    Its `readers` projections ask in turn with the same x: the answer is worked out for the first, and kept no longer
-    than until the last has it (activation checkpointing runs all of them again).
+    Its `readers` projections are called one after another with the same x: the result is computed for the first, and
+    kept until the last has it (activation checkpointing runs all of them again).
     """
 
     def __init__(self, see: Callable[[Tensor, Tensor], Tensor], read: Callable[[], Tensor], readers: int) -> None:

@@ -48,7 +48,7 @@ def _stored_outside(model: ir.Model) -> list[tuple[ir.Value, ir.ExternalTensor]]
 
 
 def serialise(model: ir.Model) -> tuple[bytes, set[Path]]:
-    """A graph that `load_graph` gave, for a session that is told the folder of its weights, and those folders.
+    """A graph of `load_graph` as bytes, and the folders of its weights, which a session has to be given.
 
     ONNX Runtime follows no links out of that folder: named are the files that they lead to.
     """
@@ -82,7 +82,7 @@ def with_float32_outputs(edit: Edit | None) -> Edit:
 
 
 def widen(model: ir.Model) -> ir.Model:
-    """Turn every half-precision tensor and type of `model` into float32, in place."""
+    """Make every half-precision tensor and type of `model` float32, in place."""
     halves, wide = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16), ir.DataType.FLOAT
     graph = model.graph
     for value in _values(graph):

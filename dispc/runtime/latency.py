@@ -213,7 +213,7 @@ def _graphs(path: Path, provider: Provider) -> tuple[bool, ...]:
 def time_case(
     loaded: Mapping[str, list[TimedArtifact]], kind: str, batch: int, length: int, options: LatencyOptions
 ) -> list[LatencyRow]:
-    """Time one case (`first token` of a prompt, or `one token` behind others) on every session, in turns."""
+    """Time one case (`first token` of a prompt, or `one token` behind others) on all sessions, alternately."""
     cases: list[tuple[str, str, TimedArtifact, Callable[[], None]]] = []
     for name, sessions in loaded.items():
         for session in sessions:

@@ -227,10 +227,10 @@ def open_session(
         ArtifactError: when the model cannot be loaded, or not on that provider.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # what fails is raised, and told in one line
+    options.log_severity_level = 4  # errors are raised, and printed in one line
     options.intra_op_num_threads = threads
     entries = dict(config or {})
-    if threads:  # somebody times this session, perhaps in turns with others: spin, but only while it runs
+    if threads:  # this session is timed, perhaps alternately with others: spin, but only while it runs
         entries.setdefault("session.force_spinning_stop", "1")
     else:  # let waiting threads sleep, others may want the cores
         entries.setdefault("session.intra_op.allow_spinning", "0")

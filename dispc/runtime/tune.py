@@ -2,7 +2,7 @@
 
 Which lowering is fastest depends on the device and on the widths. Each candidate becomes a small artifact of some
 blocks of the model, with their own weights and sets but next to no vocabulary (the head would hide the difference); all
-are loaded, and take turns at a prompt and at single tokens.
+are loaded, and run a prompt and single tokens alternately.
 """
 
 import os

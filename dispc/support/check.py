@@ -1,4 +1,4 @@
-"""One check: a figure against its limit. What measures makes them, what judges collects them."""
+"""One check: a figure against its limit. Whoever measures makes them, `validate` collects them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ Status = Literal["passed", "failed", "skipped", "noted"]
 class Check:
     """One figure against its limit, in `unit`. Without a limit it is noted and cannot fail.
 
-    `detail` says what was run, or why it was skipped or failed; `figures` holds more numbers for programs.
+    `detail` names what was run, or why it was skipped or failed; `figures` holds more numbers for programs.
     """
 
     name: str

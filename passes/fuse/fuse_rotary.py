@@ -24,7 +24,7 @@ class FuseRotaryPass(RewritePass):
 
         query, key, value, ..., cos, sin -> GroupQueryAttention(do_rotary=1)
 
-    1. Partial rotary is told by the width of the caches.
+    1. The width of the caches says how many dimensions of a head rotate.
     2. For padding on the right only: there the operator, which counts positions from the length of each row, counts as
        position_ids do. A mask with zeros anywhere (`--padding left`) needs them, and the operator's own input of that
        name does not do: of a first prompt the CPU kernel (ONNX Runtime 1.31) takes one number for all rows and counts

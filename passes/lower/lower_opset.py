@@ -29,7 +29,7 @@ class LowerOpsetPass(RewritePass):
     1. Not with `respell` off: with standard operators only, and where the standard Attention needs opset 23 anyway.
     2. The opset and the IR version are set in either case.
     3. SimplifiedLayerNormalization lies in ONNX's own domain, although ONNX has no such operator:
-       `support.onnx_checker` tells onnx.checker about it.
+       `support.onnx_checker` gives onnx.checker a schema of it.
     """
 
     name = "lower-opset"

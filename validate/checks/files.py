@@ -1,4 +1,4 @@
-"""The files beside the graph: masks, config, tokenizer, and what onnxruntime-genai is told.
+"""The files beside the graph: masks, config, tokenizer, and what onnxruntime-genai reads.
 
 Without them the best graph prunes what nobody meant, stops at the wrong token, or does not load.
 """

@@ -1,6 +1,6 @@
 """How far an artifact is from the truth, and how far it may be.
 
-The reference in float64 is the truth; the reference in the artifact's dtype shows what that dtype costs by itself. Per
+The reference in float64 is the truth; the reference in the artifact's dtype shows the dtype's own error. Per
 position the artifact may be off by a small factor of that cost. docs/parity.md says why, with figures.
 """
 

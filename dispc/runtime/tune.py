@@ -33,7 +33,7 @@ PROMPT, PAST = 128, 64
 MARGIN = 0.05
 """Another lowering must be faster than the default by more than this share; less is noise."""
 Build = Callable[[Checkpoint, Masks, Plan, Path], object]
-"""Compiles a checkpoint with masks by a plan into a directory that is empty."""
+"""Compiles a checkpoint with masks by a plan into an empty directory."""
 DECODING, PREFILL = "one_token", "first_token"
 
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 from dispc.cli.arguments import fill
 from dispc.cli.process import SETTINGS, import_transformers
 from dispc.cli.tables import JsonFlag, err, out, print_error, print_json
+from dispc.lowerings import LOWERINGS
 
 if TYPE_CHECKING:
     from dispc.compiler import CompileOptions
@@ -84,9 +85,9 @@ class CompileArguments:
     lowering: Annotated[
         str | None,
         typer.Option(
-            help="How subsets are read and written: inverse-gather, canonical (ScatterND), scatter-elements, "
-            "feature-extractor (ArrayFeatureExtractor), or zero-filled (inverse-gather; sets that are not worth an "
-            "index list become zeros in the weights, as they do with feature-extractor).",
+            help="How subsets are read and written: "
+            + "; ".join(f"{row.name} ({row.label})" for row in LOWERINGS.values())
+            + ".",
             show_default="feature-extractor for onnx-cpu, else inverse-gather",
         ),
     ] = None

@@ -68,7 +68,8 @@ class LearnArguments:
     pruning_ratio: Ratio = 0.5
     ratio_of: RatioOf = "blocks"
     method: Annotated[
-        str, typer.Option(help="disp-llm (learned), or in a minute: gradient, middle, activation, magnitude, random.")
+        str,
+        typer.Option(help="disp-llm (learned), or one of a minute such as gradient; a wrong name lists all."),
     ] = LEARNED
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 10_000
     minutes: Annotated[

@@ -1,11 +1,12 @@
-"""What dispc.json says of the artifact, worked out again from the graph, the masks and the reference."""
+"""The facts in dispc.json, computed again from the graph, the masks and the reference."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import onnx_ir as ir
 
+from dispc.lowerings import LOWERINGS
 from dispc.manifest import Manifest
 from dispc.masks import Masks
 from dispc.runtime.edits import load_graph
@@ -14,22 +15,20 @@ from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError
 from dispc.support.version import __version__
 from dispc.validate.checks.files import SHOWN, differences
-from dispc.validate.checks.scenarios import SCENARIOS
 from dispc.validate.comparison import Comparison
 
 NAME = "dispc.json"
-SCATTERS = {"canonical": "ScatterND", "scatter-elements": "ScatterElements"}
-"""Lowering -> the operator by which it is known; the others have neither."""
-QUICK = (*(each.name for each in SCENARIOS if each.quick), "KL divergence", "embeddings", "rotary tables")
-"""Checks that a stored validation holds."""
+SCATTERS = {name: row.scatter for name, row in LOWERINGS.items() if row.scatter}
+"""Lowering -> the operator by which it is known; the others have none of these."""
 SURELY_SCATTERED = 0.8
 """A write set that keeps less than this share is never filled up with zeros instead."""
 OF_REPORT = ("target", "dtype", "padding", "lowering", "bytes", "widths", "full_widths")
 """What a stored validation repeats of the artifact."""
 
 
-def judge_facts(comparison: Comparison) -> Iterator[Check]:
-    """Every fact that can be worked out again is; the stored validation fits the artifact and its own figures."""
+def judge_facts(comparison: Comparison, quick: Collection[str]) -> Iterator[Check]:
+    """Every fact that can be computed again is; the stored validation fits the artifact and its own figures, and holds
+    the `quick` checks."""
     try:
         graph = load_graph(comparison.directory / "model.onnx")
     except ArtifactError as error:
@@ -41,7 +40,7 @@ def judge_facts(comparison: Comparison) -> Iterator[Check]:
     faults = [f"{place} is {ours}, it should be {theirs}" for place, ours, theirs in differences(stored, expected)]
     faults += _metadata(comparison.manifest, graph, comparison.masks)
     if comparison.manifest.validation is not None:
-        faults += _validation(comparison.manifest.validation, comparison)
+        faults += _validation(comparison.manifest.validation, comparison, quick)
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         yield Check.failed(NAME, "static", "; ".join(faults[:SHOWN]) + more)
@@ -88,7 +87,7 @@ def _metadata(manifest: Manifest, graph: ir.Model, masks: Masks) -> Iterator[str
             yield f"lowering is {lowering}, model.onnx has no {operator}"
 
 
-def _validation(stored: Any, comparison: Comparison) -> Iterator[str]:
+def _validation(stored: Any, comparison: Comparison, quick: Collection[str]) -> Iterator[str]:
     """A stored report that was not written for this artifact, or says otherwise than its own figures."""
     if not isinstance(stored, Mapping) or not isinstance(stored.get("checks"), list):
         yield "validation is no report"
@@ -110,6 +109,6 @@ def _validation(stored: Any, comparison: Comparison) -> Iterator[str]:
     if stored.get("passed") is not True or failed:
         yield "validation: the artifact did not pass when it was made"
     if comparison.manifest.dispc == __version__:
-        missing = {name for name in QUICK if name not in {check["name"] for check in stored["checks"]}}
+        missing = {name for name in quick if name not in {check["name"] for check in stored["checks"]}}
         if missing:
             yield f"validation lacks the check {min(missing)}"

@@ -13,7 +13,7 @@ from dispc.validate.comparison import Comparison
 class CheckRow:
     """One check, by the name that reports give it. `run` yields nothing where it was not asked for.
 
-    `quick` ones run at the end of every compilation too. A stored validation has a result of each that is `always` given.
+    `quick` ones run at the end of every compilation too. Every stored validation has those that are `always` given.
     """
 
     name: str

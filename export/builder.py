@@ -1,4 +1,4 @@
-"""What the translation builds with: the graph's inputs and outputs, named nodes, parameters, constants, masks."""
+"""The builder that the translation uses: inputs and outputs, named nodes, parameters, constants, masks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from dispc.support.graph import HEAD, add_initializer, make_node, scope
 
 OPSET = 23
 Node = Any
-"""A torch.fx node. Its arguments may be anything, which its type would have every line assert away."""
+"""A torch.fx node. Typed as such, every use of an argument would need an assertion."""
 
 
 class GraphBuilder:

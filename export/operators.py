@@ -1,4 +1,4 @@
-"""The operators a decoder consists of, and how each is spelled in ONNX: one row for each.
+"""The operators that a decoder consists of, and what each becomes in ONNX: one row for each.
 
 Once attention, rotary embedding and norms are operators of ours, about twenty ATen operators are left.
 """
@@ -165,7 +165,7 @@ class Spelling:
     """How an operator of torch is spelled in ONNX.
 
     handle: emits the nodes for an FX node, and returns their value.
-    reads: the arguments that it looks at, by the names of torch's schema.
+    reads: the arguments that it uses, by the names of torch's schema.
     ignores: arguments that change nothing here: no gradients, no training, and results are read off the trace.
     neutral: the values of further arguments that change nothing, where that is not their default.
     """
@@ -176,7 +176,7 @@ class Spelling:
     neutral: Mapping[str, Any] = field(default_factory=dict)
 
     def refuse_unread(self, node: Node, module: str) -> None:
-        """Raise CompileError for an argument that would change the result and that `handle` does not look at."""
+        """Raise CompileError for an argument that would change the result and that `handle` does not read."""
         arguments = node.target._schema.arguments
         given = dict(zip((argument.name for argument in arguments), node.args, strict=False)) | node.kwargs
         for argument in arguments:

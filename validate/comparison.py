@@ -66,7 +66,7 @@ class Measured:
 
 
 class Comparison:
-    """An artifact and the model that it must agree with. What several checks need is worked out once.
+    """An artifact and the model that it must agree with. What several checks need is computed once.
 
     Raises:
         DispcError: when one of the two is unusable, or the artifact was made from another model.
@@ -138,7 +138,7 @@ class Comparison:
             return measure(rows, answers)
 
     def answers(self, rows: Sequence[Row], *, streams: bool = False) -> Answers:
-        """What the reference says about the texts of `rows`."""
+        """The outputs of the reference for the texts of `rows`."""
         return ask(self.blocks(), [row.text for row in rows], self.truth, self.computes_in, streams=streams)
 
     @cached_property
@@ -163,7 +163,7 @@ class Comparison:
 
     @cached_property
     def times(self) -> Latency | None:
-        """What `measure_latency` found; None where nobody asked."""
+        """The result of `measure_latency`; None where it was not asked for."""
         options = self.options
         if options.latency is None:
             return None
@@ -171,7 +171,7 @@ class Comparison:
 
     @cached_property
     def placement(self) -> tuple[Placement | None, Check]:
-        """Where the nodes are, and whether they may be there."""
+        """The provider of each node, and the check of it."""
         return judge_placement(self.artifact)
 
     @property

@@ -1,4 +1,4 @@
-"""`dispc.validate.check`: run an artifact in every way that matters, and judge it against the masked reference."""
+"""`dispc.validate.check`: run an artifact in every relevant way, and judge it against the masked reference."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,8 +59,8 @@ def check(
 def find_fault(comparison: Comparison, checks: Sequence[Check], *, always: bool) -> Drill | None:
     """Which sub-layer is wrong, where a check of parity failed; where none did, None unless `always`.
 
-    Looked for in the scenario that failed first, with widened weights where only that one did, else in the one that is
-    furthest off: only the choices were wrong, or what was run has no streams to look at.
+    Searched in the scenario that failed first (with widened weights where only that one failed). Where no logits are
+    over their limit (only the chosen tokens differ, or what failed has no streams), in the one with the largest error.
     """
     failed = any(not check.passed for check in checks if check.group == "parity")
     if not (failed or always):

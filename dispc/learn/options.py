@@ -1,4 +1,4 @@
-"""What a run is asked for: what learning and recovery share, and a learning run. Its defaults are the paper's."""
+"""Options of runs: those that learning and recovery share, and those of learning, whose defaults are the paper's."""
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,7 +14,7 @@ from dispc.support.errors import LearnError
 
 Precision = Literal["float32", "bfloat16"]
 LARGE = 1e6
-"""No rate or weight is this large but by mistake, and float32 would overflow not far above."""
+"""Larger rates and weights are mistakes; float32 overflows not far above."""
 
 
 def check_choices(*, ratio_of: str, norm_scope: str, align: int, sequence_length: int, seed: int) -> None:
@@ -41,7 +41,7 @@ def check_least(**options: tuple[int, int]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What every run has that takes steps through a text.
+    """Options of every run that takes steps through a text.
 
     `minutes` ends a run early: what it has by then is written. `output` is what the run makes.
     """
@@ -59,9 +59,9 @@ class RunOptions:
     )
     """Options that may differ when a run is resumed.
 
-    They do not change what a step computes (but `steps` and `minutes` where the rate falls), or mend a run that went
-    wrong: the learning rate where the loss is no number. Of model and data the content must be the same, which the
-    checkpoint knows, and not the path.
+    They do not change what a step computes (except `steps` and `minutes` where the rate falls), or repair a failed run:
+    the learning rate where the loss is no number. The content of model and data must be the same, whose digests the
+    checkpoint has; the path may differ.
     """
 
     model: Path
@@ -115,7 +115,7 @@ class RunOptions:
         raise NotImplementedError
 
     def settled(self, device: torch.device) -> Self:
-        """The same with the precision that a run on `device` has unless told: bfloat16 on CUDA, float32 elsewhere."""
+        """The same with the precision that a run on `device` has by default: bfloat16 on CUDA, float32 elsewhere."""
         default: Precision = "bfloat16" if device.type == "cuda" else "float32"
         return replace(self, precision=self.precision or default)
 
@@ -124,7 +124,7 @@ class RunOptions:
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
     def done(self, step: int, seconds: float) -> float:
-        """The share of the run, 0 to 1, that is behind after `step` steps and so many seconds in all of them."""
+        """The share of the run, 0 to 1, that is done after `step` steps and so many seconds in all of them."""
         share = step / self.steps
         return share if self.minutes is None else min(1.0, max(share, seconds / (60.0 * self.minutes)))
 

@@ -28,7 +28,7 @@ def plot_run(folder: Path, masks: Masks) -> None:
 def plot_learning(metrics: Path, file: Path) -> None:
     """Loss, its running mean, and the regulariser over the steps of a `metrics.jsonl`."""
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    if not records:  # somebody removed those of a run that is done
+    if not records:  # those of a finished run were removed
         return
     figure, axes = _figure(2, 1, (8, 6))
     steps = np.array([record["step"] for record in records])

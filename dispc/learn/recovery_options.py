@@ -1,4 +1,4 @@
-"""What a recovery run is asked for."""
+"""Options of a recovery run."""
 
 import math
 from dataclasses import dataclass

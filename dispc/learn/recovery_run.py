@@ -100,7 +100,7 @@ class Recovery:
         return min(self.judgements, key=lambda one: one["loss"])  # the first of equal ones
 
     def run(self, rows: Tokens, held_out: Tokens, progress: Progress) -> None:
-        """All steps that remain, with a judgement and a checkpoint every so many.
+        """All remaining steps, with judgements and checkpoints in between.
 
         Raises:
             Interrupted: after Ctrl-C or SIGTERM, at the end of the step; nothing is lost.
@@ -174,7 +174,7 @@ class Recovery:
     def judge(self, held_out: Tokens) -> dict[str, float]:
         """Judge the weights as they are by the held-out windows, and keep them where they are the best so far."""
         count = self.processes.count
-        rows = -(-len(held_out) // count) * count  # some twice, so that all processes have as many
+        rows = -(-len(held_out) // count) * count  # some twice, so that all processes have equally many
         mine = self.processes.share(np.resize(held_out, (rows, held_out.shape[1])))
         size = max(1, self.options.batch_size // count)
         sums = torch.zeros(2, device=mine.device)

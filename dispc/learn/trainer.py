@@ -1,4 +1,4 @@
-"""The learning loop: sample gates, run the frozen model through them, move the hypernetwork, never lose a step's work.
+"""The learning loop: sample gates, run the frozen model through them, train the hypernetwork, save and resume.
 
 Noise and data of a step are functions of the seed and the step's number alone: that is all the random state there is.
 """
@@ -42,8 +42,8 @@ def learn(
 ) -> tuple[Masks, bool]:
     """Learn masks and write them to `options.output`; the masks, and whether this process is the one that wrote them.
 
-    `resume` goes on from the checkpoint in the run's folder, or from the beginning where it holds none; without it, an
-    earlier run there is kept unless `force`. Nothing is written or removed before the run is known to start.
+    `resume` continues from the checkpoint in the run's folder, or starts at the beginning where there is none; without
+    it, an earlier run there is kept unless `force`. Nothing is written or removed before the run is known to start.
 
     Raises:
         DispcError: when an input is unusable, the budget cannot be met, or the loss is no number.
@@ -84,7 +84,7 @@ def learn(
                 f"{trainer.folder.checkpoint}: not every process reads the same; "
                 "the run's folder must be on a disk that all nodes share"
             )
-    if processes.main:  # from here on an earlier run is gone, or goes on
+    if processes.main:  # from here on an earlier run is replaced, or resumed
         trainer.folder.prepare(resume=resume)
         trainer.folder.cut_metrics(trainer.step)
     processes.wait()
@@ -151,7 +151,7 @@ class Trainer:
         )
 
     def run(self, rows: Tokens, progress: Progress) -> None:
-        """All steps that remain, with a checkpoint every so many, at the end, and where a signal ends the run.
+        """All remaining steps, with a checkpoint every so many, at the end, and where a signal ends the run.
 
         Raises:
             Interrupted: after Ctrl-C or SIGTERM, at the end of the step; nothing is lost.
@@ -188,7 +188,7 @@ class Trainer:
         all stop after the same step.
 
         Raises:
-            LearnError: when the loss or a gradient is no number; the latest checkpoint is as good as ever.
+            LearnError: when the loss or a gradient is no number; the latest checkpoint stays valid.
         """
         options = self.options
         latents = self.layout.expand(self.source())
@@ -276,7 +276,7 @@ class Trainer:
             )
 
     def restore(self) -> None:
-        """Go back to the checkpoint, or stay at the beginning where there is none.
+        """Resume from the checkpoint, or start at the beginning where there is none.
 
         Raises:
             LearnError: when it is damaged, or of another run.

@@ -1,6 +1,6 @@
 """Where an artifact goes wrong: the residual stream behind every sub-layer, against the reference's.
 
-Sub-layers talk to each other through the stream alone, so the first place at which it is off by more than its budget
+Sub-layers depend on each other through the stream alone, so the first place at which it is off by more than its budget
 is the first sub-layer that computes something else.
 """
 

@@ -76,7 +76,7 @@ def _worst_row(artifact: Artifact, checkpoint: Checkpoint) -> tuple[float, int]:
 
 
 def _look_up(artifact: Artifact, ids: Tokens) -> Array:
-    """What the graph makes of token ids [n] at the positions from 0 on: [n, hidden_size]."""
+    """The embeddings of token ids [n] at the positions from 0 on, by the graph: [n, hidden_size]."""
     runner, row = artifact.runner, ids[None]
     outputs, _ = runner.run_all(row, np.ones_like(row), np.arange(len(ids))[None], runner.empty_caches(1))
     found: Array = outputs[OUTPUT][0]

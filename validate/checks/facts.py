@@ -23,7 +23,7 @@ SCATTERS = {name: row.scatter for name, row in LOWERINGS.items() if row.scatter}
 SURELY_SCATTERED = 0.8
 """A write set that keeps less than this share is never filled up with zeros instead."""
 OF_REPORT = ("target", "dtype", "padding", "lowering", "bytes", "widths", "full_widths")
-"""What a stored validation repeats of the artifact."""
+"""Facts of the artifact that a stored validation repeats."""
 
 
 def judge_facts(comparison: Comparison, quick: Collection[str]) -> Iterator[Check]:
@@ -72,7 +72,7 @@ def recomputed(comparison: Comparison, graph: ir.Model) -> dict[str, Any]:
 
 
 def _metadata(manifest: Manifest, graph: ir.Model, masks: Masks) -> Iterator[str]:
-    """What model.onnx says of itself, and the lowering that its operators show."""
+    """The metadata of model.onnx, and the lowering that its operators show."""
     for name in ("target", "padding", "masks_sha256"):
         ours, in_graph = getattr(manifest, name), graph.metadata_props.get(f"dispc.{name}")
         if in_graph != ours:
@@ -88,7 +88,7 @@ def _metadata(manifest: Manifest, graph: ir.Model, masks: Masks) -> Iterator[str
 
 
 def _validation(stored: Any, comparison: Comparison, quick: Collection[str]) -> Iterator[str]:
-    """A stored report that was not written for this artifact, or says otherwise than its own figures."""
+    """Contradictions between a stored report and this artifact, or its own figures."""
     if not isinstance(stored, Mapping) or not isinstance(stored.get("checks"), list):
         yield "validation is no report"
         return

@@ -1,6 +1,6 @@
 """The files beside the graph: masks, config, tokenizer, and what onnxruntime-genai reads.
 
-Without them the best graph prunes what nobody meant, stops at the wrong token, or does not load.
+With wrong ones, a correct graph prunes the wrong positions, stops at the wrong token, or does not load.
 """
 
 import json
@@ -52,7 +52,7 @@ ABSENT = "nothing"
 def judge_masks(comparison: Comparison) -> Iterator[Check]:
     """The artifact's masks are those that are meant: the ones named by `--masks`, else those beside the reference.
 
-    Learn again and forget to compile, and everything else still passes.
+    Masks that were learned again and not compiled pass everything else.
     """
     meant, where = comparison.meant_masks
     if meant is None:

@@ -21,7 +21,7 @@ from dispc.validate.client import Row
 LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest error of a dtype as a share of the logits' range: for graphs between passes, and where no truth is finer."""
 KL_FLOOR = 1e-12
-"""nats; what rounding in float64 makes of a divergence of nothing."""
+"""nats; the divergence that rounding in float64 makes of equal logits."""
 TIMES = "x own error"
 
 
@@ -172,7 +172,7 @@ def judge_logits(name: str, rows: Sequence[Row], found: Sequence[Distance], deta
 def judge_choices(name: str, found: Sequence[Distance], detail: str, factor: float, limit: float) -> Check:
     """The share of positions at which the artifact's likeliest token is not the truth's.
 
-    A tie is excused: where the truth holds the two tokens for equal within `factor` times the own error.
+    A tie does not count: where the truth has the two tokens within `factor` times the own error of each other.
     """
     positions = sum(len(each.error) for each in found)
     different = sum(int(each.another.sum()) for each in found)

@@ -1,4 +1,4 @@
-"""The outputs of artifacts in an onnxruntime-genai of any version: `python run_genai.py ARTIFACT...` prints it as JSON."""
+"""The outputs of artifacts in an onnxruntime-genai of any version: `python run_genai.py ARTIFACT...` prints JSON."""
 
 import json
 import sys

@@ -6,6 +6,8 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
 from dispc.manifest import spell_pass
+from dispc.masks import Masks
+from dispc.model.families import DecoderConfig
 from dispc.support.errors import CompileError
 from dispc.support.graph import drop_unused_initializers
 
@@ -62,3 +64,12 @@ class RewritePass(InPlacePass):
         if self.count != expected:
             raise CompileError(f"pass {self.name} made {self.count} rewrites where {expected} were expected")
         return PassResult(model, modified=self.count > 0)
+
+
+class BlockPass(RewritePass):
+    """A pass over the blocks of a model: its config and its masks say what must be there."""
+
+    def __init__(self, config: DecoderConfig, masks: Masks) -> None:
+        super().__init__()
+        self.config = config
+        self.masks = masks

@@ -2,9 +2,7 @@
 
 import onnx_ir as ir
 
-from dispc.masks import Masks
-from dispc.model.families import DecoderConfig
-from dispc.passes.base import RewritePass
+from dispc.passes.base import BlockPass
 from dispc.passes.common.packing import pack, projection_of
 from dispc.support.errors import CompileError
 from dispc.support.graph import remove_dead
@@ -13,7 +11,7 @@ HEAD_NORMS = ("q_norm.weight", "k_norm.weight")
 """Weights of norms that queries and keys pass through, whatever family they are in."""
 
 
-class FuseQkvPass(RewritePass):
+class FuseQkvPass(BlockPass):
     """The three projections in front of GroupQueryAttention become one, whose output the operator takes packed.
 
     Before (S1 is the read set that all three share)::
@@ -32,11 +30,6 @@ class FuseQkvPass(RewritePass):
     """
 
     name = "fuse-qkv"
-
-    def __init__(self, config: DecoderConfig, masks: Masks) -> None:
-        super().__init__()
-        self.config = config
-        self.masks = masks
 
     def expected(self, model: ir.Model) -> int:
         """Every attention that is left, but those with norms of their heads, or with a rotation that was not fused."""

@@ -2,9 +2,7 @@
 
 import onnx_ir as ir
 
-from dispc.masks import Masks
-from dispc.model.families import DecoderConfig
-from dispc.passes.base import RewritePass
+from dispc.passes.base import BlockPass
 from dispc.support.errors import CompileError
 from dispc.support.graph import remove_dead
 
@@ -12,7 +10,7 @@ HEAD_MULTIPLE, CACHE_MULTIPLE = 16, 8
 """What the kernels rotate: head sizes, and widths of the cos and sin caches (half the rotary dimensions)."""
 
 
-class FuseRotaryPass(RewritePass):
+class FuseRotaryPass(BlockPass):
     """RotaryEmbedding nodes in front of GroupQueryAttention become its attribute `do_rotary`.
 
     Before (cos and sin are [positions, rotary dimensions / 2], with rope scaling in them)::
@@ -34,11 +32,6 @@ class FuseRotaryPass(RewritePass):
     """
 
     name = "fuse-rotary"
-
-    def __init__(self, config: DecoderConfig, masks: Masks) -> None:
-        super().__init__()
-        self.config = config
-        self.masks = masks
 
     def expected(self, model: ir.Model) -> int:
         """One for every attention that is left, in a family that rotates, where the kernels can."""

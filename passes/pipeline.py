@@ -69,13 +69,9 @@ def build_pipeline(
         ),
         (plan.last_logits, lambda: LastLogitsPass(plan.padding)),
         *([(True, lambda: QuantisePass(quantisation, config, tied=tied, hessians=hessians))] if quantisation else []),
-        # Last: it sees what the others have made. On CUDA, ONNX Runtime fuses its own RotaryEmbedding into attention,
-        # also where an attention bias (padding left) leaves no room for it, and then refuses the graph.
-        (
+        (  # last: it sees what the others have made
             True,
-            lambda: LowerOpsetPass(
-                respell=plan.group_query and not (target.name == "onnx-cuda" and plan.padding == "left")
-            ),
+            lambda: LowerOpsetPass(respell=plan.group_query, rotations=target.name != "onnx-cuda"),
         ),
     )
     return [make() for wanted, make in rows if wanted]

@@ -77,7 +77,8 @@ class Checkpoint:
             CheckpointError: when they are not.
         """
         with self._naming_config():
-            check_ropes(module, self.ropes, self.config.head_dim)
+            unused = set(self.ropes) - set(self.config.layer_kinds) if len(self.ropes) > 1 else ()
+            check_ropes(module, self.ropes, self.config.head_dim, unused)
 
     def load_model(self, dtype: torch.dtype) -> Any:
         """The dense torch model in evaluation mode: transformers' code, every parameter read by `find`, in `dtype`.

@@ -71,9 +71,12 @@ def make_config(raw: Mapping[str, Any], family: Family, ropes: Mapping[str, Rope
 
 
 def _parameters(config_class: Any) -> set[str]:
-    if is_dataclass(config_class):  # since release 5
-        return {field.name for field in fields(config_class)}
-    return set(inspect.signature(config_class).parameters)
+    """The options of a configuration class itself, not those that every class inherits and no decoder here reads."""
+    from transformers import PretrainedConfig
+
+    if is_dataclass(config_class) and is_dataclass(PretrainedConfig):  # since release 5
+        return {field.name for field in fields(config_class)} - {field.name for field in fields(PretrainedConfig)}
+    return set(inspect.signature(config_class).parameters) - {"kwargs"}
 
 
 def _deciding(raw: Mapping[str, Any], known: set[str], family: Family) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Release 4 writes `rope_theta`, `rope_scaling` and `partial_rotary_factor` side b
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -237,8 +237,10 @@ def _release5(rope: Rope, family: "Family") -> dict[str, Any]:
     return {"rope_theta": rope.theta, **share, **rope.scaling}
 
 
-def check_ropes(module: "nn.Module", ropes: Mapping[str, Rope], head_dim: int) -> None:
+def check_ropes(module: "nn.Module", ropes: Mapping[str, Rope], head_dim: int, unused: Collection[str] = ()) -> None:
     """Make sure that the rotary modules in `module`, built by transformers, rotate at the frequencies of `ropes`.
+
+    Kinds that no block is of are `unused`: they may be missing.
 
     Raises:
         CheckpointError: when one does not, or one of `ropes` is in no module.
@@ -259,7 +261,7 @@ def check_ropes(module: "nn.Module", ropes: Mapping[str, Rope], head_dim: int) -
                     "please report this with the config.json and the version of transformers"
                 )
             met |= found
-    if met != set(wanted):
+    if not set(wanted) - set(unused) <= met:
         raise CheckpointError("the installed transformers makes no rotary positions of what it says of them")
 
 

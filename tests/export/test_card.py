@@ -143,6 +143,19 @@ def test_the_card_names_the_first_onnx_runtime(needs: str, says: str, tmp_path: 
     assert says in dict(table(text, "# card-model"))["runs in"]
 
 
+@pytest.mark.parametrize("target", ["onnx", "onnx-cuda"])
+def test_a_card_of_bfloat16_shows_what_can_load_it_only(target: str, tmp_path: Path) -> None:
+    text = card(tmp_path, target=target, dtype="bfloat16")
+    assert re.findall(r"(\w+ExecutionProvider)\W\]", text) == ["CUDAExecutionProvider"]
+    assert "og.Model" not in text and "ORTModelForCausalLM" not in text and "--dtype float16" in text
+
+
+def test_what_compiling_noted_is_on_the_card(tmp_path: Path) -> None:
+    note = "YaRN reaches 160 positions, but max_position_embeddings is 40"
+    assert dict(table(card(tmp_path, notes=[note]), "# card-model"))["note 1"] == note
+    assert "note 1" not in card(tmp_path)
+
+
 # The licence
 
 

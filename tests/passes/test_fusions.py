@@ -74,7 +74,7 @@ def test_a_rare_variant_is_what_its_name_says(variant: str, like: str) -> None:
 @given(data=st.data())
 @settings(max_examples=16)
 def test_any_family_widths_and_options_keep_the_function_in_padded_batches(lowering: str, data: st.DataObject) -> None:
-    variant = data.draw(st.sampled_from([*tiny.VARIANTS, *tiny.RARE]))
+    variant = data.draw(st.sampled_from([*tiny.VARIANTS, *tiny.FURTHER, *tiny.RARE]))
     masks = data.draw(widths(variant))
     options = {
         "target": data.draw(st.sampled_from(targets_of(lowering))),

@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only wait 
 import faults
 import harness
 import numpy as np
+import tiny
 from artifacts import artifact, failed, judged
 from fault_kinds import KINDS, Kind, NotHere, Place
 
@@ -37,7 +38,7 @@ from dispc.validate.comparison import Comparison
 
 INT4 = Quantisation(bits=4, block_size=16, symmetric=True, head=False, embedding=False)
 INT8 = Quantisation(bits=8, block_size=16, symmetric=False, head=True, embedding=False)
-VARIANTS = ("llama", "phi", "opt", "qwen3", "mistral-window", "qwen2-mixed-window", "llama-tied-biased")
+VARIANTS = ("llama", "phi", "opt", "qwen3", "mistral-window", "qwen2-mixed-window", "llama-tied-biased", *tiny.FURTHER)
 ARTIFACTS: tuple[dict[str, Any], ...] = (
     {"target": "onnx"},
     {"target": "onnx", "dtype": "float16"},

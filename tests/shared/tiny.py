@@ -97,12 +97,17 @@ def make_model(
     model_type, options = (VARIANTS | FURTHER | RARE)[variant]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options)).eval()
+    fill(model)
+    model.generation_config.pad_token_id = 0
+    model.to(dtype).save_pretrained(directory, **save)
+    return directory
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Make biases and norms random too, so that none is trivial."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
                 parameter.normal_(1.0, 0.2)
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 0.2)
-    model.generation_config.pad_token_id = 0
-    model.to(dtype).save_pretrained(directory, **save)
-    return directory

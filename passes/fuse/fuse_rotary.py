@@ -47,9 +47,10 @@ class FuseRotaryPass(BlockPass):
         possible = self.config.head_dim % HEAD_MULTIPLE == 0 and all(width % CACHE_MULTIPLE == 0 for width in widths)
         if not possible:
             self.leave(
-                "every attention", f"head size {self.config.head_dim}, of which {2 * max(widths)} rotate; the kernels "
-                f"rotate multiples of {HEAD_MULTIPLE} and of {2 * CACHE_MULTIPLE}"
-            )  # fmt: skip
+                "every attention",
+                f"head size {self.config.head_dim}, of which {2 * max(widths)} rotate; the kernels "
+                f"rotate multiples of {HEAD_MULTIPLE} and of {2 * CACHE_MULTIPLE}",
+            )
         return possible
 
     def _rotations(self) -> int:

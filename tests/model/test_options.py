@@ -26,15 +26,35 @@ from dispc.validate.checks.parity import logit_error
 BASES = dict(reversed((tiny.VARIANTS | tiny.FURTHER).values()))
 """Options of a tiny model of each family."""
 VALUES: dict[str, Any] = {
-    "hidden_act": "gelu", "hidden_activation": "gelu", "activation_function": "gelu_new",
-    "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1, "head_dim": 24, "hidden_size": 96,
-    "intermediate_size": 40, "ffn_dim": 40, "word_embed_proj_dim": 32, "vocab_size": 160,
-    "max_position_embeddings": 80, "original_max_position_embeddings": 40, "query_pre_attn_scalar": 9,
-    "sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"], "_sliding_window_pattern": 2,
-    "no_rope_layers": [0, 1], "no_rope_layer_interval": 2, "max_window_layers": 1,
-    "cross_attention_hidden_size": 8, "chunk_size_feed_forward": 2, "pruned_heads": {"0": [1]},
-    "rms_norm_eps": 0.1, "layer_norm_eps": 0.1, "norm_eps": 0.1, "norm_epsilon": 0.1,
-}  # fmt: skip
+    "hidden_act": "gelu",
+    "hidden_activation": "gelu",
+    "activation_function": "gelu_new",
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 1,
+    "head_dim": 24,
+    "hidden_size": 96,
+    "intermediate_size": 40,
+    "ffn_dim": 40,
+    "word_embed_proj_dim": 32,
+    "vocab_size": 160,
+    "max_position_embeddings": 80,
+    "original_max_position_embeddings": 40,
+    "query_pre_attn_scalar": 9,
+    "sliding_window": 3,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "_sliding_window_pattern": 2,
+    "no_rope_layers": [0, 1],
+    "no_rope_layer_interval": 2,
+    "max_window_layers": 1,
+    "cross_attention_hidden_size": 8,
+    "chunk_size_feed_forward": 2,
+    "pruned_heads": {"0": [1]},
+    "rms_norm_eps": 0.1,
+    "layer_norm_eps": 0.1,
+    "norm_eps": 0.1,
+    "norm_epsilon": 0.1,
+}
 """What options get that are neither switches nor factors: something that has an effect."""
 WINDOWS = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
 COMPANIONS: dict[str, dict[str, Any]] = {

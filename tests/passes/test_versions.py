@@ -166,7 +166,12 @@ def options_of(line: str) -> dict[str, object]:
             value for flag, value in (("--int8-activations", True), ("--no-int8-activations", False)) if flag in given
         ]
         options["quantisation"] = make_quantisation(
-            given["--quantize"], target, block_size=16, asymmetric="--asymmetric" in given, head=False,
-            embedding="--quantize-embedding" in given, int8_activations=chosen[0] if chosen else None,
-        )  # fmt: skip
+            given["--quantize"],
+            target,
+            block_size=16,
+            asymmetric="--asymmetric" in given,
+            head=False,
+            embedding="--quantize-embedding" in given,
+            int8_activations=chosen[0] if chosen else None,
+        )
     return options

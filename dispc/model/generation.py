@@ -1,4 +1,4 @@
-"""How a model's text is to be generated: generation_config.json, and config.json where that has no entry."""
+"""How a model's text is meant to be made: generation_config.json, and config.json where that says nothing."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from dispc.support.errors import CheckpointError
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """Token ids and sampling, checked; missing ids are None, and `stops` is empty then."""
+    """Token ids and sampling, checked; ids that are not told are None, and `stops` is empty then."""
 
     stops: list[int]
     bos: int | None
@@ -22,18 +22,18 @@ class Generation:
 
     @staticmethod
     def of(generation: Mapping[str, Any], raw: Mapping[str, Any], vocabulary: int) -> "Generation":
-        """Read both files of a model with a vocabulary of that size. A top_k of 0 is "all tokens", also for runtimes.
+        """Read both files of a model with so many words. A top_k of 0 is "all tokens", here and for runtimes.
 
         Raises:
-            CheckpointError: for an id outside of the vocabulary, or a value that is no number.
+            CheckpointError: for an id that is no word, or a figure that is none.
         """
 
         def ids(key: str) -> list[int]:
-            found = generation.get(key, raw.get(key))
-            listed = found if isinstance(found, list) else [] if found is None else [found]
+            told = generation.get(key, raw.get(key))
+            listed = told if isinstance(told, list) else [] if told is None else [told]
             for value in listed:
                 if type(value) is not int or not 0 <= value < vocabulary:
-                    raise CheckpointError(f"{key} is {found!r}; ids from 0 to {vocabulary - 1} are expected")
+                    raise CheckpointError(f"{key} is {told!r}; ids from 0 to {vocabulary - 1} are expected")
             return listed
 
         def one(key: str) -> int | None:

@@ -10,7 +10,7 @@ from dispc.support.limits import limited
 from dispc.support.printable import printable
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-"""One of these holds the vocabulary of a tokenizer."""
+"""One of these holds the words of a tokenizer."""
 OTHERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
 LARGEST = 256 * 2**20
 CLASSES = frozenset(
@@ -71,13 +71,13 @@ def _check(path: Path) -> None:
     """Raise DataError for a class that is not known to be harmless, and for what the installed release cannot read."""
     import transformers
 
-    content = read_object(path, DataError)
-    if odd := next((key for key in _keys(content) if printable(key) != key), None):
+    told = read_object(path, DataError)
+    if odd := next((key for key in _keys(told) if printable(key) != key), None):
         raise DataError(f"{path}: the key {printable(odd)} holds control characters; tokenizers would print them")
-    kind = content.get("tokenizer_class")
+    kind = told.get("tokenizer_class")
     if kind is not None and kind not in CLASSES:
         raise DataError(f"{path}: tokenizer_class is {kind!r}; dispc loads those of decoder models only")
-    newer = kind in RELEASE5 or isinstance(content.get("extra_special_tokens"), list)
+    newer = kind in RELEASE5 or isinstance(told.get("extra_special_tokens"), list)
     if newer and transformers.__version__.startswith("4."):
         raise DataError(
             f"{path}: was written by transformers 5, and {transformers.__version__} cannot read it: "
@@ -91,10 +91,10 @@ def apply_chat_template(tokenizer: Any, prompt: str) -> str:
     Raises:
         DispcError: when the template fails, or takes too long or too much memory.
     """
-    messages = [{"role": "user", "content": prompt}]
+    turns = [{"role": "user", "content": prompt}]
 
     def work() -> str:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
 
     try:
         return limited(work, TEMPLATE_SECONDS, TEMPLATE_MEMORY)

@@ -26,17 +26,17 @@ def limited(work: Callable[[], str], seconds: float, memory: int) -> str:
         _work_and_exit(work, writing, seconds, memory)
     os.close(writing)
     try:
-        received = _read(reading, seconds)
+        said = _read(reading, seconds)
     finally:
         os.close(reading)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    if received is None:
+    if said is None:
         raise DispcError(f"it takes longer than {seconds:g} s")
-    if not received:
+    if not said:
         raise DispcError("it takes too much memory or time")
-    answer: dict[str, str] = json.loads(received)
+    answer: dict[str, str] = json.loads(said)
     if "error" in answer:
         raise DispcError(answer["error"])
     return answer["text"]
@@ -44,12 +44,12 @@ def limited(work: Callable[[], str], seconds: float, memory: int) -> str:
 
 def _read(reading: int, seconds: float) -> bytes | None:
     """Everything until the other end is closed; None when that takes longer."""
-    received, end = b"", time.monotonic() + seconds
+    said, end = b"", time.monotonic() + seconds
     while select.select([reading], [], [], max(0.0, end - time.monotonic()))[0]:
         piece = os.read(reading, 2**16)
         if not piece:
-            return received
-        received += piece
+            return said
+        said += piece
     return None
 
 

@@ -32,7 +32,7 @@ class LowerOpsetPass(RewritePass):
        dimensions, or loses its attention bias.
     2. The opset and the IR version are set in either case.
     3. SimplifiedLayerNormalization lies in ONNX's own domain, although ONNX has no such operator:
-       `support.onnx_checker` tells onnx.checker about it.
+       `support.onnx_checker` gives onnx.checker a schema of it.
     """
 
     name = "lower-opset"

@@ -40,9 +40,18 @@ def test_steps_of_recovery_lower_the_loss_and_the_pruned_model_is_written(model:
     masks = Masks.random(Checkpoint(model).config, 0.3, seed=1)
     masks.save(tmp_path / "masks.safetensors", Checkpoint(model).config)
     chosen = RecoverOptions(
-        model=model, masks=tmp_path / "masks.safetensors", data=text("train.txt", 3000, 2), output=tmp_path / "out",
-        steps=2, sequence_length=32, batch_size=4, learning_rate=1e-3, evaluate_every=1, warm_up=0.0, device="cpu",
-    )  # fmt: skip
+        model=model,
+        masks=tmp_path / "masks.safetensors",
+        data=text("train.txt", 3000, 2),
+        output=tmp_path / "out",
+        steps=2,
+        sequence_length=32,
+        batch_size=4,
+        learning_rate=1e-3,
+        evaluate_every=1,
+        warm_up=0.0,
+        device="cpu",
+    )
     outcome, _ = recover(chosen)
     assert outcome.best["loss"] < outcome.begin["loss"]
     ids = torch.arange(20)[None] % 50

@@ -81,11 +81,15 @@ def expected_operators(variant: str, plan: Plan) -> dict[str, int]:
     block, name = BLOCKS[variant], plan.lowering.name
     kind = 2 if not plan.group_query else 1 if plan.padding == "left" else 0
     return {
-        "GroupQueryAttention": int(plan.group_query), "Attention": int(not plan.group_query),
-        "MatMul": block.matmuls[kind], "skip-norms": block.norms if plan.lowering.adds else 0, "Gather": GATHERS[name],
+        "GroupQueryAttention": int(plan.group_query),
+        "Attention": int(not plan.group_query),
+        "MatMul": block.matmuls[kind],
+        "skip-norms": block.norms if plan.lowering.adds else 0,
+        "Gather": GATHERS[name],
         "Transpose": block.always + (block.transposes if name == "canonical" else 0),
-        "ScatterND": 2 * (name == "canonical"), "ScatterElements": 2 * (name == "scatter-elements"),
-    }  # fmt: skip
+        "ScatterND": 2 * (name == "canonical"),
+        "ScatterElements": 2 * (name == "scatter-elements"),
+    }
 
 
 def operators_of_a_block(placement: Placement) -> dict[str, int]:
@@ -133,9 +137,12 @@ def test_the_matrix_has_every_family_and_lowering_and_what_is_left_out_cannot_ru
     assert {*tiny.VARIANTS, *tiny.FURTHER} <= {*BLOCKS}
     found = Counter((plan.dtype, plan.padding) for plan in plans())
     assert found == {
-        ("float16", "right"): 4, ("float16", "left"): 4, ("float32", "left"): 4,
-        ("bfloat16", "right"): 2, ("bfloat16", "left"): 2,  # no ScatterND(add), no ScatterElements(add)
-    }  # fmt: skip
+        ("float16", "right"): 4,
+        ("float16", "left"): 4,
+        ("float32", "left"): 4,
+        ("bfloat16", "right"): 2,
+        ("bfloat16", "left"): 2,  # no ScatterND(add), no ScatterElements(add)
+    }
 
 
 @pytest.mark.parametrize("variant", BLOCKS)

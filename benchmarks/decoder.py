@@ -64,6 +64,9 @@ class Decoder:
             raise RuntimeError("ONNX Runtime fell back to the CPU: its CUDA provider did not load")
         self.types = {value.name: DTYPES[value.type] for value in self.session.get_inputs()}
         self.dtype = next(DTYPES[value.type] for value in self.session.get_outputs() if value.name == "logits")
+        shape = next(value.shape for value in self.session.get_outputs() if value.name == "logits")
+        self.last_logits = shape[1] == 1
+        """Whether the graph gives the logits of a row's last token only."""
         self.caches: dict[str, Tensor] = {}
         self.bound = 0
 
@@ -134,7 +137,7 @@ class OnnxStep:
             name: value.contiguous().to(decoder.device) for name, value in inputs.items() if name in decoder.types
         }
         self.inputs |= decoder.caches
-        shape = (batch, tokens, decoder.config.vocab_size)
+        shape = (batch, 1 if decoder.last_logits else tokens, decoder.config.vocab_size)
         self.output = torch.empty(shape, dtype=decoder.dtype, device=decoder.device)
         self.options = ort.RunOptions()
         if decoder.cuda_graph:

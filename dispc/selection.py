@@ -6,7 +6,7 @@ it is decided set by set.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,10 +53,6 @@ class SelectionCosts:
         cost, saving = self.cost(side, width) / 1000, self.saving(side, width) / 1000
         return f"{side.width} of {width}: selecting costs {cost:.1f} us of two tokens, zeros would cost {saving:.1f}"
 
-    def as_dict(self) -> dict[str, float]:
-        """As dispc.json holds it; `SelectionCosts(**...)` reads it."""
-        return asdict(self)
-
 
 DEFAULT_COSTS = SelectionCosts(call=500.0, element=0.8, weight=0.14, prompt_element=0.35, prompt_weight=0.0095)
 """Of two cores of an AMD EPYC, measured by `dispc.runtime.costs` in float32 (docs/performance.md)."""
@@ -83,11 +79,14 @@ def sides(masks: Masks, config: DecoderConfig) -> Iterator[Side]:
         mid = _mid(block.mlp)
         for module, names, layer, reads, writes in (
             (
-                "attention", family.attention_names, block.attention,
-                config.query_size + 2 * config.key_value_size, config.query_size,
+                "attention",
+                family.attention_names,
+                block.attention,
+                config.query_size + 2 * config.key_value_size,
+                config.query_size,
             ),
             ("mlp", family.mlp_names, block.mlp, len(family.mlp_reads) * mid, mid),
-        ):  # fmt: skip
+        ):
             candidates = [("write", layer.write, writes)]
             if masks.norm_scope == "full" or names.before is None:
                 candidates.append(("read", layer.read, reads))

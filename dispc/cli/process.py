@@ -1,22 +1,34 @@
-"""What the command does to its own process. A program that calls dispc as a library keeps its settings."""
+"""Settings of the command's own process. Programs that call dispc as a library keep theirs."""
 
 import gc
 import os
 import signal
 import sys
+from dataclasses import dataclass
 
 from dispc.support.signals import ENDING
 
 
-def own_the_process() -> None:
+@dataclass
+class Settings:
+    """Of the whole command, whatever it does. `debug`: `--debug` was on the line."""
+
+    debug: bool = False
+
+
+SETTINGS = Settings()
+
+
+def own_the_process(*, debug: bool) -> None:
     """Environment, signals and the garbage collector of the `dispc` command."""
+    SETTINGS.debug = debug
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch takes large tensors in 2 MiB pages: a seventh of a 7B
     for number in set(ENDING) - {signal.SIGINT}:
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
             signal.signal(number, _terminate)
-    gc.disable()  # importing torch and transformers makes no garbage to walk through; long work turns it on
+    gc.disable()  # importing torch and transformers makes no garbage; long work turns the collector on
 
 
 def import_transformers() -> None:

@@ -1,7 +1,7 @@
 """Measure what a selection costs on this machine and what a weight does, for the cost model of `dispc.selection`.
 
-Four chains of products take turns at one token and at a prompt. A link is two products, d -> m -> d; as a selection
-costs much less than they do, links have many of them in a row::
+Four chains of products are timed alternately, with one token and with a prompt. A link is two products, d -> m -> d.
+A selection costs much less than they do, so links have many of them in a row::
 
     whole    d -> m -> d
     less     d -> m' -> d                                     what the weights cost

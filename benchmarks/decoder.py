@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from dispc.evaluate.perplexity import negative_log_likelihood
 from dispc.model.families import DecoderConfig
 
 DTYPES = {
@@ -157,6 +158,18 @@ class OnnxStep:
         """float32 logits [B,S,V] of the latest run."""
         found: npt.NDArray[np.float32] = self.output.float().cpu().numpy()
         return found
+
+
+def perplexity(graph: Decoder, texts: npt.NDArray[np.int64]) -> float:
+    """As `dispc eval` has it, on windows of tokens [N,S]; of graphs that are no artifacts of dispc as well."""
+    scored = texts.shape[1] - 1
+    graph.allocate(1, scored)
+    total = 0.0
+    for row in texts:
+        step = graph.bind(row[None, :-1], 0)
+        step.run()
+        total += float(negative_log_likelihood(step.logits()[0], row[1:]).sum())
+    return round(float(np.exp(total / texts[:, 1:].size)), 3)
 
 
 def _described(value: Tensor) -> tuple[str, int, Any, tuple[int, ...], int]:

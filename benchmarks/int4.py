@@ -20,10 +20,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from common import alternate, console, dispc, remove, run, write_result
-from decoder import Decoder
+from decoder import Decoder, perplexity
 from machine import REPOSITORY, environment
 
-from dispc.evaluate.perplexity import negative_log_likelihood, text_windows
+from dispc.evaluate.perplexity import text_windows
 from dispc.model.checkpoint import Checkpoint
 
 FILE = REPOSITORY / "benchmarks" / "results" / "int4.json"
@@ -107,17 +107,6 @@ def make(
 def directory(work: Path, name: str, which: str) -> Path:
     """Where a cell's artifact lies."""
     return work / f"{name}, {which}".replace(", ", "-").replace(" ", "-")
-
-
-def perplexity(graph: Decoder, texts: Any) -> float:
-    """As `dispc eval` has it, windows [N, 1024] of tokens; of graphs that are no artifacts of dispc as well."""
-    graph.allocate(1, LENGTH - 1)
-    total = 0.0
-    for row in texts:
-        step = graph.bind(row[None, :-1], 0)
-        step.run()
-        total += float(negative_log_likelihood(step.logits()[0], row[1:]).sum())
-    return round(float(np.exp(total / (len(texts) * (LENGTH - 1)))), 3)
 
 
 def int8_products(out: Path) -> list[str]:

@@ -13,6 +13,8 @@ from recovery_page import recovery_sections
 
 PAGE = REPOSITORY / "docs" / "results.md"
 RECOVERY = REPOSITORY / "benchmarks" / "results" / "recovery.json"
+ZERO_SHOT = REPOSITORY / "benchmarks" / "results" / "zero_shot.json"
+"""Of the dense and of a recovered artifact, by `dispc eval` (the command is in the file)."""
 TEXT = "python benchmarks/learning_text.py wiki.train.tokens wiki.valid.raw -o wikitext-mixed.txt"
 Cell = dict[str, Any]
 
@@ -32,6 +34,9 @@ def write_page(cells: Sequence[Cell], methods: Sequence[str], page: Path = PAGE,
     ]  # fmt: skip
     if recovery is not None:
         lines += recovery_sections(json.loads(recovery.read_text()), learned_short(cells), page.parent)
+        if ZERO_SHOT.exists():
+            measured = json.loads(ZERO_SHOT.read_text())["rows"]
+            lines += accuracies([(row["title"], row) for row in measured], "## Zero-shot accuracy after recovery")
         lines += ["# Methods and ablations, from 307,200 tokens", ""]
     lines += how
     protocols = {protocol(text) for cell in cells for text in cell["perplexities"]}
@@ -117,7 +122,7 @@ def zero_shot(cells: Iterable[Cell]) -> list[str]:
     return [line for measured in groups.values() for line in accuracies(measured)]
 
 
-def accuracies(rows: Sequence[tuple[str, Cell]]) -> list[str]:
+def accuracies(rows: Sequence[tuple[str, Cell]], heading: str = "## Zero-shot accuracy") -> list[str]:
     """One table: a row per model, and the mean over the tasks with the standard error that theirs add up to."""
     first = rows[0][1]
     names, limit, facts = first["names"], first["limit"], first["tasks"]
@@ -130,7 +135,7 @@ def accuracies(rows: Sequence[tuple[str, Cell]]) -> list[str]:
         shown.append((title, *(f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in (*values, mean))))
     heads = [f"{name.removeprefix('local_')} ({facts[name]['metric']})" for name in names]
     return [
-        "## Zero-shot accuracy", "", *judged(options, (measured["runtime"] for _, measured in rows)),
+        heading, "", *judged(options, (measured["runtime"] for _, measured in rows)),
         "TASKS is what `benchmarks/zero_shot_tasks.py` makes. Per cent, with the standard error. The texts were partly "
         "preprocessed by those who published the files: figures compare with each other, not with other tables; a "
         "difference below twice its error says nothing. "

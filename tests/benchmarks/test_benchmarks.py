@@ -131,9 +131,11 @@ def test_operations_of_a_prompt_are_those_of_its_matrices() -> None:
     config = decoder_config("tiny")
     dense = Masks.dense(config)
     weights = config.block_parameters * config.num_hidden_layers + config.vocab_size * config.hidden_size
-    one, two = (prefill.operations(config, dense, length) for length in (1, 2))
+    one, two = (prefill.operations(config, dense, length, last_logits=False) for length in (1, 2))
     assert one == 2 * weights + 4 * config.num_hidden_layers * config.query_size
     assert two - 2 * one == 4 * config.num_hidden_layers * config.query_size  # one pair of positions more
+    head = 2 * config.vocab_size * config.hidden_size
+    assert two - prefill.operations(config, dense, 2, last_logits=True) == head
 
 
 @settings(max_examples=8)
@@ -213,7 +215,11 @@ def test_prefill_runs(tmp_path: Path) -> None:
 def test_nothing_is_timed_when_two_models_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     masks, other = (Masks.random(harness.checkpoint("llama").config, 0.5, seed) for seed in (1, 2))
     masks.save(tmp_path / "masks.safetensors", harness.checkpoint("llama").config)
-    monkeypatch.setattr(contenders, "Algorithm1", lambda checkpoint, masks, *rest: Algorithm1(checkpoint, other, *rest))
+    monkeypatch.setattr(
+        contenders,
+        "Algorithm1",
+        lambda checkpoint, masks, *rest, **options: Algorithm1(checkpoint, other, *rest, **options),
+    )
     with pytest.raises(BenchmarkError, match="logits differ"):
         contenders.prepare(
             harness.checkpoint("llama").directory,

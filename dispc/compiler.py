@@ -225,7 +225,9 @@ def describe(
         "quantisation": plan.quantisation.as_dict() if plan.quantisation else None,
         "attention": "GroupQueryAttention" if plan.group_query else "Attention",
         "positions": config.max_positions,
-        "notes": [note for note in (unreached_positions(checkpoint.ropes, config.max_positions),) if note],
+        "notes": [
+            note for note in (unreached_positions(checkpoint.ropes, config.max_positions), *checkpoint.notes) if note
+        ],
         "stop_tokens": checkpoint.stop_tokens,
         "norm_scope": masks.norm_scope,
         "masks_sha256": masks.sha256(),

@@ -140,13 +140,13 @@ def _listening(warnings: list[str]) -> Iterator[None]:
     """Note the first line of whatever transformers warns of meanwhile."""
     from transformers.utils import logging as theirs
 
-    handler, level = _Noting(warnings), theirs.get_verbosity()
+    handler, level, root = _Noting(warnings), theirs.get_verbosity(), logging.getLogger("transformers")
     theirs.set_verbosity_warning()
-    theirs.add_handler(handler)
+    root.addHandler(handler)
     try:
         yield
     finally:
-        theirs.remove_handler(handler)
+        root.removeHandler(handler)
         theirs.set_verbosity(level)
 
 

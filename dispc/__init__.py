@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from dispc.learn.options import LearnOptions as LearnOptions
     from dispc.learn.recovery import recover as recover
     from dispc.learn.recovery_options import RecoverOptions as RecoverOptions
+    from dispc.manifest import Manifest as Manifest
+    from dispc.manifest import read_manifest as read_manifest
     from dispc.masks import Masks as Masks
     from dispc.model.published import open_checkpoint as open_checkpoint
     from dispc.reference.in_place import apply_masks as apply_masks
@@ -42,6 +44,8 @@ HOMES = {
     "inspect_path": "dispc.inspect",
     "instant_masks": "dispc.learn.instant",
     "LearnOptions": "dispc.learn.options",
+    "Manifest": "dispc.manifest",
+    "read_manifest": "dispc.manifest",
     "Masks": "dispc.masks",
     "open_checkpoint": "dispc.model.published",
     "recover": "dispc.learn.recovery",

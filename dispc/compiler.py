@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
@@ -15,7 +15,7 @@ from dispc.export.card import write_card
 from dispc.export.companions import write_companions
 from dispc.export.trace import trace
 from dispc.export.write import check_file, save_model
-from dispc.manifest import MANIFEST, foreign_content
+from dispc.manifest import MANIFEST, BlockParameters, LoweringChoice, Manifest, PassRecord, Tuning, foreign_content
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import DecoderConfig
@@ -23,7 +23,7 @@ from dispc.model.published import open_checkpoint
 from dispc.model.rope import unreached_positions
 from dispc.model.weights import surface_weight_errors
 from dispc.passes.common.versions import needs
-from dispc.passes.pipeline import PassRecord, build_pipeline, pipeline_line, run_pipeline
+from dispc.passes.pipeline import build_pipeline, pipeline_line, run_pipeline
 from dispc.plan import Choices, Plan, make_plan
 from dispc.runtime.calibrate import calibrate
 from dispc.runtime.providers import PROVIDERS
@@ -34,6 +34,9 @@ from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError, CompileError
 from dispc.support.files import write_json
 from dispc.support.version import __version__
+
+if TYPE_CHECKING:
+    from dispc.validate.report.report import Report
 
 Progress = Callable[[str, int, int], None]
 """progress(what, bytes done, bytes in all)"""
@@ -63,15 +66,15 @@ class CompileOptions(Choices):
 class ParityFailure(ArtifactError):
     """The artifact was made and does not compute what the reference computes; it is not kept."""
 
-    def __init__(self, validation: dict[str, Any]) -> None:
+    def __init__(self, report: "Report") -> None:
         super().__init__("the artifact fails validation and was not kept; --no-validate keeps it for inspection")
-        self.validation = validation
+        self.report = report
 
 
-def compile_model(options: CompileOptions, progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
+def compile_model(options: CompileOptions, progress: Progress = lambda what, done, total: None) -> Manifest:
     """Compile a checkpoint into an artifact directory, which appears only when it is complete and has passed.
 
-    Returns the manifest that dispc.json holds.
+    Returns the content of its dispc.json; `Manifest.to_json` makes a dictionary of it.
 
     Raises:
         ParityFailure: when validation ran and a check failed.
@@ -89,13 +92,11 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
         from dispc.evaluate.mixed import settle_quantisation
 
         plan, windows = settle_quantisation(checkpoint, masks, plan, options.data, progress)
-    tuned: dict[str, Any] = {}
+    tuned: Tuning | None = None
     if options.tune:
         progress("timing lowerings", 0, 1)
-        plan, record = tune(
-            checkpoint, masks, options.target, replace(options, quantisation=plan.quantisation), build_artifact
-        )
-        tuned["tuned"] = record
+        choices = replace(options, quantisation=plan.quantisation)
+        plan, tuned = tune(checkpoint, masks, options.target, choices, build_artifact)
     hessians = calibrate(checkpoint, masks, windows, build_artifact) if plan.rounds_by_inputs else None
     if options.validate or options.verify_each:
         from dispc.runtime.memory import require_memory_for_reference
@@ -111,9 +112,12 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
 
     with staged_directory(options.output, options.force, foreign=foreign_content) as stage:
         manifest = build_artifact(checkpoint, masks, plan, stage, progress, options.dump_ir, hessians)
-        manifest["lowering"] |= tuned
-        manifest["compile_seconds"] = round(time.perf_counter() - started, 3)
-        write_json(stage / MANIFEST, manifest)
+        manifest = replace(
+            manifest,
+            lowering=replace(manifest.lowering, tuned=tuned),
+            compile_seconds=round(time.perf_counter() - started, 3),
+        )
+        write_json(stage / MANIFEST, manifest.to_json())
         if options.validate:
             from dispc.validate.judge import check
 
@@ -127,12 +131,13 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
                 masks=stage / "masks.safetensors",
                 say=lambda what: progress(f"validating: {what}", 0, 1),
             )
-            manifest["validation_seconds"] = round(time.perf_counter() - begun, 3)
             named = replace(report, artifact=options.output.name, reference=options.model.resolve().name)
-            manifest["validation"] = named.as_dict()
-            write_json(stage / MANIFEST, manifest)
+            manifest = replace(
+                manifest, validation_seconds=round(time.perf_counter() - begun, 3), validation=named.as_dict()
+            )
+            write_json(stage / MANIFEST, manifest.to_json())
             if not report.passed:
-                raise ParityFailure(manifest["validation"])
+                raise ParityFailure(named)
         write_card(checkpoint, masks, manifest, PROVIDERS[plan.target.provider].genai_build, stage)
     return manifest
 
@@ -145,7 +150,7 @@ def build_artifact(
     progress: Progress = lambda what, done, total: None,
     dump_ir: Path | None = None,
     hessians: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> Manifest:
     """Trace, rewrite and write everything but the model card into the empty directory `stage`; the manifest.
 
     Raises:
@@ -160,17 +165,20 @@ def build_artifact(
     if dump_ir:
         dump_graph(model, dump_ir / "00-trace.onnx")
     records = run_pipeline(model, passes, _dumper(dump_ir))
+    manifest = replace(
+        describe(checkpoint, masks, plan, model, records),
+        pipeline=pipeline_line(passes),
+        trace_seconds=round(traced - started, 4),
+    )
     if dump_ir:
-        left = [f"{record.name}: {reason}\n" for record in records for reason in record.left]
-        (dump_ir / "not-rewritten.txt").write_text("".join(left), encoding="utf-8")
-    manifest = describe(checkpoint, masks, plan, model, records)
-    manifest |= {"pipeline": pipeline_line(passes), "trace_seconds": round(traced - started, 4)}
+        lines = "".join(f"{line}\n" for line in manifest.not_rewritten)
+        (dump_ir / "not-rewritten.txt").write_text(lines, encoding="utf-8")
     model.metadata_props.update(
         {
             "dispc.version": __version__,
             "dispc.target": plan.target.name,
             "dispc.padding": plan.padding,
-            "dispc.passes": manifest["pipeline"],
+            "dispc.passes": manifest.pipeline,
             "dispc.masks_sha256": masks.sha256(),
         }
     )
@@ -178,10 +186,10 @@ def build_artifact(
     check_file(stage / "model.onnx")
     inputs = [value.name or "" for value in model.graph.inputs]
     options = PROVIDERS[plan.target.provider].genai_options(graph=plan.cuda_graph, dtype=plan.dtype)
-    write_companions(checkpoint, plan, manifest["cache_layers"], inputs, options, stage)
+    write_companions(checkpoint, plan, manifest.cache_layers, inputs, options, stage)
     masks.save(stage / "masks.safetensors", checkpoint.config)
-    manifest["bytes"] = sum(file.stat().st_size for file in stage.glob("model.onnx*"))
-    write_json(stage / MANIFEST, manifest)
+    manifest = replace(manifest, bytes=sum(file.stat().st_size for file in stage.glob("model.onnx*")))
+    write_json(stage / MANIFEST, manifest.to_json())
     return manifest
 
 
@@ -203,50 +211,47 @@ def load_masks(checkpoint: Checkpoint, options: CompileOptions) -> Masks:
     return masks
 
 
-def describe(
-    checkpoint: Checkpoint, masks: Masks, plan: Plan, model: ir.Model, records: list[PassRecord]
-) -> dict[str, Any]:
-    """The manifest: everything about an artifact that a reader may want to know later."""
+def describe(checkpoint: Checkpoint, masks: Masks, plan: Plan, model: ir.Model, records: list[PassRecord]) -> Manifest:
+    """Everything about an artifact that a reader may want to know later, but its size in bytes."""
     config = checkpoint.config
     dense = config.block_parameters * config.num_hidden_layers
     packages = ("torch", "transformers", "onnx", "onnx-ir")
-    return {
-        "dispc": __version__,
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
-        "model_type": config.family.model_type,
-        "target": plan.target.name,
-        "dtype": plan.dtype,
-        "padding": plan.padding,
-        "lowering": {"name": plan.lowering.name, "reason": plan.reason} | _filled(plan, masks, config),
-        "align": plan.align,
-        "fusions": list(plan.fusions),
-        "logits": "last" if plan.last_logits else "all",
-        "cuda_graph": plan.cuda_graph,
-        "quantisation": plan.quantisation.as_dict() if plan.quantisation else None,
-        "attention": "GroupQueryAttention" if plan.group_query else "Attention",
-        "positions": config.max_positions,
-        "notes": [
-            note for note in (unreached_positions(checkpoint.ropes, config.max_positions), *checkpoint.notes) if note
-        ],
-        "stop_tokens": checkpoint.stop_tokens,
-        "norm_scope": masks.norm_scope,
-        "masks_sha256": masks.sha256(),
-        "config_sha256": checkpoint.config_sha256,
-        "block_parameters": {"dense": dense, "kept": masks.kept_parameters(config)},
-        "cache_layers": sum(block.attention.alive for block in masks.blocks),
-        "widths": [{name: len(indices) for name, indices in block.sets().items()} for block in masks.blocks],
-        "nodes": model.graph.num_nodes(),
-        "needs": needs(model),
-        "passes": [record.as_dict() for record in records],
-    }
+    return Manifest(
+        dispc=__version__,
+        versions={"python": platform.python_version()} | {package: version(package) for package in packages},
+        model_type=config.family.model_type,
+        target=plan.target.name,
+        dtype=plan.dtype,
+        padding=plan.padding,
+        lowering=_lowering(plan, masks, config),
+        align=plan.align,
+        fusions=plan.fusions,
+        logits="last" if plan.last_logits else "all",
+        cuda_graph=plan.cuda_graph,
+        quantisation=plan.quantisation,
+        attention="GroupQueryAttention" if plan.group_query else "Attention",
+        positions=config.max_positions,
+        notes=tuple(filter(None, (unreached_positions(checkpoint.ropes, config.max_positions), *checkpoint.notes))),
+        stop_tokens=tuple(checkpoint.stop_tokens),
+        norm_scope=masks.norm_scope,
+        masks_sha256=masks.sha256(),
+        config_sha256=checkpoint.config_sha256,
+        block_parameters=BlockParameters(dense=dense, kept=masks.kept_parameters(config)),
+        cache_layers=sum(block.attention.alive for block in masks.blocks),
+        widths=tuple({name: len(indices) for name, indices in block.sets().items()} for block in masks.blocks),
+        nodes=model.graph.num_nodes(),
+        needs=needs(model),
+        passes=tuple(records),
+        bytes=0,
+    )
 
 
-def _filled(plan: Plan, masks: Masks, config: DecoderConfig) -> dict[str, Any]:
-    """The sets that are zeros in the weights, as `3.mlp.read`, and the costs by which they were chosen."""
+def _lowering(plan: Plan, masks: Masks, config: DecoderConfig) -> LoweringChoice:
+    choice = LoweringChoice(name=plan.lowering.name, reason=plan.reason)
     if not plan.fills:
-        return {}
+        return choice
     filled = sorted(sets_to_fill(masks, config, plan.costs))
-    return {"filled": [f"{block}.{name}" for block, name in filled], "costs": plan.costs.as_dict()}
+    return replace(choice, filled=tuple(f"{block}.{name}" for block, name in filled), costs=plan.costs)
 
 
 def dump_graph(model: ir.Model, path: Path) -> None:

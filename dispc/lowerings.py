@@ -15,11 +15,12 @@ class Lowering:
 
     Args:
         name: What `--lowering` calls it.
-        label: What it does, in a few words, for people.
+        label: How it reads and writes, for the help of `--lowering`.
         operator: The operator it stands on, beside Gather and Add.
         domain: That operator's domain; the empty one is what every build of ONNX Runtime has.
         kernels: The dtypes in which ONNX Runtime runs `operator`, by provider.
-        passes: The names of the passes that make it of the canonical form, in the order of the pipeline.
+        passes: The passes that make it of the canonical form, in order: modules of `dispc.passes.lower`.
+        fills: Whether sets that are not worth an index list become zeros in the weights.
         quantised: Whether the weights may be integers.
     """
 
@@ -29,17 +30,18 @@ class Lowering:
     domain: str = ""
     kernels: Mapping[str, tuple[str, ...]]
     passes: tuple[str, ...]
+    fills: bool = False
     quantised: bool = True
-
-    @property
-    def fills(self) -> bool:
-        """Whether sets that are not worth an index list become zeros in the weights."""
-        return "fill-zeros" in self.passes
 
     @property
     def adds(self) -> bool:
         """Whether every write ends in an Add, which can be fused with the next norm."""
         return "inverse-gather" in self.passes
+
+    @property
+    def scatter(self) -> str:
+        """The operator type that adds into a part of the stream; empty for lowerings that gather and add."""
+        return self.operator.removesuffix("(add)") if self.operator.endswith("(add)") else ""
 
     def runs(self, provider: str, dtype: str) -> bool:
         """Whether ONNX Runtime has the kernels."""
@@ -51,40 +53,42 @@ LOWERINGS: dict[str, Lowering] = {
     for row in (
         Lowering(
             name="inverse-gather",
-            label="Gather, for reads and for writes",
+            label="Gather",
             operator="Gather",
             kernels={CPU: EVERY, CUDA: EVERY},
             passes=("inverse-gather",),
         ),
         Lowering(
             name="canonical",
-            label="Gather for reads, ScatterND(add) for writes",
+            label="writes by ScatterND",
             operator="ScatterND(add)",
             kernels={CPU: ("float32",), CUDA: ("float32", "float16")},
             passes=(),
         ),
         Lowering(
             name="scatter-elements",
-            label="Gather for reads, ScatterElements(add) for writes",
+            label="writes by ScatterElements",
             operator="ScatterElements(add)",
             kernels={CPU: ("float32",), CUDA: ("float32", "float16")},
             passes=("scatter-elements",),
         ),
         Lowering(
             name="zero-filled",
-            label="as inverse-gather; sets not worth an index list are zeros in the weights",
+            label="Gather; zeros in the weights for sets not worth an index list",
             operator="Gather",
             kernels={CPU: EVERY, CUDA: EVERY},
-            passes=("fill-zeros", "inverse-gather"),
+            passes=("inverse-gather",),
+            fills=True,
             quantised=False,
         ),
         Lowering(
             name="feature-extractor",
-            label="ArrayFeatureExtractor, for reads and for writes",
+            label="ArrayFeatureExtractor, with such zeros",
             operator="ArrayFeatureExtractor",
             domain="ai.onnx.ml",
             kernels={CPU: ("float32",)},
-            passes=("fill-zeros", "inverse-gather", "feature-extractor"),
+            passes=("inverse-gather", "feature-extractor"),
+            fills=True,
         ),
     )
 }

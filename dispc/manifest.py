@@ -1,14 +1,17 @@
-"""dispc.json: what an artifact says about itself. Its presence is what makes a directory an artifact."""
+"""dispc.json: the facts of an artifact. Its presence is what makes a directory an artifact."""
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dispc.quantisation import Quantisation
+from dispc.selection import SelectionCosts
 from dispc.support.dtypes import ARTIFACT_DTYPES
 from dispc.support.errors import ArtifactError
 from dispc.support.inputs import read_object
+from dispc.support.typed_json import OPTIONAL, UNSTORED, from_json, to_json
 
 MANIFEST = "dispc.json"
 COPIED = (
@@ -29,48 +32,156 @@ COPIED = (
 WRITTEN = (MANIFEST, "model.onnx", "model.onnx.data", "genai_config.json", "masks.safetensors", "README.md", *COPIED)
 """What an artifact may hold, beside licence files."""
 LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)[\w.-]*", re.IGNORECASE)
-FIELDS: dict[str, type] = {
-    "dispc": str,
-    "model_type": str,
-    "target": str,
-    "dtype": str,
-    "padding": str,
-    "lowering.name": str,
-    "attention": str,
-    "positions": int,
-    "stop_tokens": list,
-    "norm_scope": str,
-    "masks_sha256": str,
-    "config_sha256": str,
-    "block_parameters.dense": int,
-    "block_parameters.kept": int,
-    "bytes": int,
-    "nodes": int,
-}
-"""What every manifest holds, among others; a dot leads into an object."""
 MIB = 2**20
-
-
 COMPARABLE = ("config_sha256", "target", "dtype", "padding", "quantisation", "logits", "align", "fusions")
-"""What a dense artifact must have in common with the one that it is the measure for."""
+"""What an artifact and the dense one that it is compared with must have in common."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What `--tune` measured: the blocks that were timed, and where.
+
+    `milliseconds` has for each lowering the medians `first_token` and `one_token`.
+    """
+
+    blocks: tuple[int, ...]
+    threads: int | None
+    device: str
+    milliseconds: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoweringChoice:
+    """The lowering and why it was chosen.
+
+    `filled` names the sets that are zeros in the weights, as `3.mlp.read`, chosen by `costs`; None where the plan fills
+    none.
+    """
+
+    name: str
+    reason: str = ""
+    filled: tuple[str, ...] | None = field(default=None, metadata=OPTIONAL)
+    costs: SelectionCosts | None = field(default=None, metadata=OPTIONAL)
+    tuned: Tuning | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockParameters:
+    """Projection weights of all blocks: of the dense model, and of those kept."""
+
+    dense: int
+    kept: int
+
+    @property
+    def share(self) -> str:
+        """The percentage kept."""
+        return f"{100 * self.kept / max(self.dense, 1):.1f} %"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """The opset and IR version of the graph, and the first ONNX Runtime that runs it (such as `1.18`)."""
+
+    opset: int = 23
+    ir_version: int = 10
+    onnxruntime: str = "1.24"
+
+    def __str__(self) -> str:
+        return f"ONNX Runtime {self.onnxruntime} or newer (opset {self.opset})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassRecord:
+    """What one pass did: its options, rewrites made, nodes, seconds; and what it did not rewrite, with the reason."""
+
+    name: str
+    options: Mapping[str, object] = field(default_factory=dict)
+    rewrites: int = 0
+    nodes_before: int = 0
+    nodes_after: int = 0
+    seconds: float = 0.0
+    left: tuple[str, ...] = field(default=(), metadata=UNSTORED)
+
+    def __str__(self) -> str:
+        return spell_pass(self.name, self.options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of dispc.json. Fields with a default are missing in what earlier versions of dispc wrote.
+
+    `versions` are of Python and of packages, `pipeline` spells the passes with their options, `widths` has a row for
+    each block: the length of each of its sets. `validation` is the report of the validation at the end of compiling,
+    as `Report.as_dict` gives it; it is not checked when the manifest is read.
+    """
+
+    dispc: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    model_type: str
+    target: str
+    dtype: str
+    padding: str
+    lowering: LoweringChoice
+    align: int = 1
+    fusions: tuple[str, ...] | None = None
+    logits: str = "all"
+    cuda_graph: bool = False
+    quantisation: Quantisation | None = None
+    attention: str
+    positions: int
+    notes: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...]
+    norm_scope: str
+    masks_sha256: str
+    config_sha256: str
+    block_parameters: BlockParameters
+    cache_layers: int = 0
+    widths: tuple[Mapping[str, int], ...] = ()
+    nodes: int
+    needs: Needs = Needs()
+    passes: tuple[PassRecord, ...] = ()
+    pipeline: str = ""
+    trace_seconds: float | None = field(default=None, metadata=OPTIONAL)
+    bytes: int
+    compile_seconds: float | None = field(default=None, metadata=OPTIONAL)
+    validation_seconds: float | None = field(default=None, metadata=OPTIONAL)
+    validation: Mapping[str, Any] | None = field(default=None, metadata=OPTIONAL)
+
+    def to_json(self) -> dict[str, Any]:
+        """As dispc.json holds it: dicts, lists and scalars."""
+        content: dict[str, Any] = to_json(self)
+        return content
+
+    @property
+    def not_rewritten(self) -> list[str]:
+        """What the passes left as it was, and why; nothing of it is stored."""
+        return [f"{record.name}: {reason}" for record in self.passes for reason in record.left]
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the validation at the end of compiling passed; None when there was none."""
+        return None if self.validation is None else self.validation.get("passed") is True
+
+    @property
+    def shares_buffer(self) -> bool:
+        """Past and present caches may be one buffer: GroupQueryAttention with padding on the right."""
+        return self.padding == "right" and self.attention == "GroupQueryAttention"
 
 
 def require_comparable(artifact: Path, dense: Path) -> None:
     """Raise ArtifactError unless `dense` is dense, and otherwise compiled as `artifact` was."""
     ours, theirs = read_manifest(artifact), read_manifest(dense)
-    blocks = theirs["block_parameters"]
-    if blocks["kept"] != blocks["dense"]:
+    if theirs.block_parameters.kept != theirs.block_parameters.dense:
         raise ArtifactError(f"{dense}: is pruned; compile one with --dense, or let --build-dense do it")
     for name in COMPARABLE:
-        if ours.get(name) != theirs.get(name):
-            what = "was compiled from another model" if name == "config_sha256" else f"has {name} {theirs.get(name)}"
+        wanted, found = getattr(ours, name), getattr(theirs, name)
+        if wanted != found:
+            what = "was compiled from another model" if name == "config_sha256" else f"has {name} {_shown(found)}"
             raise ArtifactError(f"{dense}: {what}, unlike {artifact}; --build-dense compiles the right one")
 
 
-def needed_versions(manifest: Mapping[str, Any]) -> str:
-    """Which ONNX Runtime an artifact needs, in words; those compiled before dispc said so need 1.24."""
-    needs = manifest.get("needs") or {"onnxruntime": "1.24", "opset": 23}
-    return f"ONNX Runtime {needs['onnxruntime']} or newer (opset {needs['opset']})"
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
 def spell_pass(name: str, options: Mapping[str, object]) -> str:
@@ -79,11 +190,11 @@ def spell_pass(name: str, options: Mapping[str, object]) -> str:
     return f"{name}{{{spelled}}}" if spelled else name
 
 
-def read_manifest(artifact: Path) -> dict[str, Any]:
+def read_manifest(artifact: Path) -> Manifest:
     """The dispc.json of an artifact.
 
     Raises:
-        ArtifactError: when the directory holds none that can be read.
+        ArtifactError: when the directory holds none that can be read, or a field is missing or of another type.
     """
     path = artifact / MANIFEST
     try:
@@ -92,28 +203,24 @@ def read_manifest(artifact: Path) -> dict[str, Any]:
         raise ArtifactError(f"{artifact}: is not an artifact of dispc (no {MANIFEST})") from error
     if "target" not in content:
         raise ArtifactError(f"{path}: is not the {MANIFEST} of an artifact")
-    for name, kind in FIELDS.items():
-        if not isinstance(_field(content, name), kind):
-            raise ArtifactError(f"{path}: {name} is missing or malformed")
-    if content["dtype"] not in ARTIFACT_DTYPES:
-        raise ArtifactError(f"{path}: unknown dtype {content['dtype']!r}")
-    return content
+    manifest = from_json(Manifest, content, path, ArtifactError)
+    if manifest.dtype not in ARTIFACT_DTYPES:
+        raise ArtifactError(f"{path}: unknown dtype {manifest.dtype!r}")
+    return manifest
 
 
-def summary(manifest: Mapping[str, Any]) -> dict[str, str]:
+def summary(manifest: Manifest) -> dict[str, str]:
     """The facts of an artifact, in words."""
-    blocks = manifest["block_parameters"]
-    quantisation = manifest.get("quantisation")
-    lowering, shares = manifest["lowering"], f"{100 * blocks['kept'] / blocks['dense']:.1f} %"
+    blocks = manifest.block_parameters
     return {
-        "block parameters": f"{blocks['kept']:,} of {blocks['dense']:,} ({shares})",
-        "bytes": f"{manifest['bytes'] / MIB:,.1f} MiB",
-        "nodes": str(manifest["nodes"]),
-        "attention": f"{manifest['attention']}, padding {manifest['padding']}",
-        "norm scope": manifest["norm_scope"],
-        "lowering": f"{lowering['name']} ({lowering['reason']})",
-        "quantised": str(Quantisation(**quantisation)) if quantisation else "no",
-        "runs in": needed_versions(manifest),
+        "block parameters": f"{blocks.kept:,} of {blocks.dense:,} ({blocks.share})",
+        "bytes": f"{manifest.bytes / MIB:,.1f} MiB",
+        "nodes": str(manifest.nodes),
+        "attention": f"{manifest.attention}, padding {manifest.padding}",
+        "norm scope": manifest.norm_scope,
+        "lowering": f"{manifest.lowering.name} ({manifest.lowering.reason})",
+        "quantised": str(manifest.quantisation or "no"),
+        "runs in": str(manifest.needs),
     }
 
 
@@ -127,9 +234,3 @@ def foreign_content(directory: Path) -> str | None:
         if path.name not in WRITTEN and not LICENCE_FILES.fullmatch(path.name):
             return f"holds {path.name}, which is not of the artifact"
     return None
-
-
-def _field(content: Any, name: str) -> Any:
-    for key in name.split("."):
-        content = content.get(key) if isinstance(content, dict) else None
-    return content

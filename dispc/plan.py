@@ -3,19 +3,25 @@
 Knows nothing of graphs.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from dispc.lowerings import CPU, CUDA, LOWERINGS, Lowering, find_lowering
+from dispc.manifest import Manifest
 from dispc.quantisation import Quantisation
 from dispc.selection import DEFAULT_COSTS, SelectionCosts
 from dispc.support.errors import CompileError
 
 Padding = Literal["left", "right"]
 FUSIONS = (
-    "fill-zeros", "fuse-rotary", "fuse-qkv", "fuse-gate-up", "fuse-activations", "fuse-skip-norm", "tie-embeddings"
-)  # fmt: skip
+    "fill-zeros",
+    "fuse-rotary",
+    "fuse-qkv",
+    "fuse-gate-up",
+    "fuse-activations",
+    "fuse-skip-norm",
+    "tie-embeddings",
+)
 """The passes that a compilation can do without: they change how fast the artifact is, not what it computes."""
 
 
@@ -27,8 +33,8 @@ class Target:
     Attention serves the others). `lowering` names the default (a row of `LOWERINGS`), which must run in every dtype.
     `contrib` says whether operators outside ONNX's own domain may be used, `fusions` which passes pay,
     `quantised_fusions` which others do with quantised weights. Written widths are padded to `write_multiple`, read and
-    mid widths to `half_align` in half precision and to `int4_align` where weights have four bits, unless told
-    otherwise. `cuda_graph` says whether a run can be captured.
+    mid widths to `half_align` in half precision and to `int4_align` where weights have four bits, by
+    default. `cuda_graph` says whether a run can be captured.
     """
 
     name: str
@@ -69,7 +75,7 @@ TARGETS: dict[str, Target] = {
             lowering="feature-extractor",
             contrib=True,
             fusions=tuple(name for name in FUSIONS if name != "fuse-gate-up"),  # its Split costs more than it saves ...
-            quantised_fusions=("fuse-gate-up",),  # ... but for integers, whose MatMulNBits has a price by itself
+            quantised_fusions=("fuse-gate-up",),  # ... but for integers, where each MatMulNBits has a fixed cost
             write_multiple=1,
         ),
         Target(
@@ -103,16 +109,23 @@ class Choices:
     quantisation: Quantisation | None = None
 
 
-def choices_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The target and the `Choices` that an artifact was compiled with, from its dispc.json, as keyword arguments."""
-    fusions = manifest.get("fusions", TARGETS[manifest["target"]].fusions)
-    return {
-        "target": manifest["target"], "dtype": manifest["dtype"], "padding": manifest["padding"],
-        "lowering": manifest["lowering"]["name"], "align": manifest.get("align", 1),
-        "last_logits": manifest.get("logits") == "last", "cuda_graph": manifest.get("cuda_graph", False),
-        "without": tuple(name for name in FUSIONS if name not in fusions),
-        "quantisation": Quantisation(**manifest["quantisation"]) if manifest.get("quantisation") else None,
-    }  # fmt: skip
+def choices_of(manifest: Manifest) -> Choices:
+    """What an artifact was compiled with, beside its target.
+
+    Raises:
+        CompileError: when the artifact is of an unknown target.
+    """
+    fusions = find_target(manifest.target).fusions if manifest.fusions is None else manifest.fusions
+    return Choices(
+        dtype=manifest.dtype,
+        padding=manifest.padding,
+        lowering=manifest.lowering.name,
+        align=manifest.align,
+        last_logits=manifest.logits == "last",
+        cuda_graph=manifest.cuda_graph,
+        without=tuple(name for name in FUSIONS if name not in fusions),
+        quantisation=manifest.quantisation,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,15 +167,24 @@ class Plan:
         return self.dtype in self.target.group_query
 
 
+def find_target(name: str) -> Target:
+    """The row called `name`.
+
+    Raises:
+        CompileError: naming every target.
+    """
+    if name not in TARGETS:
+        raise CompileError(f"unknown target {name!r}; targets are {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
 def make_plan(target: str, choices: Choices = Choices()) -> Plan:
     """Fill in the defaults of a target and refuse what ONNX Runtime cannot run.
 
     Raises:
         CompileError: for an unknown name, or a combination without a kernel, with the alternative named.
     """
-    if target not in TARGETS:
-        raise CompileError(f"unknown target {target!r}; targets are {', '.join(TARGETS)}")
-    row = TARGETS[target]
+    row = find_target(target)
     dtype = choices.dtype or row.dtypes[0]
     if dtype not in row.dtypes:
         raise CompileError(f"target {target} has no dtype {dtype!r}; it has {', '.join(row.dtypes)}")

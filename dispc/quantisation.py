@@ -1,10 +1,11 @@
 """What is quantised, how finely and by which algorithm: the options, checked once. Knows nothing of graphs."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dispc.model.families import Family
 from dispc.support.errors import CompileError
+from dispc.support.typed_json import to_json
 
 BITS = {"int4": 4, "int8": 8}
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -61,9 +62,6 @@ class Quantisation:
     mixed: str | None = None
     int8: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "int8", tuple(self.int8))  # JSON has lists
-
     @property
     def wide(self) -> "Quantisation":
         """What the products in `int8` are rounded by."""
@@ -79,8 +77,9 @@ class Quantisation:
         return self.wide if product in self.int8 else self
 
     def as_dict(self) -> dict[str, Any]:
-        """As dispc.json holds it; `Quantisation(**...)` reads it."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """As dispc.json holds it."""
+        content: dict[str, Any] = to_json(self)
+        return content
 
     def __str__(self) -> str:
         parts = ["blocks", *(["LM head"] if self.head else []), *(["embedding"] if self.embedding else [])]
@@ -133,6 +132,12 @@ def make_quantisation(
     if int8_activations is None:
         int8_activations = (name == "int8" or mixed is not None) and target == "onnx-cpu"
     return Quantisation(
-        bits=BITS[name], block_size=size, symmetric=not asymmetric and algorithm not in ASYMMETRIC, head=head,
-        embedding=embedding, int8_activations=int8_activations, algorithm=algorithm or "rtn", mixed=mixed,
-    )  # fmt: skip
+        bits=BITS[name],
+        block_size=size,
+        symmetric=not asymmetric and algorithm not in ASYMMETRIC,
+        head=head,
+        embedding=embedding,
+        int8_activations=int8_activations,
+        algorithm=algorithm or "rtn",
+        mixed=mixed,
+    )

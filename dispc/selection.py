@@ -6,7 +6,7 @@ it is decided set by set.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,15 +53,11 @@ class SelectionCosts:
         cost, saving = self.cost(side, width) / 1000, self.saving(side, width) / 1000
         return f"{side.width} of {width}: selecting costs {cost:.1f} us of two tokens, zeros would cost {saving:.1f}"
 
-    def as_dict(self) -> dict[str, float]:
-        """As dispc.json holds it; `SelectionCosts(**...)` reads it."""
-        return asdict(self)
-
 
 DEFAULT_COSTS = SelectionCosts(call=5000.0, element=3.0, weight=0.13, prompt_element=0.5, prompt_weight=0.01)
 """Of two cores of an AMD EPYC: 30 GB/s of weights, 0.5 ns per element in a prompt, 0.01 ns per multiplication. What a
-selection costs while decoding is assumed, between two measurements: 1.2 us by itself, and 20 us by the difference of
-whole models (docs/performance.md).
+selection costs while decoding is assumed, between two measurements: 1.2 us of the kernel, and 20 us by comparing whole
+models (docs/performance.md).
 """
 
 
@@ -86,11 +82,14 @@ def sides(masks: Masks, config: DecoderConfig) -> Iterator[Side]:
         mid = _mid(block.mlp)
         for module, names, layer, reads, writes in (
             (
-                "attention", family.attention_names, block.attention,
-                config.query_size + 2 * config.key_value_size, config.query_size,
+                "attention",
+                family.attention_names,
+                block.attention,
+                config.query_size + 2 * config.key_value_size,
+                config.query_size,
             ),
             ("mlp", family.mlp_names, block.mlp, len(family.mlp_reads) * mid, mid),
-        ):  # fmt: skip
+        ):
             candidates = [("write", layer.write, writes)]
             if masks.norm_scope == "full" or names.before is None:
                 candidates.append(("read", layer.read, reads))

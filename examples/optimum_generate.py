@@ -16,8 +16,10 @@ options = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(options.artifact)
 model = ORTModelForCausalLM.from_pretrained(options.artifact)
-# optimum-onnx 0.1.0 takes hidden_size / heads for the size of a head, which is wrong for Qwen3, among others.
+# optimum-onnx 0.1.0 takes hidden_size / heads for the size of a head, which is wrong for Qwen3, among others, and as
+# many key/value heads as heads in some families, which is wrong for Phi-3.
 model.embed_size_per_head = getattr(model.config, "head_dim", None) or model.embed_size_per_head
+model.num_key_value_heads = getattr(model.config, "num_key_value_heads", None) or model.num_key_value_heads
 text = options.prompt
 if tokenizer.chat_template:
     turns = [{"role": "user", "content": text}]

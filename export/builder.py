@@ -1,4 +1,4 @@
-"""What the translation builds with: the graph's inputs and outputs, named nodes, parameters, constants, masks."""
+"""The builder that the translation uses: inputs and outputs, named nodes, parameters, constants, masks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,11 @@ from dispc.support.graph import HEAD, add_initializer, make_node, scope
 
 OPSET = 23
 Node = Any
-"""A torch.fx node. Its arguments may be anything, which its type would have every line assert away."""
+"""A torch.fx node. Typed as such, every use of an argument would need an assertion."""
+
+
+Emitted = ir.Value | Sequence[ir.Value]
+"""What stands for an FX node in the graph: a value, or those of an operator with several outputs."""
 
 
 class GraphBuilder:
@@ -82,16 +86,23 @@ class GraphBuilder:
         self.names[name] = count = self.names.get(name, -1) + 1
         return f"{name}_{count}" if count else name
 
-    def emit(self, node: Node, op_type: str, inputs: list[ir.Value | None], outputs: int = 1, **attributes: Any) -> Any:
-        """Append a node named after the module that `node` was traced in; returns its output(s)."""
+    def emit(self, node: Node, op_type: str, inputs: list[ir.Value | None], **attributes: object) -> ir.Value:
+        """Append a node named after the module that `node` was traced in; returns its output."""
+        return self.emit_all(node, op_type, inputs, 1, **attributes)[0]
+
+    def emit_all(
+        self, node: Node, op_type: str, inputs: list[ir.Value | None], outputs: int, **attributes: object
+    ) -> Sequence[ir.Value]:
+        """The same for an operator with several outputs."""
         made = make_node(op_type, inputs, self._name(node, op_type), attributes=attributes, outputs=outputs)
         self.graph.append(made)
-        return made.outputs[0] if outputs == 1 else made.outputs
+        return made.outputs
 
-    def same(self, node: Node, origin: Node) -> Any:
+    def same(self, node: Node, origin: Node) -> Emitted:
         """The value of `node` is the value of `origin`."""
         self.origins[node] = origin
-        return self.values[origin]
+        value: Emitted = self.values[origin]
+        return value
 
     def origin(self, node: Node) -> Node:
         while node in self.origins:
@@ -137,7 +148,7 @@ class GraphBuilder:
         prefix = output.removesuffix("/And_output")
         first = self.graph[0]  # in front of everything: the blocks share it
 
-        def op(op_type: str, inputs: list[ir.Value | None], suffix: str = "", **attributes: Any) -> ir.Value:
+        def op(op_type: str, inputs: list[ir.Value | None], suffix: str = "", **attributes: object) -> ir.Value:
             made = make_node(op_type, inputs, f"{prefix}/{op_type}{suffix}", attributes=attributes)
             self.graph.insert_before(first, made)
             return made.outputs[0]

@@ -1,6 +1,6 @@
 """The model card: README.md of an artifact, and the licence files of the model that it was made from.
 
-Every figure is one of dispc.json or of the masks' own metadata; what they do not hold, the card does not say.
+Every figure is one of dispc.json or of the masks' own metadata; a fact that is missing there is left out.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from dispc.manifest import LICENCE_FILES, needed_versions
+from dispc.manifest import LICENCE_FILES, Manifest
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.families import DecoderConfig
 from dispc.plan import TARGETS
-from dispc.quantisation import Quantisation
 from dispc.support.errors import CheckpointError
 from dispc.support.files import write_text
 from dispc.support.inputs import contents
@@ -25,6 +25,7 @@ CARRIED = ("license", "license_name", "license_link", "language")
 TAGS = ["onnx", "onnxruntime", "onnxruntime-genai", "dispc", "disp-llm"]
 ENTITIES = str.maketrans({character: f"&#{ord(character)};" for character in "&<|\\"})
 MASK_FACTS = ("method", "data", "pruning_ratio", "ratio_of", "steps", "seed")
+CUDA = "CUDAExecutionProvider"
 PAPER = "DISP-LLM ([arXiv 2410.11988](https://arxiv.org/abs/2410.11988))"
 
 CARD = """\
@@ -52,22 +53,7 @@ import onnxruntime as ort
 session = ort.InferenceSession("model.onnx", providers=["{provider}"])
 ```
 
-onnxruntime-genai{genai_build}; batches are padded on the right, as it does by itself:
-
-```python
-import onnxruntime_genai as og
-
-model = og.Model(".")
-tokenizer = og.Tokenizer(model)
-```
-
-optimum; {optimum_batches}:
-
-```python
-from optimum.onnxruntime import ORTModelForCausalLM
-
-model = ORTModelForCausalLM.from_pretrained(".", provider="{provider}")
-{optimum_fix}```
+{others}
 
 ## Masks
 
@@ -85,6 +71,28 @@ model = ORTModelForCausalLM.from_pretrained(".", provider="{provider}")
 
 {licence}
 """
+OTHERS = """\
+onnxruntime-genai{genai_build}; batches are padded on the right, as it does by default:
+
+```python
+import onnxruntime_genai as og
+
+model = og.Model(".")
+tokenizer = og.Tokenizer(model)
+```
+
+optimum; {optimum_batches}:
+
+```python
+from optimum.onnxruntime import ORTModelForCausalLM
+
+model = ORTModelForCausalLM.from_pretrained(".", provider="{provider}")
+{optimum_fix}```"""
+"""How applications load it that are not ONNX Runtime alone."""
+IN_BFLOAT16 = (
+    "ONNX Runtime multiplies bfloat16 matrices on CUDA only; neither onnxruntime-genai nor optimum was seen running "
+    "such an artifact (`dispc compile --dtype float16` makes one that they take)."
+)
 OPTIMUM_BATCHES = {
     "left": 'batches are padded on the left (`padding_side="left"` of the tokenizer)',
     "right": (
@@ -93,14 +101,15 @@ OPTIMUM_BATCHES = {
     ),
 }
 """Which batches optimum can feed, by the side that an artifact is padded on."""
-OPTIMUM_FIX = (
+OPTIMUM_HEAD_SIZE = (
     "model.embed_size_per_head = {size}  # optimum-onnx 0.1.0 takes hidden_size / heads, which is wrong here\n"
 )
+OPTIMUM_HEADS = "model.num_key_value_heads = {heads}  # optimum-onnx 0.1.0 takes all heads, which is wrong here\n"
+COUNTED_WRONGLY = ("gemma2", "olmo2", "phi", "phi3", "starcoder2")
+"""Families whose key/value heads optimum does not read."""
 
 
-def write_card(
-    checkpoint: Checkpoint, masks: Masks, manifest: Mapping[str, Any], genai_build: str, directory: Path
-) -> None:
+def write_card(checkpoint: Checkpoint, masks: Masks, manifest: Manifest, genai_build: str, directory: Path) -> None:
     """Write README.md into an artifact whose `manifest` is complete, and copy the base model's licence files.
 
     `genai_build` says which build of onnxruntime-genai it needs, empty for any.
@@ -109,48 +118,62 @@ def write_card(
     for file in licence_files(model):
         (directory / file).write_bytes(contents(model / file, CheckpointError))
     name = hub_name(model) or model.resolve().name
-    provider = TARGETS[manifest["target"]].provider
-    blocks = manifest["block_parameters"]
-    share = f"{100 * blocks['kept'] / blocks['dense']:.1f} %"
+    bfloat16 = manifest.dtype == "bfloat16"
+    provider = CUDA if bfloat16 else TARGETS[manifest.target].provider
+    blocks = manifest.block_parameters
     pruned = (
         f"Pruned in the way of {PAPER}: every attention and MLP reads from, works in and adds into its own subset of "
-        f"dimensions. {share} of the block parameters are kept."
+        f"dimensions. {blocks.share} of the block parameters are kept."
     )
     facts = {
         "base model": name,
-        "family": manifest["model_type"],
-        "target": f"{manifest['target']} ({provider})",
-        "dtype": manifest["dtype"],
-        "batches are padded on the": manifest["padding"],
-        "attention": manifest["attention"],
-        "positions": f"{manifest['positions']:,}",
-        "block parameters kept": f"{blocks['kept']:,} of {blocks['dense']:,} ({share})",
-        "size of model.onnx and its data": f"{manifest['bytes']:,} bytes",
-        "runs in": needed_versions(manifest),
+        "family": manifest.model_type,
+        "target": f"{manifest.target} ({provider})",
+        "dtype": manifest.dtype,
+        "batches are padded on the": manifest.padding,
+        "attention": manifest.attention,
+        "positions": f"{manifest.positions:,}",
+        "block parameters kept": f"{blocks.kept:,} of {blocks.dense:,} ({blocks.share})",
+        "size of model.onnx and its data": f"{manifest.bytes:,} bytes",
+        "runs in": str(manifest.needs),
     }
-    if manifest["quantisation"]:
-        facts["quantised"] = str(Quantisation(**manifest["quantisation"]))
+    if manifest.quantisation:
+        facts["quantised"] = str(manifest.quantisation)
     full = [f"{part} of {set_width(part, config.hidden_size, config.intermediate_size)}" for part in SETS]
-    widths = ((str(i), *(str(row[part]) for part in SETS)) for i, row in enumerate(manifest["widths"]))
-    usual_heads = config.head_dim == config.hidden_size // config.num_attention_heads
+    widths = ((str(i), *(str(row[part]) for part in SETS)) for i, row in enumerate(manifest.widths))
+    facts |= {f"note {number}": note for number, note in enumerate(manifest.notes, start=1)}
+    others = OTHERS.format(
+        optimum_batches=OPTIMUM_BATCHES[manifest.padding],
+        genai_build=f" ({genai_build})" if genai_build else "",
+        optimum_fix=optimum_fix(config),
+        provider=provider,
+    )
     text = CARD.format(
         front_matter=front_matter(model).to_yaml(),
-        title=f"{_cell(name)}, {manifest['target']}, {manifest['dtype']}",
+        title=f"{_cell(name)}, {manifest.target}, {manifest.dtype}",
         name=_cell(name),
-        dispc=manifest["dispc"],
-        pruned=pruned if blocks["kept"] < blocks["dense"] else "Nothing is pruned.",
+        dispc=manifest.dispc,
+        pruned=pruned if blocks.kept < blocks.dense else "Nothing is pruned.",
         facts=_table(("", ""), facts.items()),
         provider=provider,
-        padding=manifest["padding"],
-        optimum_batches=OPTIMUM_BATCHES[manifest["padding"]],
-        genai_build=f" ({genai_build})" if genai_build else "",
-        optimum_fix="" if usual_heads else OPTIMUM_FIX.format(size=config.head_dim),
+        padding=manifest.padding,
+        others=IN_BFLOAT16 if bfloat16 else others,
         masks=_masks(masks),
-        parity=_parity(manifest.get("validation")),
+        parity=_parity(manifest.validation),
         widths=_table(("block", *full), widths),
         licence=_licence(model),
     )
     write_text(directory / "README.md", str(ModelCard(text)))
+
+
+def optimum_fix(config: DecoderConfig) -> str:
+    """Lines of code that tell optimum what it does not read off config.json; nothing where it does."""
+    lines = ""
+    if config.head_dim != config.hidden_size // config.num_attention_heads:
+        lines += OPTIMUM_HEAD_SIZE.format(size=config.head_dim)
+    if config.family.model_type in COUNTED_WRONGLY and config.num_key_value_heads != config.num_attention_heads:
+        lines += OPTIMUM_HEADS.format(heads=config.num_key_value_heads)
+    return lines
 
 
 def front_matter(model: Path) -> ModelCardData:
@@ -190,7 +213,7 @@ def licence_files(model: Path) -> list[str]:
 
 
 def hub_name(model: Path) -> str | None:
-    """ORGANISATION/MODEL, where the directory lies in the cache of the Hugging Face hub; nothing else tells it."""
+    """ORGANISATION/MODEL, where the directory lies in the cache of the Hugging Face hub; nothing else names it."""
     snapshots = model.resolve().parent  # models--ORGANISATION--MODEL/snapshots/COMMIT
     kind, *name = snapshots.parent.name.split("--")
     return "/".join(name) if (snapshots.name, kind) == ("snapshots", "models") and name else None
@@ -223,7 +246,7 @@ def _parity(validation: Mapping[str, Any] | None) -> str:
     verdict = "Passed" if validation["passed"] else "FAILED"
     return (
         f"{verdict}, judged on {_cell(validation['judged_on'])}. The truth is the masked PyTorch model: "
-        f"{_cell(validation['truth'])}. Errors are in units of those that the dtype makes by itself in the same model, "
+        f"{_cell(validation['truth'])}. Errors are in units of the error of the dtype itself in the same model, "
         "at the worst position.\n\n" + _table(("check", "", "figure", "limit", "over"), rows)
     )
 

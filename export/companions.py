@@ -1,4 +1,4 @@
-"""The files beside model.onnx: config, tokenizer, and what onnxruntime-genai and dispc itself need to know."""
+"""The files beside model.onnx: config, tokenizer, and genai_config.json for onnxruntime-genai."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +36,7 @@ def genai_config(
     """The genai_config.json of onnxruntime-genai, which refuses keys that it does not know.
 
     `num_hidden_layers` there counts the key/value caches: an attention that was pruned away has none. Token ids that
-    the model does not name are left out, since runtimes disagree about one that is made up; padding falls back to the
+    the model does not name are left out, since runtimes disagree about invented ones; padding falls back to the
     first stop token.
     """
     config = checkpoint.config

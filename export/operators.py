@@ -1,79 +1,81 @@
-"""The operators a decoder consists of, and how each is spelled in ONNX: one row for each.
+"""The operators that a decoder consists of, and what each becomes in ONNX: one row for each.
 
 Once attention, rotary embedding and norms are operators of ours, about twenty ATen operators are left.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 
-from dispc.export.builder import GraphBuilder, Node
+from dispc.export.builder import Emitted, GraphBuilder, Node
 from dispc.support.errors import CompileError
 from dispc.support.graph import WINDOW
 
+Handler = Callable[[GraphBuilder, Node], Emitted]
+"""Emits the nodes for an FX node, and returns their value or values."""
 LAST = torch.iinfo(torch.int64).max
 RESHAPES = ("aten.view.default", "aten.reshape.default")
 
 
-def _alias(t: GraphBuilder, node: Node) -> Any:
+def _alias(t: GraphBuilder, node: Node) -> Emitted:
     return t.same(node, node.args[0])
 
 
-def _unary(op_type: str) -> Callable[[GraphBuilder, Node], Any]:
+def _unary(op_type: str) -> Handler:
     return lambda t, node: t.emit(node, op_type, [t.values[node.args[0]]])
 
 
-def _binary(op_type: str) -> Callable[[GraphBuilder, Node], Any]:
+def _binary(op_type: str) -> Handler:
     return lambda t, node: t.emit(node, op_type, [t.operand(node, argument) for argument in node.args[:2]])
 
 
-def _scaled(op_type: str) -> Callable[[GraphBuilder, Node], Any]:
+def _scaled(op_type: str) -> Handler:
     """Multiplication or division; nothing at all by the number 1."""
 
-    def emit(t: GraphBuilder, node: Node) -> Any:
+    def emit(t: GraphBuilder, node: Node) -> Emitted:
         return _alias(t, node) if node.args[1] == 1 else _binary(op_type)(t, node)
 
     return emit
 
 
-def _silu(t: GraphBuilder, node: Node) -> Any:
+def _silu(t: GraphBuilder, node: Node) -> Emitted:
     x = t.values[node.args[0]]
     return t.emit(node, "Mul", [x, t.emit(node, "Sigmoid", [x])])
 
 
-def _gelu(t: GraphBuilder, node: Node) -> Any:
+def _gelu(t: GraphBuilder, node: Node) -> Emitted:
     return t.emit(node, "Gelu", [t.values[node.args[0]]], approximate=node.kwargs.get("approximate", "none"))
 
 
-def _linear(t: GraphBuilder, node: Node) -> Any:
+def _linear(t: GraphBuilder, node: Node) -> Emitted:
     x, weight, *bias = node.args
     y = t.emit(node, "MatMul", [t.values[x], t.parameter(weight, transpose=True)])
     return t.emit(node, "Add", [y, t.parameter(bias[0])]) if bias and bias[0] is not None else y
 
 
-def _norm(t: GraphBuilder, node: Node) -> Any:
+def _norm(t: GraphBuilder, node: Node) -> Emitted:
     x, weight, bias, epsilon, layer, offset = node.args
     inputs = [t.values[x], t.parameter(weight, offset=offset)] + ([] if bias is None else [t.parameter(bias)])
     op_type = "LayerNormalization" if layer else "RMSNormalization"
     return t.emit(node, op_type, inputs, axis=-1, epsilon=epsilon)
 
 
-def _embedding(t: GraphBuilder, node: Node) -> Any:
+def _embedding(t: GraphBuilder, node: Node) -> Emitted:
     weight, indices = node.args[:2]
     return t.emit(node, "Gather", [t.parameter(weight), t.values[indices]], axis=0)
 
 
-def _to(t: GraphBuilder, node: Node) -> Any:
+def _to(t: GraphBuilder, node: Node) -> Emitted:
     source, target = node.args[0].meta["val"].dtype, node.meta["val"].dtype
     if source == target:
         return _alias(t, node)
     return t.emit(node, "Cast", [t.values[node.args[0]]], to=from_torch_dtype(target))
 
 
-def _transpose(t: GraphBuilder, node: Node) -> Any:
+def _transpose(t: GraphBuilder, node: Node) -> Emitted:
     x, first, second = node.args
     x = t.origin(x)
     if str(x.target) == "aten.transpose.int" and {*x.args[1:]} == {first, second}:
@@ -83,35 +85,36 @@ def _transpose(t: GraphBuilder, node: Node) -> Any:
     return t.emit(node, "Transpose", [t.values[x]], perm=order)
 
 
-def _reshape(t: GraphBuilder, node: Node) -> Any:
+def _reshape(t: GraphBuilder, node: Node) -> Emitted:
     origin = t.origin(node.args[0])
     while str(origin.target) in RESHAPES:
         origin = t.origin(origin.args[0])
     source, target = [str(s) for s in origin.meta["val"].shape], [str(s) for s in node.meta["val"].shape]
     if source == target:
         return t.same(node, origin)
+    value: ir.Value = t.values[origin]
     if len(source) == len(target) + 1 and source[2:] == target[1:]:
         t.flat.add(node)
-        return t.values[origin]
+        return value
     if origin in t.flat and len(target) == 3:
-        return t.values[origin]
+        return value
     shape = [
         0 if i < len(source) and size == source[i] else int(size) if size.isdigit() else -1
         for i, size in enumerate(target)
     ]
     if shape.count(-1) > 1:
         raise CompileError(f"{t.module(node)}: reshape {source} to {target} is not known to the trace")
-    return t.emit(node, "Reshape", [t.values[origin], t.constant(f"shape.{'_'.join(map(str, shape))}", shape)])
+    return t.emit(node, "Reshape", [value, t.constant(f"shape.{'_'.join(map(str, shape))}", shape)])
 
 
-def _slice(t: GraphBuilder, node: Node) -> Any:
+def _slice(t: GraphBuilder, node: Node) -> Emitted:
     x, axis, start, end = (*node.args, 0, 0, LAST)[:4] if len(node.args) < 4 else node.args[:4]
     if start in (0, None) and end in (LAST, None):
         return t.same(node, x)
     return t.emit(node, "Slice", [t.values[x], *(t.constant(f"axes.{v}", [v]) for v in (start, end, axis))])
 
 
-def _concat(t: GraphBuilder, node: Node) -> Any:
+def _concat(t: GraphBuilder, node: Node) -> Emitted:
     parts, axis = (*node.args, 0)[:2]
     first = parts[0]
     slices = [part.args for part in parts if str(part.target) == "aten.slice.Tensor"]
@@ -124,7 +127,7 @@ def _concat(t: GraphBuilder, node: Node) -> Any:
     return t.emit(node, "Concat", [t.values[part] for part in parts], axis=axis)
 
 
-def _rotary(t: GraphBuilder, node: Node) -> Any:
+def _rotary(t: GraphBuilder, node: Node) -> Emitted:
     x, heads, number = node.args
     tables, suffix = t.rotary_tables[number], f"_{number}" if number else ""
     cos, sin = (t.tensor(f"{name}_cache{suffix}", table) for name, table in (("cos", tables.cos), ("sin", tables.sin)))
@@ -135,7 +138,7 @@ def _rotary(t: GraphBuilder, node: Node) -> Any:
     return t.emit(node, "RotaryEmbedding", inputs, num_heads=heads, **partial, **interleaved)
 
 
-def _attention(t: GraphBuilder, node: Node) -> Any:
+def _attention(t: GraphBuilder, node: Node) -> Emitted:
     query, key, value, past_key, past_value, scale, window, softcap = node.args
     inputs = [
         t.values[query],
@@ -148,8 +151,8 @@ def _attention(t: GraphBuilder, node: Node) -> Any:
     config = t.checkpoint.config
     heads = {"q_num_heads": config.num_attention_heads, "kv_num_heads": config.num_key_value_heads}
     capped = {"softcap": softcap} if softcap else {}
-    outputs = t.emit(node, "Attention", inputs, outputs=3, scale=scale, **heads, **capped)
-    outputs[0].producer().metadata_props[WINDOW] = str(window)  # the operator has no attribute for it, the mask has it
+    outputs = t.emit_all(node, "Attention", inputs, 3, scale=scale, **heads, **capped)
+    t.graph[-1].metadata_props[WINDOW] = str(window)  # the operator has no attribute for it, the mask has it
     return outputs
 
 
@@ -164,19 +167,19 @@ POSITION_WISE = (
 class Spelling:
     """How an operator of torch is spelled in ONNX.
 
-    handle: emits the nodes for an FX node, and returns their value.
-    reads: the arguments that it looks at, by the names of torch's schema.
+    handle: see `Handler`.
+    reads: the arguments that it uses, by the names of torch's schema.
     ignores: arguments that change nothing here: no gradients, no training, and results are read off the trace.
     neutral: the values of further arguments that change nothing, where that is not their default.
     """
 
-    handle: Callable[[GraphBuilder, Node], Any]
+    handle: Handler
     reads: str
     ignores: str = ""
-    neutral: Mapping[str, Any] = field(default_factory=dict)
+    neutral: Mapping[str, object] = field(default_factory=dict)
 
     def refuse_unread(self, node: Node, module: str) -> None:
-        """Raise CompileError for an argument that would change the result and that `handle` does not look at."""
+        """Raise CompileError for an argument that would change the result and that `handle` does not read."""
         arguments = node.target._schema.arguments
         given = dict(zip((argument.name for argument in arguments), node.args, strict=False)) | node.kwargs
         for argument in arguments:

@@ -62,7 +62,7 @@ IGNORED = {
     "cache_position",
     "past_key_values",
 }
-"""Options that change nothing where there is no training, no cache object and the mask is ours."""
+"""Options that change nothing without training and cache objects, where the mask is ours."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ class RotaryTables:
 
 @dataclass(frozen=True)
 class Rotation:
-    """What a model's rotary module is asked for: by which module, with what besides the positions."""
+    """A call of a model's rotary module: which module, and its arguments besides the positions."""
 
     module_class: type
     config: Any
     more: tuple[Any, ...]
 
     def tables(self, dtype: torch.dtype) -> RotaryTables:
-        """The module's answer for every position of the model."""
+        """The module's output for every position of the model."""
         positions = torch.arange(self.config.max_position_embeddings)[None]
         with one_torch_thread():  # with several, a first call was once seen to give cosines that are off by 1e-4
             cos, sin = (x[0] for x in self.module_class(self.config)(torch.zeros(1), positions, *self.more))
@@ -98,9 +98,9 @@ class Rotation:
 
 @dataclass
 class Recorder:
-    """What the patched model parts need while tracing: the caches come in here, and go out.
+    """State of the patched model parts while tracing: the caches that come in and go out.
 
-    `rotations` are those used so far; one that was asked for belongs to the next attention.
+    `rotations` are those used so far; one that was requested belongs to the next attention.
     """
 
     past: tuple[Tensor, ...] = ()
@@ -197,10 +197,10 @@ def _parts(pack: Pack, x: Tensor) -> "Parts":
 
 
 class Parts:
-    """Outputs of separate projections, which a model's code takes apart as if they were one tensor.
+    """Outputs of separate projections, which a model's code splits as if they were one tensor.
 
     Raises:
-        CompileError: when it takes them apart elsewhere than between two of them.
+        CompileError: when it splits them elsewhere than between two of them.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -235,7 +235,7 @@ def _norm(norm: Norm, module: Any, x: Tensor) -> Tensor:
 def functions(recorder: Recorder) -> dict[str, Callable[..., Any]]:
     """What stands in the place of functions of a family's modelling file and of torch, by their names.
 
-    The last two are those of attention classes that do not ask the interface of transformers.
+    The last two are for attention classes that do not use the interface of transformers.
     """
     return {
         "apply_rotary_pos_emb": recorder.rotate,

@@ -49,7 +49,7 @@ def semantic_model(config: Any, decoder: DecoderConfig, dtype: torch.dtype) -> I
 
     recorder = Recorder()
     namespace = vars(sys.modules[model_class(config).__module__])
-    for name, classes in namespace.items():  # transformers 4 has families that do not ask the interface
+    for name, classes in namespace.items():  # transformers 4 has families that do not use the interface
         if name.endswith("ATTENTION_CLASSES"):
             classes["dispc"] = classes["sdpa"]
     AttentionInterface.register("dispc", recorder.attend)

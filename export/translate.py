@@ -12,7 +12,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dispc.export.builder import GraphBuilder, Node
+from dispc.export.builder import Emitted, GraphBuilder, Node
 from dispc.export.operators import POSITION_WISE, SPELLINGS
 from dispc.export.semantic import RotaryTables
 from dispc.model.checkpoint import Checkpoint
@@ -53,10 +53,11 @@ def translate(
     return model
 
 
-def _translate(builder: GraphBuilder, node: Node) -> Any:
+def _translate(builder: GraphBuilder, node: Node) -> Emitted:
     name = str(node.target)
     if name == "<built-in function getitem>":
-        return builder.values[node.args[0]][node.args[1]]
+        output: ir.Value = builder.values[node.args[0]][node.args[1]]
+        return output
     spelling = SPELLINGS.get(name)
     module = builder.module(node)
     if spelling is None:

@@ -6,7 +6,10 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
 from dispc.manifest import spell_pass
+from dispc.masks import Masks
+from dispc.model.families import DecoderConfig
 from dispc.support.errors import CompileError
+from dispc.support.graph import drop_unused_initializers
 
 
 class ConditionError(CompileError, PreconditionError, PostconditionError):
@@ -44,16 +47,29 @@ class RewritePass(InPlacePass):
 
     @abstractmethod
     def rewrite(self, model: ir.Model) -> int:
-        """Change the model in place; return the number of rewrites made."""
+        """Change the model in place; return the number of rewrites made. Unused weights need not be removed here."""
 
     def leave(self, what: str | None, reason: str) -> None:
-        """Note why a candidate is not rewritten, with the value that decides; `--dump-ir` writes the notes down."""
+        """Note why a candidate is not rewritten, with the value that decides.
+
+        `--dump-ir` writes the notes down, `--debug` prints them.
+        """
         self.left.append(f"{what}: {reason}")
 
     def call(self, model: ir.Model) -> PassResult:
         self.left.clear()
         expected = self.expected(model)
         self.count = self.rewrite(model)
+        drop_unused_initializers(model.graph)
         if self.count != expected:
             raise CompileError(f"pass {self.name} made {self.count} rewrites where {expected} were expected")
         return PassResult(model, modified=self.count > 0)
+
+
+class BlockPass(RewritePass):
+    """A pass over the blocks of a model: its config and its masks say what must be there."""
+
+    def __init__(self, config: DecoderConfig, masks: Masks) -> None:
+        super().__init__()
+        self.config = config
+        self.masks = masks

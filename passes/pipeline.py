@@ -3,11 +3,12 @@
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
 
+from dispc.manifest import PassRecord
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.passes.base import RewritePass
@@ -19,35 +20,16 @@ from dispc.passes.fuse.fuse_qkv import FuseQkvPass
 from dispc.passes.fuse.fuse_rotary import FuseRotaryPass
 from dispc.passes.fuse.fuse_skip_norm import FuseSkipNormPass
 from dispc.passes.fuse.tie_embeddings import TieEmbeddingsPass
-from dispc.passes.lower.feature_extractor import FeatureExtractorPass
-from dispc.passes.lower.inverse_gather import InverseGatherPass
 from dispc.passes.lower.last_logits import LastLogitsPass
 from dispc.passes.lower.lower_attention import LowerAttentionPass
 from dispc.passes.lower.lower_opset import LowerOpsetPass
-from dispc.passes.lower.scatter_elements import ScatterElementsPass
+from dispc.passes.lower.selection import find_pass
 from dispc.passes.prune.align_widths import AlignWidthsPass
 from dispc.passes.prune.fill_zeros import FillZerosPass
 from dispc.passes.prune.prune_blocks import PruneBlocksPass
 from dispc.passes.quantise import QuantisePass
 from dispc.plan import Plan
 from dispc.selection import fill, sets_to_fill
-
-
-@dataclass(frozen=True, kw_only=True)
-class PassRecord:
-    """What one pass was told and did: its options, rewrites made, nodes, seconds; what it left as it was, and why."""
-
-    name: str
-    options: dict[str, str | int | bool]
-    rewrites: int
-    nodes_before: int
-    nodes_after: int
-    seconds: float
-    left: tuple[str, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """As dispc.json holds it, without what was left."""
-        return {name: value for name, value in asdict(self).items() if name != "left"}
 
 
 def build_pipeline(
@@ -59,7 +41,7 @@ def build_pipeline(
     quantisation = plan.quantisation
     tied = config.tied and "tie-embeddings" in plan.fusions
     apart = quantisation is not None and (quantisation.head or quantisation.embedding)  # QuantisePass ties what it can
-    embedding, spelled = config.family.embedding, plan.lowering.passes
+    embedding = config.family.embedding
     filled = sets_to_fill(masks, config, plan.costs) if plan.fills else frozenset[tuple[int, str]]()
     left = fill(masks, filled)  # the sets that are left to be selected
     rows: tuple[tuple[bool, Callable[[], RewritePass]], ...] = (
@@ -71,9 +53,7 @@ def build_pipeline(
         (True, lambda: PruneBlocksPass(config, masks)),
         (plan.align > 1, lambda: AlignWidthsPass(config, masks, plan.align)),
         (plan.fills, lambda: FillZerosPass(config, masks, plan.costs)),
-        ("inverse-gather" in spelled, lambda: InverseGatherPass(left, multiple)),
-        ("scatter-elements" in spelled, lambda: ScatterElementsPass(left)),
-        ("feature-extractor" in spelled, lambda: FeatureExtractorPass(left)),
+        *((True, partial(find_pass(name), left, multiple)) for name in plan.lowering.passes),
         (plan.group_query, lambda: LowerAttentionPass(plan.padding, config, masks)),
         (
             plan.group_query and plan.padding == "right" and "fuse-rotary" in plan.fusions,
@@ -89,13 +69,9 @@ def build_pipeline(
         ),
         (plan.last_logits, lambda: LastLogitsPass(plan.padding)),
         *([(True, lambda: QuantisePass(quantisation, config, tied=tied, hessians=hessians))] if quantisation else []),
-        # Last: it sees what the others have made. On CUDA, ONNX Runtime fuses its own RotaryEmbedding into attention,
-        # also where an attention bias (padding left) leaves no room for it, and then refuses the graph.
-        (
+        (  # last: it sees what the others have made
             True,
-            lambda: LowerOpsetPass(
-                respell=plan.group_query and not (target.name == "onnx-cuda" and plan.padding == "left")
-            ),
+            lambda: LowerOpsetPass(respell=plan.group_query, rotations=target.name != "onnx-cuda"),
         ),
     )
     return [make() for wanted, make in rows if wanted]

@@ -14,7 +14,7 @@ from dispc.passes.base import RewritePass
 from dispc.passes.rounding import Integers, pack, round_weight
 from dispc.quantisation import Quantisation, product_of
 from dispc.support.errors import CompileError
-from dispc.support.graph import HEAD, MICROSOFT, add_initializer, drop_unused_initializers, make_node, replace_node
+from dispc.support.graph import HEAD, MICROSOFT, add_initializer, make_node, replace_node
 
 INT8_ACTIVATIONS = 4
 """The `accuracy_level` that lets kernels round activations to int8."""
@@ -52,9 +52,13 @@ class QuantisePass(RewritePass):
     name = "quantise"
 
     def __init__(
-        self, quantisation: Quantisation, config: DecoderConfig, *, tied: bool = False,
+        self,
+        quantisation: Quantisation,
+        config: DecoderConfig,
+        *,
+        tied: bool = False,
         hessians: Mapping[str, Array] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`tied` says that the LM head is to share the embedding's integers; `hessians` are those of the products."""
         super().__init__()
         self.quantisation = quantisation
@@ -86,7 +90,6 @@ class QuantisePass(RewritePass):
             elif node.op_type == "Gather" and weight.name == self.embedding and self.quantisation.embedding:
                 replace_node(graph, node, self._gather(graph, node, weight))
                 count += 1
-        drop_unused_initializers(graph)
         if count:
             graph.opset_imports[MICROSOFT] = 1
         return count

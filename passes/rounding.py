@@ -108,8 +108,10 @@ def read_integers(blocks: Array, bits: int, symmetric: bool, dtype: Any) -> Inte
 
 
 ALGORITHMS: Mapping[str, Callable[[Array, Quantisation, Array | None], Integers]] = {
-    "k_quant": _k_quant, "hqq": _hqq, "gptq": _gptq
-}  # fmt: skip
+    "k_quant": _k_quant,
+    "hqq": _hqq,
+    "gptq": _gptq,
+}
 
 
 def _blocks(weight: Array, size: int) -> Array:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sets import widths
 
 from dispc.compiler import CompileOptions, ParityFailure, compile_model
+from dispc.manifest import Manifest
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.validate.checks.parity import LIMITS, Thresholds, logit_error
@@ -23,7 +24,7 @@ FULL_MATRIX = [
 ]
 
 
-def compile_variant(variant: str, masks: Masks, tmp_path: Path, target: str, **options: Any) -> dict[str, Any]:
+def compile_variant(variant: str, masks: Masks, tmp_path: Path, target: str, **options: Any) -> Manifest:
     checkpoint = harness.checkpoint(variant)
     masks.save(tmp_path / "masks.safetensors", checkpoint.config)
     return compile_model(
@@ -43,7 +44,8 @@ def test_an_artifact_computes_what_the_masked_reference_computes(
 ) -> None:
     config = harness.checkpoint(variant).config
     manifest = compile_variant(variant, Masks.random(config, 0.5, 3, norm_scope=norm_scope), tmp_path, target)
-    validation = manifest["validation"]
+    validation = manifest.validation
+    assert validation is not None
     assert validation["passed"]
     checks = {check["name"]: check for check in validation["checks"]}
     names = {row.name for row in CHECKS if row.quick} - {"as shipped"}
@@ -69,8 +71,8 @@ def test_every_padding_and_dtype_passes_and_is_declared(
 ) -> None:
     masks = Masks.random(harness.checkpoint(variant).config, 0.4, 5)
     manifest = compile_variant(variant, masks, tmp_path, target, dtype=dtype, padding=padding)
-    assert manifest["validation"]["passed"]
-    assert (manifest["padding"], manifest["dtype"]) == (padding, dtype)
+    assert manifest.passed
+    assert (manifest.padding, manifest.dtype) == (padding, dtype)
     metadata = {
         p.key: p.value for p in onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).metadata_props
     }
@@ -82,7 +84,7 @@ def test_every_padding_and_dtype_passes_and_is_declared(
 def test_the_canonical_form_is_an_artifact_too(variant: str, target: str, dtype: str, tmp_path: Path) -> None:
     masks = Masks.random(harness.checkpoint(variant).config, 0.4, 6)
     manifest = compile_variant(variant, masks, tmp_path, target, dtype=dtype, lowering="canonical", verify_each=True)
-    assert manifest["validation"]["passed"]
+    assert manifest.passed
     operators = [n.op_type for n in onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.node]
     assert operators.count("ScatterND") == 6
 
@@ -121,8 +123,8 @@ def test_dense_compile_gives_the_dense_model(tmp_path: Path) -> None:
         model=harness.checkpoint("llama").directory, output=tmp_path / "out", target="onnx-cpu", dense=True
     )
     manifest = compile_model(options)
-    assert manifest["validation"]["passed"]
-    assert manifest["block_parameters"]["kept"] == manifest["block_parameters"]["dense"]
+    assert manifest.passed
+    assert manifest.block_parameters.kept == manifest.block_parameters.dense
     assert "Gather" not in harness.operators(
         harness.rewritten("llama", Masks.dense(harness.checkpoint("llama").config)), "layers."
     )
@@ -132,7 +134,7 @@ def test_a_removed_attention_takes_its_cache_with_it(tmp_path: Path) -> None:
     config = harness.checkpoint("opt").config
     masks = Masks.from_indices([{}, {"attention.write": []}, {}], config)
     manifest = compile_variant("opt", masks, tmp_path, "onnx-cpu")
-    assert manifest["validation"]["passed"]
+    assert manifest.passed
     graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
     assert [v.name for v in graph.input if v.name.endswith("key")] == [
         "past_key_values.0.key",
@@ -140,7 +142,7 @@ def test_a_removed_attention_takes_its_cache_with_it(tmp_path: Path) -> None:
     ]
     assert [v.name for v in graph.output if v.name.endswith("key")] == ["present.0.key", "present.1.key"]
     genai = json.loads((tmp_path / "out" / "genai_config.json").read_text())
-    assert genai["model"]["decoder"]["num_hidden_layers"] == manifest["cache_layers"] == 2
+    assert genai["model"]["decoder"]["num_hidden_layers"] == manifest.cache_layers == 2
 
 
 def test_the_onnx_target_uses_standard_operators_only(tmp_path: Path) -> None:
@@ -184,13 +186,13 @@ def test_half_precision_and_sharded_checkpoints_compile(tmp_path: Path) -> None:
     tiny.make_model("llama", tmp_path / "model", dtype=torch.bfloat16, max_shard_size="100KB")
     assert (tmp_path / "model" / "model.safetensors.index.json").is_file()
     options = CompileOptions(model=tmp_path / "model", output=tmp_path / "out", target="onnx-cpu", dense=True)
-    assert compile_model(options)["validation"]["passed"]
+    assert compile_model(options).passed
 
 
 def test_dumped_graphs_are_one_per_pass_and_load(tmp_path: Path) -> None:
     masks = Masks.random(harness.checkpoint("llama").config, 0.5, 1)
     manifest = compile_variant("llama", masks, tmp_path, "onnx-cpu", validate=False, dump_ir=tmp_path / "ir")
-    names = [f"{number:02d}-{record['name']}" for number, record in enumerate(manifest["passes"], start=1)]
+    names = [f"{number:02d}-{record.name}" for number, record in enumerate(manifest.passes, start=1)]
     assert sorted(path.stem for path in (tmp_path / "ir").glob("*.onnx")) == ["00-trace", *names]
     canonical = onnx.load(tmp_path / "ir" / "02-prune-blocks.onnx")
     assert [node.op_type for node in canonical.graph.node].count("ScatterND") == 6
@@ -200,10 +202,10 @@ def test_the_manifest_describes_the_artifact(tmp_path: Path) -> None:
     checkpoint: Checkpoint = harness.checkpoint("llama")
     masks = Masks.random(checkpoint.config, 0.5, 1)
     manifest = compile_variant("llama", masks, tmp_path, "onnx-cpu")
-    assert json.loads((tmp_path / "out" / "dispc.json").read_text()) == manifest
-    assert manifest["block_parameters"]["kept"] == masks.kept_parameters(checkpoint.config)
-    assert manifest["masks_sha256"] == masks.sha256() == Masks.load(tmp_path / "out" / "masks.safetensors").sha256()
-    assert manifest["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out").glob("model.onnx*"))
+    assert json.loads((tmp_path / "out" / "dispc.json").read_text()) == manifest.to_json()
+    assert manifest.block_parameters.kept == masks.kept_parameters(checkpoint.config)
+    assert manifest.masks_sha256 == masks.sha256() == Masks.load(tmp_path / "out" / "masks.safetensors").sha256()
+    assert manifest.bytes == sum(f.stat().st_size for f in (tmp_path / "out").glob("model.onnx*"))
 
 
 def test_an_artifact_that_fails_validation_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 """Families beyond those of the full matrix: each variant at the cheap tier, end to end once, and its own parts."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import command
 import faults
 import harness
 import numpy as np
@@ -11,20 +13,28 @@ import pytest
 import tiny
 import torch
 from harness import TOLERANCE
-from sets import gates_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sets import gates_of, widths
 from torch import Tensor
 
-from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
 from dispc.model.families import FAMILIES, find_family
 from dispc.quantisation import Quantisation
 from dispc.reference.masked import load_reference
 from dispc.support.errors import UnsupportedModelError
-from dispc.validate.checks.parity import logit_error
+from dispc.validate.checks.parity import DEFAULTS, logit_error
 
 TARGETS = ("onnx-cpu", "onnx-cuda", "onnx")
 SCOPES = ("full", "selected")
 INT4 = Quantisation(bits=4, block_size=16, symmetric=True, head=False, embedding=False)
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"target": "onnx-cpu"},
+    {"target": "onnx-cpu", "padding": "left"},
+    {"target": "onnx-cpu", "lowering": "canonical"},
+    {"target": "onnx-cuda", "align": 8},
+    {"target": "onnx"},
+)
 
 
 def half(variant: str, scope: str, seed: int = 3) -> Masks:
@@ -65,27 +75,45 @@ def test_padded_batches_and_cached_steps_on_either_side(variant: str) -> None:
         assert all(logit_error(*pair) <= TOLERANCE for pair in zip(found, expected, strict=True)), padding
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("number", "variant"), enumerate(tiny.FURTHER))
-def test_a_compilation_of_every_variant_passes_its_validation(number: int, variant: str, tmp_path: Path) -> None:
-    """Target, dtype, norm scope and quantisation take turns: each meets norms behind sub-layers, and packed weights."""
-    choices: tuple[dict[str, Any], ...] = (
-        {"target": "onnx-cuda"},
-        {"target": "onnx-cpu", "quantisation": INT4},
-        {"target": "onnx-cuda", "dtype": "bfloat16", "padding": "left"},
-        {"target": "onnx"},
-    )
-    checkpoint = harness.checkpoint(variant)
-    half(variant, SCOPES[number // 4 % 2]).save(tmp_path / "masks.safetensors", checkpoint.config)
-    options = CompileOptions(
-        model=checkpoint.directory,
-        masks=tmp_path / "masks.safetensors",
-        output=tmp_path / "out",
-        **choices[number % 4],
-    )
-    assert compile_model(options)["validation"]["passed"]
+def test_a_compilation_of_every_variant_passes_its_validation(
+    number: int, variant: str, target: str, tmp_path: Path
+) -> None:
+    """By the command line. Norm scopes take turns, and so do quantisation, and bfloat16 with padding on the left."""
+    checkpoint, scope = harness.checkpoint(variant), SCOPES[(number + TARGETS.index(target)) % 2]
+    half(variant, scope).save(tmp_path / "masks.safetensors", checkpoint.config)
+    more: dict[str, tuple[str, ...]] = {
+        "onnx-cpu": ("--quantize", "int4", "--block-size", "16"),
+        "onnx-cuda": ("--dtype", "bfloat16", "--padding", "left"),
+    }
+    line = ("compile", checkpoint.directory, "--masks", tmp_path / "masks.safetensors", "-t", target, "--json")
+    done = command.run(*line, "-o", tmp_path / "out", *(more.get(target, ()) if number % 2 else ()))
+    assert done.code == 0, done
+    assert json.loads(done.out)["validation"]["passed"]
 
 
-@pytest.mark.parametrize("variant", ["granite", "phi3", "gpt-neox", "cohere", "olmo2", "gemma3"])
+@pytest.mark.parametrize("variant", tiny.FURTHER)
+def test_four_bit_weights_of_every_variant_compute_what_torch_does_with_the_same(variant: str) -> None:
+    for target, scope in zip(("onnx-cpu", "onnx-cuda"), SCOPES, strict=True):
+        masks = half(variant, scope)
+        model = harness.rewritten(variant, masks, target=target, dtype="float32", quantisation=INT4)
+        expected = harness.reference_logits(variant, masks, quantisation=INT4)
+        assert logit_error(harness.model_logits(model), expected) <= TOLERANCE, target
+        assert "MatMulNBits" in harness.operators(model, "layers.1/")
+
+
+@pytest.mark.parametrize("variant", tiny.FURTHER)
+@given(data=st.data())
+@settings(max_examples=6)
+def test_any_widths_keep_the_function(variant: str, data: st.DataObject) -> None:
+    masks = data.draw(widths(variant))
+    options = data.draw(st.sampled_from(OPTIONS))
+    found = harness.model_logits(harness.rewritten(variant, masks, **options))
+    assert harness.times_own(variant, masks, [harness.TOKENS], [found]) <= DEFAULTS.error
+
+
+@pytest.mark.parametrize("variant", tiny.FURTHER)
 def test_what_learning_trains_is_what_the_compiler_compiles(variant: str) -> None:
     from dispc.learn.objective import GatedModel, next_token_loss
 
@@ -100,6 +128,9 @@ def test_what_learning_trains_is_what_the_compiler_compiles(variant: str) -> Non
         torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
         (gradient,) = torch.autograd.grad(loss, gates)
         assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
+        with torch.no_grad():
+            step = gates - 1e-3 * gradient / gradient.norm()
+            assert gated.loss(step, ids) < loss
 
 
 def rms(x: Tensor, weight: Tensor, epsilon: float, count: int) -> Tensor:
@@ -216,7 +247,7 @@ def test_what_a_family_needs_is_missed_when_it_is_not_there(variant: str, fault:
         ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual"),
         ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-        ("gemma3_text", {"_sliding_window_pattern": 4}, "_sliding_window_pattern"),
+        ("gemma3_text", {"_sliding_window_pattern": 4}, "sliding_window_pattern"),
         ("phi3", {"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "longrope"),
         ("phi3", {"rope_scaling": {"type": "su", "long_factor": [1.0]}}, "longrope"),
         ("starcoder2", {"norm_type": "rms"}, "norm_type"),

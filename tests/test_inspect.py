@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from dispc.inspect import inspect_path
 from dispc.masks import SETS, Block, Masks, SubLayer
 from dispc.model.checkpoint import Checkpoint
+from dispc.support.typed_json import to_json
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_the_table_says_what_the_json_says(path: str, place: Path) -> None:
     table, report = command.run("inspect", place / path), command.run("inspect", place / path, "--json")
     assert (table.code, report.code, table.err, report.err) == (0, 0, "", "")
     facts = json.loads(report.out)
-    assert facts == inspect_path(place / path)
+    assert facts == to_json(inspect_path(place / path))
     for name, fact in facts["facts"].items():
         assert name in table.out
         assert str(fact)[:40] in table.out
@@ -54,30 +55,30 @@ def test_the_table_says_what_the_json_says(path: str, place: Path) -> None:
 @pytest.mark.parametrize("path", ["model/masks.safetensors", "artifact"])
 def test_widths_are_those_of_the_masks(path: str, place: Path) -> None:
     masks, found = Masks.load(place / "model" / "masks.safetensors"), inspect_path(place / path)
-    assert found["widths"] == [{name: len(block.sets()[name]) for name in SETS} for block in masks.blocks]
-    assert found["full_widths"] == {name: 88 if name == "mlp.mid" else 48 for name in SETS}
-    digest = found["facts"]["sha256"] if found["kind"] == "masks" else found["manifest"]["masks_sha256"]
+    assert found.widths == [{name: len(block.sets()[name]) for name in SETS} for block in masks.blocks]
+    assert found.full_widths == {name: 88 if name == "mlp.mid" else 48 for name in SETS}
+    digest = found.facts["sha256"] if found.kind == "masks" else found.manifest["masks_sha256"]
     assert digest == masks.sha256()
 
 
 def test_the_facts_of_an_artifact_are_those_of_its_files(place: Path) -> None:
     found = inspect_path(place / "artifact")
     graph = onnx.load(place / "artifact" / "model.onnx", load_external_data=False).graph
-    assert sum(found["operators"].values()) == found["manifest"]["nodes"] == len(graph.node)
-    assert found["operators"]["MatMul"] == Counter(node.op_type for node in graph.node)["MatMul"]
-    assert found["operators"]["com.microsoft.GroupQueryAttention"] == 3
-    assert found["facts"]["validation"] == "not run"
+    assert sum(found.operators.values()) == found.manifest["nodes"] == len(graph.node)
+    assert found.operators["MatMul"] == Counter(node.op_type for node in graph.node)["MatMul"]
+    assert found.operators["com.microsoft.GroupQueryAttention"] == 3
+    assert found.facts["validation"] == "not run"
     config = Checkpoint(place / "model").config
     kept = Masks.load(place / "model" / "masks.safetensors").kept_parameters(config)
-    assert f"{kept:,} of {config.block_parameters * 3:,}" in found["facts"]["block parameters"]
+    assert f"{kept:,} of {config.block_parameters * 3:,}" in found.facts["block parameters"]
 
 
 def test_operators_are_listed_block_by_block(place: Path) -> None:
     found = inspect_path(place / "artifact")
-    *blocks, outside = found["block_operators"]
+    *blocks, outside = found.block_operators
     assert len(blocks) == 3
     assert all(block["GroupQueryAttention"] == 1 for block in blocks)
-    assert sum(sum(row.values()) for row in (*blocks, outside)) == found["manifest"]["nodes"]
+    assert sum(sum(row.values()) for row in (*blocks, outside)) == found.manifest["nodes"]
     shown = command.run("inspect", place / "artifact", "--ops")
     assert shown.code == 0
     assert "Operators per block" in shown.out
@@ -103,12 +104,12 @@ def test_a_block_that_is_pruned_away_has_an_empty_row(place: Path, tmp_path: Pat
     masks.save(tmp_path / "masks.safetensors", config)
     line = ("compile", place / "model", "--masks", tmp_path / "masks.safetensors", "-t", "onnx-cpu", "--no-validate")
     assert command.run(*line, "-o", tmp_path / "out").code == 0
-    first, second, third, _ = inspect_path(tmp_path / "out")["block_operators"]
+    first, second, third, _ = inspect_path(tmp_path / "out").block_operators
     assert second == {} and first["GroupQueryAttention"] == third["GroupQueryAttention"] == 1
 
 
 def test_the_facts_of_a_model_are_those_of_its_weights(place: Path) -> None:
-    facts = inspect_path(place / "model")["facts"]
+    facts = inspect_path(place / "model").facts
     state = load_file(place / "model" / "model.safetensors")
     assert facts["blocks"] == 3
     assert facts["block parameters"] == f"{Checkpoint(place / 'model').config.block_parameters * 3:,}"
@@ -122,7 +123,7 @@ def test_a_validated_artifact_says_so(place: Path, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "artifact" / "dispc.json").read_text())
     for passed, word in ((True, "passed"), (False, "failed")):
         (tmp_path / "artifact" / "dispc.json").write_text(json.dumps(manifest | {"validation": {"passed": passed}}))
-        assert inspect_path(tmp_path / "artifact")["facts"]["validation"] == word
+        assert inspect_path(tmp_path / "artifact").facts["validation"] == word
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=20) | st.just("[/b] :smile:"))

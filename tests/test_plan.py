@@ -59,8 +59,9 @@ def test_runtimes_share_buffers_and_capture_graphs_where_the_graph_allows_it_and
             config = genai_config(checkpoint, plan, 3, [], told)
             provider_options = config["model"]["decoder"]["session_options"]["provider_options"]
             found[target.name, dtype, padding, allowed] = (
-                config["search"]["past_present_share_buffer"], provider_options
-            )  # fmt: skip
+                config["search"]["past_present_share_buffer"],
+                provider_options,
+            )
             assert plan.cuda_graph == (provider_options == CUDA_GRAPH)
     assert found == RUNTIME
 

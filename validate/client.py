@@ -12,11 +12,11 @@ from dispc.runtime.session import Array, Artifact, Runner, Tokens
 SHORT = 72
 """Tokens of the shorter runs, the model's positions allowing."""
 REACH = 4096
-"""Up to so many tokens are really run: to the end of a context that is no longer, and past a window that is shorter."""
+"""Most tokens that are run: to the end of a shorter context, and past a shorter window."""
 LONG = 1024
 """At least so many tokens are run in a context that is longer than REACH."""
 SPREAD = 128
-"""By how many tokens a length may be longer; the seed decides."""
+"""Most tokens that the seed adds to a length."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Client:
         return min(self.limit, max(LONG, behind) + self.draw("longest", 32, SPREAD))
 
     def draw(self, what: str, low: int, high: int) -> int:
-        """A number from `low` to `high`, decided by the seed and by what it is for."""
+        """A number from `low` to `high`, drawn by the seed and by the name of its purpose."""
         return int(np.random.default_rng((self.seed, *what.encode())).integers(low, high + 1))
 
     def tokens(self, stream: int, length: int) -> Tokens:
@@ -79,8 +79,8 @@ class Client:
 class Batch:
     """Feeds the rows of a batch piece by piece through the cache, and keeps every output of every real token.
 
-    `compact`: a row's tokens are the first positions of its cache, as GroupQueryAttention keeps them; otherwise caches
-    grow behind what there is, padding included. Positions count from `offset`.
+    `compact`: a row's tokens are the first positions of its cache, as GroupQueryAttention keeps them; otherwise new
+    tokens are appended to the caches, padding included. Positions count from `offset`.
     """
 
     def __init__(self, runner: Runner, rows: Sequence[Tokens], padding: str, offset: int = 0, *, compact: bool) -> None:

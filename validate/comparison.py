@@ -10,12 +10,11 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from dispc.evaluate.perplexity import ArtifactScorer, Perplexity, TorchScorer, measure_perplexity, text_windows
-from dispc.manifest import read_manifest
+from dispc.manifest import Manifest, read_manifest
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
 from dispc.plan import TARGETS
-from dispc.quantisation import Quantisation
 from dispc.reference.blocks import Blocks, read_lazily
 from dispc.reference.masked import load_reference
 from dispc.reference.quantised import match_quantisation, quantise_block, quantise_tables, read_integers
@@ -23,7 +22,7 @@ from dispc.reference.stored import Storage
 from dispc.reference.truth import Answers, ask, freed, truth_dtype
 from dispc.runtime.build import builds
 from dispc.runtime.edits import load_graph
-from dispc.runtime.latency import LatencyOptions, measure_latency
+from dispc.runtime.latency import Latency, LatencyOptions, measure_latency
 from dispc.runtime.memory import require_memory_for_reference
 from dispc.runtime.placement import Placement, judge_placement
 from dispc.runtime.providers import CPU, PROVIDERS, Provider
@@ -67,7 +66,7 @@ class Measured:
 
 
 class Comparison:
-    """An artifact and the model that it must agree with. What several checks need is worked out once.
+    """An artifact and the model that it must agree with. What several checks need is computed once.
 
     Raises:
         DispcError: when one of the two is unusable, or the artifact was made from another model.
@@ -94,12 +93,12 @@ class Comparison:
         return self.artifact.directory
 
     @property
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         return self.artifact.manifest
 
     @property
     def target(self) -> str:
-        return str(self.manifest["target"])
+        return self.manifest.target
 
     @cached_property
     def meant_masks(self) -> tuple[Masks | None, str]:
@@ -139,7 +138,7 @@ class Comparison:
             return measure(rows, answers)
 
     def answers(self, rows: Sequence[Row], *, streams: bool = False) -> Answers:
-        """What the reference says about the texts of `rows`."""
+        """The outputs of the reference for the texts of `rows`."""
         return ask(self.blocks(), [row.text for row in rows], self.truth, self.computes_in, streams=streams)
 
     @cached_property
@@ -149,20 +148,22 @@ class Comparison:
         options, positions, place = self.options, self.artifact.positions, self.checkpoint.directory
         assert options.data is not None
         measured = partial(
-            measure_perplexity, data=options.data, sequence_length=options.sequence_length,
+            measure_perplexity,
+            data=options.data,
+            sequence_length=options.sequence_length,
             max_windows=options.max_windows,
-        )  # fmt: skip
+        )
         found = {"artifact": measured(ArtifactScorer.of(self.artifact))}
         with freed(self.load()) as model:
             found["reference"] = measured(TorchScorer.of(model, place, positions))
-        if self.manifest.get("quantisation"):
+        if self.manifest.quantisation:
             with freed(load_reference(self.checkpoint, self.masks)) as model:
                 found["unquantised"] = measured(TorchScorer.of(model, place, positions))
         return found
 
     @cached_property
-    def times(self) -> dict[str, Any] | None:
-        """What `measure_latency` found; None where nobody asked."""
+    def times(self) -> Latency | None:
+        """The result of `measure_latency`; None where it was not asked for."""
         options = self.options
         if options.latency is None:
             return None
@@ -170,14 +171,8 @@ class Comparison:
 
     @cached_property
     def placement(self) -> tuple[Placement | None, Check]:
-        """Where the nodes are, and whether they may be there."""
+        """The provider of each node, and the check of it."""
         return judge_placement(self.artifact)
-
-    def perplexity_facts(self) -> dict[str, Any] | None:
-        """The part of a report about perplexity; None where nobody asked."""
-        if self.options.data is None:
-            return None
-        return {name: each.as_dict() for name, each in self.perplexities.items()}
 
     @property
     def computes_in(self) -> str:
@@ -197,8 +192,7 @@ class Comparison:
 
     def blocks(self) -> Blocks:
         """The same as `load`, each block read when it is needed."""
-        quantisation, dtype = self.manifest.get("quantisation"), DTYPES[self.artifact.dtype].torch
-        options = Quantisation(**quantisation) if quantisation else None
+        options, dtype = self.manifest.quantisation, DTYPES[self.artifact.dtype].torch
         integers = read_integers(options, self._graph, self.checkpoint.family) if options else None
 
         def as_stored(part: Any, index: int | None) -> None:
@@ -231,22 +225,27 @@ class Comparison:
         return Comparison(self.directory, self.checkpoint.directory, replace(self.options, quick=True), widened=True)
 
     def facts(self) -> dict[str, Any]:
-        """The part of a report that tells what was compared, and where."""
+        """The part of a report about what was compared, and where."""
         artifact, masks = self.artifact, self.masks
         precision = "weights widened to float32" if artifact.widened else f"{artifact.dtype} as is"
         return {
-            "artifact": str(artifact.directory), "reference": str(self.checkpoint.directory), "target": self.target,
-            "dtype": artifact.dtype, "padding": artifact.padding, "lowering": self.manifest["lowering"]["name"],
+            "artifact": str(artifact.directory),
+            "reference": str(self.checkpoint.directory),
+            "target": self.target,
+            "dtype": artifact.dtype,
+            "padding": artifact.padding,
+            "lowering": self.manifest.lowering.name,
             "judged_on": f"{artifact.provider}{self.remark}, {precision}",
             "truth": f"reference in {name_of(self.truth)}"
-                     + (f" with weights rounded to {artifact.dtype}" if artifact.widened else ""),
+            + (f" with weights rounded to {artifact.dtype}" if artifact.widened else ""),
             "device": artifact.provider.processor(),
-            "versions": {"dispc": __version__} | {build.name: build.version for build in builds()}
-                        | {name: version(name) for name in PACKAGES},
-            "bytes": self.manifest["bytes"],
+            "versions": {"dispc": __version__}
+            | {build.name: build.version for build in builds()}
+            | {name: version(name) for name in PACKAGES},
+            "bytes": self.manifest.bytes,
             "widths": tuple({name: len(v) for name, v in block.sets().items()} for block in masks.blocks),
             "full_widths": {name: set_width(name, masks.hidden_size, masks.intermediate_size) for name in SETS},
-        }  # fmt: skip
+        }
 
 
 def own_masks(artifact: Artifact, checkpoint: Checkpoint) -> Masks:
@@ -263,9 +262,9 @@ def own_masks(artifact: Artifact, checkpoint: Checkpoint) -> Masks:
         raise ArtifactError(f"{directory}: was not compiled from {reference}, or not by dispc: {why}")
     masks = Masks.load(directory / "masks.safetensors")
     masks.check(checkpoint.config, directory / "masks.safetensors")
-    if masks.sha256() != artifact.manifest["masks_sha256"]:
+    if masks.sha256() != artifact.manifest.masks_sha256:
         raise MasksError(f"{directory}: masks.safetensors is not the file that the artifact was compiled with")
-    if checkpoint.config_sha256 != artifact.manifest["config_sha256"]:
+    if checkpoint.config_sha256 != artifact.manifest.config_sha256:
         raise ArtifactError(f"{directory}: was not compiled from {reference} (config.json differs)")
     return masks
 
@@ -276,7 +275,7 @@ def choose_provider(artifact: Path, device: Device) -> tuple[Provider, str]:
     Raises:
         ArtifactError: when the target's provider does not load here and the CPU was not asked for.
     """
-    name = read_manifest(artifact)["target"]
+    name = read_manifest(artifact).target
     target = TARGETS.get(name)
     if target is None:
         raise ArtifactError(f"{artifact}: is for the target {name}, which this dispc does not know")

@@ -1,4 +1,4 @@
-"""`dispc.validate.check`: run an artifact in every way that matters, and judge it against the masked reference."""
+"""`dispc.validate.check`: run an artifact in every relevant way, and judge it against the masked reference."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from dispc.validate.checks.scenarios import PREFILL
 from dispc.validate.checks.table import CHECKS
 from dispc.validate.comparison import Comparison, Options
 from dispc.validate.report.baseline import compare, read_report
-from dispc.validate.report.report import Report
+from dispc.validate.report.report import Drill, Report
 
 
 def check(
@@ -44,18 +44,23 @@ def check(
     drilled = find_fault(comparison, checks, always=drill)
     placement = None if quick else comparison.placement[0]
     report = Report(
-        **comparison.facts(), checks=tuple(checks), drill=drilled,
-        perplexity=comparison.perplexity_facts(), placement=placement.as_dict() if placement else None,
-        latency=comparison.times, quick=quick, seed=comparison.options.seed,
-    )  # fmt: skip
+        **comparison.facts(),
+        checks=tuple(checks),
+        drill=drilled,
+        perplexity=comparison.perplexities if comparison.options.data is not None else None,
+        placement=placement.as_dict() if placement else None,
+        latency=comparison.times,
+        quick=quick,
+        seed=comparison.options.seed,
+    )
     return report if older is None else compare(report, older, max_regression)
 
 
-def find_fault(comparison: Comparison, checks: Sequence[Check], *, always: bool) -> dict[str, Any] | None:
+def find_fault(comparison: Comparison, checks: Sequence[Check], *, always: bool) -> Drill | None:
     """Which sub-layer is wrong, where a check of parity failed; where none did, None unless `always`.
 
-    Looked for in the scenario that failed first, with widened weights where only that one did, else in the one that is
-    furthest off: only the choices were wrong, or what was run has no streams to look at.
+    Searched in the scenario that failed first (with widened weights where only that one failed). Where no logits are
+    over their limit (only the chosen tokens differ, or what failed has no streams), in the one with the largest error.
     """
     failed = any(not check.passed for check in checks if check.group == "parity")
     if not (failed or always):
@@ -77,5 +82,5 @@ def find_fault(comparison: Comparison, checks: Sequence[Check], *, always: bool)
         scenario, judged = PREFILL, comparison
     else:
         reason = next(check.detail for check in checks if not check.passed and check.group == "parity")
-        return {"verdict": f"no drill: nothing could be run ({reason})", "scenario": "", "limit": limit, "stages": []}
+        return Drill(verdict=f"no drill: nothing could be run ({reason})", scenario="", limit=limit)
     return drill_down(judged, scenario, limit)

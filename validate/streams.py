@@ -6,7 +6,7 @@ from dispc.support.errors import ArtifactError
 from dispc.support.graph import consumers
 
 BEFORE = ("Mul", "Add", "Cast")
-"""What may stand between the token embeddings and the stream, which somebody reads and somebody adds to."""
+"""Operators that may stand between the token embeddings and the stream."""
 SKIP_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 
 
@@ -26,7 +26,7 @@ def find_streams(model: ir.Model) -> list[ir.Value]:
 
 
 def first_stream(model: ir.Model) -> ir.Value:
-    """The residual stream in front of the first sub-layer: what the embeddings are.
+    """The residual stream in front of the first sub-layer: the embeddings.
 
     Raises:
         ArtifactError: when it cannot be found.
@@ -42,14 +42,14 @@ def first_stream(model: ir.Model) -> ir.Value:
 
 
 def _next(stream: ir.Value) -> ir.Value | None:
-    """What becomes of `stream` when the next sub-layer has been added; None at the end."""
+    """The stream after the next sub-layer has been added to `stream`; None at the end."""
     for node in consumers(stream):
         if node.op_type in ("Add", "ScatterElements"):
             return node.outputs[0]
         if node.op_type in SKIP_NORMS:
             if len(node.outputs) < 4:
                 node.resize_outputs(4)
-            for number, value in enumerate(node.outputs):  # a name of nothing is how ONNX leaves an output out
+            for number, value in enumerate(node.outputs):  # an empty name is how ONNX leaves an output out
                 value.name = value.name or (f"{node.name}_output_3" if number == 3 else "")
             return node.outputs[3]
         if node.op_type == "Transpose":

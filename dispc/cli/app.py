@@ -19,7 +19,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Compile DISP-LLM pruned decoder models to ONNX artifacts: right, small and fast.",
-    epilog="Put --debug anywhere on the line to see the traceback of an error.",
+    epilog="Put --debug anywhere on the line to see the traceback of an error, and why passes left nodes as they were.",
 )
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     """Entry point of the `dispc` command."""
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    own_the_process()
+    own_the_process(debug=debug)
     try:
         app(arguments)
     except SystemExit as stop:

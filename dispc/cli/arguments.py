@@ -3,7 +3,12 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 
 
 def expand(command: Callable[..., None]) -> Callable[..., None]:
@@ -25,6 +30,12 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
     call.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     call.__annotations__ = {option.name: option.annotation for option in options}
     return call
+
+
+def fill(kind: type[Options], arguments: object, **given: object) -> Options:
+    """The dataclass `kind`: each field is `given`, or the attribute of `arguments` that has its name."""
+    same = {field.name for field in fields(kind) if hasattr(arguments, field.name)} - set(given)
+    return kind(**given, **{name: getattr(arguments, name) for name in same})
 
 
 def _options(name: str, kind: Any, default: Any) -> list[inspect.Parameter]:

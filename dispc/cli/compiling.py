@@ -1,4 +1,4 @@
-"""The command that compiles."""
+"""The command that compiles: compile."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from dispc.cli.process import import_transformers
+from dispc.cli.arguments import fill
+from dispc.cli.process import SETTINGS, import_transformers
 from dispc.cli.tables import JsonFlag, err, out, print_error, print_json
+from dispc.lowerings import LOWERINGS
 
 if TYPE_CHECKING:
     from dispc.compiler import CompileOptions
@@ -83,9 +85,9 @@ class CompileArguments:
     lowering: Annotated[
         str | None,
         typer.Option(
-            help="How subsets are read and written: inverse-gather, canonical (ScatterND), scatter-elements, "
-            "feature-extractor (ArrayFeatureExtractor), or zero-filled (inverse-gather; sets that are not worth an "
-            "index list become zeros in the weights, as they do with feature-extractor).",
+            help="How subsets are read and written: "
+            + "; ".join(f"{row.name} ({row.label})" for row in LOWERINGS.values())
+            + ".",
             show_default="feature-extractor for onnx-cpu, else inverse-gather",
         ),
     ] = None
@@ -120,24 +122,13 @@ class CompileArguments:
     def options(self) -> "CompileOptions":
         from dispc.compiler import CompileOptions
 
-        return CompileOptions(
-            model=self.model,
+        return fill(
+            CompileOptions,
+            self,
             output=self.directory,
-            target=self.target,
-            masks=self.masks,
-            dense=self.dense,
-            dtype=self.dtype,
-            padding=self.padding,
-            lowering=self.lowering,
-            align=self.align,
-            last_logits=self.last_logits,
             cuda_graph=not self.no_cuda_graph,
             without=tuple(self.without.split(",")) if self.without else (),
             quantisation=self.quantised.quantisation(self.target),
-            force=self.force,
-            dump_ir=self.dump_ir,
-            verify_each=self.verify_each,
-            tune=self.tune,
             validate=not self.no_validate,
             data=self.quantised.data,
         )
@@ -151,6 +142,7 @@ def compile(arguments: CompileArguments, as_json: JsonFlag = False) -> None:
     from dispc.cli.checks import check_lines
     from dispc.cli.tables import compile_progress, compile_tables
     from dispc.compiler import ParityFailure, compile_model
+    from dispc.validate.report.report import report_of
 
     options = arguments.options()
     import_transformers()
@@ -159,21 +151,24 @@ def compile(arguments: CompileArguments, as_json: JsonFlag = False) -> None:
             manifest = compile_model(options, progress)
     except ParityFailure as failure:
         if as_json:
-            print_json({"validation": failure.validation})
+            print_json({"validation": failure.report.as_dict()})
         else:
-            out.print(check_lines(failure.validation))
+            out.print(check_lines(failure.report))
         print_error(str(failure))
         raise typer.Exit(1) from failure
+    if SETTINGS.debug:
+        for line in manifest.not_rewritten:
+            err.print(escape(f"not rewritten: {line}"), highlight=False, soft_wrap=True)
     if as_json:
-        print_json(manifest | {"output": str(options.output)})
+        print_json(manifest.to_json() | {"output": str(options.output)})
         return
     for table in compile_tables(manifest):
         out.print(table)
-    if "validation" in manifest:
-        out.print(check_lines(manifest["validation"]))
-    for note in manifest["notes"]:
+    if manifest.validation is not None:
+        out.print(check_lines(report_of(manifest.validation, options.output)))
+    for note in manifest.notes:
         out.print(f"[yellow]note:[/yellow] {escape(note)}", highlight=False)
-    times = f"compiled in {manifest['compile_seconds']:.1f} s"
-    if "validation_seconds" in manifest:
-        times += f", validated in {manifest['validation_seconds']:.1f} s"
+    times = f"compiled in {manifest.compile_seconds:.1f} s"
+    if manifest.validation_seconds is not None:
+        times += f", validated in {manifest.validation_seconds:.1f} s"
     out.print(f"[bold]{escape(str(options.output))}[/bold] {times}")

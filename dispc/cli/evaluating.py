@@ -1,4 +1,4 @@
-"""The command that says what a model, masks or an artifact are worth: eval."""
+"""The command that measures the quality of a model, of masks or of an artifact: eval."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from dispc.cli.arguments import fill
 from dispc.cli.process import collect_garbage
 from dispc.cli.tables import JsonFlag, count_progress, err, eval_table, out, print_json
 
@@ -39,19 +40,8 @@ class EvalArguments:
     def options(self) -> "EvalOptions":
         from dispc.evaluate.evaluate import EvalOptions
 
-        return EvalOptions(
-            path=self.path,
-            masks=self.masks,
-            data=tuple(self.data or ()),
-            tasks=tuple(task.strip() for task in self.tasks.split(",")) if self.tasks else (),
-            sequence_length=self.sequence_length,
-            max_windows=self.max_windows,
-            include=self.include,
-            limit=self.limit,
-            device=self.device,
-            record=self.record,
-            json_file=self.json_file,
-        )
+        tasks = tuple(task.strip() for task in self.tasks.split(",")) if self.tasks else ()
+        return fill(EvalOptions, self, data=tuple(self.data or ()), tasks=tasks)
 
 
 def evaluate(arguments: EvalArguments, as_json: JsonFlag = False) -> None:
@@ -67,9 +57,9 @@ def evaluate(arguments: EvalArguments, as_json: JsonFlag = False) -> None:
     report = evaluate(options, lambda what: count_progress(err, what))
     unused = options.path / "masks.safetensors"
     if options.masks is None and unused.is_file() and not (options.path / MANIFEST).is_file():
-        note = f"note: judged is the dense model; --masks {unused} judges what those leave"
+        note = f"note: judged is the dense model; --masks {unused} judges the pruned one"
         err.print(escape(note), highlight=False, soft_wrap=True)
     if as_json:
-        print_json(report)
+        print_json(report.as_dict())
     else:
         out.print(eval_table(report))

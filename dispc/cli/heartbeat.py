@@ -1,4 +1,4 @@
-"""Long work says what it is at where no progress bar can be shown: in CI, in a log, behind a pipe."""
+"""Lines of progress where no progress bar can be shown: in CI, in a log, behind a pipe."""
 
 import threading
 import time
@@ -14,24 +14,24 @@ INTERVAL = 20.0
 
 @contextmanager
 def heartbeat(console: Console, doing: str) -> Iterator[Callable[[str], None]]:
-    """Print a line every `INTERVAL` seconds, unless `console` is a terminal; the callback is told what to say next."""
+    """Print a line every `INTERVAL` seconds, unless `console` is a terminal; the callback sets the next lines' text."""
     if console.is_terminal:
         yield lambda doing: None
         return
     started, ended, latest = time.monotonic(), threading.Event(), doing
 
-    def tell(doing: str) -> None:
+    def update(doing: str) -> None:
         nonlocal latest
         latest = doing
 
-    def speak() -> None:
+    def print_lines() -> None:
         while not ended.wait(INTERVAL):
             console.print(f"{escape(latest)} ({time.monotonic() - started:.0f} s)", highlight=False, soft_wrap=True)
 
-    thread = threading.Thread(target=speak, daemon=True)
+    thread = threading.Thread(target=print_lines, daemon=True)
     thread.start()
     try:
-        yield tell
+        yield update
     finally:
         ended.set()
         thread.join()

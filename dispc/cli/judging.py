@@ -1,4 +1,4 @@
-"""The command that judges."""
+"""The command that judges an artifact: validate."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ThresholdArguments:
-    """What a figure may be at most."""
+    """The limits of the figures."""
 
     max_error: Annotated[
         float | None, typer.Option(help="Logit error, in units of the dtype's own.", show_default="4")
@@ -116,12 +116,11 @@ class ReportArguments:
         from dispc.support.files import json_text, write_text
         from dispc.validate.report.html import page
 
-        found = report.as_dict()
         texts: tuple[tuple[Path | None, Callable[[], str]], ...] = (
-            (self.json_file, lambda: json_text(found)),
+            (self.json_file, lambda: json_text(report.as_dict())),
             (self.junit, report.junit),
             (self.markdown, report.markdown),
-            (self.html, lambda: page(found)),
+            (self.html, lambda: page(report)),
         )
         failures = []
         for path, render in texts:
@@ -134,7 +133,7 @@ class ReportArguments:
             raise failures[0]
 
     def write_failure(self, artifact: Path, error: Exception) -> None:
-        """What CI reads where the validation could not run."""
+        """Write the reports that CI reads where the validation could not run."""
         from dispc.support.files import write_text
         from dispc.validate.report.report import junit_error, markdown_error
 
@@ -191,14 +190,14 @@ class ValidateArguments:
         thresholds, regression = self.limits.thresholds(), share(self.max_regression)
         import_transformers()
         with (
-            heartbeat(err, "loading") as tell,
+            heartbeat(err, "loading") as beat,
             dense_artifact(self.artifact, self.reference, self.timing.dense, self.timing.build_dense) as dense,
             err.status("") as status,
         ):
 
             def say(what: str) -> None:
                 status.update(f"{what} ...")
-                tell(what)
+                beat(what)
 
             return check(
                 self.artifact,
@@ -231,12 +230,11 @@ def validate(arguments: ValidateArguments, as_json: JsonFlag = False) -> None:
     except Exception as error:  # whatever it is: CI reads the reports
         arguments.reports.write_failure(arguments.artifact, error)
         raise
-    found = report.as_dict()
     if as_json:
-        print_json(found)
+        print_json(report.as_dict())
     else:
-        out.print(check_lines(found, verbose=arguments.verbose))
-        for table in latency_tables(found):
+        out.print(check_lines(report, verbose=arguments.verbose))
+        for table in latency_tables(report.latency, report.device):
             out.print(table)
     arguments.reports.write(report)
     if not report.passed:
@@ -290,7 +288,15 @@ def dense_artifact(artifact: Path, reference: Path, dense: Path | None, build: b
     manifest = read_manifest(artifact)
     with TemporaryDirectory(prefix="dispc-dense-") as scratch:
         path = Path(scratch) / "dense"
-        compile_model(CompileOptions(model=reference, output=path, dense=True, validate=False, **choices_of(manifest)))
+        options = CompileOptions(
+            model=reference,
+            output=path,
+            target=manifest.target,
+            dense=True,
+            validate=False,
+            **vars(choices_of(manifest)),
+        )
+        compile_model(options)
         yield path
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dispc.cli.arguments import fill
 from dispc.cli.process import collect_garbage
 from dispc.cli.tables import JsonFlag, count_progress, err, facts_table, learn_progress, out, print_json
 from dispc.support.errors import DataError, LearnError
@@ -41,7 +42,18 @@ READING, SEEDED = {"data", "sequence_length", "device"}, {"seed"}
 """Options of the methods without learning: of all, of those that read a text, and of those that have a seed."""
 LEARNED = "disp-llm"
 MISSED = 0.001
-"""How far the share pruned may be from what was asked for before a warning says so."""
+"""The share pruned may differ by so much from the ratio that was asked for; a warning follows otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceArguments:
+    """Where a model is trained, and in which arithmetic."""
+
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")] = None
+    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="by device")] = None
+    activation_checkpointing: Annotated[
+        bool, typer.Option("--activation-checkpointing", help="Less memory, a third more work.")
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +68,8 @@ class LearnArguments:
     pruning_ratio: Ratio = 0.5
     ratio_of: RatioOf = "blocks"
     method: Annotated[
-        str, typer.Option(help="disp-llm (learned), or in a minute: gradient, middle, activation, magnitude, random.")
+        str,
+        typer.Option(help="disp-llm (learned), or one of a minute such as gradient; a wrong name lists all."),
     ] = LEARNED
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 10_000
     minutes: Annotated[
@@ -82,11 +95,7 @@ class LearnArguments:
     norm_scope: Scope = "full"
     align: Align = 1
     seed: Annotated[int, typer.Option(min=0, help="Seed of the data order, the noise and the hypernetwork.")] = 0
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")] = None
-    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="by device")] = None
-    activation_checkpointing: Annotated[
-        bool, typer.Option("--activation-checkpointing", help="Less memory, a third more work.")
-    ] = False
+    place: PlaceArguments
     compile_model: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")] = False
@@ -113,7 +122,7 @@ class LearnArguments:
                 align=self.align,
                 seed=self.seed,
                 norm_scope=self.norm_scope,  # type: ignore[arg-type]
-                device=self.device,
+                device=self.place.device,
                 progress=count,
             )
 
@@ -121,34 +130,15 @@ class LearnArguments:
         """Of a learning run on `data`."""
         from dispc.learn.options import LearnOptions
 
-        return LearnOptions(
-            model=self.model,
+        return fill(
+            LearnOptions,
+            self,
             data=data,
             output=self.file,
-            pruning_ratio=self.pruning_ratio,
-            ratio_of=self.ratio_of,  # type: ignore[arg-type]
-            steps=self.steps,
-            minutes=self.minutes,
-            sequence_length=self.sequence_length,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            decay=self.decay,
-            weight_decay=self.weight_decay,
-            regulariser_weight=self.regulariser_weight,
-            estimator=self.estimator,  # type: ignore[arg-type]
-            offset=self.offset,
             hypernetwork=not self.no_hypernetwork,
             gru=not self.no_gru,
-            constrained=self.constrained,
-            norm_scope=self.norm_scope,  # type: ignore[arg-type]
-            align=self.align,
-            seed=self.seed,
-            device=self.device,
-            precision=self.precision,  # type: ignore[arg-type]
             compile=self.compile_model,
-            activation_checkpointing=self.activation_checkpointing,
-            checkpoint_every=self.checkpoint_every,
-            tensorboard=self.tensorboard,
+            **vars(self.place),
         )
 
 

@@ -1,10 +1,11 @@
-"""What the command does to its own process. A program that calls dispc as a library keeps its settings."""
+"""Settings of the command's own process. Programs that call dispc as a library keep theirs."""
 
 import gc
 import logging
 import os
 import signal
 import sys
+from dataclasses import dataclass
 
 from dispc.support.signals import ENDING
 
@@ -28,8 +29,19 @@ class Notes(logging.Handler):
 NOTES = Notes()
 
 
-def own_the_process() -> None:
+@dataclass
+class Settings:
+    """Of the whole command, whatever it does. `debug`: `--debug` was on the line."""
+
+    debug: bool = False
+
+
+SETTINGS = Settings()
+
+
+def own_the_process(*, debug: bool) -> None:
     """Environment, signals and the garbage collector of the `dispc` command."""
+    SETTINGS.debug = debug
     # What its warnings would tell of configs and weights, dispc refuses; those about tokenizers are handed on.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("dispc").addHandler(NOTES)
@@ -38,7 +50,7 @@ def own_the_process() -> None:
     for number in set(ENDING) - {signal.SIGINT}:
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
             signal.signal(number, _terminate)
-    gc.disable()  # importing torch and transformers makes no garbage to walk through; long work turns it on
+    gc.disable()  # importing torch and transformers makes no garbage; long work turns the collector on
 
 
 def import_transformers() -> None:

@@ -1,4 +1,4 @@
-"""The command that trains what pruning left: recover."""
+"""The command that trains a pruned model: recover."""
 
 import os
 from dataclasses import dataclass
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dispc.cli.learning import ModelArgument
+from dispc.cli.arguments import fill
+from dispc.cli.learning import ModelArgument, PlaceArguments
 from dispc.cli.process import collect_garbage
 from dispc.cli.tables import JsonFlag, err, facts_table, learn_progress, out, print_json
 from dispc.support.extras import need
@@ -47,11 +48,7 @@ class RecoverArguments:
     evaluate_every: Annotated[int, typer.Option(help="Steps between judgements by the held-out text.")] = 50
     patience: Annotated[int, typer.Option(help="Stop after so many judgements without a gain.")] = 10
     seed: Annotated[int, typer.Option(min=0, help="Seed of the data order and the adapters.")] = 0
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")] = None
-    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="by device")] = None
-    activation_checkpointing: Annotated[
-        bool, typer.Option("--activation-checkpointing", help="Less memory, a third more work.")
-    ] = False
+    place: PlaceArguments
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")] = False
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier run and its model.")] = False
@@ -60,35 +57,17 @@ class RecoverArguments:
         from dispc.learn.recovery_options import FULL_RATE, LORA_RATE, RecoverOptions
 
         default_rate = LORA_RATE if self.lora else FULL_RATE
-        return RecoverOptions(
-            model=self.model,
+        return fill(
+            RecoverOptions,
+            self,
             masks=self.masks or self.model / "masks.safetensors",
-            data=self.data,
-            output=self.output,
-            held_out=self.held_out,
-            teacher=self.teacher,
-            loss=self.loss,  # type: ignore[arg-type]
-            lora=self.lora,
-            steps=self.steps,
-            minutes=self.minutes,
-            sequence_length=self.sequence_length,
-            batch_size=self.batch_size,
-            accumulate=self.accumulate,
-            warm_up=self.warm_up,
-            weight_decay=self.weight_decay,
             learning_rate=default_rate if self.learning_rate is None else self.learning_rate,
-            evaluate_every=self.evaluate_every,
-            patience=self.patience,
-            seed=self.seed,
-            device=self.device,
-            precision=self.precision,  # type: ignore[arg-type]
-            activation_checkpointing=self.activation_checkpointing,
-            checkpoint_every=self.checkpoint_every,
+            **vars(self.place),
         )
 
 
 def recover(arguments: RecoverArguments, as_json: JsonFlag = False) -> None:
-    """Train the weights that masks keep, by what the dense model says. Several processes: torchrun -m dispc.
+    """Train the weights that masks keep, by the outputs of the dense model. Several processes: torchrun -m dispc.
 
     Example: [bold]dispc recover model/ --masks masks-50.safetensors --data train.txt -o model-50/[/bold]
     """

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,6 +23,12 @@ from rich.text import Text
 from dispc.cli.heartbeat import heartbeat
 from dispc.support.files import json_text
 from dispc.support.printable import printable
+
+if TYPE_CHECKING:
+    from dispc.demo import DemoResult
+    from dispc.evaluate.evaluate import EvalReport
+    from dispc.inspect import Inspection
+    from dispc.manifest import Manifest
 
 MIB = 2**20
 
@@ -61,11 +67,11 @@ def compile_progress(console: Console) -> Iterator[Callable[[str, int, int], Non
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=1)
-        with heartbeat(console, "starting") as tell:
+        with heartbeat(console, "starting") as beat:
 
             def update(what: str, done: int, total: int) -> None:
                 progress.update(task, description=escape(printable(what)[-48:]), completed=done, total=total)
-                tell(f"writing {what}: {done / MIB:,.0f} of {total / MIB:,.0f} MiB" if done else what)
+                beat(f"writing {what}: {done / MIB:,.0f} of {total / MIB:,.0f} MiB" if done else what)
 
             yield update
 
@@ -76,11 +82,11 @@ def count_progress(console: Console, what: str) -> Iterator[Callable[[int, int],
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=None)
-        with heartbeat(console, what) as tell:
+        with heartbeat(console, what) as beat:
 
             def update(done: int, total: int) -> None:
                 progress.update(task, completed=done, total=total)
-                tell(f"{what}: {done} of {total}")
+                beat(f"{what}: {done} of {total}")
 
             yield update
 
@@ -106,46 +112,40 @@ def learn_progress(console: Console, *, shown: bool = True) -> Iterator[Callable
         yield update
 
 
-def eval_table(report: Mapping[str, Any]) -> Table:
+def eval_table(report: "EvalReport") -> Table:
     """What `dispc eval` measured: perplexity with its protocol, then a row per task."""
-    under = f" under {report['masks']}" if report["masks"] else ""
-    table = Table(
-        title=escape(f"{report['model']}{under}, {report['dtype']}, {report['device']}"), title_justify="left"
-    )
+    under = f" under {report.masks}" if report.masks else ""
+    title = escape(f"{report.model}{under}, {report.dtype}, {report.device}")
+    table = Table(title=title, title_justify="left")
     for column in ("measured on", "figure", "", "how"):
         table.add_column(column, justify="right" if column == "figure" else "left")
-    for text in report.get("perplexity", ()):
-        how = f"{text['windows']} windows of {text['sequence_length']}, {text['tokens_scored']:,} tokens scored"
-        table.add_row(escape(text["data"]), f"{text['perplexity']:.3f}", "perplexity", how)
-    for name, task in report.get("tasks", {}).items():
-        others = "".join(
-            f", {other} {100 * v:.1f} %" for other, v in task["metrics"].items() if other != task["metric"]
-        )
-        spread = f"± {100 * task['stderr']:.1f}, {task['items']} items{others}"
-        table.add_row(escape(name), f"{100 * task['value']:.1f} %", task["metric"], spread)
+    for text in report.perplexity:
+        how = f"{text.windows} windows of {text.sequence_length}, {text.tokens_scored:,} tokens scored"
+        table.add_row(escape(text.data), f"{text.perplexity:.3f}", "perplexity", how)
+    for name, task in (report.tasks or {}).items():
+        others = "".join(f", {other} {100 * v:.1f} %" for other, v in task.metrics.items() if other != task.metric)
+        spread = f"± {100 * task.stderr:.1f}, {task.items} items{others}"
+        table.add_row(escape(name), f"{100 * task.value:.1f} %", task.metric, spread)
     return table
 
 
-def compile_tables(manifest: Mapping[str, Any]) -> list[Table]:
+def compile_tables(manifest: "Manifest") -> list[Table]:
     """The passes, and what came out."""
-    from dispc.manifest import spell_pass, summary
+    from dispc.manifest import summary
 
-    passes = Table(
-        title=f"{manifest['model_type']} for {manifest['target']}, {manifest['dtype']}", title_justify="left"
-    )
+    passes = Table(title=f"{manifest.model_type} for {manifest.target}, {manifest.dtype}", title_justify="left")
     for column in ("pass", "rewrites", "nodes before", "nodes after", "seconds"):
         passes.add_column(column, justify="left" if column == "pass" else "right")
-    for record in manifest["passes"]:
-        name = spell_pass(record["name"], record["options"])
-        counts = (str(record[key]) for key in ("rewrites", "nodes_before", "nodes_after"))
-        passes.add_row(escape(name), *counts, f"{record['seconds']:.3f}")
+    for record in manifest.passes:
+        counts = map(str, (record.rewrites, record.nodes_before, record.nodes_after))
+        passes.add_row(escape(str(record)), *counts, f"{record.seconds:.3f}")
     tables = [passes, facts_table(summary(manifest))]
-    if tuned := manifest["lowering"].get("tuned"):
-        blocks = ", ".join(map(str, tuned["blocks"]))
-        times = Table(title=f"blocks {blocks} on {escape(tuned['device'])}", title_justify="left")
+    if tuned := manifest.lowering.tuned:
+        blocks = ", ".join(map(str, tuned.blocks))
+        times = Table(title=f"blocks {blocks} on {escape(tuned.device)}", title_justify="left")
         for column in ("lowering", "one token, ms", "first token, ms"):
             times.add_column(column, justify="left" if column == "lowering" else "right")
-        for name, found in tuned["milliseconds"].items():
+        for name, found in tuned.milliseconds.items():
             times.add_row(name, f"{found['one_token']:.3f}", f"{found['first_token']:.2f}")
         tables.append(times)
     return tables
@@ -158,54 +158,52 @@ def facts_table(facts: Mapping[str, str]) -> Table:
     return table
 
 
-def inspect_tables(facts: Mapping[str, Any], *, ops: bool = False) -> list[Table]:
+def inspect_tables(found: "Inspection", *, ops: bool = False) -> list[Table]:
     """Facts of the whole, widths per block, and operators where the graph is known; with `ops` those of each block."""
-    tables = [facts_table({name: str(value) for name, value in facts["facts"].items()})]
-    if facts.get("widths"):
-        full = facts["full_widths"]
+    tables = [facts_table({name: str(value) for name, value in found.facts.items()})]
+    if found.widths:
         widths = Table(title="Widths", title_justify="left")
         widths.add_column("block", justify="right")
-        for name in full:
-            widths.add_column(f"{name}\nof {full[name]}", justify="right")
-        for number, row in enumerate(facts["widths"]):
-            widths.add_row(str(number), *(str(row[name]) for name in full))
+        for name, full in found.full_widths.items():
+            widths.add_column(f"{name}\nof {full}", justify="right")
+        for number, row in enumerate(found.widths):
+            widths.add_row(str(number), *(str(row[name]) for name in found.full_widths))
         tables.append(widths)
-    if facts.get("operators"):
+    if found.operators:
         operators = Table(title="Operators", title_justify="left")
         operators.add_column("operator")
         operators.add_column("nodes", justify="right")
-        for name, count in facts["operators"].items():
+        for name, count in found.operators.items():
             operators.add_row(name, str(count))
         tables.append(operators)
-    if ops and facts.get("block_operators"):
+    if ops and found.block_operators:
         blocks = Table(title="Operators per block", title_justify="left")
         blocks.add_column("block", justify="right")
         blocks.add_column("operators")
-        *rows, outside = facts["block_operators"]
+        *rows, outside = found.block_operators
         for title, counts in [*((str(index), row) for index, row in enumerate(rows)), ("outside", outside)]:
             blocks.add_row(title, ", ".join(f"{count} {name}" for name, count in counts.items()))
         tables.append(blocks)
     return tables
 
 
-def demo_tables(result: Mapping[str, Any]) -> list[Table]:
+def demo_tables(result: "DemoResult") -> list[Table]:
     """What the demo measured, a row per model; and what each answers."""
-    models: Mapping[str, Mapping[str, Any]] = result["models"]
-    slowest = max(model["milliseconds_per_token"] for model in models.values())
+    slowest = max(model.milliseconds_per_token for model in result.models.values())
     figures = Table(title="SmolLM2-135M-Instruct, onnx-cpu, 2 threads", title_justify="left")
     for column in ("", "size", "one token", "", "perplexity", "parity"):
         figures.add_column(column, justify="right" if column else "left")
-    answers = Table(title=escape(result["prompt"]), title_justify="left", show_header=False, show_lines=True)
-    for name, model in models.items():
-        took = model["milliseconds_per_token"]
+    answers = Table(title=escape(result.prompt), title_justify="left", show_header=False, show_lines=True)
+    for name, model in result.models.items():
+        took = model.milliseconds_per_token
         figures.add_row(
             escape(name),
-            f"{model['bytes'] / MIB:,.0f} MiB",
+            f"{model.bytes / MIB:,.0f} MiB",
             f"{took:.1f} ms",
             f"{slowest / took:.2f}x",
-            f"{model['perplexity']:.2f}",
-            "passed" if model["passed"] else "FAILED",
+            f"{model.perplexity:.2f}",
+            "passed" if model.passed else "FAILED",
         )
-        answers.add_row(escape(name), escape(model["text"].strip()))
+        answers.add_row(escape(name), escape(model.text.strip()))
     figures.caption = "perplexity: of answers that the dense model gives, held out of learning and recovery"
     return [figures, answers]

@@ -1,6 +1,7 @@
 """The commands that use and show what was made, and what the machine can do: generate, inspect, demo, doctor."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 from dispc.cli.checks import doctor_lines
 from dispc.cli.tables import JsonFlag, err, out, print_json
 from dispc.support.printable import printable
+from dispc.support.typed_json import to_json
 
 
 def generate(
@@ -52,15 +54,15 @@ def inspect(
     from dispc.cli.tables import inspect_tables
     from dispc.inspect import inspect_path, masks_of
 
-    facts = inspect_path(path)
+    found = inspect_path(path)
     if plot:
         from dispc.learn.plots import plot_widths
 
         plot_widths(masks_of(path), plot)
     if as_json:
-        print_json(facts)
+        print_json(to_json(found))
         return
-    for table in inspect_tables(facts, ops=ops):
+    for table in inspect_tables(found, ops=ops):
         out.print(table)
 
 
@@ -81,7 +83,7 @@ def demo(
 
     result = run_demo(directory, prompt, lambda line: err.print(line, highlight=False), pruning_ratio)
     if as_json:
-        print_json(result)
+        print_json(asdict(result))
     else:
         for table in demo_tables(result):
             out.print(table)
@@ -98,7 +100,7 @@ def doctor(as_json: JsonFlag = False) -> None:
     if as_json:
         print_json(diagnosis.as_dict())
     else:
-        out.print(doctor_lines(diagnosis.as_dict()), soft_wrap=True)  # a command that is cut cannot be copied
+        out.print(doctor_lines(diagnosis), soft_wrap=True)  # a command that is cut cannot be copied
         out.print(", ".join(f"{name} {number}" for name, number in diagnosis.versions.items()), highlight=False)
     if diagnosis.problem is not None:
         raise typer.Exit(1)

@@ -4,11 +4,10 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,8 +28,8 @@ from dispc.support.version import __version__
 THREADS = 2
 PROMPT_TOKENS, TIMED_TOKENS, ROUNDS = 64, 16, 5
 ANSWERS, SCORED = "answers-held-out.jsonl", 24
-"""In dispc.data: what the dense model answers to questions that nothing was learned from; so many are scored."""
-TURN = "<|im_start|>assistant\n"
+"""In dispc.data: the dense model's answers to questions that were not learned from, and how many are scored."""
+ANSWER_START = "<|im_start|>assistant\n"
 INT8 = Quantisation(bits=8, block_size=32, symmetric=True, head=True, embedding=True, int8_activations=True)
 Say = Callable[[str], None]
 
@@ -47,7 +46,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Figures:
-    """What the demo says of an artifact. `perplexity` is that of the held-out answers."""
+    """What the demo measures of an artifact. `perplexity` is that of the held-out answers."""
 
     artifact: str
     block_parameters: int
@@ -58,8 +57,16 @@ class Figures:
     text: str
 
 
-def run_demo(directory: Path | None, prompt: str, say: Say, pruning_ratio: float = 0.2) -> dict[str, Any]:
-    """Make the models, compile each, time all in turns, score them, and let them answer.
+@dataclass(frozen=True)
+class DemoResult:
+    """The figures of each model, by its name, and the prompt that they answer."""
+
+    prompt: str
+    models: Mapping[str, Figures]
+
+
+def run_demo(directory: Path | None, prompt: str, say: Say, pruning_ratio: float = 0.2) -> DemoResult:
+    """Make the models, compile each, time all alternately, score them, and let them answer.
 
     Raises:
         DispcError: when a package is missing, no masks ship for the ratio, or an artifact fails validation.
@@ -76,18 +83,16 @@ def run_demo(directory: Path | None, prompt: str, say: Say, pruning_ratio: float
     models = {}
     for name, artifact in artifacts.items():
         manifest = read_manifest(artifact)
-        models[name] = asdict(
-            Figures(
-                artifact=str(artifact),
-                block_parameters=manifest["block_parameters"]["kept"],
-                bytes=manifest["bytes"],
-                passed=manifest["validation"]["passed"],
-                milliseconds_per_token=milliseconds[name],
-                perplexity=answers_perplexity(artifact),
-                text="".join(generate_text(artifact, prompt, 64, Sampler())),
-            )
+        models[name] = Figures(
+            artifact=str(artifact),
+            block_parameters=manifest.block_parameters.kept,
+            bytes=manifest.bytes,
+            passed=manifest.passed is True,
+            milliseconds_per_token=milliseconds[name],
+            perplexity=answers_perplexity(artifact),
+            text="".join(generate_text(artifact, prompt, 64, Sampler())),
         )
-    return {"prompt": prompt, "models": models}
+    return DemoResult(prompt, models)
 
 
 def make_contenders(directory: Path, pruning_ratio: float, say: Say) -> list[Contender]:
@@ -112,9 +117,14 @@ def make_contenders(directory: Path, pruning_ratio: float, say: Say) -> list[Con
 def compile_once(contender: Contender, artifact: Path, say: Say) -> None:
     """Compile and validate, unless the artifact of these masks is there already, made by the same dispc and passes."""
     options = CompileOptions(
-        model=contender.model, output=artifact, target="onnx-cpu", masks=contender.masks,
-        dense=contender.masks is None, quantisation=contender.quantisation, force=True,
-    )  # fmt: skip
+        model=contender.model,
+        output=artifact,
+        target="onnx-cpu",
+        masks=contender.masks,
+        dense=contender.masks is None,
+        quantisation=contender.quantisation,
+        force=True,
+    )
     if (artifact / MANIFEST).is_file() and _same(artifact, options):
         return
     say(f"compiling and validating {artifact}")
@@ -130,8 +140,8 @@ def _same(artifact: Path, options: CompileOptions) -> bool:
     checkpoint = open_checkpoint(options.model)
     masks = load_masks(checkpoint, options)
     passes = [one.name for one in build_pipeline(make_plan(options.target, options), checkpoint, masks)]
-    made = [record["name"] for record in manifest.get("passes", [])]
-    return (manifest["dispc"], manifest["masks_sha256"], made) == (__version__, masks.sha256(), passes)
+    made = [record.name for record in manifest.passes]
+    return (manifest.dispc, manifest.masks_sha256, made) == (__version__, masks.sha256(), passes)
 
 
 def answers_perplexity(artifact: Path) -> float:
@@ -140,9 +150,9 @@ def answers_perplexity(artifact: Path) -> float:
     lines = files("dispc.data").joinpath(ANSWERS).read_text(encoding="utf-8").splitlines()
     total, count = 0.0, 0
     for line in lines[:SCORED]:
-        question, turn, answer = json.loads(line)["text"].partition(TURN)
-        given = len(tokenizer.encode(question + turn, special=False)) if answer else 1
-        tokens = np.array(tokenizer.encode(question + turn + answer, special=False), dtype=np.int64)
+        question, start, answer = json.loads(line)["text"].partition(ANSWER_START)
+        given = len(tokenizer.encode(question + start, special=False)) if answer else 1
+        tokens = np.array(tokenizer.encode(question + start + answer, special=False), dtype=np.int64)
         logits = logits_of(scorer, tokens[:-1])
         total += float(negative_log_likelihood(logits[given - 1 :], tokens[given:]).sum())
         count += len(tokens) - given
@@ -150,7 +160,7 @@ def answers_perplexity(artifact: Path) -> float:
 
 
 def time_alternately(artifacts: dict[str, Path]) -> dict[str, float]:
-    """Median milliseconds per decoded token of each artifact, batch 1, measured in turns."""
+    """Median milliseconds per decoded token of each artifact, batch 1, measured alternately."""
     prompt = np.random.default_rng(0).integers(0, 1000, PROMPT_TOKENS).tolist()
     loaded = {name: Artifact(path, threads=THREADS) for name, path in artifacts.items()}
     times: dict[str, list[float]] = {name: [] for name in artifacts}

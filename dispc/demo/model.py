@@ -45,8 +45,11 @@ def shipped_masks(pruning_ratio: float) -> Traversable:
         DispcError: naming the ratios for which there are any.
     """
     before, after = MASKS.split("{percent}")
-    found = {entry.name.removeprefix(before).removesuffix(after): entry for entry in files("dispc.data").iterdir()
-             if entry.name.startswith(before) and entry.name.endswith(after)}  # fmt: skip
+    found = {
+        entry.name.removeprefix(before).removesuffix(after): entry
+        for entry in files("dispc.data").iterdir()
+        if entry.name.startswith(before) and entry.name.endswith(after)
+    }
     percent = f"{100 * pruning_ratio:g}"
     if percent not in found:
         there = ", ".join(f"{int(number) / 100:g}" for number in sorted(found))

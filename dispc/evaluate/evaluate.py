@@ -1,27 +1,27 @@
-"""What masks, or an artifact, are worth: perplexity on texts and accuracy on tasks, as one report.
+"""The quality of masks, or of an artifact: perplexity on texts and accuracy on tasks, as one report.
 
-What can be refused without running anything is refused before the first window is read; only what lm-eval finds out as
-it goes (no tokenizer, items that do not fit their definition) comes later. The report is written after each text and
-each task.
+Everything that can be checked without running the model is checked first; only errors that lm-eval meets on the way (no
+tokenizer, items that do not fit their definition) come later. The report is written after each text and each task.
 """
 
 import math
 import platform
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from dispc.evaluate.perplexity import Perplexity, Scorer, measure_perplexity, open_scorer, text_windows
-from dispc.evaluate.zero_shot import find_tasks, measure_task
+from dispc.evaluate.zero_shot import TaskFigure, find_tasks, measure_task
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
 from dispc.support.errors import DataError, Interrupted
 from dispc.support.files import refuse_inputs, write_json
+from dispc.support.typed_json import OPTIONAL, to_json
 from dispc.support.version import __version__
 
 PACKAGES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime", "lm-eval")
@@ -58,8 +58,30 @@ class EvalOptions:
             raise DataError("--record writes a perplexity into a mask file; give --masks FILE and --data FILE with it")
 
 
-def evaluate(options: EvalOptions, bar: Bar) -> dict[str, Any]:
-    """The report: what was judged and where, `perplexity` (a list), `tasks` (by name), and whether it is `complete`.
+@dataclass(kw_only=True)
+class EvalReport:
+    """What was judged (a model or artifact, under which masks), in which arithmetic and where, and every figure.
+
+    `complete` is False until all that was asked for is measured. `tasks` is None where none were asked for.
+    """
+
+    model: str
+    masks: str | None
+    dtype: str
+    device: str
+    versions: Mapping[str, str]
+    complete: bool = False
+    perplexity: list[Perplexity] = field(default_factory=list)
+    tasks: dict[str, TaskFigure] | None = field(default=None, metadata=OPTIONAL)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        content: dict[str, Any] = to_json(self)
+        return content
+
+
+def evaluate(options: EvalOptions, bar: Bar) -> EvalReport:
+    """Measure all that the options ask for.
 
     Raises:
         DispcError: when anything asked for cannot be had; what was measured until then is in the report's file.
@@ -80,7 +102,7 @@ def evaluate(options: EvalOptions, bar: Bar) -> dict[str, Any]:
     return report
 
 
-def _measure(options: EvalOptions, scorer: Scorer, manager: Any, report: dict[str, Any], bar: Bar) -> None:
+def _measure(options: EvalOptions, scorer: Scorer, manager: Any, report: EvalReport, bar: Bar) -> None:
     """Fill in the report, part by part."""
     for source in options.data:
         with bar("windows") as count:
@@ -89,34 +111,32 @@ def _measure(options: EvalOptions, scorer: Scorer, manager: Any, report: dict[st
             )
         if math.isnan(found.mean_nll):
             raise DataError(f"{options.path}: gives logits that are not numbers on {source}; are its weights finite?")
-        report["perplexity"].append(found.as_dict())
+        report.perplexity.append(found)
         _write(options, report)
     if options.record and options.masks:
         try:
-            record_perplexity(options.masks, open_checkpoint(options.path), report["perplexity"], options.max_windows)
+            record_perplexity(options.masks, open_checkpoint(options.path), report.perplexity, options.max_windows)
         except OSError as error:
-            figures = ", ".join(f"{found['perplexity']:.2f} on {found['data']}" for found in report["perplexity"])
-            raise DataError(
-                f"{options.masks}: cannot be written ({error.strerror}); not recorded: {figures}"
-            ) from error
+            words = ", ".join(f"{each.perplexity:.2f} on {each.data}" for each in report.perplexity)
+            raise DataError(f"{options.masks}: cannot be written ({error.strerror}); not recorded: {words}") from error
     if options.tasks:
-        report["tasks"] = {}
+        report.tasks = {}
     for task in options.tasks:
         with bar(f"requests of {task}") as count:
-            report["tasks"] |= measure_task(scorer, task, manager=manager, limit=options.limit, progress=count)
+            figures = measure_task(scorer, task, manager=manager, limit=options.limit, progress=count)
+        report.tasks = (report.tasks or {}) | figures
         _write(options, report)
-    report["complete"] = True
+    report.complete = True
     _write(options, report)
 
 
 def record_perplexity(
-    file: Path, checkpoint: Checkpoint, figures: list[dict[str, Any]], max_windows: int | None = None
+    file: Path, checkpoint: Checkpoint, figures: Sequence[Perplexity], max_windows: int | None = None
 ) -> None:
-    """Write perplexities (`Perplexity.as_dict`) into the metadata of a mask file, which is replaced as a whole."""
+    """Write perplexities into the metadata of a mask file, which is replaced as a whole."""
     masks = Masks.load(file)
-    masks.with_metadata({"perplexity": "; ".join(_in_words(Perplexity(**f), max_windows) for f in figures)}).save(
-        file, checkpoint.config
-    )
+    words = "; ".join(_in_words(figure, max_windows) for figure in figures)
+    masks.with_metadata({"perplexity": words}).save(file, checkpoint.config)
 
 
 def _in_words(found: Perplexity, max_windows: int | None) -> str:
@@ -124,15 +144,15 @@ def _in_words(found: Perplexity, max_windows: int | None) -> str:
     return f"{found.perplexity:.2f} on {found.data}, windows of {found.sequence_length}{first}"
 
 
-def _head(options: EvalOptions, scorer: Scorer) -> dict[str, Any]:
-    return {
-        "model": str(options.path),
-        "masks": str(options.masks) if options.masks else None,
-        **scorer.facts(),
-        "versions": {"dispc": __version__, "python": platform.python_version()} | _versions(),
-        "complete": False,
-        "perplexity": [],
-    }
+def _head(options: EvalOptions, scorer: Scorer) -> EvalReport:
+    facts = scorer.facts()
+    return EvalReport(
+        model=str(options.path),
+        masks=str(options.masks) if options.masks else None,
+        dtype=facts["dtype"],
+        device=facts["device"],
+        versions={"dispc": __version__, "python": platform.python_version()} | _versions(),
+    )
 
 
 def _versions() -> dict[str, str]:
@@ -145,6 +165,6 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _write(options: EvalOptions, report: dict[str, Any]) -> None:
+def _write(options: EvalOptions, report: EvalReport) -> None:
     if options.json_file:
-        write_json(options.json_file, report)
+        write_json(options.json_file, report.as_dict())

@@ -91,9 +91,12 @@ def by_widths(masks: Masks, config: DecoderConfig, quantisation: Quantisation) -
 
 
 def by_damage(
-    checkpoint: Checkpoint, masks: Masks, quantisation: Quantisation, windows: Tokens,
+    checkpoint: Checkpoint,
+    masks: Masks,
+    quantisation: Quantisation,
+    windows: Tokens,
     progress: Progress = lambda what, done, total: None,
-) -> tuple[str, ...]:  # fmt: skip
+) -> tuple[str, ...]:
     """The products whose rounding to 4 bits, alone, adds most to the loss on `windows` [N,S] for each weight."""
     config = checkpoint.config
     weights = weights_of(masks, config, quantisation)

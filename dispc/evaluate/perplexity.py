@@ -7,7 +7,7 @@ not scored, and what does not fill a window is left out. Perplexity is exp of th
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class TorchScorer:
 
 
 class ArtifactScorer:
-    """An artifact in ONNX Runtime, on the CPU unless told otherwise."""
+    """An artifact in ONNX Runtime, by default on the CPU."""
 
     def __init__(self, directory: Path, provider: Provider = CPU) -> None:
         self._set(Artifact(directory, provider=provider))
@@ -123,7 +123,7 @@ def _provider(artifact: Path, device: str) -> Provider:
     if device not in by_device:
         raise DataError(f"--device {device}: an artifact runs on {' or '.join(by_device)}")
     provider = by_device[device]
-    target = TARGETS.get(read_manifest(artifact)["target"])
+    target = TARGETS.get(read_manifest(artifact).target)
     if target and target.contrib and target.provider != provider.name and not provider.fallback:
         raise DataError(
             f"{artifact}: is for {PROVIDERS[target.provider].title} (target {target.name}); leave out --device {device}"
@@ -143,9 +143,6 @@ class Perplexity:
     tokens_scored: int
     data: str
     tokens_sha256: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def measure_perplexity(

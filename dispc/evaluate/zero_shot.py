@@ -1,6 +1,7 @@
 """Zero-shot tasks of lm-evaluation-harness, on a torch model or an artifact through one adapter."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ def find_tasks(tasks: list[str], include: Path | None = None) -> Any:
         raise DataError(f"the data of {', '.join(tasks)} cannot be had: {first_line(error)}") from error
     for name, task in _single_tasks(found):
         if task.OUTPUT_TYPE not in BY_LIKELIHOOD:
-            say = f"is a task of kind {task.OUTPUT_TYPE}; choose tasks that are judged by likelihood"
-            raise DataError(f"--tasks {name}: {say} ({', '.join(BY_LIKELIHOOD)})")
+            what = f"is a task of kind {task.OUTPUT_TYPE}; choose tasks that are judged by likelihood"
+            raise DataError(f"--tasks {name}: {what} ({', '.join(BY_LIKELIHOOD)})")
         if not set(METRICS) & set(task.aggregation()):
             raise DataError(f"--tasks {name}: reports none of {', '.join(METRICS)}")
     return manager
@@ -63,6 +64,18 @@ def _single_tasks(found: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
             yield name, entry
 
 
+@dataclass(frozen=True)
+class TaskFigure:
+    """`value` and `stderr` (shares of 1) of `metric`, the first of `METRICS` that a task reports; all of them in
+    `metrics`. `items` is how many it was measured on."""
+
+    metric: str
+    value: float
+    stderr: float
+    items: int
+    metrics: Mapping[str, float]
+
+
 def measure_task(
     scorer: Scorer,
     task: str,
@@ -70,11 +83,8 @@ def measure_task(
     manager: Any,
     limit: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, dict[str, Any]]:
-    """The figures of `task`, which `manager` (of `find_tasks`) knows, by its name; of a group, those of its tasks.
-
-    `metric`, `value` and `stderr` (shares of 1) are of the first of `METRICS` that it reports; `metrics` has all of
-    these, `items` is how many it was measured on.
+) -> dict[str, TaskFigure]:
+    """The figure of `task`, which `manager` (of `find_tasks`) knows, by its name; of a group, those of its tasks.
 
     Raises:
         DispcError: when the model has no tokenizer, or a task's items do not fit its definition or the model.
@@ -92,12 +102,12 @@ def measure_task(
     return {name: _figure(results["results"][name], count["effective"]) for name, count in results["n-samples"].items()}
 
 
-def _figure(row: Mapping[str, Any], items: int) -> dict[str, Any]:
+def _figure(row: Mapping[str, Any], items: int) -> TaskFigure:
     values = {key.split(",")[0]: value for key, value in row.items() if isinstance(value, float)}
     metrics = {metric: values[metric] for metric in METRICS if metric in values}
     metric, share = next(iter(metrics.items()))
     stderr = (share * (1 - share) / items) ** 0.5  # of a mean of zeros and ones
-    return {"metric": metric, "value": share, "stderr": stderr, "items": items, "metrics": metrics}
+    return TaskFigure(metric, share, stderr, items, metrics)
 
 
 def _make_adapter(scorer: Scorer, progress: Callable[[int, int], None]) -> Any:
@@ -142,7 +152,7 @@ def _make_adapter(scorer: Scorer, progress: Callable[[int, int], None]) -> Any:
 
 
 def score_continuation(scorer: Scorer, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """log p(continuation | context), and whether greedy decoding would say it; a long context loses its beginning.
+    """log p(continuation | context), and whether greedy decoding gives it; a long context loses its beginning.
 
     Raises:
         DataError: when the continuation has no token, or leaves no room for one of the context.

@@ -21,8 +21,8 @@ def block_budget(checkpoint: Checkpoint, ratio: float, ratio_of: RatioOf) -> int
     """Block parameters that may stay when `ratio` of the block (or of all) parameters goes.
 
     Raises:
-        MasksError: when the ratio lies outside (0, 1), is of nothing that has a name here, or is of the whole model
-            and more than all blocks hold; or when the model is pruned already.
+        MasksError: when the ratio lies outside (0, 1), is of something unknown, or is of the whole model and more
+            than all blocks hold; or when the model is pruned already.
     """
     if checkpoint.own_masks is not None:
         raise MasksError(f"{checkpoint.directory}: is pruned already; give the dense model that it was made from")
@@ -44,7 +44,7 @@ def block_budget(checkpoint: Checkpoint, ratio: float, ratio_of: RatioOf) -> int
 
 
 def check_fits(config: DecoderConfig, budget: int, align: int, *, constrained: bool = False) -> None:
-    """Raise MasksError where nothing fits `budget` whatever is learned: known before the work, not after it.
+    """Raise MasksError where no sets fit `budget`, whatever is learned; checked before the work starts.
 
     The least that anything keeps is one sub-layer of the narrowest sets; `constrained`, the attention of every block.
     """

@@ -1,7 +1,7 @@
 """Several processes under torchrun: each computes its share of a step's sequences, the frozen model is sharded.
 
 The hypernetwork is replicated: it is small, and every process updates its copy with the same averaged gradient of the
-gates, the same noise and the same optimiser, so that the copies stay equal without a word about weights.
+gates, the same noise and the same optimiser, so that the copies stay equal without exchanging weights.
 """
 
 import os
@@ -34,7 +34,7 @@ class Processes:
 
     @staticmethod
     def join(device: str | None) -> "Processes":
-        """Join the run that torchrun started, or be alone, on `device` (see `torch_device`).
+        """Join the run that torchrun started, or run alone, on `device` (see `torch_device`).
 
         Raises:
             DispcError: when the device or a package is not there.
@@ -80,7 +80,7 @@ class Processes:
         return torch.from_numpy(mine.astype(np.int64)).to(self.device)
 
     def agree(self, number: int) -> bool:
-        """Whether all processes have the same number; where they have not, all know it."""
+        """Whether all processes have the same number; all of them get the same answer."""
         squares = self.mean(torch.tensor([number, number**2], dtype=torch.float64, device=self.device))
         return bool(squares[1] == squares[0] ** 2)
 
@@ -91,7 +91,7 @@ class Processes:
 
 
 def gathered(tree: Any) -> Any:
-    """The same nested dictionaries and lists with every tensor whole, on the CPU; all processes must ask together."""
+    """The same nested dictionaries and lists with whole tensors on the CPU; all processes must call it together."""
     if isinstance(tree, dict):
         return {key: gathered(value) for key, value in tree.items()}
     if isinstance(tree, list):

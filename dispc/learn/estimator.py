@@ -1,4 +1,4 @@
-"""Gates from latents: how a binary choice lets a gradient through.
+"""Gates from latents: gradients through a binary choice.
 
 Both estimators take latents x, noise u, uniform in (0, 1), of the same shape, and the offset c, and return the gates
 that the model is multiplied with and the 0/1 gates that the parameter budget counts. Noise is an argument, so that

@@ -28,7 +28,7 @@ class RunFolder:
         self.checkpoint, self.metrics = self.path / CHECKPOINT, self.path / METRICS
 
     def check(self, *, resume: bool, force: bool) -> None:
-        """Raise DispcError unless the run may go on (`resume`), or start without losing an earlier one (or `force`)."""
+        """Raise DispcError unless the run can `resume`, or start without losing an earlier one (or with `force`)."""
         recorded = self.path / OPTIONS
         self.options.check_output(force=True)
         if resume and recorded.is_file():
@@ -41,12 +41,12 @@ class RunFolder:
             self.options.check_output(force=force)
 
     def prepare(self, *, resume: bool) -> None:
-        """Make the folder, without an earlier run unless that goes on, and write down the options.
+        """Make the folder, remove an earlier run unless it is resumed, and write down the options.
 
         Nothing is removed but what a run writes: the folder may hold other things, or be a link.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        for partial in self.path.glob("*.partial"):  # of a run that was killed as it wrote
+        for partial in self.path.glob("*.partial"):  # of a run that was killed while it wrote
             partial.unlink()
         if not resume:
             for name in (CHECKPOINT, METRICS, OPTIONS, *PICTURES):
@@ -68,12 +68,12 @@ class RunFolder:
                 torch.save({"version": FORMAT_VERSION, "inputs": inputs} | state, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except RuntimeError as error:  # torch's zip writer does not say that the disk is full
-            say = f"{self.checkpoint}: cannot be written ({first_line(error)}); is the disk full?"
-            raise LearnError(say) from error
+        except RuntimeError as error:  # torch's zip writer does not report a full disk
+            message = f"{self.checkpoint}: cannot be written ({first_line(error)}); is the disk full?"
+            raise LearnError(message) from error
 
     def load(self, device: torch.device, inputs: dict[str, str]) -> dict[str, Any] | None:
-        """What `save` wrote last, None before the first time.
+        """What `save` wrote last; None where it has not yet.
 
         Raises:
             LearnError: when it is damaged, of another version, or of other inputs.
@@ -96,7 +96,7 @@ class RunFolder:
         return checkpoint
 
     def cut_metrics(self, step: int) -> None:
-        """Drop the metrics of steps behind `step`, and what a kill left of a line."""
+        """Drop the metrics of steps behind `step`, and half a line that a killed run left."""
         if self.metrics.exists():
             lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             write_text(self.metrics, "".join(line for line in lines if _step_of(line) <= step))

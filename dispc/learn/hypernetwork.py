@@ -1,4 +1,4 @@
-"""The hypernetwork: a few million weights that speak for all latents, so that sets are learned together.
+"""The hypernetwork: a few million weights that produce all latents, so that sets are learned together.
 
 Shapes: V selection vectors, N_l the width of vector l.
 """

@@ -1,4 +1,4 @@
-"""Masks without learning, for baselines and people in a hurry: scores in place of latents, the same final sets.
+"""Masks without learning, for baselines and quick tries: scores in place of latents, the same final sets.
 
 A method is a row of `METHODS`: how it scores positions, and what it needs for that.
 """
@@ -28,7 +28,7 @@ from dispc.support.errors import DataError
 MIDDLE = "mlp.mid"
 Scores = npt.NDArray[np.float64]
 WINDOWS = 16
-"""Of text, that a method reads."""
+"""Windows of text that a method reads."""
 Progress = Callable[[int, int], None]
 
 
@@ -85,14 +85,14 @@ def activation(subject: Subject) -> list[Scores]:
 
 
 def middle(subject: Subject) -> list[Scores]:
-    """`activation` for the middle of the MLP alone, the same share in each block; what else there is goes last."""
+    """`activation` for the middle of the MLP alone, the same share in each block; all other sets are pruned last."""
     names = SETS * subject.config.num_hidden_layers
     scores = zip(names, _activation_scores(subject), strict=True)
     return [_ranks(score) + (name != MIDDLE) for name, score in scores]
 
 
 def gradient(subject: Subject) -> list[Scores]:
-    """The loss that a position is worth by the text's gradients, over the parameters that it costs.
+    """The loss that pruning a position adds, estimated by gradients on the text, over the parameters that it costs.
 
     With a gate of 1 on every position, the mean square of the loss's gradient by the gate, of one window at a time, is
     the diagonal of the empirical Fisher information: half of it is the loss that shutting the gate adds, to second
@@ -198,9 +198,12 @@ def _parts(model: nn.Module, config: DecoderConfig) -> list[tuple[list[Any], boo
     for index in range(config.num_hidden_layers):
         block = model.get_submodule(family.block(index))
         for names, inputs in (
-            (family.attention_reads, True), ((family.attention_out,), False), (family.mlp_reads, True),
-            ((family.down,), True), ((family.down,), False),
-        ):  # fmt: skip
+            (family.attention_reads, True),
+            ((family.attention_out,), False),
+            (family.mlp_reads, True),
+            ((family.down,), True),
+            ((family.down,), False),
+        ):
             parts.append(([block.get_submodule(name) for name in names], inputs))
     return parts
 

@@ -18,7 +18,7 @@ from dispc.reference.masked import apply_gates
 class GatedModel:
     """A frozen transformers model whose sub-layers read, work and write through gates.
 
-    `loss` is the only way in. Gates are one leaf tensor [G]: its gradient is all that the backward pass is for.
+    Call `loss` only. Gates are one leaf tensor [G]: its gradient is all that the backward pass is for.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a run is asked for: what learning and recovery share, and a learning run. Its defaults are the paper's."""
+"""Options of runs: those that learning and recovery share, and those of learning, whose defaults are the paper's."""
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,7 +14,7 @@ from dispc.support.errors import LearnError
 
 Precision = Literal["float32", "bfloat16"]
 LARGE = 1e6
-"""No rate or weight is this large but by mistake, and float32 would overflow not far above."""
+"""Larger rates and weights are mistakes; float32 overflows not far above."""
 
 
 def check_choices(*, ratio_of: str, norm_scope: str, align: int, sequence_length: int, seed: int) -> None:
@@ -41,20 +41,27 @@ def check_least(**options: tuple[int, int]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What every run has that takes steps through a text.
+    """Options of every run that takes steps through a text.
 
     `minutes` ends a run early: what it has by then is written. `output` is what the run makes.
     """
 
     CHANGEABLE: ClassVar[tuple[str, ...]] = (
-        "model", "data", "steps", "minutes", "output", "device", "checkpoint_every", "activation_checkpointing",
+        "model",
+        "data",
+        "steps",
+        "minutes",
+        "output",
+        "device",
+        "checkpoint_every",
+        "activation_checkpointing",
         "learning_rate",
-    )  # fmt: skip
+    )
     """Options that may differ when a run is resumed.
 
-    They do not change what a step computes (but `steps` and `minutes` where the rate falls), or mend a run that went
-    wrong: the learning rate where the loss is no number. Of model and data the content must be the same, which the
-    checkpoint knows, and not the path.
+    They do not change what a step computes (except `steps` and `minutes` where the rate falls), or repair a failed run:
+    the learning rate where the loss is no number. The content of model and data must be the same, whose digests the
+    checkpoint has; the path may differ.
     """
 
     model: Path
@@ -74,9 +81,12 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_least(
-            steps=(self.steps, 1), batch_size=(self.batch_size, 1), checkpoint_every=(self.checkpoint_every, 1),
-            sequence_length=(self.sequence_length, 2), seed=(self.seed, 0),
-        )  # fmt: skip
+            steps=(self.steps, 1),
+            batch_size=(self.batch_size, 1),
+            checkpoint_every=(self.checkpoint_every, 1),
+            sequence_length=(self.sequence_length, 2),
+            seed=(self.seed, 0),
+        )
         if self.minutes is not None and not 0.0 < self.minutes < LARGE:
             raise LearnError(f"minutes is {self.minutes}; it must be a number above 0")
         if not 0.0 < self.learning_rate < LARGE:
@@ -105,7 +115,7 @@ class RunOptions:
         raise NotImplementedError
 
     def settled(self, device: torch.device) -> Self:
-        """The same with the precision that a run on `device` has unless told: bfloat16 on CUDA, float32 elsewhere."""
+        """The same with the precision that a run on `device` has by default: bfloat16 on CUDA, float32 elsewhere."""
         default: Precision = "bfloat16" if device.type == "cuda" else "float32"
         return replace(self, precision=self.precision or default)
 
@@ -114,7 +124,7 @@ class RunOptions:
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
     def done(self, step: int, seconds: float) -> float:
-        """The share of the run, 0 to 1, that is behind after `step` steps and so many seconds in all of them."""
+        """The share of the run, 0 to 1, that is done after `step` steps and so many seconds in all of them."""
         share = step / self.steps
         return share if self.minutes is None else min(1.0, max(share, seconds / (60.0 * self.minutes)))
 
@@ -158,9 +168,12 @@ class LearnOptions(RunOptions):
 
     def __post_init__(self) -> None:
         check_choices(
-            ratio_of=self.ratio_of, norm_scope=self.norm_scope, align=self.align, seed=self.seed,
+            ratio_of=self.ratio_of,
+            norm_scope=self.norm_scope,
+            align=self.align,
+            seed=self.seed,
             sequence_length=self.sequence_length,
-        )  # fmt: skip
+        )
         super().__post_init__()
         if not math.isfinite(self.offset):
             raise LearnError(f"offset is {self.offset}; it must be a number")

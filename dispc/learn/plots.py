@@ -28,7 +28,7 @@ def plot_run(folder: Path, masks: Masks) -> None:
 def plot_learning(metrics: Path, file: Path) -> None:
     """Loss, its running mean, and the regulariser over the steps of a `metrics.jsonl`."""
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    if not records:  # somebody removed those of a run that is done
+    if not records:  # those of a finished run were removed
         return
     figure, axes = _figure(2, 1, (8, 6))
     steps = np.array([record["step"] for record in records])
@@ -53,8 +53,9 @@ def plot_recovery(folder: Path) -> None:
     records = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
     figure, axes = _figure(2, 1, (8, 6))
     for axis, name, label in (
-        (axes[0], "distil", "divergence from the dense model (nats)"), (axes[1], "text", "loss of the text (nats)"),
-    ):  # fmt: skip
+        (axes[0], "distil", "divergence from the dense model (nats)"),
+        (axes[1], "text", "loss of the text (nats)"),
+    ):
         steps = [record for record in records if record.get(name)]
         judged = [record for record in records if f"held_out_{name}" in record]
         axis.plot([r["step"] for r in steps], [r[name] for r in steps], linewidth=0.5, alpha=0.5, label="each step")

@@ -1,4 +1,4 @@
-"""The directory that a recovery leaves: an ordinary Hugging Face model with zeros outside of the sets."""
+"""The directory that a recovery writes: an ordinary Hugging Face model with zeros outside of the sets."""
 
 import errno
 from collections.abc import Mapping
@@ -27,9 +27,15 @@ LORA = "lora_"
 
 
 def write_recovered(
-    options: RecoverOptions, checkpoint: Checkpoint, masks: Masks, wrapped: Any, weights: Mapping[str, Tensor],
-    outcome: Mapping[str, Any], *, force: bool,
-) -> None:  # fmt: skip
+    options: RecoverOptions,
+    checkpoint: Checkpoint,
+    masks: Masks,
+    wrapped: Any,
+    weights: Mapping[str, Tensor],
+    outcome: Mapping[str, Any],
+    *,
+    force: bool,
+) -> None:
     """Write `options.output`, which appears at once: configuration and tokenizer, weights, masks, README.
 
     `weights` are those of the trained model by name, on the CPU, with the adapters of peft's `wrapped` among them
@@ -111,7 +117,7 @@ def _merged(name: str, weights: Mapping[str, Tensor], wrapped: Any) -> Tensor:
 
 
 def readme(options: RecoverOptions, checkpoint: Checkpoint, masks: Masks, outcome: Mapping[str, Any]) -> str:
-    """What was done, for who finds the directory."""
+    """The README: what was done, for readers of the directory."""
     config = checkpoint.config
     dense = config.block_parameters * config.num_hidden_layers
     begin, best = outcome["begin"], outcome["best"]

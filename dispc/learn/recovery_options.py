@@ -1,4 +1,4 @@
-"""What a recovery run is asked for."""
+"""Options of a recovery run."""
 
 import math
 from dataclasses import dataclass
@@ -47,9 +47,11 @@ class RecoverOptions(RunOptions):
         super().__post_init__()
         check_one_of("loss", self.loss, get_args(LossName))
         check_least(
-            lora=(self.lora, 0), accumulate=(self.accumulate, 1), evaluate_every=(self.evaluate_every, 1),
+            lora=(self.lora, 0),
+            accumulate=(self.accumulate, 1),
+            evaluate_every=(self.evaluate_every, 1),
             patience=(self.patience, 1),
-        )  # fmt: skip
+        )
         if not 0.0 <= self.warm_up < 1.0:
             raise LearnError(f"warm_up is {self.warm_up}; it must be a share of the steps, at least 0, below 1")
 

@@ -1,4 +1,4 @@
-"""The learning loop: sample gates, run the frozen model through them, move the hypernetwork, never lose a step's work.
+"""The learning loop: sample gates, run the frozen model through them, train the hypernetwork, save and resume.
 
 Noise and data of a step are functions of the seed and the step's number alone: that is all the random state there is.
 """
@@ -37,12 +37,13 @@ Progress = Callable[[dict[str, float], int], None]
 """Called after every step with its record (step, loss, regulariser, pruned, tokens_per_second) and the steps in all."""
 
 
-def learn(options: LearnOptions, progress: Progress = lambda record, steps: None, *, resume: bool = False,
-          force: bool = False) -> tuple[Masks, bool]:  # fmt: skip
+def learn(
+    options: LearnOptions, progress: Progress = lambda record, steps: None, *, resume: bool = False, force: bool = False
+) -> tuple[Masks, bool]:
     """Learn masks and write them to `options.output`; the masks, and whether this process is the one that wrote them.
 
-    `resume` goes on from the checkpoint in the run's folder, or from the beginning where it holds none; without it, an
-    earlier run there is kept unless `force`. Nothing is written or removed before the run is known to start.
+    `resume` continues from the checkpoint in the run's folder, or starts at the beginning where there is none; without
+    it, an earlier run there is kept unless `force`. Nothing is written or removed before the run is known to start.
 
     Raises:
         DispcError: when an input is unusable, the budget cannot be met, or the loss is no number.
@@ -71,9 +72,10 @@ def learn(options: LearnOptions, progress: Progress = lambda record, steps: None
     tokens = load_tokens(options.data, options.model)
     rows = windows(tokens, length, options.data)
     inputs = {
-        "the model's configurations": checkpoint.config_sha256, "the model's weights": checkpoint.weights_sha256,
+        "the model's configurations": checkpoint.config_sha256,
+        "the model's weights": checkpoint.weights_sha256,
         "the tokens of the texts": hashlib.sha256(tokens.tobytes()).hexdigest(),
-    }  # fmt: skip
+    }
     trainer = Trainer(options, checkpoint, budget, processes, inputs)
     if resume:
         trainer.restore()
@@ -82,15 +84,15 @@ def learn(options: LearnOptions, progress: Progress = lambda record, steps: None
                 f"{trainer.folder.checkpoint}: not every process reads the same; "
                 "the run's folder must be on a disk that all nodes share"
             )
-    if processes.main:  # from here on an earlier run is gone, or goes on
+    if processes.main:  # from here on an earlier run is replaced, or resumed
         trainer.folder.prepare(resume=resume)
         trainer.folder.cut_metrics(trainer.step)
     processes.wait()
     try:
         trainer.run(rows, progress)
     except KeyboardInterrupt:  # the second one, which does not wait for the step
-        say = f"interrupted in step {trainer.step + 1}; go on from the latest checkpoint with --resume"
-        raise Interrupted(say, signal.SIGINT) from None
+        message = f"interrupted in step {trainer.step + 1}; go on from the latest checkpoint with --resume"
+        raise Interrupted(message, signal.SIGINT) from None
     masks = trainer.masks()
     if processes.main:
         if resume and options.output.is_file() and (older := Masks.load(options.output)).sha256() == masks.sha256():
@@ -149,7 +151,7 @@ class Trainer:
         )
 
     def run(self, rows: Tokens, progress: Progress) -> None:
-        """All steps that remain, with a checkpoint every so many, at the end, and where a signal ends the run.
+        """All remaining steps, with a checkpoint every so many, at the end, and where a signal ends the run.
 
         Raises:
             Interrupted: after Ctrl-C or SIGTERM, at the end of the step; nothing is lost.
@@ -176,8 +178,8 @@ class Trainer:
                 if self.stopping or self.step % options.checkpoint_every == 0 or over:
                     self.save()
                 if self.stopping and not over:
-                    say = f"stopped after step {self.step}; go on with --resume" if main else ""
-                    raise Interrupted(say, self.noted() or signal.SIGTERM)
+                    message = f"stopped after step {self.step}; go on with --resume" if main else ""
+                    raise Interrupted(message, self.noted() or signal.SIGTERM)
 
     def advance(self, ids: Tensor) -> dict[str, float]:
         """One step on this process's sequences ids [B,S]; the record of the step.
@@ -186,7 +188,7 @@ class Trainer:
         all stop after the same step.
 
         Raises:
-            LearnError: when the loss or a gradient is no number; the latest checkpoint is as good as ever.
+            LearnError: when the loss or a gradient is no number; the latest checkpoint stays valid.
         """
         options = self.options
         latents = self.layout.expand(self.source())
@@ -243,15 +245,21 @@ class Trainer:
             latents, self.config, self.budget, align=options.align, norm_scope=options.norm_scope, groups=groups
         )
         metadata = {
-            "method": options.method, "data": source_name(options.data),
-            "steps": str(self.step), "seed": str(options.seed),
-            "sequence_length": str(options.sequence_length), "batch_size": str(options.batch_size),
-            "learning_rate": str(options.learning_rate), "decay": str(options.decay).lower(),
-            "offset": str(options.offset), "precision": str(options.precision),
+            "method": options.method,
+            "data": source_name(options.data),
+            "steps": str(self.step),
+            "seed": str(options.seed),
+            "sequence_length": str(options.sequence_length),
+            "batch_size": str(options.batch_size),
+            "learning_rate": str(options.learning_rate),
+            "decay": str(options.decay).lower(),
+            "offset": str(options.offset),
+            "precision": str(options.precision),
             "weight_decay": str(options.weight_decay),
-            "regulariser_weight": str(options.regulariser_weight), "align": str(options.align),
+            "regulariser_weight": str(options.regulariser_weight),
+            "align": str(options.align),
             "pruning_ratio": str(options.pruning_ratio),
-        } | budget_facts(masks, self.checkpoint, options.ratio_of)  # fmt: skip
+        } | budget_facts(masks, self.checkpoint, options.ratio_of)
         return dataclasses.replace(masks, metadata=metadata)
 
     def save(self) -> None:
@@ -268,7 +276,7 @@ class Trainer:
             )
 
     def restore(self) -> None:
-        """Go back to the checkpoint, or stay at the beginning where there is none.
+        """Resume from the checkpoint, or start at the beginning where there is none.
 
         Raises:
             LearnError: when it is damaged, or of another run.

@@ -59,7 +59,7 @@ class Checkpoint:
 
     @cached_property
     def ropes(self) -> dict[str, Rope]:
-        """The rotary positions of each kind of block, as the raw config.json tells them."""
+        """The rotary positions of each kind of block, from the raw config.json."""
         with self._naming_config():
             return read_ropes(self.raw_config, self.family)
 
@@ -77,7 +77,8 @@ class Checkpoint:
             CheckpointError: when they are not.
         """
         with self._naming_config():
-            check_ropes(module, self.ropes, self.config.head_dim)
+            unused = set(self.ropes) - set(self.config.layer_kinds) if len(self.ropes) > 1 else ()
+            check_ropes(module, self.ropes, self.config.head_dim, unused)
 
     def load_model(self, dtype: torch.dtype) -> Any:
         """The dense torch model in evaluation mode: transformers' code, every parameter read by `find`, in `dtype`.
@@ -123,21 +124,21 @@ class Checkpoint:
 
     @cached_property
     def generation(self) -> Generation:
-        """How text is to be made, as generation_config.json (where there is one) and config.json say it.
+        """How text is to be generated, from generation_config.json (where there is one) and config.json.
 
         Raises:
-            CheckpointError: when one of them says nonsense.
+            CheckpointError: when one of them has an id or a number that cannot be.
         """
         path = self.directory / "generation_config.json"
-        told = _read_json(path) if path.exists() else {}
+        content = _read_json(path) if path.exists() else {}
         try:
-            return Generation.of(told, self.raw_config, self.config.vocab_size)
+            return Generation.of(content, self.raw_config, self.config.vocab_size)
         except CheckpointError as error:
             raise CheckpointError(f"{path if path.exists() else self.directory / 'config.json'}: {error}") from error
 
     @property
     def stop_tokens(self) -> list[int]:
-        """Ids that end a generation; empty when neither config says."""
+        """Ids that end a generation; empty when neither config has any."""
         return self.generation.stops
 
     @property
@@ -155,7 +156,7 @@ class Checkpoint:
 
     @property
     def own_masks(self) -> Masks | None:
-        """The sets that a model was pruned to before dispc met it; None for a dense model."""
+        """The sets of a model that was pruned by other code; None for a dense model."""
         return None
 
     @property

@@ -110,7 +110,22 @@ class Family:
         return (self.gate, self.up) if self.gate else (self.up,)
 
 
+def _head_size(config: Mapping[str, Any]) -> Any:
+    """Hidden size over heads; None where config.json does not say both as numbers."""
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 else None
+
+
+WHOLE_HEADS: tuple[Refusal, ...] = (
+    (
+        lambda c: c.get("head_dim") not in (None, _head_size(c)),
+        "heads of another size than hidden_size / num_attention_heads (head_dim)",
+    ),
+)
+"""For families whose implementation in transformers does not read `head_dim`."""
+
 OPT_REFUSALS: tuple[Refusal, ...] = (
+    *WHOLE_HEADS,
     (
         lambda c: not c.get("do_layer_norm_before", True),
         "norms that follow the sub-layers (do_layer_norm_before=false, as in OPT-350M)",
@@ -121,13 +136,17 @@ OPT_REFUSALS: tuple[Refusal, ...] = (
     ),
     (
         lambda c: bool(c.get("_remove_final_layer_norm")) or c.get("layer_norm_elementwise_affine") is False,
-        "missing or weightless layer norms",
+        "missing or weightless layer norms (_remove_final_layer_norm, layer_norm_elementwise_affine)",
     ),
 )
+
 
 BIDIRECTIONAL: tuple[Refusal, ...] = (
     (lambda c: bool(c.get("use_bidirectional_attention")), "bidirectional attention (use_bidirectional_attention)"),
 )
+
+WINDOW_PATTERN = ("sliding_window_pattern", "_sliding_window_pattern")
+"""Every how many blocks of Gemma 3 there is one without a window: its first files say that instead of `layer_types`."""
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -164,7 +183,12 @@ FAMILIES: dict[str, Family] = {
             refusals=OPT_REFUSALS,
         ),
         Family(model_type="granite", title="Granite 3"),
-        Family(model_type="smollm3", title="SmolLM3", rope_theta=2_000_000.0),
+        Family(
+            model_type="smollm3",
+            title="SmolLM3",
+            rope_theta=2_000_000.0,
+            ignored=("max_window_layers",),  # Qwen2's, which published files still name
+        ),
         Family(
             model_type="starcoder2",
             title="StarCoder2",
@@ -192,11 +216,25 @@ FAMILIES: dict[str, Family] = {
             rotary_share=0.25,
             norm=LAYER,
             refusals=(
+                *WHOLE_HEADS,
                 (lambda c: bool(c.get("qk_layernorm")), "norms of queries and keys by head (qk_layernorm)"),
                 (lambda c: bool(c.get("use_parallel_residual")), "parallel sub-layers (use_parallel_residual)"),
             ),
         ),
-        Family(model_type="nemotron", title="Nemotron, Minitron", norm=LAYER_ONE_PLUS, gate=None, rotary_share=0.5),
+        Family(
+            model_type="nemotron",
+            title="Nemotron, Minitron",
+            norm=LAYER_ONE_PLUS,
+            gate=None,
+            rotary_share=0.5,
+            ignored=("kv_channels",),
+            refusals=(
+                (
+                    lambda c: c.get("kv_channels") not in (None, c.get("head_dim") or _head_size(c)),
+                    "two sizes of heads (kv_channels differs from head_dim)",
+                ),
+            ),
+        ),
         Family(
             model_type="phi3",
             title="Phi-3, Phi-3.5, Phi-4",
@@ -227,6 +265,7 @@ FAMILIES: dict[str, Family] = {
                     per_head=True,
                 ),
             ),
+            refusals=WHOLE_HEADS,
         ),
         Family(
             model_type="cohere",
@@ -261,7 +300,7 @@ FAMILIES: dict[str, Family] = {
             title="Gemma 3 (text)",
             rope_theta=1_000_000.0,
             local_rope_theta=10_000.0,
-            ignored=("hidden_act", "_sliding_window_pattern"),
+            ignored=("hidden_act", *WINDOW_PATTERN),
             norm=RMS_ONE_PLUS,
             scaled_embedding=True,
             attention_post_norm="post_attention_layernorm",
@@ -270,8 +309,8 @@ FAMILIES: dict[str, Family] = {
             refusals=(
                 *BIDIRECTIONAL,
                 (
-                    lambda c: not c.get("layer_types") and c.get("_sliding_window_pattern", 6) != 6,
-                    "window patterns without layer_types (_sliding_window_pattern)",
+                    lambda c: not c.get("layer_types") and any(c.get(key) not in (None, 6) for key in WINDOW_PATTERN),
+                    "other window patterns than 6 without layer_types (sliding_window_pattern)",
                 ),
             ),
         ),
@@ -352,8 +391,16 @@ class DecoderConfig:
     """Both sub-layers of a block read what enters it."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "vocab_size", "max_positions"):  # fmt: skip
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "vocab_size",
+            "max_positions",
+        ):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}, a positive integer is expected")

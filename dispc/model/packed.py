@@ -1,7 +1,7 @@
 """Packed projections, shown as separate ones: modules of a model, and tensors of a checkpoint.
 
 Some families keep several projections in one linear layer (Phi-3's `qkv_proj`, Pythia's `query_key_value`), while sets,
-passes, the reference and learning deal with each by itself.
+passes, the reference and learning handle each separately.
 """
 
 from dataclasses import dataclass, replace
@@ -36,7 +36,7 @@ class Part:
 
 
 def packed_in(name: str, family: Family) -> Part | None:
-    """Where the parameter `name` of a separate projection is stored; None for one that is stored by itself."""
+    """Where the parameter `name` of a separate projection is stored; None for one that is stored separately."""
     for packed in family.packed:
         for part in packed.parts:
             block, found, kind = name.rpartition(f".{part}.")

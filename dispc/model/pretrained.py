@@ -38,7 +38,7 @@ HARMLESS = re.compile(
 )
 """Keys of config.json that do not change what a model computes; they are not handed to transformers."""
 ALWAYS = ("tie_word_embeddings", "layer_types", "head_dim")
-"""Keys that models ask every config for, also where the signature of its class does not name them."""
+"""Keys that models read from every config, also where the signature of its class does not name them."""
 LARGEST = 2**24
 """Larger than any size of a model: a number above it is an error, found before something so large is made."""
 MOST_BLOCKS = 2**12
@@ -48,7 +48,7 @@ def make_config(raw: Mapping[str, Any], family: Family, ropes: Mapping[str, Rope
     """The transformers config of a raw config.json; `name` is what transformers calls the model in messages.
 
     Raises:
-        CheckpointError: for a key that nobody knows, a value that transformers refuses, or one that it changes.
+        CheckpointError: for an unknown key, a value that transformers refuses, or one that it changes.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -71,9 +71,12 @@ def make_config(raw: Mapping[str, Any], family: Family, ropes: Mapping[str, Rope
 
 
 def _parameters(config_class: Any) -> set[str]:
-    if is_dataclass(config_class):  # since release 5
-        return {field.name for field in fields(config_class)}
-    return set(inspect.signature(config_class).parameters)
+    """The options of a configuration class itself, not those that every class inherits and no decoder here reads."""
+    from transformers import PretrainedConfig
+
+    if is_dataclass(config_class) and is_dataclass(PretrainedConfig):  # since release 5
+        return {field.name for field in fields(config_class)} - {field.name for field in fields(PretrainedConfig)}
+    return set(inspect.signature(config_class).parameters) - {"kwargs"}
 
 
 def _deciding(raw: Mapping[str, Any], known: set[str], family: Family) -> dict[str, Any]:
@@ -112,7 +115,7 @@ def model_class(config: Any) -> Any:
 
 
 def build_model(config: Any, dtype: torch.dtype, attention: str) -> Any:
-    """A model of `config` in evaluation mode, with values as transformers makes them up.
+    """A model of `config` in evaluation mode, with values as transformers initialises them.
 
     Raises:
         CheckpointError: when transformers cannot build it.
@@ -130,7 +133,7 @@ def build_model(config: Any, dtype: torch.dtype, attention: str) -> Any:
 
 @contextmanager
 def empty_parameters() -> Iterator[None]:
-    """Modules made meanwhile get parameters on the meta device (nothing is allocated or made up), and real buffers."""
+    """Modules made meanwhile get parameters on the meta device (nothing is allocated or filled), and real buffers."""
     register = nn.Module.register_parameter
 
     def register_empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:

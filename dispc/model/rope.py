@@ -1,4 +1,4 @@
-"""Rotary positions as config.json tells them, in the spelling of transformers 4 or 5, or in both.
+"""Rotary positions in config.json, in the spelling of transformers 4 or 5, or in both.
 
 Release 4 writes `rope_theta`, `rope_scaling` and `partial_rotary_factor` side by side (GPT-NeoX: `rotary_emb_base`,
 `rotary_pct`; Gemma 3: `rope_local_base_freq` for its sliding blocks); release 5 writes all of it into
@@ -6,7 +6,7 @@ Release 4 writes `rope_theta`, `rope_scaling` and `partial_rotary_factor` side b
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
 }
-"""Kinds of rotary scaling: what each needs, and what it may say besides."""
+"""Kinds of rotary scaling: keys that each requires, and keys that it may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +72,14 @@ class Rope:
         return scaled
 
     def _yarn(self, plain: npt.NDArray[np.float64], rotated: int) -> tuple[npt.NDArray[np.float64], float]:
-        said = self.scaling
-        factor, length = said["factor"], said["original_max_position_embeddings"]
+        given = self.scaling
+        factor, length = given["factor"], given["original_max_position_embeddings"]
 
-        def dimension(turns: float) -> float:
-            return rotated * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+        def dimension(rotations: float) -> float:
+            return rotated * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
 
-        first, last = dimension(said.get("beta_fast") or 32), dimension(said.get("beta_slow") or 1)
-        if said.get("truncate", True):
+        first, last = dimension(given.get("beta_fast") or 32), dimension(given.get("beta_slow") or 1)
+        if given.get("truncate", True):
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, rotated - 1)
         ramp = np.clip((np.arange(len(plain)) - first) / ((last - first) or 0.001), 0, 1)
@@ -87,9 +87,9 @@ class Rope:
         def temper(scale: float) -> float:
             return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-        stretch = said.get("attention_factor")
+        stretch = given.get("attention_factor")
         if stretch is None:
-            one, all_dimensions = said.get("mscale"), said.get("mscale_all_dim")
+            one, all_dimensions = given.get("mscale"), given.get("mscale_all_dim")
             stretch = temper(one) / temper(all_dimensions) if one and all_dimensions else temper(1.0)
         return plain / factor * ramp + plain * (1 - ramp), stretch
 
@@ -100,7 +100,7 @@ def read_ropes(raw: Mapping[str, Any], family: "Family") -> dict[str, Rope]:
     Empty for families without rotary positions.
 
     Raises:
-        CheckpointError: when the file contradicts itself, or says what dispc does not understand.
+        CheckpointError: when the file contradicts itself, or has values that dispc does not understand.
     """
     if not family.rotary:
         return {}
@@ -119,15 +119,15 @@ def read_ropes(raw: Mapping[str, Any], family: "Family") -> dict[str, Rope]:
 
 def _nested(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """`rope_parameters` where it has an entry for each kind of block, else nothing."""
-    said = raw.get("rope_parameters")
-    if not isinstance(said, Mapping) or not any(isinstance(value, Mapping) for value in said.values()):
+    given = raw.get("rope_parameters")
+    if not isinstance(given, Mapping) or not any(isinstance(value, Mapping) for value in given.values()):
         return {}
-    return said
+    return given
 
 
-def _rope(raw: Mapping[str, Any], said: Iterable[Any], family: "Family", theta: float) -> Rope:
-    """What the top level of the file and the objects `said` agree on."""
-    sources = [_object(value) for value in said if value is not None]
+def _rope(raw: Mapping[str, Any], given: Iterable[Any], family: "Family", theta: float) -> Rope:
+    """The rotary positions that the top level of the file and the objects in `given` agree on."""
+    sources = [_object(value) for value in given if value is not None]
     scalings = [{k: v for k, v in source.items() if k not in (*THETA, *SHARE)} for source in sources]
     everything = [raw, *sources]
     limit = raw.get("max_position_embeddings")
@@ -166,27 +166,27 @@ def _share(value: Any, family: "Family") -> float:
     return share
 
 
-def _scaling(said: Mapping[str, Any], limit: Any) -> dict[str, Any]:
+def _scaling(given: Mapping[str, Any], limit: Any) -> dict[str, Any]:
     """One object without its `type` (the old name of `rope_type`), nulls and what follows from the rest."""
-    said = {name: value for name, value in said.items() if value is not None}
-    kind = said.pop("rope_type", said.get("type", "default"))
-    said.pop("type", None)
+    given = {name: value for name, value in given.items() if value is not None}
+    kind = given.pop("rope_type", given.get("type", "default"))
+    given.pop("type", None)
     if not isinstance(kind, str) or kind not in TYPES:
         raise CheckpointError(f"rotary scaling {kind!r} is not one of {', '.join(TYPES)}")
     needed, optional = TYPES[kind]
     if kind in ("yarn", "llama3") and limit is not None:
-        said.setdefault("original_max_position_embeddings", limit)
+        given.setdefault("original_max_position_embeddings", limit)
     for name in needed:
-        if name not in said:
+        if name not in given:
             raise CheckpointError(f"rotary scaling {kind} has no {name}")
-    for name, value in said.items():
+    for name, value in given.items():
         if name not in needed + optional:
             raise CheckpointError(f"rotary scaling {kind} has {name} = {value!r}, whose meaning dispc does not know")
         if name != "truncate":
             _number(value, f"{name} of rotary scaling {kind}")
         elif not isinstance(value, bool):
             raise CheckpointError(f"truncate of rotary scaling {kind} is {value!r}; true or false is expected")
-    return {"rope_type": kind, **said}
+    return {"rope_type": kind, **given}
 
 
 def _one_scaling(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -197,9 +197,9 @@ def _one_scaling(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def unreached_positions(ropes: Mapping[str, Rope], positions: int) -> str | None:
-    """What to say when YaRN reaches further than the `positions` that the config allows; None when it does not.
+    """A note when YaRN reaches further than the `positions` that the config allows; None when it does not.
 
-    Model cards tell how to add the scaling, and `max_position_embeddings` is easily left as it was.
+    Model cards explain how to add the scaling, and `max_position_embeddings` is easily left as it was.
     """
     for scaling in (rope.scaling for rope in ropes.values() if rope.scaling["rope_type"] == "yarn"):
         original = int(scaling["original_max_position_embeddings"])
@@ -237,8 +237,10 @@ def _release5(rope: Rope, family: "Family") -> dict[str, Any]:
     return {"rope_theta": rope.theta, **share, **rope.scaling}
 
 
-def check_ropes(module: "nn.Module", ropes: Mapping[str, Rope], head_dim: int) -> None:
-    """Make sure that the rotary modules in `module`, built by transformers, turn at the frequencies of `ropes`.
+def check_ropes(module: "nn.Module", ropes: Mapping[str, Rope], head_dim: int, unused: Collection[str] = ()) -> None:
+    """Make sure that the rotary modules in `module`, built by transformers, rotate at the frequencies of `ropes`.
+
+    Kinds that no block is of are `unused`: they may be missing.
 
     Raises:
         CheckpointError: when one does not, or one of `ropes` is in no module.
@@ -259,7 +261,7 @@ def check_ropes(module: "nn.Module", ropes: Mapping[str, Rope], head_dim: int) -
                     "please report this with the config.json and the version of transformers"
                 )
             met |= found
-    if met != set(wanted):
+    if not set(wanted) - set(unused) <= met:
         raise CheckpointError("the installed transformers makes no rotary positions of what it says of them")
 
 

@@ -36,7 +36,7 @@ file, a name with one of these is that of a missing file, any other that of a da
 """
 SEPARATOR = "\n\n"
 READER = b"2"
-"""Part of the cache's keys: counts how often the same source came to be read differently."""
+"""Part of the cache's keys; raised whenever the same source is read differently."""
 
 
 def read_text(source: str) -> str:
@@ -84,7 +84,7 @@ def _file_rows(path: Path) -> list[str]:
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """`datasets` does not log the errors that it raises, with their tracebacks: dispc tells them in one line."""
+    """Keep `datasets` from logging the errors that it raises with a traceback: dispc prints them in one line."""
     import datasets
 
     level = datasets.logging.get_verbosity()
@@ -122,7 +122,7 @@ def _column(rows: Any, source: str) -> list[str]:
 
 
 def load_tokens(source: str, model: Path, cache: Path | None = None) -> Tokens:
-    """The tokens of `source` in the words of the model's tokenizer, from the cache when they are there.
+    """The tokens of `source` by the model's tokenizer, from the cache when they are there.
 
     The cache is keyed by the text's source (content of a file, name of a dataset) and the tokenizer's files.
 

@@ -1,4 +1,4 @@
-"""`dispc.apply_masks`: a transformers model that anybody has loaded becomes the pruned one, for any trainer."""
+"""`dispc.apply_masks`: a loaded transformers model becomes the pruned one, for any trainer."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
-"""Weights read back from the integers that an artifact holds, and held against the weights that they stand for.
+"""Weights read back from the integers of an artifact, and compared with the weights that they stand for.
 
 GPTQ's integers depend on the text that it saw, those of the other searches on the last bits of their sums: they cannot
-be computed again. So the reference multiplies by the artifact's own; what they mean is written here once more, after
+be computed again. So the reference multiplies by the artifact's own; what they mean is written here again, from
 the definition of MatMulNBits, and integers that do not stand for the checkpoint's weights are an error.
 """
 

@@ -83,9 +83,11 @@ def zero_outside(model: nn.Module, family: Family, masks: Masks) -> None:
     for index, vectors in enumerate(_vectors(masks, next(model.parameters()).device)):
         block = model.get_submodule(family.block(index))
         for names, rows, columns in (
-            (family.attention_reads, None, "attention.read"), ((family.attention_out,), "attention.write", None),
-            (family.mlp_reads, "mlp.mid", "mlp.read"), ((family.down,), "mlp.write", "mlp.mid"),
-        ):  # fmt: skip
+            (family.attention_reads, None, "attention.read"),
+            ((family.attention_out,), "attention.write", None),
+            (family.mlp_reads, "mlp.mid", "mlp.read"),
+            ((family.down,), "mlp.write", "mlp.mid"),
+        ):
             for name in names:
                 layer: Any = block.get_submodule(name)
                 if columns:
@@ -167,8 +169,8 @@ def _vector(indices: Indices, width: int) -> Tensor:
 class _Read:
     """What a sub-layer's projections see of the residual stream x [..., d].
 
-    Its `readers` projections ask in turn with the same x: the answer is worked out for the first, and kept no longer
-    than until the last has it (activation checkpointing runs all of them again).
+    Its `readers` projections are called one after another with the same x: the result is computed for the first, and
+    kept until the last has it (activation checkpointing runs all of them again).
     """
 
     def __init__(self, see: Callable[[Tensor, Tensor], Tensor], read: Callable[[], Tensor], readers: int) -> None:

@@ -8,13 +8,14 @@ of one output, in blocks:
     w -> (clamp(round(w / scale + zero point), 0, 2^n - 1) - zero point) * scale
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from dispc.manifest import Manifest
 from dispc.masks import Block, Indices, Masks
 from dispc.model.families import Family, logits_multiplier
 from dispc.quantisation import HEAD_PRODUCT, Quantisation
@@ -29,20 +30,19 @@ def match_quantisation(
     model: Any,
     family: Family,
     masks: Masks,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     graph: Callable[[], ir.Model],
 ) -> None:
-    """Round the masked reference's weights as the artifact of `manifest` (its dispc.json) has them, if it has.
+    """Round the masked reference's weights as the artifact of `manifest` has them, if it has.
 
     `graph` loads the artifact's own, for the algorithms whose integers are read there.
 
     Raises:
         ArtifactError: when integers do not stand for the weights that they were made of.
     """
-    if manifest.get("quantisation"):
-        options = Quantisation(**manifest["quantisation"])
+    if options := manifest.quantisation:
         integers = read_integers(options, graph, family)
-        quantise_reference(model, family, masks, options, DTYPES[manifest["dtype"]].torch, integers)
+        quantise_reference(model, family, masks, options, DTYPES[manifest.dtype].torch, integers)
 
 
 def read_integers(quantisation: Quantisation, graph: Callable[[], ir.Model], family: Family) -> StoredIntegers | None:

@@ -18,7 +18,7 @@ from dispc.model.families import DecoderConfig
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a stored number is made of a weight."""
+    """How a stored number is computed from a weight."""
 
     offset: float = 0.0
     factor: float = 1.0

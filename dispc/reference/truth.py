@@ -1,8 +1,8 @@
-"""What the masked reference says of a text: in float64 for the truth, in the artifact's dtype for what that costs.
+"""The outputs of the masked reference for a text: in float64 as the truth, in the artifact's dtype for its own error.
 
 The model is read block by block: a block's weights are loaded, all texts go through it in every precision, and the
 weights are dropped. So float64 takes the memory of one block, whatever the size of the model, and logits are computed
-in pieces, for the positions that somebody asks about.
+in pieces, for the positions that are asked for.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
 TINY = float(np.finfo(np.float64).tiny)
 DRAWS = (0, 1, 2)
-"""Times that the reference is read in the artifact's dtype: one error is a sample, and may be small by luck."""
+"""Times that the reference is read in the artifact's dtype: one error is a sample, and may be small by chance."""
 LONG_TEXT, LONG_DRAWS = 256, (1, 2)
 """A text of more tokens is read less often: its many positions are samples too."""
 ULPS = {"float32": 2.0, "float16": 0.5, "bfloat16": 0.5}
@@ -57,8 +57,8 @@ class Precision:
 
     On the CPU a half-precision dtype is imitated: weights and every module's inputs and outputs are rounded to it and
     products are summed in float32, as GPU kernels do. torch's own float16 is ten times as slow there. From draw 1 on,
-    what goes into a module is off by up to ULPS units in the last place as well, at random: arithmetic that falls out
-    another way, as it does in other kernels.
+    what goes into a module is off by up to ULPS units in the last place as well, at random: as the
+    arithmetic of other kernels is.
     """
 
     dtype: torch.dtype
@@ -96,7 +96,7 @@ class Piece:
 
 
 class Answers:
-    """What the reference says of texts; a text that begins another is answered by that one."""
+    """The outputs of the reference for texts; those of a text that begins another are taken from that one."""
 
     def __init__(self, blocks: Blocks, readings: Mapping[Text, Sequence[Reading]], dtype: str) -> None:
         self.blocks, self.readings, self.dtype = blocks, readings, dtype
@@ -231,9 +231,9 @@ def _log_softmax(logits: Array) -> Array:
 
 @contextmanager
 def freed(model: nn.Module) -> Iterator[nn.Module]:
-    """The model for a while, and its weights no longer.
+    """The model, whose weights are freed at the end.
 
-    Masked models refer to themselves, and would wait for a collector that is slow.
+    Masked models refer to themselves, and would stay until the garbage collector runs.
     """
     try:
         yield model

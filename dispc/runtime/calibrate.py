@@ -18,7 +18,7 @@ from dispc.runtime.session import Array, Runner, open_session
 PREFIX = "inputs."
 Tokens = npt.NDArray[np.int64]
 Build = Callable[[Checkpoint, Masks, Plan, Path], object]
-"""Compiles a checkpoint with masks by a plan into a directory that is empty."""
+"""Compiles a checkpoint with masks by a plan into an empty directory."""
 
 
 def calibrate(checkpoint: Checkpoint, masks: Masks, windows: Tokens, build: Build) -> dict[str, Array]:

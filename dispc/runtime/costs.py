@@ -1,6 +1,6 @@
 """Measure what a selection costs on this machine and what a weight does, for the cost model of `dispc.selection`.
 
-Four chains of products take turns at one token and at a prompt. A link is two products, d -> m -> d::
+Four chains of products are timed alternately, with one token and with a prompt. A link is two products, d -> m -> d::
 
     whole    d -> m -> d
     less     d -> m' -> d            what the weights cost

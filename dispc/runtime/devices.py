@@ -1,4 +1,4 @@
-"""What the devices themselves can tell: their names, how fast they copy, the most memory that was taken."""
+"""Facts of the devices: their names, how fast they copy, the peak of memory."""
 
 import os
 import platform
@@ -107,7 +107,7 @@ def _fastest(copy: Callable[[], object]) -> float:
 
 
 def peak_resident_bytes() -> int | None:
-    """The most memory that this process had at once; None where the system does not say."""
+    """The most memory that this process had at once; None where it is not known."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:

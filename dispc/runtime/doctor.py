@@ -28,7 +28,7 @@ DEVICE_REMEDIES = (
     (r"CUDA failure 35\b|driver version is insufficient", "update the NVIDIA driver"),
     (r"CUDA failure 100\b|no CUDA-capable device", "no GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES"),
 )
-"""What the CUDA runtime says (cudaErrorInsufficientDriver, cudaErrorNoDevice) -> what to do about it."""
+"""Error of the CUDA runtime (cudaErrorInsufficientDriver, cudaErrorNoDevice) -> what to do about it."""
 PT_LOAD, PT_DYNAMIC, DT_NEEDED, DT_STRTAB = 1, 2, 1, 5
 """Numbers of the ELF format (man 5 elf)."""
 PACKAGES = (
@@ -129,13 +129,13 @@ def remedy(library: str) -> str:
 
 
 def cuda_reason(message: str) -> str:
-    """What the CUDA runtime said, out of the long line that ONNX Runtime makes of it."""
+    """The error of the CUDA runtime, out of the long line that ONNX Runtime makes of it."""
     found = re.search(r"CU(?:DA|BLAS|DNN) failure \d+: [^;]+", message)
     return found[0].strip() if found else message
 
 
 def driver_remedy(reason: str) -> str:
-    """What to do about a device that does not answer, from what the CUDA runtime says of it."""
+    """What to do about a device that does not answer, from the error of the CUDA runtime."""
     return next((what for pattern, what in DEVICE_REMEDIES if re.search(pattern, reason, re.IGNORECASE)), "")
 
 
@@ -190,7 +190,7 @@ def _session() -> Finding:
     graph = onnx.helper.make_graph([node], "doctor", [value("x")], [value("y")])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # the reason is found above; ONNX Runtime's own lines would tell it twice
+    options.log_severity_level = 4  # the reason is found above; ONNX Runtime would print it once more
     ort.set_default_logger_severity(4)
     try:
         session = ort.InferenceSession(

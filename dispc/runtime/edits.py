@@ -32,9 +32,14 @@ def load_graph(path: Path) -> ir.Model:
     require_beside(path, {str(tensor.location) for _, tensor in _stored_outside(model)})
     for value, tensor in _stored_outside(model):  # onnx_ir refuses links where it knows a base directory
         value.const_value = ir.ExternalTensor(
-            str(path.parent.absolute() / tensor.location), tensor.offset, tensor.length, tensor.dtype,
-            shape=tensor.shape, name=tensor.name or "", base_dir="",
-        )  # fmt: skip
+            str(path.parent.absolute() / tensor.location),
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=tensor.name or "",
+            base_dir="",
+        )
     return model
 
 
@@ -44,7 +49,7 @@ def _stored_outside(model: ir.Model) -> list[tuple[ir.Value, ir.ExternalTensor]]
 
 
 def serialise(model: ir.Model) -> tuple[bytes, set[Path]]:
-    """A graph that `load_graph` gave, for a session that is told the folder of its weights, and those folders.
+    """A graph of `load_graph` as bytes, and the folders of its weights, which a session has to be given.
 
     ONNX Runtime follows no links out of that folder: named are the files that they lead to.
     """
@@ -78,7 +83,7 @@ def with_float32_outputs(edit: Edit | None) -> Edit:
 
 
 def widen(model: ir.Model) -> ir.Model:
-    """Turn every half-precision tensor and type of `model` into float32, in place."""
+    """Make every half-precision tensor and type of `model` float32, in place."""
     halves, wide = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16), ir.DataType.FLOAT
     graph = model.graph
     for value in _values(graph):

@@ -1,8 +1,7 @@
 """How fast an artifact is, beside a dense one: measured in a process of its own, with nothing else in its memory.
 
-`python -m dispc.runtime.latency` reads a request as JSON from standard input and prints what it measured as JSON.
-Inputs and outputs stay on the device (IO binding). The two artifacts are timed in turns, so that a machine that slows
-down slows both.
+`python -m dispc.runtime.latency` reads a `Request` as JSON from standard input and prints `Latency` as JSON. Inputs and
+outputs stay on the device (IO binding). The two artifacts are timed alternately: a machine that slows down slows both.
 """
 
 import json
@@ -12,19 +11,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dispc.runtime.bound import BoundDecoder
-from dispc.runtime.profile import bytes_read, operator_times, shares_buffer
+from dispc.runtime.profile import OperatorTime, bytes_read, operator_times, shares_buffer
 from dispc.runtime.providers import PROVIDERS, Provider
-from dispc.runtime.session import Artifact
+from dispc.runtime.session import Artifact, Tokens
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError, DispcError
 from dispc.support.graph import EXTRACTOR
+from dispc.support.typed_json import OPTIONAL, from_json, to_json
 
 GATHERS = ("Gather", "GatherElements", "GatherND", "ScatterND", "ScatterElements", EXTRACTOR)
 
@@ -54,32 +53,67 @@ class LatencyOptions:
             raise ArtifactError(f"{path}: latency behind {longest} tokens, the model takes {positions}")
 
 
-def measure_latency(artifact: Path, dense: Path | None, options: LatencyOptions, provider: Provider) -> dict[str, Any]:
-    """Run the measurement in a process of its own; see `measure` for what it returns.
+@dataclass(frozen=True, kw_only=True)
+class LatencyRow:
+    """One case of one artifact (`artifact` or `dense`): percentiles in milliseconds.
+
+    A step has the bytes that it reads, per second, and as a share of what a copy moves.
+    """
+
+    artifact: str
+    name: str
+    p50: float
+    p90: float
+    p99: float
+    tokens_per_second: float
+    cuda_graph: bool
+    bytes_per_token: int | None = field(default=None, metadata=OPTIONAL)
+    bytes_per_second: float | None = field(default=None, metadata=OPTIONAL)
+    share_of_copy: float | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Everything that was timed, and on what.
+
+    `speedup` is that over the dense artifact, by row name; `operators` are the times by type while decoding;
+    `peak_bytes` is the most memory that the process had, before the dense artifact was loaded.
+    """
+
+    rows: tuple[LatencyRow, ...]
+    speedup: Mapping[str, float]
+    copy_bytes_per_second: float
+    peak_bytes: int | None
+    operators: tuple[OperatorTime, ...]
+    gather_scatter_share: float
+    provider: str
+    threads: int | None
+    threads_chosen_by: str
+    rounds: int
+    warmup: int
+    dense: str | None
+
+
+def measure_latency(artifact: Path, dense: Path | None, options: LatencyOptions, provider: Provider) -> Latency:
+    """Run `measure` in a process of its own.
 
     Raises:
-        ArtifactError: with the last line of what that process said.
+        ArtifactError: with the last line that the process wrote to standard error.
     """
-    request = {"artifact": str(artifact), "dense": dense and str(dense), "provider": provider.name} | asdict(options)
+    request = Request(str(artifact), str(dense) if dense else None, provider.name, options)
     command = [sys.executable, "-P", "-m", "dispc.runtime.latency"]  # -P: nothing of the folder that the user is in
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=json.dumps(to_json(request)), capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ArtifactError(f"{artifact}: latency could not be measured: {reason}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return from_json(Latency, json.loads(done.stdout), f"{artifact}: latency", ArtifactError)
 
 
-def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provider: Provider) -> dict[str, Any]:
-    """Times in milliseconds, a row for each artifact, batch and length; with CUDA graphs too where there is CUDA.
-
-    Returns `rows` (`p50`, `p90`, `p99`, `tokens_per_second`, for decoding `bytes_per_token` and `bytes_per_second`),
-    `copy_bytes_per_second` of the device, `peak_bytes`, `operators` (share of time by type while decoding) and
-    `gather_scatter_share`, `speedup` over the dense artifact by row name, and the threads.
-    """
+def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provider: Provider) -> Latency:
+    """A row for each artifact, batch and length; with CUDA graphs too where there is CUDA."""
     provider.preload()
     names = {"artifact": artifact} | ({"dense": dense} if dense else {})
-    rows: list[dict[str, Any]] = []
+    rows: list[LatencyRow] = []
     loaded: dict[str, list[TimedArtifact]] = {}
     peak: int | None = None
     for name, path in names.items():
@@ -104,28 +138,26 @@ def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provide
         past=max(options.pasts),
         rounds=options.rounds,
     )
-    gathers = sum(entry["share"] for entry in operators if entry["operator"] in GATHERS)
-    speedup = {}
-    for row in rows:
-        base = next((r for r in rows if r["artifact"] == "dense" and r["name"] == row["name"]), None)
-        if row["artifact"] == "artifact" and base:
-            speedup[row["name"]] = base["p50"] / row["p50"]
-        if "bytes_per_second" in row:
-            row["share_of_copy"] = row["bytes_per_second"] / copy
-    return {
-        "rows": rows,
-        "speedup": speedup,
-        "copy_bytes_per_second": copy,
-        "peak_bytes": peak,
-        "operators": operators,
-        "gather_scatter_share": gathers,
-        "provider": provider.name,
-        "threads": options.threads or os.cpu_count(),
-        "threads_chosen_by": "option" if options.threads else "ONNX Runtime",
-        "rounds": options.rounds,
-        "warmup": options.warmup,
-        "dense": dense and str(dense),
-    }
+    bases = {row.name: row.p50 for row in rows if row.artifact == "dense"}
+    return Latency(
+        rows=tuple(
+            row if row.bytes_per_second is None else replace(row, share_of_copy=row.bytes_per_second / copy)
+            for row in rows
+        ),
+        speedup={
+            row.name: bases[row.name] / row.p50 for row in rows if row.artifact == "artifact" and row.name in bases
+        },
+        copy_bytes_per_second=copy,
+        peak_bytes=peak,
+        operators=tuple(operators),
+        gather_scatter_share=sum(entry.share for entry in operators if entry.operator in GATHERS),
+        provider=provider.name,
+        threads=options.threads or os.cpu_count(),
+        threads_chosen_by="option" if options.threads else "ONNX Runtime",
+        rounds=options.rounds,
+        warmup=options.warmup,
+        dense=str(dense) if dense else None,
+    )
 
 
 class TimedArtifact:
@@ -165,7 +197,7 @@ class TimedArtifact:
         room = min(self.artifact.positions, capacity)
         return BoundDecoder(self.artifact, batch=batch, capacity=room, shared=self.shared, graph=self.graph)
 
-    def _tokens(self, batch: int, length: int) -> Any:
+    def _tokens(self, batch: int, length: int) -> Tokens:
         return self.rng.integers(0, self.vocabulary, (batch, length))
 
 
@@ -175,15 +207,13 @@ def _graphs(path: Path, provider: Provider) -> tuple[bool, ...]:
         return (False,)
     from dispc.manifest import read_manifest
 
-    manifest = read_manifest(path)
-    can = manifest["padding"] == "right" and manifest["attention"] == "GroupQueryAttention"
-    return (False, True) if can else (False,)
+    return (False, True) if read_manifest(path).shares_buffer else (False,)
 
 
 def time_case(
     loaded: Mapping[str, list[TimedArtifact]], kind: str, batch: int, length: int, options: LatencyOptions
-) -> list[dict[str, Any]]:
-    """Time one case (`first token` of a prompt, or `one token` behind others) on every session, in turns."""
+) -> list[LatencyRow]:
+    """Time one case (`first token` of a prompt, or `one token` behind others) on all sessions, alternately."""
     cases: list[tuple[str, str, TimedArtifact, Callable[[], None]]] = []
     for name, sessions in loaded.items():
         for session in sessions:
@@ -205,46 +235,55 @@ def time_case(
     for (name, title, session, _), found in zip(cases, times, strict=True):
         p50, p90, p99 = np.percentile(found[options.warmup :], (50, 90, 99))
         tokens = batch * (length if kind == "first token" else 1)
-        row = {
-            "artifact": name,
-            "name": title,
-            "p50": float(p50),
-            "p90": float(p90),
-            "p99": float(p99),
-            "tokens_per_second": 1000 * tokens / float(p50),
-            "cuda_graph": session.graph,
-        }
-        if kind == "one token":
-            read = session.step_bytes(batch, length)
-            row |= {"bytes_per_token": read, "bytes_per_second": 1000 * read / float(p50)}
-        rows.append(row)
+        read = session.step_bytes(batch, length) if kind == "one token" else None
+        rows.append(
+            LatencyRow(
+                artifact=name,
+                name=title,
+                p50=float(p50),
+                p90=float(p90),
+                p99=float(p99),
+                tokens_per_second=1000 * tokens / float(p50),
+                cuda_graph=session.graph,
+                bytes_per_token=read,
+                bytes_per_second=None if read is None else 1000 * read / float(p50),
+            )
+        )
     return rows
 
 
-def judge_latency(found: dict[str, Any]) -> list[Check]:
-    """What was measured, told and not judged: `--baseline` judges."""
+def judge_latency(found: Latency) -> list[Check]:
+    """A note for each time of the artifact; only `--baseline` judges them."""
     checks = []
-    for row in found["rows"]:
-        if row["artifact"] == "artifact":
-            detail = f"p90 {row['p90']:.2f}, p99 {row['p99']:.2f} ms, {row['tokens_per_second']:,.1f} tokens/s"
-            if row["name"] in found["speedup"]:
-                detail += f", {found['speedup'][row['name']]:.2f}x as fast as dense"
-            if "share_of_copy" in row:
-                detail += f", {row['bytes_per_second'] / 1e9:.1f} GB/s ({100 * row['share_of_copy']:.0f} % of a copy)"
-            checks.append(Check.against(row["name"], "latency", row["p50"], None, "ms", detail))
+    for row in found.rows:
+        if row.artifact == "artifact":
+            detail = f"p90 {row.p90:.2f}, p99 {row.p99:.2f} ms, {row.tokens_per_second:,.1f} tokens/s"
+            if row.name in found.speedup:
+                detail += f", {found.speedup[row.name]:.2f}x as fast as dense"
+            if row.bytes_per_second is not None and row.share_of_copy is not None:
+                detail += f", {row.bytes_per_second / 1e9:.1f} GB/s ({100 * row.share_of_copy:.0f} % of a copy)"
+            checks.append(Check.against(row.name, "latency", row.p50, None, "ms", detail))
     return checks
 
 
+@dataclass(frozen=True)
+class Request:
+    """What the process of its own is given: paths, the provider's name, and what to time."""
+
+    artifact: str
+    dense: str | None
+    provider: str
+    options: LatencyOptions
+
+
 def main() -> None:
-    request = json.load(sys.stdin)
-    artifact, dense, provider = (request.pop(name) for name in ("artifact", "dense", "provider"))
-    lengths: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in request.items()}
-    options = LatencyOptions(**lengths)
     try:
-        found = measure(Path(artifact), Path(dense) if dense else None, options, PROVIDERS[provider])
+        request = from_json(Request, json.load(sys.stdin), "the request", ArtifactError)
+        dense = Path(request.dense) if request.dense else None
+        found = measure(Path(request.artifact), dense, request.options, PROVIDERS[request.provider])
     except DispcError as error:
         sys.exit(str(error))
-    print(json.dumps(found))
+    print(json.dumps(to_json(found)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Will the dense reference fit into memory? Asked before the work, not after it."""
+"""Does the dense reference fit into memory? Checked before the work starts."""
 
 import math
 from pathlib import Path
@@ -24,7 +24,7 @@ def needed_memory(checkpoint: Checkpoint, *, whole: bool = False, logits: int = 
 
 
 def require_memory_for_reference(checkpoint: Checkpoint, *, whole: bool = False, logits: int = 0) -> None:
-    """Refuse to start what cannot finish.
+    """Refuse a validation that cannot finish.
 
     Raises:
         ArtifactError: when the reference and the artifact do not fit into free memory together.
@@ -45,7 +45,7 @@ CGROUPS = (
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without swapping, in a container within its limit; None where the system does not say."""
+    """Bytes that can be had without swapping, in a container within its limit; None where it is not known."""
     found = [free for free in (_free_memory(), *(_free_in(*paths) for paths in CGROUPS)) if free is not None]
     return min(found, default=None)
 

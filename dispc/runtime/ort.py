@@ -1,4 +1,4 @@
-"""ONNX Runtime, imported in one place: where its installation is broken, with one line that says what mends it.
+"""ONNX Runtime, imported in one place: a broken installation is one line that says how to repair it.
 
 Raises:
     DispcError: on import, when ONNX Runtime cannot be used.

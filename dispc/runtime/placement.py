@@ -56,8 +56,12 @@ class Placement:
         """Copies between devices in the graph that is run."""
         return [name for name, op_type in self.optimised.items() if op_type.startswith("Memcpy")]
 
-    def as_dict(self) -> dict[str, Any]:
-        found = {"provider": self.provider.name, "assigned": self.assigned, "optimised": self.optimised}
+    def as_dict(self) -> dict[str, object]:
+        found: dict[str, object] = {
+            "provider": self.provider.name,
+            "assigned": self.assigned,
+            "optimised": self.optimised,
+        }
         return found | {"nodes": self.nodes, "unexpected": self.strays, "copies": self.copies}
 
 
@@ -108,7 +112,7 @@ def shape_arithmetic(model: ir.Model) -> set[str]:
 
 def judge_placement(artifact: Artifact) -> tuple[Placement | None, Check]:
     """Where the nodes of a loaded artifact are, and whether they may be there."""
-    target = TARGETS.get(artifact.manifest["target"])
+    target = TARGETS.get(artifact.manifest.target)
     wanted = PROVIDERS[target.provider] if target else artifact.provider
     if artifact.widened or wanted != artifact.provider:
         reason = f"judged on {artifact.provider}; the target's is {wanted}"

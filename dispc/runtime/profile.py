@@ -5,8 +5,8 @@ import statistics
 import tempfile
 from bisect import bisect_right
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -34,13 +34,19 @@ def bytes_read(path: Path) -> int:
     return total
 
 
+@dataclass(frozen=True)
+class OperatorTime:
+    """Time of all nodes of one operator type in a step (the median over the steps), and its share of the step."""
+
+    operator: str
+    milliseconds: float
+    share: float
+
+
 def operator_times(
     path: Path, provider: Provider, *, threads: int, batch: int, past: int, rounds: int
-) -> list[dict[str, Any]]:
-    """Time by operator type over `rounds` single steps behind `past` tokens, by ONNX Runtime's profiler.
-
-    Entries have `operator`, `milliseconds` (the median over the steps) and `share`.
-    """
+) -> list[OperatorTime]:
+    """Time by operator type over `rounds` single steps behind `past` tokens, by ONNX Runtime's profiler."""
     with tempfile.TemporaryDirectory(prefix="dispc-profile-") as scratch:
         prefix = Path(scratch) / "profile"
         artifact = Artifact(path, threads, provider=provider, profile=prefix)
@@ -60,11 +66,11 @@ def operator_times(
     middle = {name: statistics.median(times) for name, times in spent.items()}
     total = sum(middle.values()) or 1.0
     return [
-        {"operator": name, "milliseconds": duration, "share": duration / total}
+        OperatorTime(name, duration, duration / total)
         for name, duration in sorted(middle.items(), key=lambda entry: -entry[1])
     ]
 
 
 def shares_buffer(artifact: Artifact) -> bool:
     """Past and present may be one buffer."""
-    return artifact.padding == "right" and artifact.manifest["attention"] == "GroupQueryAttention"
+    return artifact.manifest.shares_buffer

@@ -1,4 +1,4 @@
-"""The execution providers of ONNX Runtime that artifacts run on: one row each. Nothing else tells them apart.
+"""The execution providers of ONNX Runtime that artifacts run on: one row each. Nothing else compares their names.
 
 To add one, add its row, and a target in `dispc.plan` that names it.
 """
@@ -56,7 +56,7 @@ class Provider:
         """Raise ArtifactError when it does not load here: `what` wanted it, `remedy` is what to do instead."""
         if problem := self.problem():
             raise ArtifactError(
-                f"{what}, {self.title} does not load here: {problem}; dispc doctor tells more, {remedy}"
+                f"{what}, {self.title} does not load here: {problem}; dispc doctor has details, {remedy}"
             )
 
     def genai_options(self, *, graph: bool, dtype: str) -> list[dict[str, Any]]:

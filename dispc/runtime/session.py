@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dispc.lowerings import LOWERINGS
-from dispc.manifest import read_manifest
+from dispc.manifest import Manifest, read_manifest
 from dispc.plan import TARGETS
 from dispc.runtime.edits import Edit, exactly_comparable, load_graph, serialise, widen, with_float32_outputs
 from dispc.runtime.ort import ort
@@ -51,18 +51,19 @@ class Artifact:
     ) -> None:
         self.directory = directory
         self.manifest = read_manifest(directory)
-        self.padding: str = self.manifest["padding"]
-        self.dtype: str = self.manifest["dtype"]
-        self.positions: int = self.manifest["positions"]
-        self.stop_tokens = frozenset(self.manifest["stop_tokens"])
+        self.padding = self.manifest.padding
+        self.dtype = self.manifest.dtype
+        self.positions = self.manifest.positions
+        self.stop_tokens = frozenset(self.manifest.stop_tokens)
         self.provider = provider
         self.widened = is_widened(self.manifest, provider) if widened is None else widened
         path = directory / "model.onnx"
         if not path.exists():
             raise ArtifactError(f"{path}: no such file")
         require_beside(path, weight_files(read_graph(path)))
-        self.int8_activations = bool((self.manifest.get("quantisation") or {}).get("int8_activations"))
-        self.last_logits = self.manifest.get("logits") == "last"
+        quantisation = self.manifest.quantisation
+        self.int8_activations = quantisation is not None and quantisation.int8_activations
+        self.last_logits = self.manifest.logits == "last"
         if exact and (self.int8_activations or self.last_logits):
             edit = exactly_comparable(edit)
         if self.dtype == "bfloat16" and not self.widened:
@@ -106,15 +107,15 @@ class Artifact:
         return logits[:, -1], State(caches, mask, lengths)
 
 
-def is_widened(manifest: dict[str, Any], provider: Provider) -> bool:
+def is_widened(manifest: Manifest, provider: Provider) -> bool:
     """Whether `provider` runs an artifact with its weights widened to float32."""
-    if manifest["dtype"] not in provider.dtypes:
+    if manifest.dtype not in provider.dtypes:
         return True
-    target = TARGETS.get(manifest["target"])
+    target = TARGETS.get(manifest.target)
     foreign = target is not None and target.provider != provider.name
-    half = manifest["dtype"] != "float32"
-    lowering = LOWERINGS.get(manifest["lowering"]["name"])
-    runs = lowering is not None and lowering.runs(provider.name, manifest["dtype"])
+    half = manifest.dtype != "float32"
+    lowering = LOWERINGS.get(manifest.lowering.name)
+    runs = lowering is not None and lowering.runs(provider.name, manifest.dtype)
     return provider.fallback and half and (foreign or not runs)
 
 
@@ -226,10 +227,10 @@ def open_session(
         ArtifactError: when the model cannot be loaded, or not on that provider.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # what fails is raised, and told in one line
+    options.log_severity_level = 4  # errors are raised, and printed in one line
     options.intra_op_num_threads = threads
     entries = dict(config or {})
-    if threads:  # somebody times this session, perhaps in turns with others: spin, but only while it runs
+    if threads:  # this session is timed, perhaps alternately with others: spin, but only while it runs
         entries.setdefault("session.force_spinning_stop", "1")
     else:  # let waiting threads sleep, others may want the cores
         entries.setdefault("session.intra_op.allow_spinning", "0")

@@ -2,7 +2,7 @@
 
 Which lowering is fastest depends on the device and on the widths. Each candidate becomes a small artifact of some
 blocks of the model, with their own weights and sets but next to no vocabulary (the head would hide the difference); all
-are loaded, and take turns at a prompt and at single tokens.
+are loaded, and run a prompt and single tokens alternately.
 """
 
 import os
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from dispc.lowerings import LOWERINGS
+from dispc.manifest import Tuning
 from dispc.masks import Block, Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import DecoderConfig, keep_blocks
@@ -32,7 +33,7 @@ PROMPT, PAST = 128, 64
 MARGIN = 0.05
 """Another lowering must be faster than the default by more than this share; less is noise."""
 Build = Callable[[Checkpoint, Masks, Plan, Path], object]
-"""Compiles a checkpoint with masks by a plan into a directory that is empty."""
+"""Compiles a checkpoint with masks by a plan into an empty directory."""
 DECODING, PREFILL = "one_token", "first_token"
 
 
@@ -70,9 +71,7 @@ class SomeBlocks(Checkpoint):
         return self.whole.find(name)
 
 
-def tune(
-    checkpoint: Checkpoint, masks: Masks, target: str, choices: Choices, build: Build
-) -> tuple[Plan, dict[str, Any]]:
+def tune(checkpoint: Checkpoint, masks: Masks, target: str, choices: Choices, build: Build) -> tuple[Plan, Tuning]:
     """The plan with the lowering that is fastest here (`choose`), and the record of how it was chosen.
 
     The plan's `costs` are those of this machine, unless the weights are integers, which are never filled with zeros.
@@ -92,7 +91,7 @@ def tune(
     if not pruned:
         raise CompileError("--tune: no sub-layer reads or writes a part of the stream; all lowerings are alike")
     places = np.linspace(0, len(pruned) - 1, min(BLOCKS, len(pruned))).round().astype(int)
-    blocks = tuple(pruned[place] for place in places)
+    blocks = tuple(pruned[int(place)] for place in places)
     part = SomeBlocks(checkpoint, blocks)
     kept = replace(masks, blocks=tuple(masks.blocks[block] for block in blocks))
     costs = default.costs if choices.quantisation else fit_costs(masks.hidden_size, default, os.cpu_count() or 1)
@@ -104,12 +103,12 @@ def tune(
         raise CompileError(f"--tune: {tempfile.gettempdir()}: {error.strerror or error}") from error
     # Where there is nothing to fill, zero-filled is inverse-gather.
     best, reason = choose(milliseconds, default.lowering.name if default.lowering.name in plans else "inverse-gather")
-    record = {
-        "blocks": list(blocks),
-        "threads": os.cpu_count(),
-        "device": PROVIDERS[default.target.provider].processor(),
-        "milliseconds": milliseconds,
-    }
+    record = Tuning(
+        blocks=blocks,
+        threads=os.cpu_count(),
+        device=PROVIDERS[default.target.provider].processor(),
+        milliseconds=milliseconds,
+    )
     return replace(plans[best], reason=reason), record
 
 
@@ -191,6 +190,6 @@ def time_lowerings(artifacts: dict[str, Path], plan: Plan, positions: int) -> di
     milliseconds: dict[str, dict[str, float]] = {name: {} for name in artifacts}
     for kind, length, label in (("first token", prompt, PREFILL), ("one token", past, DECODING)):
         for row in time_case(loaded, kind, 1, length, options):  # of two rows that with the CUDA graph is the last
-            milliseconds[row["artifact"]][label] = round(row["p50"], 4)
+            milliseconds[row.artifact][label] = round(row.p50, 4)
     del ballast
     return milliseconds

@@ -1,7 +1,8 @@
-"""One check: a figure against its limit. What measures makes them, what judges collects them."""
+"""One check: a figure against its limit. Whoever measures makes them, `validate` collects them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 Status = Literal["passed", "failed", "skipped", "noted"]
 
@@ -10,7 +11,7 @@ Status = Literal["passed", "failed", "skipped", "noted"]
 class Check:
     """One figure against its limit, in `unit`. Without a limit it is noted and cannot fail.
 
-    `detail` says what was run, or why it was skipped or failed; `figures` holds more numbers for programs.
+    `detail` names what was run, or why it was skipped or failed; `figures` holds more numbers for programs.
     """
 
     name: str
@@ -20,7 +21,7 @@ class Check:
     figure: float | None = None
     limit: float | None = None
     unit: str = ""
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -28,7 +29,7 @@ class Check:
 
     @staticmethod
     def against(
-        name: str, group: str, figure: float, limit: float | None, unit: str, detail: str, **figures: Any
+        name: str, group: str, figure: float, limit: float | None, unit: str, detail: str, **figures: object
     ) -> "Check":
         """Passed when `figure` is at most `limit`; NaN is not."""
         status: Status = "noted" if limit is None else "passed" if figure <= limit else "failed"

@@ -56,7 +56,7 @@ def staged_directory(out: Path, force: bool, marker: str = ARTIFACT, foreign: Fo
         named = [str(name) for name in (error.filename, error.filename2) if name]
         ours = [name for name in named if Path(name).absolute().is_relative_to(stage) or name == str(out)]
         if named and not ours:
-            raise  # of a file that was read, or written elsewhere: told as what it is
+            raise  # of a file that was read, or written elsewhere: reported as such
         where = (ours or [str(out)])[0].replace(str(stage), str(out))
         reason = error.strerror or f"{error}; is the disk full?"  # numpy says how many values it wrote, and not why
         raise ArtifactError(f"{where}: cannot be written ({reason})") from error

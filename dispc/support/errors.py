@@ -39,11 +39,11 @@ class DataError(DispcError):
 
 
 class LearnError(DispcError):
-    """Mask learning cannot start, go on, or be resumed."""
+    """Mask learning cannot start, continue or be resumed."""
 
 
 class Interrupted(DispcError):
-    """A signal stopped the work at a point from which it can go on; the command exits with 128 + `signum`."""
+    """A signal stopped the work at a point from which it can be resumed; the command exits with 128 + `signum`."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Optional packages: asked for by name when a command needs one, and refused with the command that brings it."""
+"""Optional packages: a command that needs a missing one ends with the line that installs it."""
 
 import importlib.util
 

@@ -1,7 +1,7 @@
-"""Files that others wrote: looked at before they are read.
+"""Files that others wrote: checked before they are read.
 
-A named pipe would be waited for, /dev/zero read for ever, a file of gigabytes put into memory: what is to be read at
-once is a regular file of a sensible size, or an error.
+Reading a named pipe would block, /dev/zero never end, a file of gigabytes fill the memory: what is read at once must be
+a regular file of a sensible size.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""onnx.checker, told about the one operator that ONNX Runtime keeps in ONNX's own domain."""
+"""onnx.checker with a schema for the one operator that ONNX Runtime keeps in ONNX's own domain."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Work in whose middle an interrupt must not be raised."""
+"""Work that an interrupt must not stop halfway."""
 
 import signal
 import threading
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 # What was ignored when the process started (SIGHUP under nohup, SIGINT in a script's background job) stays ignored,
-# here and in `main`: whoever did that wants the work to go on.
+# here and in `main`: whoever did that wants the work to continue.
 ENDING = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 """Ctrl-C, `kill`, and a terminal that was closed."""
 
@@ -22,7 +22,7 @@ def _handlers() -> dict[int, Callable[..., Any]]:
 def note_signals() -> Iterator[Callable[[], int | None]]:
     """Note the signals that end a process, for a body that asks where it can stop: the value is the first, or None.
 
-    The second is for those who do not want to wait: it does what it did outside of the body.
+    A second signal, of somebody who does not want to wait, is handled as it is outside of the body.
     """
     noted: list[int] = []
     handlers = _handlers()
@@ -45,8 +45,8 @@ def note_signals() -> Iterator[Callable[[], int | None]]:
 def hold_signals() -> Iterator[Callable[[], bool]]:
     """Keep the signals that end a process waiting until the end of the body; the value says whether one waits.
 
-    Python raises an interrupt between any two instructions: in a thread pool's own code that leaves a lock behind for
-    which everybody waits, in a cleanup it leaves files behind.
+    Python raises an interrupt between any two instructions: in a thread pool's own code that leaves a lock taken for
+    ever, in a cleanup it leaves files behind.
     """
     waiting: list[int] = []
     handlers = _handlers()

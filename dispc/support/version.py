@@ -1,3 +1,3 @@
-"""The version of dispc, for everybody who writes it down."""
+"""The version of dispc."""
 
 __version__ = "0.1.0"

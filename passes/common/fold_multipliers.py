@@ -7,7 +7,7 @@ from dispc.model.families import DecoderConfig
 from dispc.model.weights import rebind, weight_of
 from dispc.passes.base import RewritePass
 from dispc.passes.common.packing import projection_of
-from dispc.support.graph import HEAD, add_initializer, drop_unused_initializers, make_node, remove_dead
+from dispc.support.graph import HEAD, add_initializer, make_node, remove_dead
 
 
 class FoldMultipliersPass(RewritePass):
@@ -68,5 +68,4 @@ class FoldMultipliersPass(RewritePass):
             ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
             remove_dead(graph, [node])
             count += 1
-        drop_unused_initializers(graph)
         return count

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnxscript.rewriter import RewriteRule, RewriteRuleSet
 
 from dispc.passes.base import RewritePass
-from dispc.support.graph import MICROSOFT, drop_unused_initializers
+from dispc.support.graph import MICROSOFT
 
 RULE = "pkg.onnxscript.rewriter.rule_name"
 """Metadata key by which onnxscript marks the nodes it made."""
@@ -32,5 +32,4 @@ class PatternPass(RewritePass):
                     value.name = f"{node.name}_{value.name}"
         if count:
             model.graph.opset_imports[MICROSOFT] = 1
-            drop_unused_initializers(model.graph)
         return count

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
+from dispc.manifest import Needs
 from dispc.support.errors import CompileError
 from dispc.support.graph import MACHINE_LEARNING, MICROSOFT, SIMPLIFIED_NORM
 
@@ -127,8 +128,8 @@ def _type_name(dtype: ir.DataType) -> str:
     return {ir.DataType.FLOAT: "float", ir.DataType.DOUBLE: "double"}.get(dtype, dtype.name.lower())
 
 
-def needs(model: ir.Model) -> dict[str, int | str]:
-    """What dispc.json says about versions: `opset`, `ir_version`, and the first `onnxruntime` (such as `1.18`).
+def needs(model: ir.Model) -> Needs:
+    """The opset, the IR version, and the first ONNX Runtime that runs the graph.
 
     Raises:
         CompileError: for an operator outside of the standard without a row in `KERNELS`.
@@ -142,7 +143,7 @@ def needs(model: ir.Model) -> dict[str, int | str]:
                 f"{node.name}: no row of KERNELS says which ONNX Runtime has {node.domain}.{node.op_type}"
             )
         versions |= {row.onnxruntime for row in rows if row.when(node)}
-    return {"opset": opset, "ir_version": model.ir_version, "onnxruntime": max(versions, key=version_key)}
+    return Needs(opset=opset, ir_version=model.ir_version or 0, onnxruntime=max(versions, key=version_key))
 
 
 def version_key(version: str) -> tuple[int, ...]:

@@ -2,14 +2,12 @@
 
 import onnx_ir as ir
 
-from dispc.masks import Masks
-from dispc.model.families import DecoderConfig
-from dispc.passes.base import RewritePass
+from dispc.passes.base import BlockPass
 from dispc.passes.common.packing import pack, projection_of
-from dispc.support.graph import drop_unused_initializers, make_node, remove_dead, scope
+from dispc.support.graph import make_node, remove_dead, scope
 
 
-class FuseGateUpPass(RewritePass):
+class FuseGateUpPass(BlockPass):
     """The two projections that a gated MLP reads with become one.
 
     Before::
@@ -23,11 +21,6 @@ class FuseGateUpPass(RewritePass):
     """
 
     name = "fuse-gate-up"
-
-    def __init__(self, config: DecoderConfig, masks: Masks) -> None:
-        super().__init__()
-        self.config = config
-        self.masks = masks
 
     def _pairs(self, graph: ir.Graph) -> list[tuple[str, ir.Value, ir.Value]]:
         """MLP module, output of gate, output of up; for every block that still has them."""
@@ -70,5 +63,4 @@ class FuseGateUpPass(RewritePass):
                 ir.convenience.replace_all_uses_with(old, new)
                 remove_dead(graph, [node for node in (producer,) if node is not None])
             count += 1
-        drop_unused_initializers(graph)
         return count

@@ -2,18 +2,16 @@
 
 import onnx_ir as ir
 
-from dispc.masks import Masks
-from dispc.model.families import DecoderConfig
-from dispc.passes.base import RewritePass
+from dispc.passes.base import BlockPass
 from dispc.passes.common.packing import pack, projection_of
 from dispc.support.errors import CompileError
-from dispc.support.graph import drop_unused_initializers, remove_dead
+from dispc.support.graph import remove_dead
 
 HEAD_NORMS = ("q_norm.weight", "k_norm.weight")
 """Weights of norms that queries and keys pass through, whatever family they are in."""
 
 
-class FuseQkvPass(RewritePass):
+class FuseQkvPass(BlockPass):
     """The three projections in front of GroupQueryAttention become one, whose output the operator takes packed.
 
     Before (S1 is the read set that all three share)::
@@ -33,11 +31,6 @@ class FuseQkvPass(RewritePass):
 
     name = "fuse-qkv"
 
-    def __init__(self, config: DecoderConfig, masks: Masks) -> None:
-        super().__init__()
-        self.config = config
-        self.masks = masks
-
     def expected(self, model: ir.Model) -> int:
         """Every attention that is left, but those with norms of their heads, or with a rotation that was not fused."""
         numbers = [number for number, block in enumerate(self.masks.blocks) if block.attention.alive]
@@ -45,9 +38,14 @@ class FuseQkvPass(RewritePass):
         if len(kernels) != len(numbers):
             raise CompileError(f"pass {self.name}: {len(kernels)} attentions where {len(numbers)} are left")
         weights = model.graph.initializers
-        normed = {number for number in numbers if any(
-            name.startswith(f"{self.config.family.block(number)}.") and name.endswith(HEAD_NORMS) for name in weights
-        )}  # fmt: skip
+        normed = {
+            number
+            for number in numbers
+            if any(
+                name.startswith(f"{self.config.family.block(number)}.") and name.endswith(HEAD_NORMS)
+                for name in weights
+            )
+        }
         return sum(
             number not in normed and ("do_rotary" in kernel.attributes or not self.config.rotates(number))
             for number, kernel in zip(numbers, kernels, strict=True)
@@ -73,7 +71,6 @@ class FuseQkvPass(RewritePass):
             kernel.attributes["scale"] = ir.AttrFloat32("scale", scale)
             remove_dead(graph, [node for node in old if node is not None])
             count += 1
-        drop_unused_initializers(graph)
         return count
 
 

@@ -2,9 +2,7 @@
 
 import onnx_ir as ir
 
-from dispc.masks import Masks
-from dispc.model.families import DecoderConfig
-from dispc.passes.base import RewritePass
+from dispc.passes.base import BlockPass
 from dispc.support.errors import CompileError
 from dispc.support.graph import remove_dead
 
@@ -12,7 +10,7 @@ HEAD_MULTIPLE, CACHE_MULTIPLE = 16, 8
 """What the kernels rotate: head sizes, and widths of the cos and sin caches (half the rotary dimensions)."""
 
 
-class FuseRotaryPass(RewritePass):
+class FuseRotaryPass(BlockPass):
     """RotaryEmbedding nodes in front of GroupQueryAttention become its attribute `do_rotary`.
 
     Before (cos and sin are [positions, rotary dimensions / 2], with rope scaling in them)::
@@ -24,7 +22,7 @@ class FuseRotaryPass(RewritePass):
 
         query, key, value, ..., cos, sin -> GroupQueryAttention(do_rotary=1)
 
-    1. Partial rotary is told by the width of the caches.
+    1. The width of the caches says how many dimensions of a head rotate.
     2. For padding on the right only: there the operator, which counts positions from the length of each row, counts as
        position_ids do. A mask with zeros anywhere (`--padding left`) needs them, and the operator's own input of that
        name does not do: of a first prompt the CPU kernel (ONNX Runtime 1.31) takes one number for all rows and counts
@@ -34,11 +32,6 @@ class FuseRotaryPass(RewritePass):
     """
 
     name = "fuse-rotary"
-
-    def __init__(self, config: DecoderConfig, masks: Masks) -> None:
-        super().__init__()
-        self.config = config
-        self.masks = masks
 
     def expected(self, model: ir.Model) -> int:
         """One for every attention that is left, in a family that rotates, where the kernels can."""
@@ -54,9 +47,10 @@ class FuseRotaryPass(RewritePass):
         possible = self.config.head_dim % HEAD_MULTIPLE == 0 and all(width % CACHE_MULTIPLE == 0 for width in widths)
         if not possible:
             self.leave(
-                "every attention", f"head size {self.config.head_dim}, of which {2 * max(widths)} rotate; the kernels "
-                f"rotate multiples of {HEAD_MULTIPLE} and of {2 * CACHE_MULTIPLE}"
-            )  # fmt: skip
+                "every attention",
+                f"head size {self.config.head_dim}, of which {2 * max(widths)} rotate; the kernels "
+                f"rotate multiples of {HEAD_MULTIPLE} and of {2 * CACHE_MULTIPLE}",
+            )
         return possible
 
     def _rotations(self) -> int:

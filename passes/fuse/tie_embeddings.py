@@ -4,7 +4,7 @@ import onnx_ir as ir
 
 from dispc.passes.base import RewritePass
 from dispc.support.errors import CompileError
-from dispc.support.graph import HEAD, MICROSOFT, drop_unused_initializers, make_node, replace_node
+from dispc.support.graph import HEAD, MICROSOFT, make_node, replace_node
 
 
 class TieEmbeddingsPass(RewritePass):
@@ -57,5 +57,4 @@ class TieEmbeddingsPass(RewritePass):
             turn = make_node("Transpose", [embedding], "/lm_head/Transpose", attributes={"perm": [1, 0]})
             graph.insert_before(matmul, turn)
             matmul.replace_input_with(1, turn.outputs[0])
-        drop_unused_initializers(graph)
         return 1

@@ -3,20 +3,12 @@
 import numpy as np
 import onnx_ir as ir
 
-from dispc.masks import Masks
-from dispc.passes.base import RewritePass
 from dispc.passes.common.canonical import find_selections, part_reads, part_writes
-from dispc.support.graph import (
-    EXTRACTOR,
-    MACHINE_LEARNING,
-    add_initializer,
-    drop_unused_initializers,
-    make_node,
-    replace_node,
-)
+from dispc.passes.lower.selection import SelectionPass
+from dispc.support.graph import EXTRACTOR, MACHINE_LEARNING, add_initializer, make_node, replace_node
 
 
-class FeatureExtractorPass(RewritePass):
+class FeatureExtractorPass(SelectionPass[ir.Node]):
     """A Gather along the last axis becomes ai.onnx.ml.ArrayFeatureExtractor, which does the same.
 
     Before (of a read set, and of the inverse index of a write set)::
@@ -33,23 +25,16 @@ class FeatureExtractorPass(RewritePass):
 
     name = "feature-extractor"
 
-    def __init__(self, masks: Masks) -> None:
-        super().__init__()
-        self.masks = masks
-
     def expected(self, model: ir.Model) -> int:
         return part_reads(self.masks) + part_writes(self.masks)
 
-    def rewrite(self, model: ir.Model) -> int:
-        graph = model.graph
-        selections = find_selections(graph)
-        for node in selections:
-            indices = node.inputs[1]
-            assert indices is not None and indices.const_value is not None and indices.name is not None
-            wide = add_initializer(graph, f"{indices.name}.int64", indices.const_value.numpy().astype(np.int64))
-            name = (node.name or "").removesuffix("Gather") + EXTRACTOR
-            replace_node(graph, node, make_node(EXTRACTOR, [node.inputs[0], wide], name, domain=MACHINE_LEARNING))
-        if selections:
-            graph.opset_imports[MACHINE_LEARNING] = 1
-        drop_unused_initializers(graph)
-        return len(selections)
+    def find(self, graph: ir.Graph) -> list[ir.Node]:
+        return find_selections(graph)
+
+    def replace(self, graph: ir.Graph, site: ir.Node) -> None:
+        indices = site.inputs[1]
+        assert indices is not None and indices.const_value is not None and indices.name is not None
+        wide = add_initializer(graph, f"{indices.name}.int64", indices.const_value.numpy().astype(np.int64))
+        name = (site.name or "").removesuffix("Gather") + EXTRACTOR
+        replace_node(graph, site, make_node(EXTRACTOR, [site.inputs[0], wide], name, domain=MACHINE_LEARNING))
+        graph.opset_imports[MACHINE_LEARNING] = 1

@@ -4,13 +4,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from dispc.masks import Indices, Masks
-from dispc.passes.base import RewritePass
+from dispc.masks import Indices
 from dispc.passes.common.canonical import Write, find_writes, part_writes
-from dispc.support.graph import add_initializer, drop_unused_initializers, make_node
+from dispc.passes.lower.selection import SelectionPass
+from dispc.support.graph import add_initializer, make_node
 
 
-class InverseGatherPass(RewritePass):
+class InverseGatherPass(SelectionPass[Write]):
     """ScatterND(add) becomes Gather and Add.
 
     Before (w indices to write, d the width of the stream r)::
@@ -28,28 +28,19 @@ class InverseGatherPass(RewritePass):
     name = "inverse-gather"
     option_names = ("multiple",)
 
-    def __init__(self, masks: Masks, multiple: int = 8) -> None:
-        super().__init__()
-        self.masks = masks
-        self.multiple = multiple
-
     def expected(self, model: ir.Model) -> int:
         return part_writes(self.masks)
 
-    def rewrite(self, model: ir.Model) -> int:
-        writes = find_writes(model.graph)
-        for write in writes:
-            self._replace(model.graph, write)
-        drop_unused_initializers(model.graph)
-        return len(writes)
+    def find(self, graph: ir.Graph) -> list[Write]:
+        return find_writes(graph)
 
-    def _replace(self, graph: ir.Graph, write: Write) -> None:
-        padded = (len(write.indices) // self.multiple + 1) * self.multiple  # at least one column of zeros
-        write.widen(lambda weight: weight.pad(-1, padded), padded)
-        name = write.name.replace("/", ".").removeprefix(".")
-        inverse = add_initializer(graph, f"{name}.inverse", inverse_index(write.indices, self.masks.hidden_size))
-        gather = make_node("Gather", [write.update, inverse], f"{write.name}/Gather", attributes={"axis": -1})
-        write.replace([gather, make_node("Add", [write.stream, gather.outputs[0]], f"{write.name}/Add")])
+    def replace(self, graph: ir.Graph, site: Write) -> None:
+        padded = (len(site.indices) // self.multiple + 1) * self.multiple  # at least one column of zeros
+        site.widen(lambda weight: weight.pad(-1, padded), padded)
+        name = site.name.replace("/", ".").removeprefix(".")
+        inverse = add_initializer(graph, f"{name}.inverse", inverse_index(site.indices, self.masks.hidden_size))
+        gather = make_node("Gather", [site.update, inverse], f"{site.name}/Gather", attributes={"axis": -1})
+        site.replace([gather, make_node("Add", [site.stream, gather.outputs[0]], f"{site.name}/Add")])
 
 
 def inverse_index(write: Indices, width: int) -> npt.NDArray[np.int32]:

@@ -27,7 +27,7 @@ class LastLogitsPass(RewritePass):
         h -> norm -> GatherND(index, batch_dims=1) -> LM head -> logits [B,1,V]
 
     1. Min covers tokens behind a cache: there S is smaller than the row's length, and either S is 1 or B is.
-    2. S is counted from the ids, on the device they are on: a Shape would live on the CPU and be copied.
+    2. S is counted from the ids, on their device: a Shape would be computed on the CPU and copied.
     """
 
     name = "last-logits"

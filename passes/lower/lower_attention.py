@@ -32,7 +32,7 @@ class LowerAttentionPass(RewritePass):
 
         ReduceSum(1) - 1 -> seqlens_k [B];   mask -> Where(., 0, lowest) -> attention_bias [B,1,S,T]
 
-    1. GroupQueryAttention is causal by itself. With right padding it also applies the sliding window by attribute;
+    1. GroupQueryAttention is always causal. With right padding it also applies the sliding window by attribute;
        with left padding the mask already holds it.
     """
 

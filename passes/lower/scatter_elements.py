@@ -2,13 +2,12 @@
 
 import onnx_ir as ir
 
-from dispc.masks import Masks
-from dispc.passes.base import RewritePass
 from dispc.passes.common.canonical import Write, find_writes, part_writes
-from dispc.support.graph import add_initializer, drop_unused_initializers, make_node
+from dispc.passes.lower.selection import SelectionPass
+from dispc.support.graph import add_initializer, make_node
 
 
-class ScatterElementsPass(RewritePass):
+class ScatterElementsPass(SelectionPass[Write]):
     """ScatterND(add) becomes ScatterElements(add), which needs no Transposes but an index for every element.
 
     Before (w indices to write)::
@@ -22,26 +21,18 @@ class ScatterElementsPass(RewritePass):
 
     name = "scatter-elements"
 
-    def __init__(self, masks: Masks) -> None:
-        super().__init__()
-        self.masks = masks
-
     def expected(self, model: ir.Model) -> int:
         return part_writes(self.masks)
 
-    def rewrite(self, model: ir.Model) -> int:
-        writes = find_writes(model.graph)
-        for write in writes:
-            self._replace(model.graph, write)
-        drop_unused_initializers(model.graph)
-        return len(writes)
+    def find(self, graph: ir.Graph) -> list[Write]:
+        return find_writes(graph)
 
-    def _replace(self, graph: ir.Graph, write: Write) -> None:
-        name = write.name.replace("/", ".").removeprefix(".")
-        indices = add_initializer(graph, f"{name}.indices", write.indices)
-        shape = make_node("Shape", [write.update], f"{write.name}/Shape")
-        expand = make_node("Expand", [indices, shape.outputs[0]], f"{write.name}/Expand")
-        inputs = [write.stream, expand.outputs[0], write.update]
+    def replace(self, graph: ir.Graph, site: Write) -> None:
+        name = site.name.replace("/", ".").removeprefix(".")
+        indices = add_initializer(graph, f"{name}.indices", site.indices)
+        shape = make_node("Shape", [site.update], f"{site.name}/Shape")
+        expand = make_node("Expand", [indices, shape.outputs[0]], f"{site.name}/Expand")
+        inputs = [site.stream, expand.outputs[0], site.update]
         attributes = {"axis": -1, "reduction": "add"}
-        scatter = make_node("ScatterElements", inputs, f"{write.name}/ScatterElements", attributes=attributes)
-        write.replace([shape, expand, scatter])
+        scatter = make_node("ScatterElements", inputs, f"{site.name}/ScatterElements", attributes=attributes)
+        site.replace([shape, expand, scatter])

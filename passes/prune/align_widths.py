@@ -6,12 +6,12 @@ import onnx_ir as ir
 from dispc.masks import Masks
 from dispc.model.families import DecoderConfig
 from dispc.model.weights import rebind, weight_of
-from dispc.passes.base import RewritePass
+from dispc.passes.base import BlockPass
 from dispc.passes.common.canonical import reads_of_projections
-from dispc.support.graph import add_initializer, consumers, drop_unused_initializers
+from dispc.support.graph import add_initializer, consumers
 
 
-class AlignWidthsPass(RewritePass):
+class AlignWidthsPass(BlockPass):
     """Read and mid widths are padded to a multiple of `multiple`.
 
     Before (S and M are any numbers)::
@@ -33,9 +33,7 @@ class AlignWidthsPass(RewritePass):
     option_names = ("multiple",)
 
     def __init__(self, config: DecoderConfig, masks: Masks, multiple: int) -> None:
-        super().__init__()
-        self.config = config
-        self.masks = masks
+        super().__init__(config, masks)
         self.multiple = multiple
 
     def _more(self, size: int) -> int:
@@ -87,7 +85,6 @@ class AlignWidthsPass(RewritePass):
                     if value is not None:
                         rebind(value, weight_of(value).pad(-1, more))
             count += 1
-        drop_unused_initializers(graph)
         return count
 
 

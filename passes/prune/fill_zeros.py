@@ -5,13 +5,13 @@ import onnx_ir as ir
 from dispc.masks import Masks
 from dispc.model.families import DecoderConfig
 from dispc.model.weights import rebind, weight_of
-from dispc.passes.base import RewritePass
+from dispc.passes.base import BlockPass
 from dispc.passes.common.canonical import find_writes
 from dispc.selection import SelectionCosts, sets_to_fill, sides
-from dispc.support.graph import consumers, drop_unused_initializers, make_node, remove_dead, scope
+from dispc.support.graph import consumers, make_node, remove_dead, scope
 
 
-class FillZerosPass(RewritePass):
+class FillZerosPass(BlockPass):
     """Chosen read and write sets become zeros in the weights instead of index nodes.
 
     Before (S reads, w writes, d the width of the stream)::
@@ -31,8 +31,8 @@ class FillZerosPass(RewritePass):
 
     def __init__(self, config: DecoderConfig, masks: Masks, costs: SelectionCosts) -> None:
         """`costs` decide which sets are filled, as `dispc.selection.sets_to_fill` says."""
-        super().__init__()
-        self.config, self.masks, self.costs = config, masks, costs
+        super().__init__(config, masks)
+        self.costs = costs
         self.filled = sets_to_fill(masks, config, costs)
 
     def expected(self, model: ir.Model) -> int:
@@ -54,7 +54,6 @@ class FillZerosPass(RewritePass):
         for side in sides(self.masks, self.config):
             if (side.block, side.name) not in self.filled:
                 self.leave(f"{side.block}.{side.name}", self.costs.reason(side, self.masks.hidden_size))
-        drop_unused_initializers(graph)
         return len(reads) + len(writes)
 
     def _place(self, number: int, name: str) -> str:

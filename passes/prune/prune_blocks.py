@@ -6,16 +6,15 @@ import numpy as np
 import onnx_ir as ir
 
 from dispc.masks import Indices, Masks, NormScope, SubLayer
-from dispc.model.families import DecoderConfig
 from dispc.model.weights import rebind, weight_of
-from dispc.passes.base import ConditionError, RewritePass
+from dispc.passes.base import BlockPass, ConditionError
 from dispc.passes.common.blocks import BlockFinder, BlockParts, Projection, SubLayerParts
 from dispc.passes.common.norms import recount
 from dispc.support.errors import CompileError
-from dispc.support.graph import READS, WRITES, add_initializer, drop_unused_initializers, make_node, remove_dead, scope
+from dispc.support.graph import READS, WRITES, add_initializer, make_node, remove_dead, scope
 
 
-class PruneBlocksPass(RewritePass):
+class PruneBlocksPass(BlockPass):
     """Dense sub-layers become Gather / narrow MatMul / ScatterND(add).
 
     Before, for each sub-layer (r is the residual stream [B,S,d])::
@@ -41,11 +40,6 @@ class PruneBlocksPass(RewritePass):
     """
 
     name = "prune-blocks"
-
-    def __init__(self, config: DecoderConfig, masks: Masks) -> None:
-        super().__init__()
-        self.config = config
-        self.masks = masks
 
     def expected(self, model: ir.Model) -> int:
         """Two reads and two writes per block, less those of removed sub-layers."""
@@ -83,7 +77,6 @@ class PruneBlocksPass(RewritePass):
             stream, rewrites = _BlockPruner(graph, block, self.masks).prune(stream)
             count += rewrites
         _renumber_caches(graph)
-        drop_unused_initializers(graph)
         return count
 
 

@@ -37,11 +37,18 @@ CPU = {"threads": 1, "rounds": 1, "calls": 1}
 def decoder_config(shape: str) -> DecoderConfig:
     sizes = SHAPES[shape]
     return DecoderConfig(
-        family=FAMILIES["llama"], hidden_size=sizes.hidden, intermediate_size=sizes.intermediate,
-        num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads,
-        head_dim=sizes.hidden // sizes.heads, vocab_size=sizes.vocabulary, max_positions=sizes.positions,
-        tied=sizes.tied, layer_kinds=("full_attention",) * sizes.layers,
-    )  # fmt: skip
+        family=FAMILIES["llama"],
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        head_dim=sizes.hidden // sizes.heads,
+        vocab_size=sizes.vocabulary,
+        max_positions=sizes.positions,
+        tied=sizes.tied,
+        layer_kinds=("full_attention",) * sizes.layers,
+    )
 
 
 def compiled(variant: str, masks: Masks | None, directory: Path) -> Path:
@@ -209,9 +216,12 @@ def test_nothing_is_timed_when_two_models_differ(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(contenders, "Algorithm1", lambda checkpoint, masks, *rest: Algorithm1(checkpoint, other, *rest))
     with pytest.raises(BenchmarkError, match="logits differ"):
         contenders.prepare(
-            harness.checkpoint("llama").directory, tmp_path / "masks.safetensors", tmp_path, threads=1,
+            harness.checkpoint("llama").directory,
+            tmp_path / "masks.safetensors",
+            tmp_path,
+            threads=1,
             builder_python=None,
-        )  # fmt: skip
+        )
 
 
 def test_what_nvidia_smi_says_is_recorded_and_nothing_where_there_is_none(
@@ -232,9 +242,13 @@ def test_gpu_runs_on_the_cpu(tmp_path: Path) -> None:
     found = smoke(gpu, tmp_path, lowerings="canonical")
     cells = found["cells"]
     assert {(cell["pruned"], cell["runtime"], cell["lowering"]) for cell in cells} == {
-        (0, "PyTorch", None), (0, "PyTorch compiled", None), (0, "ORT", None),
-        (50, "PyTorch", None), (50, "PyTorch compiled", None), (50, "ORT", "canonical"),
-    }  # fmt: skip
+        (0, "PyTorch", None),
+        (0, "PyTorch compiled", None),
+        (0, "ORT", None),
+        (50, "PyTorch", None),
+        (50, "PyTorch compiled", None),
+        (50, "ORT", "canonical"),
+    }
     assert [cell for cell in cells if "milliseconds" not in cell] == []
     assert all("speedup" in cell for cell in cells if cell["pruned"])
     assert all(cell["logit_difference"] < 2 * LIMITS["float32"] for cell in cells if cell["runtime"] != "PyTorch")
@@ -250,10 +264,17 @@ def test_gpu_runs_on_the_cpu(tmp_path: Path) -> None:
 def job(tmp_path: Path) -> gpu_cells.Job:
     cells = (gpu_cells.Cell(phase="decode", batch=1, tokens=4),)
     return gpu_cells.Job(
-        model=str(harness.checkpoint("llama").directory), masks=None, artifact=str(tmp_path / "artifact"),
-        reference=str(tmp_path / "reference.npy"), runtimes=("ORT",), device="cpu", dtype="float32", cells=cells,
-        rounds=1, calls=1,
-    )  # fmt: skip
+        model=str(harness.checkpoint("llama").directory),
+        masks=None,
+        artifact=str(tmp_path / "artifact"),
+        reference=str(tmp_path / "reference.npy"),
+        runtimes=("ORT",),
+        device="cpu",
+        dtype="float32",
+        cells=cells,
+        rounds=1,
+        calls=1,
+    )
 
 
 def test_wrong_logits_are_recorded_and_not_timed(job: gpu_cells.Job, tmp_path: Path) -> None:

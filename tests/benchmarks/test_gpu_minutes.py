@@ -22,9 +22,21 @@ def run(tmp_path: Path) -> gpu_stages.Run:
         shape="tiny", target="onnx-cpu", folders=(str(tmp_path),), variants=tuple(VARIANTS), workers=1
     )
     made = gpu_stages.Run(
-        device="cpu", dtype="float32", preparation=preparation, prepared=None, workers=1, model=None, data=None,
-        work=tmp_path, record=found.append, rounds=1, past=8, prefill=16, batch=2, end=time.monotonic() + 30,
-    )  # fmt: skip
+        device="cpu",
+        dtype="float32",
+        preparation=preparation,
+        prepared=None,
+        workers=1,
+        model=None,
+        data=None,
+        work=tmp_path,
+        record=found.append,
+        rounds=1,
+        past=8,
+        prefill=16,
+        batch=2,
+        end=time.monotonic() + 30,
+    )
     made.found = found  # type: ignore[attr-defined]
     return made
 
@@ -59,8 +71,12 @@ def by_lowering(run: gpu_stages.Run) -> dict[str, str]:
 def test_a_job_that_kills_its_process_costs_its_own_cells_only(
     run: gpu_stages.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake(monkeypatch, tmp_path, "print(json.dumps({'job': job, 'device': {}}), flush=True)\n"
-         "if name.endswith('canonical'): print('out of luck', file=sys.stderr); os.kill(os.getpid(), 11)")  # fmt: skip
+    fake(
+        monkeypatch,
+        tmp_path,
+        "print(json.dumps({'job': job, 'device': {}}), flush=True)\n"
+        "if name.endswith('canonical'): print('out of luck', file=sys.stderr); os.kill(os.getpid(), 11)",
+    )
     prepare(tmp_path, "dense", "canonical", "inverse-gather")
     run.measure_artifacts(["dense", "canonical", "inverse-gather"], [CELL])
     found = by_lowering(run)
@@ -114,9 +130,17 @@ def test_stages_share_the_minutes_and_pass_on_what_they_leave(tmp_path: Path, mo
     result = tmp_path / "result.json"
     started = time.monotonic()
     gpu_minutes.main(
-        minutes=1, stages="one,two", prepared=None, model=None, data=None, folders=str(tmp_path / "work"), workers=1,
-        json_file=result, reuse=False, smoke=True,
-    )  # fmt: skip
+        minutes=1,
+        stages="one,two",
+        prepared=None,
+        model=None,
+        data=None,
+        folders=str(tmp_path / "work"),
+        workers=1,
+        json_file=result,
+        reuse=False,
+        smoke=True,
+    )
     assert time.monotonic() - started < 30  # preparing is given up at the end
     assert 10 < limits[0] <= 15 and 40 < limits[1] <= 60  # a quarter, then all that is left
     kept = json.loads(result.read_text())

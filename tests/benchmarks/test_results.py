@@ -42,9 +42,10 @@ def data_files(folder: Path) -> None:
     arc = {"query": "Question: What is salt?", "choices": ["the sea", "a tower"], "gold": 0}
     files: dict[str, Any] = {
         "piqa_valid.jsonl": {"goal": "To sail", "sol1": "take a ship", "sol2": "take a tower"},
-        "foundry_arc_easy.jsonl": arc, "foundry_arc_challenge.jsonl": arc | {"gold": 1},
+        "foundry_arc_easy.jsonl": arc,
+        "foundry_arc_challenge.jsonl": arc | {"gold": 1},
         "foundry_winogrande.jsonl": {"context_options": ["the sea", "a ship"], "continuation": "is deep", "gold": 1},
-    }  # fmt: skip
+    }
     for name, row in files.items():
         (folder / name).write_text(json.dumps(row) + "\n")
     (folder / "piqa_valid-labels.lst").write_text("1\n")
@@ -76,8 +77,9 @@ def test_the_five_tasks_are_measured_and_shown_beside_the_perplexities(tmp_path:
         model, masks, tmp_path / "text", window=16, max_windows=2, results=compiled, only="", compiled=True
     )
     learned_masks.zero_shot(model, masks, tasks, limit=1, results=compiled, only="DISP-LLM", compiled=True)
-    cells, artifacts = ([json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-                        for folder in (results, compiled))  # fmt: skip
+    cells, artifacts = (
+        [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))] for folder in (results, compiled)
+    )
     for cell, artifact in zip(cells, artifacts, strict=True):
         (torch,), (runtime,) = cell["perplexities"], artifact["perplexities"]
         assert runtime["perplexity"] == pytest.approx(torch["perplexity"], rel=1e-3)

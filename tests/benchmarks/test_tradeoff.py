@@ -14,9 +14,15 @@ from learning_text import known_words, with_answers
 def point(ratio: int, format: str, milliseconds: float, megabytes: float, perplexity: float | None) -> dict[str, Any]:
     found = {"16 of 1024": perplexity} if perplexity else {}
     return {
-        "ratio": ratio, "format": format, "recovered": bool(ratio), "compiler": "dispc", "bytes": megabytes * 1e6,
-        "milliseconds": milliseconds, "perplexity": found, "command": f"dispc compile {ratio} {format}",
-    }  # fmt: skip
+        "ratio": ratio,
+        "format": format,
+        "recovered": bool(ratio),
+        "compiler": "dispc",
+        "bytes": megabytes * 1e6,
+        "milliseconds": milliseconds,
+        "perplexity": found,
+        "command": f"dispc compile {ratio} {format}",
+    }
 
 
 @given(st.lists(st.tuples(st.floats(1, 100), st.floats(1, 100)), min_size=1))
@@ -33,10 +39,12 @@ def test_nothing_on_the_frontier_is_beaten_and_everything_else_is(pairs: list[tu
 
 def test_the_page_says_who_wins_and_who_does_not(tmp_path: Path) -> None:
     points = {
-        "a": point(0, "float32", 20.0, 540, None), "b": point(0, "int8", 10.0, 154, 23.0),
-        "c": point(20, "int8", 9.0, 131, 22.0), "d": point(50, "int8", 8.0, 96, 40.0),
+        "a": point(0, "float32", 20.0, 540, None),
+        "b": point(0, "int8", 10.0, 154, 23.0),
+        "c": point(20, "int8", 9.0, 131, 22.0),
+        "d": point(50, "int8", 8.0, 96, 40.0),
         "e": point(20, "int4", 5.0, 70, None),
-    }  # fmt: skip
+    }
     known = {"points": points, "environment": {"cpu": "a CPU"}, "threads": 2, "past": 64, "round_count": 5}
     report = {"dense": {"wiki.test, 16 of 1024": 22.9, "wiki.test": 21.6, "answers": 4.2}}
     tradeoff_page.write_tradeoff(known, report, tmp_path)

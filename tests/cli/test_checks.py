@@ -2,29 +2,45 @@
 
 import io
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from artifacts import reports
 from rich.console import Console
 
 from dispc.cli import heartbeat as heartbeats
 from dispc.cli.checks import NAME_WIDTH, check_lines, doctor_lines, latency_tables
 from dispc.cli.heartbeat import heartbeat
+from dispc.runtime.doctor import Diagnosis, Finding
+from dispc.runtime.latency import Latency, LatencyRow
+from dispc.runtime.profile import OperatorTime
 from dispc.support.check import Check
+from dispc.validate import Report
 
 LONG = "eight prompts of 1 to 64 tokens in one batch, " * 5
 
 
-def report(*statuses: str) -> dict[str, Any]:
+def report(*statuses: str) -> Report:
     """A report with a check of each status."""
-    checks = [
+    checks = tuple(
         Check(
-            name=f"check {number} of a name that is not short", group="parity", status=status,  # type: ignore[arg-type]
-            detail=LONG, figure=0.123456, limit=4.0, unit="x own divergence",
+            name=f"check {number} of a name that is not short",
+            group="parity",
+            status=status,  # type: ignore[arg-type]
+            detail=LONG,
+            figure=0.123456,
+            limit=4.0,
+            unit="x own divergence",
         )
         for number, status in enumerate(statuses)
-    ]  # fmt: skip
-    return {"headline": "passed", "checks": [vars(check) for check in checks], "drill": None}
+    )
+    return replace(reports()[0], checks=checks, drill=None, judged_on="the CPU", truth="float64")
+
+
+def changed(report: Report, **changes: Any) -> Report:
+    """The report with its first check changed."""
+    return replace(report, checks=(replace(report.checks[0], **changes), *report.checks[1:]))
 
 
 def lines(*shown: Any, width: int = 80) -> list[str]:
@@ -52,28 +68,43 @@ def test_the_detail_stands_under_a_failed_check_and_with_verbose_under_each() ->
 
 
 def test_a_name_beyond_all_measure_is_cut_and_stays_one_line() -> None:
-    long = report("passed")
-    long["checks"][0]["name"] = "x" * 3 * NAME_WIDTH
+    long = changed(report("passed"), name="x" * 3 * NAME_WIDTH)
     assert [len(line) for line in lines(check_lines(long))[1:]] == [80]
 
 
 def test_brackets_of_names_and_details_are_no_markup() -> None:
-    odd = report("failed")
-    odd["checks"][0] |= {"name": "[/b] [red]", "detail": "[bold] :smile:"}
+    odd = changed(report("failed"), name="[/b] [red]", detail="[bold] :smile:")
     assert "[/b] [red]" in lines(check_lines(odd))[1] and "[bold] :smile:" in lines(check_lines(odd))[2]
 
 
 def test_latency_fits_80_columns_with_every_figure() -> None:
-    row = {"artifact": "artifact", "name": "one token, batch 16, past 131072, CUDA graph", "p50": 12345.67}
-    row |= {"p90": 12345.67, "p99": 12345.67, "tokens_per_second": 123456.7, "bytes_per_second": 3.4e12}
-    row |= {"share_of_copy": 0.99}
-    operator = {"operator": "SkipSimplifiedLayerNormalization", "milliseconds": 1.0, "share": 0.5}
-    latency = {
-        "rows": [row, row | {"artifact": "dense"}], "speedup": {row["name"]: 12.34}, "operators": [operator],
-        "threads": 64, "rounds": 20, "warmup": 3, "peak_bytes": 2**36, "copy_bytes_per_second": 3.4e12,
-        "gather_scatter_share": 0.1, "provider": "CUDAExecutionProvider",
-    }  # fmt: skip
-    found = lines(*latency_tables({"latency": latency, "device": "NVIDIA H100 80GB HBM3"}))
+    row = LatencyRow(
+        artifact="artifact",
+        name="one token, batch 16, past 131072, CUDA graph",
+        p50=12345.67,
+        p90=12345.67,
+        p99=12345.67,
+        tokens_per_second=123456.7,
+        cuda_graph=True,
+        bytes_per_token=2**40,
+        bytes_per_second=3.4e12,
+        share_of_copy=0.99,
+    )
+    latency = Latency(
+        rows=(row, replace(row, artifact="dense")),
+        speedup={row.name: 12.34},
+        operators=(OperatorTime("SkipSimplifiedLayerNormalization", 1.0, 0.5),),
+        threads=64,
+        threads_chosen_by="option",
+        rounds=20,
+        warmup=3,
+        peak_bytes=2**36,
+        copy_bytes_per_second=3.4e12,
+        gather_scatter_share=0.1,
+        provider="CUDAExecutionProvider",
+        dense="dense",
+    )
+    found = lines(*latency_tables(latency, "NVIDIA H100 80GB HBM3"))
     assert all(len(line) <= 80 for line in found)
     (artifact,) = [line for line in found if line.strip().startswith("artifact") and "12345.67" in line]
     assert artifact.count("12345.67") == 3
@@ -85,9 +116,9 @@ def test_what_the_doctor_advises_is_never_cut_and_said_once() -> None:
     command = (
         "pip uninstall -y onnxruntime; pip install --force-reinstall --no-deps onnxruntime-gpu==1.31.1  # " + "x" * 80
     )
-    finding = {"name": "libcudart.so.13", "ok": False, "detail": "cannot be loaded", "remedy": command}
+    finding = Finding(name="libcudart.so.13", ok=False, detail="cannot be loaded", remedy=command)
     console = Console(width=80, file=io.StringIO(), record=True)
-    console.print(doctor_lines({"problem": "x", "findings": [finding, finding]}), soft_wrap=True)
+    console.print(doctor_lines(Diagnosis(problem="x", findings=(finding, finding), versions={})), soft_wrap=True)
     found = console.export_text().splitlines()
     assert [line.rstrip() for line in found[1:]] == [
         *["FAIL libcudart.so.13: cannot be loaded"] * 2,

@@ -158,7 +158,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         lambda model: shutil.copy(model / "model.safetensors", model / "masks.safetensors"),
         ("masks.safetensors", "not a mask file"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", DAMAGES)
@@ -267,6 +267,10 @@ SPOILT: dict[str, tuple[Callable[[Desk], Any], tuple[str, ...]]] = {
     "manifest without masks": (spoil_json(masks_sha256=None), ("dispc.json", "masks_sha256")),
     "manifest with an empty lowering": (spoil_json(lowering={}), ("dispc.json", "lowering.name")),
     "manifest without counts": (spoil_json(block_parameters=[1]), ("dispc.json", "block_parameters.dense")),
+    "manifest with a number for text": (spoil_json(padding=3), ("dispc.json", "padding is missing or malformed")),
+    "manifest with text for a number": (spoil_json(positions="many"), ("dispc.json", "positions is missing")),
+    "manifest with an odd quantisation": (spoil_json(quantisation={"bits": "4"}), ("dispc.json", "quantisation.bits")),
+    "manifest with odd stop tokens": (spoil_json(stop_tokens=[1, None]), ("dispc.json", "stop_tokens[1]")),
     "manifest of another dtype": (spoil_json(dtype="int3"), ("dispc.json", "int3")),
     "other model": (lambda desk: edit_json(desk.model / "config.json", rms_norm_eps=1e-4), ("config.json differs",)),
     "model of another size": (lambda desk: edit_json(desk.model / "config.json", num_hidden_layers=2), ("another",)),

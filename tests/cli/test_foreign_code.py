@@ -64,8 +64,13 @@ def tokenizer_class_of_ours(model: Path, mark: Path) -> None:
 
 def kernel(model: Path, mark: Path) -> None:
     code(model, mark, "kernel/__init__.py", "build/torch-universal/kernel/__init__.py")
-    edit(model / "config.json", _attn_implementation=f"{model}:kernel", attn_implementation="someone/kernel",
-         _attn_implementation_internal="someone/kernel", use_kernels=False)  # fmt: skip
+    edit(
+        model / "config.json",
+        _attn_implementation=f"{model}:kernel",
+        attn_implementation="someone/kernel",
+        _attn_implementation_internal="someone/kernel",
+        use_kernels=False,
+    )
 
 
 def pickled_weights(model: Path, mark: Path) -> None:
@@ -120,14 +125,40 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "compile": ("compile", "model", "-t", "onnx-cpu", "-o", "new", "--no-validate"),
     "validate": ("validate", "out", "-r", "model"),
     "eval": ("eval", "model", "--data", "text.txt", "--sequence-length", "16", "--max-windows", "1"),
-    "learn": ("learn", "model", "-r", "0.3", "--data", "text.txt", "--sequence-length", "16", "--batch-size", "1",
-              "--steps", "1", "-o", "new.safetensors"),
-    "learn activation": ("learn", "model", "--method", "activation", "-r", "0.3", "--data", "text.txt",
-                         "--sequence-length", "16", "-o", "new.safetensors"),
+    "learn": (
+        "learn",
+        "model",
+        "-r",
+        "0.3",
+        "--data",
+        "text.txt",
+        "--sequence-length",
+        "16",
+        "--batch-size",
+        "1",
+        "--steps",
+        "1",
+        "-o",
+        "new.safetensors",
+    ),
+    "learn activation": (
+        "learn",
+        "model",
+        "--method",
+        "activation",
+        "-r",
+        "0.3",
+        "--data",
+        "text.txt",
+        "--sequence-length",
+        "16",
+        "-o",
+        "new.safetensors",
+    ),
     "import-masks": ("import-masks", "model", "--model", "model", "-o", "new.safetensors"),
     "inspect": ("inspect", "model"),
     "generate": ("generate", "carrier", "the sea", "--max-new-tokens", "1"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

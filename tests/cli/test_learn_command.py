@@ -28,9 +28,12 @@ READING = ("activation", "middle", "gradient")
 class TestTheCommand:
     def arguments(self, tmp_path: Path, **changes: str) -> list[str]:
         chosen = {
-            "--data": text("train.txt", 3000, 2), "--steps": "2", "--sequence-length": "32", "--device": "cpu",
+            "--data": text("train.txt", 3000, 2),
+            "--steps": "2",
+            "--sequence-length": "32",
+            "--device": "cpu",
             "-o": str(tmp_path / "m.safetensors"),
-        } | changes  # fmt: skip
+        } | changes
         return ["learn", str(student()), *(part for pair in chosen.items() for part in pair)]
 
     @pytest.mark.extras

@@ -23,10 +23,24 @@ def arguments(folder: Path, *more: str) -> list[str]:
     if not masks.exists():
         instant_masks(student(), "magnitude", 0.3).save(masks, Checkpoint(student()).config)
     return [
-        "recover", str(student()), "--masks", str(masks), "--data", text("train.txt", 3000, 2), "-o",
-        str(folder / "out"), "--steps", "8", "--sequence-length", "32", "--evaluate-every", "4", "--device", "cpu",
+        "recover",
+        str(student()),
+        "--masks",
+        str(masks),
+        "--data",
+        text("train.txt", 3000, 2),
+        "-o",
+        str(folder / "out"),
+        "--steps",
+        "8",
+        "--sequence-length",
+        "32",
+        "--evaluate-every",
+        "4",
+        "--device",
+        "cpu",
         *more,
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("more", [(), ("--lora", "2")], ids=str)
@@ -65,14 +79,19 @@ def test_what_is_there_is_never_replaced_unasked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("--loss", "nonsense"), "distil, text, both"), (("--lora", "-1"), "lora is -1"),
-        (("--minutes", "0"), "minutes is 0"), (("--learning-rate", "nan"), "learning_rate is nan"),
-        (("--data", "nowhere.txt"), "no such file"), (("--teacher", "nowhere"), "no such model directory"),
-        (("--device", "gpu"), "choose cpu, cuda or cuda:N"), (("--precision", "float8"), "float32, bfloat16"),
-        (("--steps", "0"), "steps is 0"), (("--sequence-length", "1"), "sequence_length is 1"),
+        (("--loss", "nonsense"), "distil, text, both"),
+        (("--lora", "-1"), "lora is -1"),
+        (("--minutes", "0"), "minutes is 0"),
+        (("--learning-rate", "nan"), "learning_rate is nan"),
+        (("--data", "nowhere.txt"), "no such file"),
+        (("--teacher", "nowhere"), "no such model directory"),
+        (("--device", "gpu"), "choose cpu, cuda or cuda:N"),
+        (("--precision", "float8"), "float32, bfloat16"),
+        (("--steps", "0"), "steps is 0"),
+        (("--sequence-length", "1"), "sequence_length is 1"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_bad_input_is_refused_in_one_line(tmp_path: Path, more: tuple[str, ...], says: str) -> None:
     (tmp_path / "cache").mkdir()
     line = arguments(tmp_path, *more)

@@ -24,8 +24,13 @@ def test_a_report_has_a_place_of_its_own_or_nothing_is_touched(place: str, tmp_p
     artifact, reference = shutil.copytree(good, tmp_path / "out"), shutil.copytree(model, tmp_path / "model")
     data = tmp_path / "text.txt"
     data.write_text("the sea")
-    path = {"directory": tmp_path, "data": tmp_path / "." / "text.txt", "twice": tmp_path / "new",
-            "artifact": artifact / "dispc.json", "reference": reference / "config.json"}[place]  # fmt: skip
+    path = {
+        "directory": tmp_path,
+        "data": tmp_path / "." / "text.txt",
+        "twice": tmp_path / "new",
+        "artifact": artifact / "dispc.json",
+        "reference": reference / "config.json",
+    }[place]
     line = ("validate", artifact, "-r", reference, "--data", data, "--json-file", path)
     assert_refused(tmp_path, *line, *(["--html", path] if place == "twice" else []), says=(str(path),))
 
@@ -92,7 +97,7 @@ def test_nothing_of_the_users_folder_is_imported_to_time_an_artifact(
     (tmp_path / "random.py").write_text("raise SystemExit('executed')")
     monkeypatch.chdir(tmp_path)
     options = LatencyOptions(prompts=(4,), pasts=(4,), rounds=1, warmup=0, threads=1)
-    assert measure_latency(good, None, options, CPU)["rows"]
+    assert measure_latency(good, None, options, CPU).rows
 
 
 def test_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

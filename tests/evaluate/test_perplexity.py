@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dispc.evaluate import evaluate, perplexity
 from dispc.evaluate.perplexity import ArtifactScorer, TorchScorer, logits_of, measure_perplexity, open_scorer
+from dispc.manifest import read_manifest
 from dispc.masks import Masks
 from dispc.model.text import load_tokens
 from dispc.runtime import doctor
@@ -80,9 +81,18 @@ def test_a_scorer_of_a_loaded_model_scores_with_that_model(judged: Path) -> None
 
 def test_the_command_reports_what_was_measured(judged: Path, tmp_path: Path) -> None:
     outcome = run(
-        "eval", judged / "out", "--data", judged / "text.txt", "--sequence-length", 40, "--max-windows", 3,
-        "--json", "--json-file", tmp_path / "report.json",
-    )  # fmt: skip
+        "eval",
+        judged / "out",
+        "--data",
+        judged / "text.txt",
+        "--sequence-length",
+        40,
+        "--max-windows",
+        3,
+        "--json",
+        "--json-file",
+        tmp_path / "report.json",
+    )
     assert outcome.code == 0, outcome.err
     report = json.loads(outcome.out)
     assert report == json.loads((tmp_path / "report.json").read_text())
@@ -123,8 +133,8 @@ def test_bad_input_is_refused_before_anything_is_measured(
 
 
 def test_cuda_is_used_for_an_artifact_or_said_to_be_missing(judged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = json.loads((judged / "out" / "dispc.json").read_text())
-    monkeypatch.setattr(perplexity, "read_manifest", lambda path: manifest | {"target": "onnx"})
+    manifest = replace(read_manifest(judged / "out"), target="onnx")
+    monkeypatch.setattr(perplexity, "read_manifest", lambda path: manifest)
     opened = []
     monkeypatch.setattr(perplexity, "ArtifactScorer", lambda path, provider: opened.append(provider))
     monkeypatch.setattr(doctor, "cuda_problem", lambda: "libcudnn.so is missing")

@@ -144,10 +144,16 @@ def write_task(folder: Path, name: str, **changes: str) -> None:
     """A multiple-choice task of one item, and its data."""
     (folder / f"{name}.jsonl").write_text(GOOD_ITEM + "\n")
     definition = {
-        "task": name, "dataset_path": "json", "dataset_kwargs": f"{{data_files: {{test: {folder}/{name}.jsonl}}}}",
-        "output_type": "multiple_choice", "test_split": "test", "doc_to_text": "'{{question}}'",
-        "doc_to_choice": "'{{choices}}'", "doc_to_target": "answer", "metric_list": "[{metric: acc}]",
-    }  # fmt: skip
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": f"{{data_files: {{test: {folder}/{name}.jsonl}}}}",
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "'{{question}}'",
+        "doc_to_choice": "'{{choices}}'",
+        "doc_to_target": "answer",
+        "metric_list": "[{metric: acc}]",
+    }
     (folder / f"{name}.yaml").write_text("".join(f"{key}: {value}\n" for key, value in (definition | changes).items()))
 
 

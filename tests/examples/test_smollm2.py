@@ -57,7 +57,7 @@ def artifact(
     out = tmp_path_factory.mktemp("smollm2-pruned") / request.param
     choice: dict[str, Any] = {"quantisation": INT4} if request.param == "int4" else {"padding": request.param}
     manifest = compile_model(CompileOptions(model=model, masks=masks, output=out, target="onnx-cpu", **choice))
-    assert manifest["validation"]["passed"]
+    assert manifest.passed
     return out
 
 
@@ -71,7 +71,7 @@ def loops(text: str) -> bool:
 def size_over_kept(artifact: Path, model: Path, element_bytes: int) -> float:
     """Bytes on the disk over those of the kept block parameters and of one embedding."""
     config = Checkpoint(model).config
-    kept = read_manifest(artifact)["block_parameters"]["kept"]
+    kept = read_manifest(artifact).block_parameters.kept
     written = sum(file.stat().st_size for file in artifact.glob("model.onnx*"))
     return float(written / (element_bytes * (kept + config.vocab_size * config.hidden_size)))
 
@@ -87,10 +87,15 @@ def test_float16_and_bfloat16_artifacts_of_real_weights_pass(model: Path, masks:
     for dtype in ("float16", "bfloat16"):
         out = tmp_path / dtype
         options = CompileOptions(
-            model=model, masks=masks, output=out, target="onnx-cuda", dtype=dtype, padding="right",
+            model=model,
+            masks=masks,
+            output=out,
+            target="onnx-cuda",
+            dtype=dtype,
+            padding="right",
             align=1,
-        )  # fmt: skip
-        assert compile_model(options)["validation"]["passed"]
+        )
+        assert compile_model(options).passed
         assert abs(size_over_kept(out, model, 2) - 1) < 0.01
 
 
@@ -149,14 +154,14 @@ def test_generated_text_is_the_decoded_tokens_and_streams(artifact: Path) -> Non
 
 def test_the_demo_compares_the_dense_model_with_what_a_user_would_take(tmp_path: Path) -> None:
     result = run_demo(tmp_path, QUESTIONS[0], say=lambda line: None)
-    dense, dense_int8, pruned = result["models"].values()
-    assert "Paris" in dense["text"]
-    answers = ["".join(generate_text(Path(pruned["artifact"]), one, 64, Sampler())) for one in QUESTIONS]
-    assert answers[0] == pruned["text"]
+    dense, dense_int8, pruned = result.models.values()
+    assert "Paris" in dense.text
+    answers = ["".join(generate_text(Path(pruned.artifact), one, 64, Sampler())) for one in QUESTIONS]
+    assert answers[0] == pruned.text
     assert sum(loops(one) for one in answers) <= 1, answers
-    assert all(entry["passed"] for entry in result["models"].values())
-    assert pruned["bytes"] < dense_int8["bytes"] < dense["bytes"]
-    assert dense["perplexity"] < pruned["perplexity"] < 3 * dense["perplexity"]
+    assert all(entry.passed for entry in result.models.values())
+    assert pruned.bytes < dense_int8.bytes < dense.bytes
+    assert dense.perplexity < pruned.perplexity < 3 * dense.perplexity
 
 
 def test_the_command_line_validates_what_it_compiled(artifact: Path, model: Path) -> None:

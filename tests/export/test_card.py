@@ -17,7 +17,7 @@ from language import make_tokenizer
 
 from dispc.compiler import CompileOptions, compile_model
 from dispc.export.card import LICENCE_FILES, front_matter, write_card
-from dispc.manifest import read_manifest
+from dispc.manifest import BlockParameters, Needs, read_manifest
 from dispc.masks import SETS, Masks
 from dispc.model.checkpoint import Checkpoint
 
@@ -40,7 +40,7 @@ def card(directory: Path, *, masks: dict[str, str] | None = None, **manifest: An
     if masks is not None:
         found = dataclasses.replace(found, metadata=masks)
     checkpoint = Checkpoint(harness.scratch() / "card-model")
-    write_card(checkpoint, found, read_manifest(artifact()) | manifest, "", directory)
+    write_card(checkpoint, found, dataclasses.replace(read_manifest(artifact()), **manifest), "", directory)
     return (directory / "README.md").read_text(encoding="utf-8")
 
 
@@ -75,16 +75,17 @@ def test_the_tables_hold_the_widths_parameters_and_errors_of_the_manifest() -> N
     head, *rows = table(text, "## Widths")
     assert [name.split(" of ")[0] for name in head[1:]] == list(SETS)
     assert [[int(cell) for cell in row] for row in rows] == [
-        [i, *(row[name] for name in SETS)] for i, row in enumerate(manifest["widths"])
+        [i, *(row[name] for name in SETS)] for i, row in enumerate(manifest.widths)
     ]
-    kept = manifest["block_parameters"]["kept"]
+    kept = manifest.block_parameters.kept
     assert f"{kept:,} of" in dict(table(text, "# card-model"))["block parameters kept"]
-    checks = manifest["validation"]["checks"]
+    assert manifest.validation is not None
+    checks = manifest.validation["checks"]
     rows = table(text, "## Parity")[1:]
     assert [row[:3] for row in rows] == [[c["name"], "passed", f"{c['figure']:.3g}"] for c in checks]
     assert all(row[3].endswith(c["unit"]) for row, c in zip(rows, checks, strict=True))
-    assert manifest["validation"]["truth"] == "reference in float64" and "reference in float64" in text
-    assert manifest["validation"]["artifact"] == artifact().name  # not a path of the machine that made it
+    assert manifest.validation["truth"] == "reference in float64" and "reference in float64" in text
+    assert manifest.validation["artifact"] == artifact().name  # not a path of the machine that made it
 
 
 def test_nothing_is_said_that_is_not_known(tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_perplexity_comes_from_the_metadata_of_the_masks(tmp_path: Path) -> None
 
 
 def test_a_failed_check_is_called_one(tmp_path: Path) -> None:
-    validation = json.loads(json.dumps(read_manifest(artifact())["validation"])) | {"passed": False}
+    validation = json.loads(json.dumps(read_manifest(artifact()).validation)) | {"passed": False}
     validation["checks"][1] |= {"passed": False, "status": "failed", "figure": None}
     text = card(tmp_path, validation=validation)
     assert "FAILED, judged on" in text
@@ -109,7 +110,7 @@ def test_a_failed_check_is_called_one(tmp_path: Path) -> None:
 
 
 def test_a_dense_artifact_is_not_called_pruned(tmp_path: Path) -> None:
-    assert "Nothing is pruned." in card(tmp_path, block_parameters={"dense": 10, "kept": 10})
+    assert "Nothing is pruned." in card(tmp_path, block_parameters=BlockParameters(dense=10, kept=10))
 
 
 @given(st.dictionaries(st.sampled_from(["method", "data", "seed", "perplexity"]), st.text(), min_size=1))
@@ -138,8 +139,21 @@ def test_the_card_says_which_batches_each_runtime_can_feed(padding: str, says: s
 
 @pytest.mark.parametrize(("needs", "says"), [("1.18", "ONNX Runtime 1.18 or newer"), ("1.27", "1.27")])
 def test_the_card_names_the_first_onnx_runtime(needs: str, says: str, tmp_path: Path) -> None:
-    text = card(tmp_path, needs={"onnxruntime": needs, "opset": 21})
+    text = card(tmp_path, needs=Needs(onnxruntime=needs, opset=21))
     assert says in dict(table(text, "# card-model"))["runs in"]
+
+
+@pytest.mark.parametrize("target", ["onnx", "onnx-cuda"])
+def test_a_card_of_bfloat16_shows_what_can_load_it_only(target: str, tmp_path: Path) -> None:
+    text = card(tmp_path, target=target, dtype="bfloat16")
+    assert re.findall(r"(\w+ExecutionProvider)\W\]", text) == ["CUDAExecutionProvider"]
+    assert "og.Model" not in text and "ORTModelForCausalLM" not in text and "--dtype float16" in text
+
+
+def test_what_compiling_noted_is_on_the_card(tmp_path: Path) -> None:
+    note = "YaRN reaches 160 positions, but max_position_embeddings is 40"
+    assert dict(table(card(tmp_path, notes=[note]), "# card-model"))["note 1"] == note
+    assert "note 1" not in card(tmp_path)
 
 
 # The licence

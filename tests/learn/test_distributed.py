@@ -86,15 +86,30 @@ def test_a_batch_that_cannot_be_shared_names_one_that_can(tmp_path: Path, monkey
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     common = [
-        "learn", str(student()), "--data", text("train.txt", 3000, 2), "--sequence-length", "32", "--batch-size", "2",
-        "--learning-rate", "1e-2", "--steps", "20", "--device", "cpu",
-    ]  # fmt: skip
+        "learn",
+        str(student()),
+        "--data",
+        text("train.txt", 3000, 2),
+        "--sequence-length",
+        "32",
+        "--batch-size",
+        "2",
+        "--learning-rate",
+        "1e-2",
+        "--steps",
+        "20",
+        "--device",
+        "cpu",
+    ]
     for name, start in (("one", []), ("two", ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"])):
         output = tmp_path / name / "masks.safetensors"
         done = subprocess.run(
             [sys.executable, "-m", *start, "dispc", *common, "-o", str(output)],
-            capture_output=True, text=True, check=False, timeout=600,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stderr.count("step 1 of 20:") == 1  # one process shows its progress
     one, two = (
@@ -112,15 +127,35 @@ def test_two_processes_recover_what_one_recovers(tmp_path: Path, lora: int) -> N
     masks = tmp_path / "masks.safetensors"
     instant_masks(student(), "magnitude", 0.3).save(masks, Checkpoint(student()).config)
     common = [
-        "recover", str(student()), "--masks", str(masks), "--data", text("train.txt", 3000, 2), "--sequence-length",
-        "32", "--batch-size", "2", "--learning-rate", "3e-3", "--steps", "8", "--evaluate-every", "4", "--device",
-        "cpu", "--lora", str(lora),
-    ]  # fmt: skip
+        "recover",
+        str(student()),
+        "--masks",
+        str(masks),
+        "--data",
+        text("train.txt", 3000, 2),
+        "--sequence-length",
+        "32",
+        "--batch-size",
+        "2",
+        "--learning-rate",
+        "3e-3",
+        "--steps",
+        "8",
+        "--evaluate-every",
+        "4",
+        "--device",
+        "cpu",
+        "--lora",
+        str(lora),
+    ]
     for name, start in (("one", []), ("two", ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"])):
         done = subprocess.run(
             [sys.executable, "-m", *start, "dispc", *common, "-o", str(tmp_path / name)],
-            capture_output=True, text=True, check=False, timeout=600,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name in one:

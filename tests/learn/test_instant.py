@@ -143,11 +143,14 @@ def idle(state: dict[str, torch.Tensor], block: str) -> None:
 @pytest.mark.parametrize(
     ("choices", "says"),
     [
-        (dict(ratio_of="block"), "ratio_of is 'block'"), (dict(norm_scope="foo"), "norm_scope is 'foo'"),
-        (dict(align=0), "align is 0"), (dict(sequence_length=1), "sequence_length is 1"), (dict(seed=-1), "seed is -1"),
+        (dict(ratio_of="block"), "ratio_of is 'block'"),
+        (dict(norm_scope="foo"), "norm_scope is 'foo'"),
+        (dict(align=0), "align is 0"),
+        (dict(sequence_length=1), "sequence_length is 1"),
+        (dict(seed=-1), "seed is -1"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_choices_that_are_none_are_refused(choices: dict[str, Any], says: str) -> None:
     for method in ("random", "magnitude", "activation"):
         with pytest.raises(LearnError, match=says):

@@ -49,12 +49,18 @@ def test_learned_masks_meet_the_budget_and_beat_every_instant_method(tmp_path: P
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(hypernetwork=False), dict(gru=False), dict(constrained=True), dict(estimator="gumbel"),
-        dict(norm_scope="selected"), dict(align=8), dict(decay=True), dict(offset=6.0),
+        dict(hypernetwork=False),
+        dict(gru=False),
+        dict(constrained=True),
+        dict(estimator="gumbel"),
+        dict(norm_scope="selected"),
+        dict(align=8),
+        dict(decay=True),
+        dict(offset=6.0),
         dict(ratio_of="model", pruning_ratio=0.2),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_variant_ends_within_its_budget(tmp_path: Path, changes: dict[str, Any]) -> None:
     chosen = options(tmp_path, steps=4, **changes)
     masks, _ = learn(chosen)
@@ -94,11 +100,17 @@ def test_an_ablation_learns_by_what_it_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(estimator="gumbel"), dict(offset=2.0), dict(regulariser_weight=0.0), dict(weight_decay=0.5),
-        dict(decay=True), dict(learning_rate=2e-2), dict(norm_scope="selected"), dict(pruning_ratio=0.4),
+        dict(estimator="gumbel"),
+        dict(offset=2.0),
+        dict(regulariser_weight=0.0),
+        dict(weight_decay=0.5),
+        dict(decay=True),
+        dict(learning_rate=2e-2),
+        dict(norm_scope="selected"),
+        dict(pruning_ratio=0.4),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_option_of_the_method_changes_what_is_learned(tmp_path: Path, changes: dict[str, Any]) -> None:
     default, changed = learned_source(tmp_path / "default"), learned_source(tmp_path / "changed", **changes)
     assert any(not torch.equal(default[name], changed[name]) for name in default)

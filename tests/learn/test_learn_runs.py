@@ -67,11 +67,23 @@ def test_a_falling_rate_is_resumed_where_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("every", "lines"), [("1", 4), ("100000", 0)], ids=["checkpoints", "no checkpoint yet"])
 def test_a_killed_run_goes_on_from_where_it_was_safe(tmp_path: Path, every: str, lines: int) -> None:
     arguments = [
-        "learn", str(student()), "--data", text("train.txt", 3000, 2),
-        "-o", str(tmp_path / "killed" / "masks.safetensors"),
-        "--sequence-length", "32", "--batch-size", "2", "--learning-rate", "1e-2", "--checkpoint-every", every,
-        "--device", "cpu",
-    ]  # fmt: skip
+        "learn",
+        str(student()),
+        "--data",
+        text("train.txt", 3000, 2),
+        "-o",
+        str(tmp_path / "killed" / "masks.safetensors"),
+        "--sequence-length",
+        "32",
+        "--batch-size",
+        "2",
+        "--learning-rate",
+        "1e-2",
+        "--checkpoint-every",
+        every,
+        "--device",
+        "cpu",
+    ]
     metrics = tmp_path / "killed" / "masks.learn" / METRICS
     command = [sys.executable, "-m", "dispc", *arguments, "--steps", "100000"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -228,9 +240,11 @@ def test_a_file_that_may_not_grow_is_one_line_too(tmp_path: Path) -> None:
     """The limit is the system's: whatever torch makes of a write that fails is what people see."""
     done = subprocess.run(
         [sys.executable, "-m", "dispc", *arguments(tmp_path, "--checkpoint-every", "1")],
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),
-    )  # fmt: skip
+    )
     errors = [line for line in done.stderr.splitlines() if not line.startswith("step ")]
     assert done.returncode == 2 and len(errors) == 1 and errors[0].startswith("error: "), done.stderr
     assert CHECKPOINT in errors[0]

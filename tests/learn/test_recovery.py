@@ -42,9 +42,18 @@ def options(folder: Path, **changes: Any) -> RecoverOptions:
     if changes.get("lora", 0) > 0:
         pytest.importorskip("peft")
     defaults: dict[str, Any] = dict(
-        model=student(), masks=masks_file(), data=text("train.txt", 3000, 2), output=folder / "out", steps=12,
-        sequence_length=32, batch_size=4, learning_rate=3e-3, evaluate_every=4, checkpoint_every=5, device="cpu",
-    )  # fmt: skip
+        model=student(),
+        masks=masks_file(),
+        data=text("train.txt", 3000, 2),
+        output=folder / "out",
+        steps=12,
+        sequence_length=32,
+        batch_size=4,
+        learning_rate=3e-3,
+        evaluate_every=4,
+        checkpoint_every=5,
+        device="cpu",
+    )
     return RecoverOptions(**defaults | changes)
 
 
@@ -162,11 +171,13 @@ def test_bad_input_is_refused_before_the_work(tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("a b c\n")
     for changes, reason in (
-        (dict(teacher=other), "vocab_size"), (dict(data=str(short)), "too few"),
+        (dict(teacher=other), "vocab_size"),
+        (dict(data=str(short)), "too few"),
         (dict(output=tmp_path / "there"), "--force"),
-        (dict(masks=tmp_path / "none.safetensors"), "no such mask file"), (dict(sequence_length=10**6), "positions"),
+        (dict(masks=tmp_path / "none.safetensors"), "no such mask file"),
+        (dict(sequence_length=10**6), "positions"),
         (dict(held_out=str(short)), "too few"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(DispcError, match=reason):
             recover(options(tmp_path, **changes))
     for changes in (dict(loss="none"), dict(lora=-1), dict(warm_up=1.0), dict(patience=0), dict(learning_rate=0.0)):

@@ -214,8 +214,16 @@ VALUES = (
     | st.text(max_size=3)
     | st.lists(st.none(), max_size=2)
 )
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-         "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
 KEYS = (*SIZES, "ffn_dim", "tie_word_embeddings", "layer_types", "rms_norm_eps", "rope_scaling", "dtype")
 
 

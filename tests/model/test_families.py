@@ -117,8 +117,16 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-KEYS = ("rope_scaling", "rope_parameters", "quantization_config", "auto_map", "hidden_size", "num_experts",
-        "word_embed_proj_dim", "do_layer_norm_before")  # fmt: skip
+KEYS = (
+    "rope_scaling",
+    "rope_parameters",
+    "quantization_config",
+    "auto_map",
+    "hidden_size",
+    "num_experts",
+    "word_embed_proj_dim",
+    "do_layer_norm_before",
+)
 
 
 @given(st.sampled_from([*FAMILIES, "other"]) | JSON, st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4))

@@ -90,19 +90,31 @@ SCALINGS = st.one_of(
     st.builds(lambda f: {"rope_type": "linear", "factor": f}, st.floats(1, 64)),
     st.builds(
         lambda f, low, gap, n: {
-            "rope_type": "llama3", "factor": f, "low_freq_factor": low, "high_freq_factor": low + gap,
+            "rope_type": "llama3",
+            "factor": f,
+            "low_freq_factor": low,
+            "high_freq_factor": low + gap,
             "original_max_position_embeddings": n,
         },
-        st.floats(1, 64), st.floats(0.5, 4), st.floats(0.5, 8), st.integers(16, 150),
+        st.floats(1, 64),
+        st.floats(0.5, 4),
+        st.floats(0.5, 8),
+        st.integers(16, 150),
     ),
     st.builds(
         lambda f, n, fast, more: {
-            "rope_type": "yarn", "factor": f, "original_max_position_embeddings": n, "beta_fast": fast, **more
+            "rope_type": "yarn",
+            "factor": f,
+            "original_max_position_embeddings": n,
+            "beta_fast": fast,
+            **more,
         },
-        st.floats(1, 64), st.integers(16, 4096), st.floats(4, 64),
+        st.floats(1, 64),
+        st.integers(16, 4096),
+        st.floats(4, 64),
         st.sampled_from(({}, {"truncate": False}, {"attention_factor": 1.25}, {"mscale": 1.0, "mscale_all_dim": 0.5})),
     ),
-)  # fmt: skip
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -132,8 +144,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
     "two bases": ({"rope_theta": 10_000.0, "rope_parameters": {"rope_theta": 500_000.0}}, "500000"),
     "two scalings": (
-        {"rope_scaling": {"type": "linear", "factor": 2.0},
-         "rope_parameters": {"rope_theta": 10_000.0, "rope_type": "linear", "factor": 4.0}},
+        {
+            "rope_scaling": {"type": "linear", "factor": 2.0},
+            "rope_parameters": {"rope_theta": 10_000.0, "rope_type": "linear", "factor": 4.0},
+        },
         "contradict",
     ),
     "rotary words": ({"rope_theta": "large"}, "rope_theta"),
@@ -145,7 +159,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "billion blocks": ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
     "billion positions": ({"max_position_embeddings": 10**9}, "max_position_embeddings"),
     "billion words": ({"vocab_size": 10**9}, "vocab_size"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -157,11 +171,21 @@ def test_what_cannot_be_honoured_is_refused_by_name(what: str, tmp_path: Path) -
     assert "config.json" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("harmless", [{"torch_dtype": "float64"}, {"use_cache": False}, {"unsloth_fixed": True},
-    {"_attn_implementation": "someone/kernel"}, {"attn_implementation": "flash_attention_2"}, {"pad_token_id": 10**6},
-    {"is_llama_config": True, "rope_interleaved": False, "mystery": None}, {"bos_token_id": "x"},
-    {"rope_scaling": None}, {"rope_scaling": {"type": "default"}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"torch_dtype": "float64"},
+        {"use_cache": False},
+        {"unsloth_fixed": True},
+        {"_attn_implementation": "someone/kernel"},
+        {"attn_implementation": "flash_attention_2"},
+        {"pad_token_id": 10**6},
+        {"is_llama_config": True, "rope_interleaved": False, "mystery": None},
+        {"bos_token_id": "x"},
+        {"rope_scaling": None},
+        {"rope_scaling": {"type": "default"}},
+    ],
+)
 def test_what_changes_nothing_is_left_aside(harmless: dict[str, Any], tmp_path: Path) -> None:
     plain = {"model_type": "llama", **tiny.LLAMA}
     first, second = (stored(raw, tmp_path / name) for name, raw in (("plain", plain), ("more", plain | harmless)))

@@ -28,9 +28,17 @@ from dispc.validate.checks.parity import DEFAULTS, logit_error
 from dispc.validate.client import Batch
 
 COUNTED_BY_MASKS = (
-    "align-widths", "fill-zeros", "inverse-gather", "feature-extractor", "lower-attention", "fuse-rotary", "fuse-qkv",
-    "fuse-gate-up", "fuse-skip-norm", "tie-embeddings"
-)  # fmt: skip
+    "align-widths",
+    "fill-zeros",
+    "inverse-gather",
+    "feature-extractor",
+    "lower-attention",
+    "fuse-rotary",
+    "fuse-qkv",
+    "fuse-gate-up",
+    "fuse-skip-norm",
+    "tie-embeddings",
+)
 """Passes that know from the masks what there is to do, and so fail when it is done already (test_fusion_counts.py)."""
 
 
@@ -74,7 +82,7 @@ def test_a_rare_variant_is_what_its_name_says(variant: str, like: str) -> None:
 @given(data=st.data())
 @settings(max_examples=16)
 def test_any_family_widths_and_options_keep_the_function_in_padded_batches(lowering: str, data: st.DataObject) -> None:
-    variant = data.draw(st.sampled_from([*tiny.VARIANTS, *tiny.RARE]))
+    variant = data.draw(st.sampled_from([*tiny.VARIANTS, *tiny.FURTHER, *tiny.RARE]))
     masks = data.draw(widths(variant))
     options = {
         "target": data.draw(st.sampled_from(targets_of(lowering))),
@@ -103,9 +111,15 @@ def test_a_gated_block_is_left_with_what_it_needs(variant: str, target: str) -> 
     counts = {name: operators.count(name) for name in set(operators)} | {"Transpose": operators.count("Transpose")}
     counts.pop("Add", None)  # the biases of Qwen2
     assert counts == {
-        "SkipSimplifiedLayerNormalization": 2, "Gather": 4, "MatMul": 4 if packed else 5, "GroupQueryAttention": 1,
-        "QuickGelu": 1, "Mul": 1, "Transpose": 0, **({"Split": 1} if packed else {}),
-    }  # fmt: skip
+        "SkipSimplifiedLayerNormalization": 2,
+        "Gather": 4,
+        "MatMul": 4 if packed else 5,
+        "GroupQueryAttention": 1,
+        "QuickGelu": 1,
+        "Mul": 1,
+        "Transpose": 0,
+        **({"Split": 1} if packed else {}),
+    }
 
 
 @pytest.mark.parametrize(
@@ -285,13 +299,19 @@ def test_an_artifact_with_last_logits_is_judged_at_every_position_and_as_it_is(
     half("llama-tied-biased").save(tmp_path / "masks.safetensors", checkpoint.config)
     manifest = compile_model(
         CompileOptions(
-            model=checkpoint.directory, masks=tmp_path / "masks.safetensors", output=tmp_path / "out", target=target,
-            padding=padding, last_logits=True, verify_each=True,
+            model=checkpoint.directory,
+            masks=tmp_path / "masks.safetensors",
+            output=tmp_path / "out",
+            target=target,
+            padding=padding,
+            last_logits=True,
+            verify_each=True,
         )
-    )  # fmt: skip
-    checks = {check["name"]: check for check in manifest["validation"]["checks"]}
-    assert manifest["validation"]["passed"]
-    assert manifest["logits"] == "last"
+    )
+    assert manifest.validation is not None
+    checks = {check["name"]: check for check in manifest.validation["checks"]}
+    assert manifest.passed
+    assert manifest.logits == "last"
     assert {"prefill", "last logits"} <= set(checks)
 
 
@@ -299,12 +319,15 @@ def test_an_artifact_with_last_logits_is_judged_at_every_position_and_as_it_is(
 @pytest.mark.parametrize(
     "options",
     [
-        {}, *({"without": (name,)} for name in FUSIONS),
-        {"lowering": "zero-filled"}, {"align": 16}, {"padding": "left"},
+        {},
+        *({"without": (name,)} for name in FUSIONS),
+        {"lowering": "zero-filled"},
+        {"align": 16},
+        {"padding": "left"},
         {"lowering": "zero-filled", "align": 16, "padding": "left"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_in_float16_no_pass_costs_more_than_float16_itself(variant: str, options: dict[str, Any]) -> None:
     """The graph for CUDA, run by the CPU's float16 kernels; the budget is torch's error in float16, four times."""
     checkpoint, masks = harness.checkpoint(variant), masks_of(variant)

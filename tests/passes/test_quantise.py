@@ -18,6 +18,7 @@ from quantised import EVERYTHING, quantised_model
 from sets import widths
 
 from dispc.compiler import CompileOptions, compile_model
+from dispc.manifest import Manifest
 from dispc.masks import Masks
 from dispc.passes import quantise
 from dispc.passes.pipeline import build_pipeline, run_pipeline
@@ -65,9 +66,13 @@ def read_back(parts: dict[str, harness.Array], quantisation: Quantisation, input
 
 
 @given(
-    sizes=st.tuples(st.integers(1, 150), st.integers(1, 9)), quantisation=QUANTISATIONS,
-    dtype=st.sampled_from(list(DTYPES)), rows=st.booleans(), coarse=st.booleans(), seed=st.integers(0, 2**32 - 1),
-)  # fmt: skip
+    sizes=st.tuples(st.integers(1, 150), st.integers(1, 9)),
+    quantisation=QUANTISATIONS,
+    dtype=st.sampled_from(list(DTYPES)),
+    rows=st.booleans(),
+    coarse=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
 def test_torch_rounds_every_weight_exactly_as_the_quantiser_does(
     sizes: tuple[int, int], quantisation: Quantisation, dtype: str, rows: bool, coarse: bool, seed: int
 ) -> None:
@@ -107,9 +112,10 @@ def test_aligned_widths_are_quantised_like_those_that_are_not(quantisation: Quan
     masks = Masks.from_indices(odd, harness.checkpoint("llama").config)
     model = quantised_model("llama", masks, quantisation, target="onnx-cuda", align=32)
     inputs = {
-        node.name: node.attributes["K"].as_int() for node in model.graph
+        node.name: node.attributes["K"].as_int()
+        for node in model.graph
         if node.op_type == "MatMulNBits" and "layers." in (node.name or "") and "o_proj" not in (node.name or "")
-    }  # fmt: skip
+    }
     assert inputs and all(size % 32 == 0 for size in inputs.values()), inputs
     expected = harness.reference_logits("llama", masks, quantisation=quantisation)
     assert logit_error(harness.model_logits(model), expected) <= LIMITS["float32"]
@@ -156,17 +162,19 @@ def test_an_embedding_that_is_not_found_is_an_error_and_no_silent_omission() -> 
         QuantisePass(EVERYTHING, harness.checkpoint("opt").config)(harness.traced("llama"))
 
 
-def compiled(
-    variant: str, out: Path, quantisation: Quantisation, target: str = "onnx-cpu", **options: Any
-) -> dict[str, Any]:
+def compiled(variant: str, out: Path, quantisation: Quantisation, target: str = "onnx-cpu", **options: Any) -> Manifest:
     checkpoint = harness.checkpoint(variant)
     Masks.random(checkpoint.config, 0.5, 4).save(out.parent / "masks.safetensors", checkpoint.config)
     return compile_model(
         CompileOptions(
-            model=checkpoint.directory, masks=out.parent / "masks.safetensors", output=out, target=target,
-            quantisation=quantisation, **options,
+            model=checkpoint.directory,
+            masks=out.parent / "masks.safetensors",
+            output=out,
+            target=target,
+            quantisation=quantisation,
+            **options,
         )
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,7 +192,7 @@ def test_artifacts_pass_and_say_how_they_are_quantised(
     variant: str, quantisation: Quantisation, target: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     manifest = compiled(variant, tmp_path / "out", quantisation, target, **options)
-    assert manifest["validation"]["passed"]
+    assert manifest.passed
     assert Quantisation(**json.loads((tmp_path / "out" / "dispc.json").read_text())["quantisation"]) == quantisation
     outcome = command.run("inspect", tmp_path / "out", "--json")
     assert json.loads(outcome.out)["facts"]["quantised"] == str(quantisation)

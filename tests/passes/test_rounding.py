@@ -75,6 +75,12 @@ def test_unpacking_undoes_packing(bits: int) -> None:
 def test_options_that_make_no_sense_are_refused(name: str | None, options: dict[str, str], says: str) -> None:
     with pytest.raises(CompileError, match=says):
         make_quantisation(
-            name, "onnx-cpu", block_size=None, asymmetric=False, head=False, embedding=False, int8_activations=None,
+            name,
+            "onnx-cpu",
+            block_size=None,
+            asymmetric=False,
+            head=False,
+            embedding=False,
+            int8_activations=None,
             **options,
-        )  # fmt: skip
+        )

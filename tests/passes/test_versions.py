@@ -10,6 +10,7 @@ import pytest
 import tiny
 from onnx import helper
 
+from dispc.manifest import Needs
 from dispc.masks import Masks
 from dispc.passes.common.versions import KERNELS, RELEASES, lowest_opset, needs, version_key
 from dispc.plan import TARGETS
@@ -43,7 +44,7 @@ def test_artifacts_with_operators_of_onnx_runtime_stay_at_the_lowest_opset(varia
 
 def test_standard_operators_need_the_opset_that_has_them() -> None:
     model = rewritten("llama", target="onnx")
-    assert needs(model) == {"opset": 23, "ir_version": 10, "onnxruntime": "1.24"}
+    assert needs(model) == Needs(opset=23, ir_version=10, onnxruntime="1.24")
     assert {node.domain for node in model.graph} == {""}
 
 
@@ -97,13 +98,13 @@ def test_the_opset_follows_from_operator_attributes_inputs_and_types(node: ir.No
     ],
 )
 def test_the_first_onnx_runtime_follows_from_what_operators_are_asked(options: dict[str, object], version: str) -> None:
-    assert needs(rewritten("llama", **options))["onnxruntime"] == version
+    assert needs(rewritten("llama", **options)).onnxruntime == version
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_a_sliding_window_needs_a_newer_onnx_runtime_where_the_operator_applies_it(padding: str) -> None:
     """With padding on the left the mask holds the window."""
-    found = needs(rewritten("mistral-window", padding=padding))["onnxruntime"]
+    found = needs(rewritten("mistral-window", padding=padding)).onnxruntime
     assert found == {"right": "1.24", "left": "1.22"}[padding]
 
 
@@ -139,15 +140,19 @@ def test_the_checker_still_refuses_what_is_wrong() -> None:
         check_model(path)
 
 
+VARIANTS = {"window": "mistral-window", "softcap": "gemma2", "rotates part": "stablelm"}
+"""What a row of the table says of a model, and one that is such."""
+
+
 def test_the_documentation_names_the_first_onnx_runtime_of_each_artifact() -> None:
     page = (Path(__file__).parents[2] / "docs" / "applications.md").read_text(encoding="utf-8")
     rows = page.split("| first ONNX Runtime |")[1].split("\n\n")[0].splitlines()[2:]
     cells = [[cell.strip() for cell in row.split("|")[1:3]] for row in rows]
     assert len(cells) > 8
     for artifacts, version in cells:
-        variant = "mistral-window" if "window" in artifacts else "llama"
+        variant = next((variant for word, variant in VARIANTS.items() if word in artifacts), "llama")
         for line in re.findall(r"`([^`]+)`", artifacts):
-            assert needs(rewritten(variant, **options_of(line)))["onnxruntime"] == version, line
+            assert needs(rewritten(variant, **options_of(line))).onnxruntime == version, line
 
 
 def options_of(line: str) -> dict[str, object]:
@@ -161,7 +166,12 @@ def options_of(line: str) -> dict[str, object]:
             value for flag, value in (("--int8-activations", True), ("--no-int8-activations", False)) if flag in given
         ]
         options["quantisation"] = make_quantisation(
-            given["--quantize"], target, block_size=16, asymmetric="--asymmetric" in given, head=False,
-            embedding="--quantize-embedding" in given, int8_activations=chosen[0] if chosen else None,
-        )  # fmt: skip
+            given["--quantize"],
+            target,
+            block_size=16,
+            asymmetric="--asymmetric" in given,
+            head=False,
+            embedding="--quantize-embedding" in given,
+            int8_activations=chosen[0] if chosen else None,
+        )
     return options

@@ -159,9 +159,13 @@ def test_the_markers_choose_one_build_for_every_platform() -> None:
     ):
         asked = [Requirement(line) for line in requirements if line.startswith("onnxruntime")]
         for system, platform, machine in (
-            ("Linux", "linux", "x86_64"), ("Linux", "linux", "aarch64"), ("Darwin", "darwin", "arm64"),
-            ("Windows", "win32", "AMD64"), ("Windows", "win32", "ARM64"), ("Darwin", "darwin", "x86_64"),
-        ):  # fmt: skip
+            ("Linux", "linux", "x86_64"),
+            ("Linux", "linux", "aarch64"),
+            ("Darwin", "darwin", "arm64"),
+            ("Windows", "win32", "AMD64"),
+            ("Windows", "win32", "ARM64"),
+            ("Darwin", "darwin", "x86_64"),
+        ):
             here = {"sys_platform": platform, "platform_machine": machine}
             chosen = [one.name for one in asked if one.marker is None or one.marker.evaluate(here)]
             assert chosen == [names[0] if (system, machine) in GPU_PLATFORMS else names[1]]

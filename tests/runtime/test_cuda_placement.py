@@ -33,27 +33,45 @@ SHAPE_NODES = ("/lengths/Cast_total", "Squeeze_total", "Squeeze_new", "/Sub")
 @dataclass(frozen=True)
 class Block:
     """What a block of a variant needs: MatMuls with padding on the right, on the left and in float32 (where attention
-    is opset 23's), skip-norms of an Add, and the Transposes that the canonical form leaves."""
+    is opset 23's), skip-norms of an Add, the Transposes that the canonical form leaves, and those of every form."""
 
     matmuls: tuple[int, int, int]
     norms: int
     transposes: int
+    always: int = 0
 
 
-GATED, UNGATED = Block((4, 6, 6), 2, 4), Block((4, 4, 6), 2, 4)
+USUAL = Block((4, 6, 6), 2, 4)
+UNROTATED = Block((4, 4, 6), 2, 4)
+APART = Block((6, 6, 6), 2, 4)
+"""Between projections and attention are norms of heads, or a rotation of fewer dimensions than the kernels take."""
 BLOCKS: dict[str, Block] = {
-    "llama": GATED,
-    "llama-tied-biased": GATED,
-    "llama3-rope": GATED,
-    "mistral-window": GATED,
-    "qwen2": GATED,
-    "qwen2-mixed-window": GATED,
-    "qwen3": Block((6, 6, 6), 2, 4),  # its heads have norms of their own between projection and attention
-    "phi": Block((6, 6, 6), 1, 3),  # one norm for both sub-layers; 8 rotary dimensions are too few for the kernel
-    "phi-wide-rotary": Block((4, 6, 6), 1, 3),
-    "opt": UNGATED,
-    "phi-gelu": Block((6, 6, 6), 1, 3),
-    "opt-gelu": UNGATED,
+    "llama": USUAL,
+    "llama-tied-biased": USUAL,
+    "llama3-rope": USUAL,
+    "mistral-window": USUAL,
+    "qwen2": USUAL,
+    "qwen2-mixed-window": USUAL,
+    "qwen3": APART,
+    "phi": replace(APART, norms=1, transposes=3),  # one norm for both sub-layers
+    "phi-wide-rotary": replace(USUAL, norms=1, transposes=3),
+    "opt": UNROTATED,
+    "phi-gelu": replace(APART, norms=1, transposes=3),
+    "opt-gelu": UNROTATED,
+    "granite": USUAL,
+    "granite-tied": USUAL,
+    "smollm3": UNROTATED,  # block 1 is
+    "starcoder2": USUAL,
+    "stablelm": APART,
+    "nemotron": APART,
+    "phi3": USUAL,
+    "gpt-neox": replace(APART, norms=1, transposes=3),  # two norms of one sum
+    "gpt-neox-sequential": USUAL,
+    "cohere": replace(USUAL, norms=1, transposes=3),
+    "gemma": USUAL,
+    "olmo2": replace(APART, norms=0),  # none reads a sum
+    "gemma2": USUAL,
+    "gemma3": replace(APART, always=4),  # around the norms of heads
 }
 GATHERS = {"inverse-gather": 4, "zero-filled": 3, "canonical": 2, "scatter-elements": 2}
 """Of two reads and two writes; what the MLP reads is nearly everything (masks_of), so that zero-filled fills it."""
@@ -63,11 +81,15 @@ def expected_operators(variant: str, plan: Plan) -> dict[str, int]:
     block, name = BLOCKS[variant], plan.lowering.name
     kind = 2 if not plan.group_query else 1 if plan.padding == "left" else 0
     return {
-        "GroupQueryAttention": int(plan.group_query), "Attention": int(not plan.group_query),
-        "MatMul": block.matmuls[kind], "skip-norms": block.norms if plan.lowering.adds else 0, "Gather": GATHERS[name],
-        "Transpose": block.transposes if name == "canonical" else 0,
-        "ScatterND": 2 * (name == "canonical"), "ScatterElements": 2 * (name == "scatter-elements"),
-    }  # fmt: skip
+        "GroupQueryAttention": int(plan.group_query),
+        "Attention": int(not plan.group_query),
+        "MatMul": block.matmuls[kind],
+        "skip-norms": block.norms if plan.lowering.adds else 0,
+        "Gather": GATHERS[name],
+        "Transpose": block.always + (block.transposes if name == "canonical" else 0),
+        "ScatterND": 2 * (name == "canonical"),
+        "ScatterElements": 2 * (name == "scatter-elements"),
+    }
 
 
 def operators_of_a_block(placement: Placement) -> dict[str, int]:
@@ -112,12 +134,15 @@ def assert_on_cuda(placement: Placement) -> None:
 
 
 def test_the_matrix_has_every_family_and_lowering_and_what_is_left_out_cannot_run() -> None:
-    assert {*tiny.VARIANTS} <= {*BLOCKS}
+    assert {*tiny.VARIANTS, *tiny.FURTHER} <= {*BLOCKS}
     found = Counter((plan.dtype, plan.padding) for plan in plans())
     assert found == {
-        ("float16", "right"): 4, ("float16", "left"): 4, ("float32", "left"): 4,
-        ("bfloat16", "right"): 2, ("bfloat16", "left"): 2,  # no ScatterND(add), no ScatterElements(add)
-    }  # fmt: skip
+        ("float16", "right"): 4,
+        ("float16", "left"): 4,
+        ("float32", "left"): 4,
+        ("bfloat16", "right"): 2,
+        ("bfloat16", "left"): 2,  # no ScatterND(add), no ScatterElements(add)
+    }
 
 
 @pytest.mark.parametrize("variant", BLOCKS)
@@ -137,7 +162,7 @@ def test_logits_of_the_last_token_are_taken_on_cuda(variant: str, cuda_stub: Pat
     assert_on_cuda(placed(variant, cuda_stub, tmp_path, dtype="bfloat16", last_logits=True))
 
 
-@pytest.mark.parametrize("variant", ["llama-tied-biased", "opt"])
+@pytest.mark.parametrize("variant", ["llama-tied-biased", "opt", "nemotron", "olmo2", "gemma3"])
 @pytest.mark.parametrize(
     ("dtype", "bits", "symmetric"), [("float16", 4, True), ("bfloat16", 8, False), ("float32", 4, False)]
 )
@@ -151,7 +176,8 @@ def test_quantised_weights_run_on_cuda(
     assert operators.count("MatMulNBits") > 3
     assert operators.count("GatherBlockQuantized") == 1
     assert "MatMul" not in operators
-    assert "Reshape" not in placement.optimised.values()  # of a tied embedding: it is folded on CUDA too
+    outside = [operator for name, operator in placement.optimised.items() if "layers." not in name]
+    assert "Reshape" not in outside  # of a tied embedding: it is folded on CUDA too
 
 
 def test_a_node_that_falls_back_and_a_copy_are_named(cuda_stub: Path, tmp_path: Path) -> None:

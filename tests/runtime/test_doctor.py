@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import command
 import cuda_stub as stub_libraries
@@ -13,7 +12,7 @@ import harness
 import pytest
 
 from dispc.compiler import CompileOptions, compile_model
-from dispc.manifest import FIELDS
+from dispc.manifest import BlockParameters, LoweringChoice, Manifest
 from dispc.runtime import doctor
 from dispc.runtime.providers import CPU
 from dispc.support.files import write_json
@@ -112,8 +111,8 @@ def test_compiling_for_cuda_without_cuda_judges_on_the_cpu_and_keeps_that_in_the
     options = CompileOptions(
         model=harness.checkpoint("llama").directory, output=tmp_path / "out", target="onnx-cuda", dense=True
     )
-    validation = compile_model(options)["validation"]
-    assert validation["passed"]
+    validation = compile_model(options).validation
+    assert validation is not None and validation["passed"]
     for phrase in ("CPUExecutionProvider instead of CUDAExecutionProvider", "cannot be loaded"):
         assert phrase in validation["headline"]
     assert json.loads((tmp_path / "out" / "dispc.json").read_text())["validation"] == validation
@@ -121,13 +120,24 @@ def test_compiling_for_cuda_without_cuda_judges_on_the_cpu_and_keeps_that_in_the
 
 def test_an_artifact_for_the_cpu_asks_for_no_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "cuda_problem", lambda: pytest.fail("asked"))
-    empty: dict[type, Any] = {str: "", list: [], int: 1}
-    manifest: dict[str, Any] = {}
-    for name, kind in FIELDS.items():
-        outer, _, inner = name.partition(".")
-        manifest[outer] = {**manifest.get(outer, {}), inner: empty[kind]} if inner else empty[kind]
-    manifest |= {"target": "onnx-cpu", "dtype": "float32"}
-    write_json(tmp_path / "dispc.json", manifest)
+    manifest = Manifest(
+        dispc="",
+        model_type="",
+        target="onnx-cpu",
+        dtype="float32",
+        padding="right",
+        lowering=LoweringChoice(name=""),
+        attention="",
+        positions=1,
+        stop_tokens=(),
+        norm_scope="",
+        masks_sha256="",
+        config_sha256="",
+        block_parameters=BlockParameters(dense=1, kept=1),
+        nodes=1,
+        bytes=1,
+    )
+    write_json(tmp_path / "dispc.json", manifest.to_json())
     assert choose_provider(tmp_path, "target") == (CPU, "")
 
 

@@ -57,7 +57,7 @@ def test_the_command_times_every_lowering_and_the_artifact_is_right(tmp_path: Pa
 @pytest.mark.parametrize("variant", ["opt", "phi", "qwen2"])
 def test_other_families_are_sampled_too(variant: str) -> None:
     plan, record = tune.tune(harness.checkpoint(variant), masks_of(variant), "onnx-cpu", Choices(), build_artifact)
-    assert plan.lowering.name in LOWERINGS and set(record["milliseconds"]) == LOWERINGS
+    assert plan.lowering.name in LOWERINGS and set(record.milliseconds) == LOWERINGS
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_the_fastest_is_chosen_unless_it_is_only_noise(
     fake_times(monkeypatch, **faster)
     plan, record = tune.tune(harness.checkpoint("llama"), masks_of("llama"), "onnx-cpu", Choices(), build_artifact)
     assert plan.lowering.name == expected
-    assert set(record["milliseconds"]) == LOWERINGS
+    assert set(record.milliseconds) == LOWERINGS
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,9 @@ def test_zero_filled_as_the_default_of_a_target_can_be_tuned(monkeypatch: pytest
     monkeypatch.setitem(TARGETS, "onnx-cpu", replace(TARGETS["onnx-cpu"], lowering="zero-filled"))
     checkpoint = harness.checkpoint("llama")
     for masks, expected in (
-        (masks_of("llama"), "zero-filled"), (Masks.random(checkpoint.config, 0.9, 3), "inverse-gather")
-    ):  # fmt: skip
+        (masks_of("llama"), "zero-filled"),
+        (Masks.random(checkpoint.config, 0.9, 3), "inverse-gather"),
+    ):
         assert tune.tune(checkpoint, masks, "onnx-cpu", Choices(), build_artifact)[0].lowering.name == expected
 
 
@@ -118,7 +119,7 @@ def test_only_what_the_target_can_run_is_timed(monkeypatch: pytest.MonkeyPatch) 
     checkpoint, masks = harness.checkpoint("llama"), masks_of("llama")
 
     def timed(target: str, **choices: Any) -> set[str]:
-        return set(tune.tune(checkpoint, masks, target, Choices(**choices), build_artifact)[1]["milliseconds"])
+        return set(tune.tune(checkpoint, masks, target, Choices(**choices), build_artifact)[1].milliseconds)
 
     monkeypatch.setattr(doctor, "cuda_problem", lambda: None)
     assert timed("onnx-cuda", dtype="bfloat16") == {"inverse-gather", "zero-filled"}
@@ -146,10 +147,10 @@ def test_blocks_that_any_lowering_spells_alike_are_not_sampled(monkeypatch: pyte
     count = checkpoint.config.num_hidden_layers
     none, some = dict.fromkeys(("attention.read", "mlp.read"), np.array([], dtype=np.int64)), {"mlp.read": [1, 5]}
     masks = Masks.from_indices([none] * (count - 1) + [some], checkpoint.config)
-    assert tune.tune(checkpoint, masks, "onnx-cpu", Choices(), build_artifact)[1]["blocks"] == [count - 1]
+    assert tune.tune(checkpoint, masks, "onnx-cpu", Choices(), build_artifact)[1].blocks == (count - 1,)
     everything = [{}] * (count - 1) + [some]
     masks = Masks.from_indices(everything, checkpoint.config)
-    assert tune.tune(checkpoint, masks, "onnx-cpu", Choices(), build_artifact)[1]["blocks"] == [count - 1]
+    assert tune.tune(checkpoint, masks, "onnx-cpu", Choices(), build_artifact)[1].blocks == (count - 1,)
     with pytest.raises(CompileError, match="no sub-layer reads or writes a part"):
         tune.tune(
             checkpoint, Masks.from_indices([none] * count, checkpoint.config), "onnx-cpu", Choices(), build_artifact

@@ -13,7 +13,7 @@ from typing import Any
 import harness
 import numpy as np
 import pytest
-import trial
+import run_ort
 
 from dispc.compiler import CompileOptions, compile_model
 from dispc.manifest import read_manifest
@@ -21,7 +21,7 @@ from dispc.masks import Masks
 from dispc.passes.common.versions import version_key
 from dispc.quantisation import Quantisation
 
-SCRIPTS = Path(trial.__file__).parent
+SCRIPTS = Path(run_ort.__file__).parent
 ENVIRONMENTS = Path(__file__).parents[2] / "build" / "runtimes"
 
 
@@ -82,13 +82,13 @@ def artifact(name: str) -> Path:
 @cache
 def expected(name: str) -> np.ndarray[Any, Any]:
     """Logits [steps, rows, V] with the ONNX Runtime of this environment, whose parity `dispc validate` judges."""
-    return np.array(trial.decode(artifact(name))).reshape(1 + trial.STEPS, len(trial.PROMPTS), -1)
+    return np.array(run_ort.decode(artifact(name))).reshape(1 + run_ort.STEPS, len(run_ort.PROMPTS), -1)
 
 
 @cache
 def tried(package: str, version: str) -> dict[str, Any]:
     """What `package` in `version` makes of every artifact."""
-    script, names = {"onnxruntime": ("trial.py", list(ARTIFACTS)), "genai": ("trial_genai.py", FOR_GENAI)}[package]
+    script, names = {"onnxruntime": ("run_ort.py", list(ARTIFACTS)), "genai": ("run_genai.py", FOR_GENAI)}[package]
     python = ENVIRONMENTS / f"{package}-{version}" / "bin" / "python"
     line = [python, SCRIPTS / script, *(artifact(name) for name in names)]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
@@ -101,7 +101,7 @@ def tried(package: str, version: str) -> dict[str, Any]:
 @pytest.mark.parametrize("version", versions("onnxruntime"))
 def test_an_artifact_runs_from_the_onnx_runtime_on_that_it_names(version: str, name: str) -> None:
     found = tried("onnxruntime", version)[name]
-    needed = read_manifest(artifact(name))["needs"]["onnxruntime"]
+    needed = read_manifest(artifact(name)).needs.onnxruntime
     error = np.inf
     if "logits" in found:
         logits = np.array(found["logits"]).reshape(expected(name).shape)
@@ -119,7 +119,7 @@ def test_onnxruntime_genai_says_the_same_tokens(version: str, name: str) -> None
         assert "invalid dimensions for output: logits" in found["error"]
         return
     assert "tokens" in found, found["error"]
-    stops = set(read_manifest(artifact(name))["stop_tokens"])
+    stops = set(read_manifest(artifact(name)).stop_tokens)
     for row, tokens in enumerate(found["tokens"]):
         greedy = expected(name)[:, row].argmax(axis=1).tolist()
         said = [token for token in tokens if token not in stops]

@@ -26,10 +26,8 @@ def artifact(variant: str = "phi", target: str = "onnx-cpu", **options: Any) -> 
     file = harness.scratch() / f"{name}.safetensors"
     masks.save(file, checkpoint.config)
     compile_model(
-        CompileOptions(
-            model=checkpoint.directory, masks=file, output=path, target=target, validate=False, **options
-        )
-    )  # fmt: skip
+        CompileOptions(model=checkpoint.directory, masks=file, output=path, target=target, validate=False, **options)
+    )
     return path
 
 
@@ -49,9 +47,12 @@ def originals() -> tuple[Path, Path, Path]:
     checkpoint = harness.checkpoint("phi")
     Masks.random(checkpoint.config, 0.5, 4).save(place / "masks.safetensors", checkpoint.config)
     options = CompileOptions(
-        model=checkpoint.directory, masks=place / "masks.safetensors", output=place / "out", target="onnx-cpu",
+        model=checkpoint.directory,
+        masks=place / "masks.safetensors",
+        output=place / "out",
+        target="onnx-cpu",
         validate=False,
-    )  # fmt: skip
+    )
     compile_model(options)
     faults.plant(faults.drop_bias, place / "out", place / "broken")
     return place / "out", place / "broken", checkpoint.directory

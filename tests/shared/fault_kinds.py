@@ -14,9 +14,15 @@ import onnx_ir as ir
 
 Array = npt.NDArray[Any]
 MODULES = {
-    "attention": ("/self_attn/", "/input_layernorm/", "/self_attn_layer_norm/"),
-    "mlp": ("/mlp/", "/fc1/", "/fc2/", "/activation_fn/", "/post_attention_layernorm/", "/final_layer_norm/"),
-}
+    "attention": ("self_attn", "attention", "input_layernorm", "self_attn_layer_norm"),
+    "mlp": (
+        "mlp", "fc1", "fc2", "activation_fn", "final_layer_norm", "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}  # fmt: skip
+"""Modules of a block, by the sub-layer that they are of in every family."""
+TURNING = "post_attention_layernorm"
+"""Stands behind the attention where a block has a norm behind its MLP too, else in front of the MLP."""
 INDICES = (ir.DataType.INT32, ir.DataType.INT64)
 PROJECTIONS = ("MatMul", "MatMulNBits")
 
@@ -59,13 +65,20 @@ class Kind:
 def nodes(model: ir.Model, place: Place, *op_types: str) -> list[ir.Node]:
     """The nodes of the sub-layer, of those operators where any are named."""
     inside = f"layers.{place.block}/"
+    found = [node for node in model.graph if inside in (node.name or "")]
+    names = {*MODULES[place.part]}
+    if (place.part == "attention") == norms_behind(model):
+        names.add(TURNING)
     return [
         node
-        for node in model.graph
-        if inside in (node.name or "")
-        and any(module in node.name for module in MODULES[place.part])
-        and (not op_types or node.op_type in op_types)
+        for node in found
+        if (node.name or "").partition(inside)[2].split("/")[0] in names and (not op_types or node.op_type in op_types)
     ]
+
+
+def norms_behind(model: ir.Model) -> bool:
+    """Whether norms stand behind the sub-layers."""
+    return any("/post_feedforward_layernorm/" in (node.name or "") for node in model.graph)
 
 
 def one(found: list[Any], place: Place) -> Any:
@@ -364,8 +377,8 @@ def swap_presents(model: ir.Model, place: Place) -> None:
 
 
 def update(model: ir.Model, place: Place) -> ir.Value:
-    """The output of the sub-layer's last projection, with its bias."""
-    last = nodes(model, place, *PROJECTIONS)
+    """The output of the sub-layer's last projection, with its bias, and with the norm behind it, if any."""
+    last = nodes(model, place, *PROJECTIONS, *(NORMS if norms_behind(model) else ()))
     if not last:
         raise NotHere
     value = last[-1].outputs[0]

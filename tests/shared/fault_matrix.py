@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only wait 
 import faults
 import harness
 import numpy as np
+import tiny
 from artifacts import artifact, failed, judged
 from fault_kinds import KINDS, Kind, NotHere, Place
 
@@ -38,7 +39,7 @@ from dispc.validate.comparison import Comparison
 
 INT4 = Quantisation(bits=4, block_size=16, symmetric=True, head=False, embedding=False)
 INT8 = Quantisation(bits=8, block_size=16, symmetric=False, head=True, embedding=False)
-VARIANTS = ("llama", "phi", "opt", "qwen3", "mistral-window", "qwen2-mixed-window", "llama-tied-biased")
+VARIANTS = ("llama", "phi", "opt", "qwen3", "mistral-window", "qwen2-mixed-window", "llama-tied-biased", *tiny.FURTHER)
 ARTIFACTS: tuple[dict[str, Any], ...] = (
     {"target": "onnx"},
     {"target": "onnx", "dtype": "float16"},
@@ -80,7 +81,7 @@ def reference_read_once() -> Iterator[None]:
     def answers(self: Comparison, rows: Sequence[Row], *, streams: bool = False) -> Answers:
         key = (
             self.checkpoint.directory, self.masks.sha256(), self.computes_in, self.artifact.widened,
-            str(self.manifest.get("quantisation")), self.artifact.dtype, self.truth, streams,
+            str(self.manifest.quantisation), self.artifact.dtype, self.truth, streams,
         )  # fmt: skip
         asked = sources([row.text for row in rows])
         blocks, readings = known.get(key, (None, {}))
@@ -138,8 +139,8 @@ def verdict(kind: Kind, place: Place, report: Report) -> tuple[str, str]:
     if kind.check is not None:
         return ("found" if kind.check in found else "unnamed"), ", ".join(sorted(found))
     named = kind.named or place.name
-    said = (report.drill or {}).get("verdict") or "no verdict"
-    return ("found" if f"wrong is {named}" in said else "unnamed"), said
+    verdict = (report.drill.verdict if report.drill else None) or "no verdict"
+    return ("found" if f"wrong is {named}" in verdict else "unnamed"), verdict
 
 
 def same_bits(whole: Path, broken: Path) -> bool:

@@ -2,7 +2,7 @@
 
 `python tests/shared/fuzzing.py --count 2000` damages one file per case (a bit, a value of its JSON, what kind of file
 it is), runs a command that reads it in a forked process with limits, and counts what came of it. A case is a function
-of seed and number: `--seed S --first N --count 1` repeats it, with what the command said.
+of seed and number: `--seed S --first N --count 1` repeats it, with what the command output.
 """
 
 import argparse
@@ -32,8 +32,25 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "compile dense": ("model", ("compile", "model", "-t", "onnx", "-o", "new", "--dense", "--no-validate")),
     "inspect model": ("model", ("inspect", "model")),
     "learn random": ("model", ("learn", "model", "--method", "random", "-r", "0.3", "-o", "new.safetensors")),
-    "learn": ("model", ("learn", "model", "-r", "0.3", "--data", "text.txt", "--sequence-length", "16",
-                        "--batch-size", "1", "--steps", "1", "-o", "new.safetensors")),
+    "learn": (
+        "model",
+        (
+            "learn",
+            "model",
+            "-r",
+            "0.3",
+            "--data",
+            "text.txt",
+            "--sequence-length",
+            "16",
+            "--batch-size",
+            "1",
+            "--steps",
+            "1",
+            "-o",
+            "new.safetensors",
+        ),
+    ),
     "eval model": ("model", ("eval", "model", "--data", "text.txt", "--sequence-length", "32", "--max-windows", "1")),
     "validate reference": ("model", ("validate", "out", "-r", "model")),
     "import": ("model", ("import-masks", "model", "--model", "model", "-o", "new.safetensors")),
@@ -42,14 +59,37 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "generate": ("out", ("generate", "out", "the sea", "--max-new-tokens", "2")),
     "validate": ("out", ("validate", "out", "-r", "model")),
     "eval artifact": ("out", ("eval", "out", "--data", "text.txt", "--sequence-length", "32", "--max-windows", "1")),
-}  # fmt: skip
+}
 """Command -> the file or folder whose files are damaged, and the words of the command."""
 
 NAMES = ("extra", "auto_map", "rope_scaling", "\x1b[2J", "quantization_config", "head_dim", "layer_types")
 NASTY: tuple[Any, ...] = (
-    None, True, 0, -1, 1, 2**31, 10**9, 10**30, 1e308, -0.5, float("nan"), float("inf"), "", "x", "\x1b[31mred", "\x00",
-    "../../etc/passwd", [], {}, [[]], ["x"], [None], {"x": 1}, {"__class__": "os.system"}, "a" * 5000,
-)  # fmt: skip
+    None,
+    True,
+    0,
+    -1,
+    1,
+    2**31,
+    10**9,
+    10**30,
+    1e308,
+    -0.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "\x1b[31mred",
+    "\x00",
+    "../../etc/passwd",
+    [],
+    {},
+    [[]],
+    ["x"],
+    [None],
+    {"x": 1},
+    {"__class__": "os.system"},
+    "a" * 5000,
+)
 
 
 def furnish(place: Path) -> Path:
@@ -162,11 +202,11 @@ class Result:
     command: str
     damage: str
     verdict: str
-    said: str
+    output: str
 
 
 def run_case(original: Path, scratch: Path, seed: int, number: int) -> Result:
-    """Damage a copy of `original` in `scratch`, run a command there, and judge what it said."""
+    """Damage a copy of `original` in `scratch`, run a command there, and judge what it output."""
     rng = np.random.default_rng((seed, number))
     name = list(COMMANDS)[rng.integers(len(COMMANDS))]
     where, words = COMMANDS[name]
@@ -181,9 +221,9 @@ def run_case(original: Path, scratch: Path, seed: int, number: int) -> Result:
         ways += [damage_json] * 4
     damage = f"{file.relative_to(place)}: {ways[rng.integers(len(ways))](file, rng)}"
     before = listing(place)
-    status, said = run_limited(words, place, scratch)
+    status, output = run_limited(words, place, scratch)
     left = {path for path in listing(place) ^ before if not path.startswith(("new", ".cache"))}
-    return Result(number, name, damage, judge(name, status, said, left), said)
+    return Result(number, name, damage, judge(name, status, output, left), output)
 
 
 def listing(place: Path) -> set[str]:
@@ -238,14 +278,14 @@ def run_command(words: tuple[str, ...]) -> int:
     return 0
 
 
-def judge(command: str, status: int | None, said: str, left: set[str]) -> str:
+def judge(command: str, status: int | None, output: str, left: set[str]) -> str:
     """`right` (exit 0), `failed` (exit 1, of what judges), `refused` (exit 2 and one line), or what is wrong."""
-    lines = said.splitlines()
+    lines = output.splitlines()
     if status is None:
         return "hang"
     if status < 0 or status not in (0, 1, 2):
         return f"died ({status})"
-    if any((ord(c) < 32 and c not in ALLOWED_CONTROLS) or 0x7F <= ord(c) < 0xA0 for c in said):
+    if any((ord(c) < 32 and c not in ALLOWED_CONTROLS) or 0x7F <= ord(c) < 0xA0 for c in output):
         return "escape"
     if left:
         return f"changed {sorted(left)[0]}"
@@ -253,7 +293,7 @@ def judge(command: str, status: int | None, said: str, left: set[str]) -> str:
         return "right"
     if status == 1:
         return "failed" if command in ("compile", "validate", "validate reference") else "exit 1"
-    if "unexpected" in said and "please report" in said:
+    if "unexpected" in output and "please report" in output:
         return "unexpected"
     return "refused" if len(lines) == 1 and lines[0].startswith("error: ") else f"{len(lines)} lines"
 
@@ -281,7 +321,7 @@ def main() -> int:
         for result in fuzz(original, Path(folder), options.seed, range(options.first, options.first + options.count)):
             counts[result.verdict.split(" ")[0] if result.verdict in FINE else result.verdict] += 1
             if result.verdict not in FINE or options.count == 1:
-                last = (result.said.strip().splitlines() or [""])[-1]
+                last = (result.output.strip().splitlines() or [""])[-1]
                 print(f"{result.number}: {result.verdict}: {result.command}: {result.damage}", flush=True)
                 print(f"    {last!r:.300}", flush=True)
             if time.monotonic() > end:

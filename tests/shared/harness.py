@@ -57,8 +57,15 @@ def traced(variant: str) -> ir.Model:
     return _traced(variant).clone()
 
 
+def graph_of(model: Checkpoint, masks: Masks, target: str = "onnx-cpu", **options: Any) -> ir.Model:
+    """The float32 graph of any checkpoint behind the whole pipeline."""
+    graph = trace(model, torch.float32)
+    run_pipeline(graph, build_pipeline(make_plan(target, Choices(**options)), model, masks))
+    return graph
+
+
 def rewritten(variant: str, masks: Masks, target: str = "onnx-cpu", **options: Any) -> ir.Model:
-    """The variant's graph behind the whole pipeline."""
+    """The variant's graph behind the whole pipeline, its trace made once."""
     model = traced(variant)
     run_pipeline(model, build_pipeline(make_plan(target, Choices(**options)), checkpoint(variant), masks))
     return model

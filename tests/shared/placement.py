@@ -33,11 +33,13 @@ def place(models: Sequence[Path], stub: Path) -> list[Placement]:
         raise RuntimeError(f"no CUDA session for {models[len(lines)]} (exit {done.returncode}):\n{done.stderr}")
     return [
         Placement(
-            CUDA, {name: (op, provider) for name, (op, provider) in found["assigned"].items()}, found["optimised"],
+            CUDA,
+            {name: (op, provider) for name, (op, provider) in found["assigned"].items()},
+            found["optimised"],
             frozenset(found["expected"]),
         )
         for found in lines
-    ]  # fmt: skip
+    ]
 
 
 def main(model: str) -> None:

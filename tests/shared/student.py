@@ -25,19 +25,40 @@ def text(name: str, words: int, seed: int) -> str:
 
 def options(folder: Path, **changes: Any) -> LearnOptions:
     defaults: dict[str, Any] = dict(
-        model=student(), data=text("train.txt", 3000, 2), output=folder / "masks.safetensors", steps=12,
-        sequence_length=32, batch_size=2, learning_rate=1e-2, checkpoint_every=5, device="cpu",
-    )  # fmt: skip
+        model=student(),
+        data=text("train.txt", 3000, 2),
+        output=folder / "masks.safetensors",
+        steps=12,
+        sequence_length=32,
+        batch_size=2,
+        learning_rate=1e-2,
+        checkpoint_every=5,
+        device="cpu",
+    )
     return LearnOptions(**defaults | changes)
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
     """The command line of a run of 12 steps; `more` is added."""
     return [
-        "learn", str(student()), "--data", text("train.txt", 3000, 2), "-o", str(folder / "masks.safetensors"),
-        "--steps", "12", "--sequence-length", "32", "--batch-size", "2", "--learning-rate", "1e-2", "--device", "cpu",
+        "learn",
+        str(student()),
+        "--data",
+        text("train.txt", 3000, 2),
+        "-o",
+        str(folder / "masks.safetensors"),
+        "--steps",
+        "12",
+        "--sequence-length",
+        "32",
+        "--batch-size",
+        "2",
+        "--learning-rate",
+        "1e-2",
+        "--device",
+        "cpu",
         *more,
-    ]  # fmt: skip
+    ]
 
 
 def steps_of(metrics: Path) -> list[int]:

@@ -6,30 +6,61 @@ from typing import Any
 import torch
 
 LLAMA: dict[str, Any] = dict(
-    hidden_size=48, intermediate_size=88, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=16, vocab_size=131, max_position_embeddings=160, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    hidden_size=48,
+    intermediate_size=88,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=131,
+    max_position_embeddings=160,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
     initializer_range=0.2,
-)  # fmt: skip
+)
 PHI = {k: v for k, v in LLAMA.items() if k != "head_dim"} | dict(
     hidden_size=64, num_key_value_heads=4, partial_rotary_factor=0.5, hidden_act="gelu_new"
 )
 OPT: dict[str, Any] = dict(
-    hidden_size=64, ffn_dim=88, num_hidden_layers=3, num_attention_heads=4, vocab_size=131, init_std=0.2,
-    max_position_embeddings=160, word_embed_proj_dim=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+    hidden_size=64,
+    ffn_dim=88,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    vocab_size=131,
+    init_std=0.2,
+    max_position_embeddings=160,
+    word_embed_proj_dim=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 LINEAR_ROPE = dict(rope_type="linear", factor=4.0)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=40)
 LLAMA3_ROPE = dict(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-    original_max_position_embeddings=64, rope_theta=10000.0,
-)  # fmt: skip
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+    rope_theta=10000.0,
+)
 
 STARCODER2 = LLAMA | dict(hidden_size=64, use_bias=True, sliding_window=7)
 STABLELM = LLAMA | dict(hidden_size=64, partial_rotary_factor=0.5, use_qkv_bias=True)
 NEOX: dict[str, Any] = dict(
-    hidden_size=64, intermediate_size=88, num_hidden_layers=3, num_attention_heads=4, vocab_size=131, rotary_pct=0.25,
-    max_position_embeddings=160, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2,
-)  # fmt: skip
+    hidden_size=64,
+    intermediate_size=88,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    vocab_size=131,
+    rotary_pct=0.25,
+    max_position_embeddings=160,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    initializer_range=0.2,
+)
 GRANITE = LLAMA | dict(embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.3, logits_scaling=2.5)
 GEMMA = LLAMA | dict(query_pre_attn_scalar=24, sliding_window=7, hidden_activation="gelu_pytorch_tanh")
 
@@ -97,12 +128,17 @@ def make_model(
     model_type, options = (VARIANTS | FURTHER | RARE)[variant]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options)).eval()
+    fill(model)
+    model.generation_config.pad_token_id = 0
+    model.to(dtype).save_pretrained(directory, **save)
+    return directory
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Make biases and norms random too, so that none is trivial."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
                 parameter.normal_(1.0, 0.2)
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 0.2)
-    model.generation_config.pad_token_id = 0
-    model.to(dtype).save_pretrained(directory, **save)
-    return directory

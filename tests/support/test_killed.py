@@ -28,9 +28,13 @@ MUTATING = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "shuti
 
 def compile_into(place: Path, seed: int) -> None:
     options = CompileOptions(
-        model=harness.checkpoint("llama").directory, masks=place / f"{seed}.safetensors", output=place / "out",
-        target="onnx-cpu", force=True, validate=False,
-    )  # fmt: skip
+        model=harness.checkpoint("llama").directory,
+        masks=place / f"{seed}.safetensors",
+        output=place / "out",
+        target="onnx-cpu",
+        force=True,
+        validate=False,
+    )
     compile_model(options)
 
 

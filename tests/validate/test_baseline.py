@@ -9,16 +9,18 @@ import command
 import pytest
 from artifacts import originals, reports
 
+from dispc.evaluate.perplexity import Perplexity
+from dispc.runtime.latency import Latency, LatencyRow
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
 from dispc.validate import Report
 from dispc.validate.report.baseline import compare, read_report
+from dispc.validate.report.report import report_of
 
 
-def older(report: dict[str, Any]) -> dict[str, Any]:
+def older(report: dict[str, Any]) -> Report:
     """As it comes back from a file."""
-    found: dict[str, Any] = json.loads(json.dumps(report))
-    return found
+    return report_of(json.loads(json.dumps(report)), "report.json")
 
 
 def regressions(report: Report) -> list[str]:
@@ -43,11 +45,35 @@ def halve_prefill(report: dict[str, Any]) -> None:
     row["figure"] /= 2
 
 
-def measured(p50: float = 10.0, perplexity: float = 20.0, **facts: Any) -> Report:
+def measured(p50: float = 10.0, perplexity: float = 20.0, threads: int = 1, **facts: Any) -> Report:
     """The good report with a latency and a perplexity that nobody measured."""
-    row = {"artifact": "artifact", "name": "one token", "p50": p50}
-    text = {"data": "t", "windows": 2, "sequence_length": 8, "tokens_scored": 14, "perplexity": perplexity}
-    extra = {"latency": {"rows": [row]}, "perplexity": {"artifact": text}}
+    row = LatencyRow(
+        artifact="artifact", name="one token", p50=p50, p90=p50, p99=p50, tokens_per_second=1.0, cuda_graph=False
+    )
+    latency = Latency(
+        rows=(row,),
+        speedup={},
+        copy_bytes_per_second=1.0,
+        peak_bytes=None,
+        operators=(),
+        gather_scatter_share=0.0,
+        provider="",
+        threads=threads,
+        threads_chosen_by="",
+        rounds=1,
+        warmup=0,
+        dense=None,
+    )
+    text = Perplexity(
+        perplexity=perplexity,
+        mean_nll=1.0,
+        windows=2,
+        sequence_length=8,
+        tokens_scored=14,
+        data="t",
+        tokens_sha256="",
+    )
+    extra = {"latency": latency, "perplexity": {"artifact": text}}
     return Report(**{**reports()[0].__dict__, **extra, **facts})
 
 
@@ -72,8 +98,9 @@ def test_what_was_infinite_cannot_get_worse_and_what_becomes_infinite_is_worse()
 
 def test_what_is_no_longer_measured_has_failed() -> None:
     assert regressions(compare(reports()[0], older(measured().as_dict()), 0.05)) == [
-        "baseline: perplexity", "baseline: one token p50"
-    ]  # fmt: skip
+        "baseline: perplexity",
+        "baseline: one token p50",
+    ]
     fewer = Report(**{**reports()[0].__dict__, "checks": reports()[0].checks[:2]})
     assert "baseline: decode" in regressions(compare(fewer, older(reports()[0].as_dict()), 0.05))
     assert compare(measured(), older(reports()[0].as_dict()), 0.05).passed  # what is new has nothing to be worse than
@@ -86,12 +113,11 @@ def test_latencies_of_two_processors_are_not_compared() -> None:
 
 
 def test_latencies_of_other_threads_are_not_compared() -> None:
-    one, two = (measured(p50=p50).as_dict() for p50 in (10.0, 99.0))
-    one["latency"]["threads"], two["latency"]["threads"] = 1, 2
-    new = Report(**{**measured(p50=99.0).__dict__, "latency": two["latency"]})
-    (skipped,) = [check for check in compare(new, older(one), 0.05).checks if check.name == "baseline: one token p50"]
+    before, now = measured(p50=10.0, threads=1), measured(p50=99.0, threads=2)
+    compared = compare(now, older(before.as_dict()), 0.05)
+    (skipped,) = [check for check in compared.checks if check.name == "baseline: one token p50"]
     assert skipped.status == "skipped" and "with 1 threads, this report on" in skipped.detail
-    assert not compare(new, older(two | {"latency": one["latency"] | {"threads": 2}}), 0.05).passed
+    assert not compare(now, older(measured(p50=10.0, threads=2).as_dict()), 0.05).passed
 
 
 @pytest.mark.parametrize(
@@ -103,14 +129,14 @@ def test_reports_of_different_things_are_not_compared(change: dict[str, Any]) ->
 
 
 def test_perplexities_of_different_texts_are_not_compared() -> None:
-    another = older(measured().as_dict())
+    another = measured().as_dict()
     another["perplexity"]["artifact"]["windows"] = 3
     with pytest.raises(ArtifactError, match="perplexity's windows is 3, here 2"):
-        compare(measured(), another, 0.05)
-    another = older(measured().as_dict())
+        compare(measured(), older(another), 0.05)
+    another = measured().as_dict()
     another["perplexity"]["artifact"]["tokens_sha256"] = "other words, as many of them"
     with pytest.raises(ArtifactError, match="perplexity's tokens_sha256 is other words"):
-        compare(measured(), another, 0.05)
+        compare(measured(), older(another), 0.05)
 
 
 @pytest.mark.parametrize(("share", "failing"), [(0.0004, []), (0.002, ["baseline: top-1 tokens"])])
@@ -126,9 +152,14 @@ def test_worse_than_nothing_is_measured_by_the_limit(share: float, failing: list
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [("{", "is not valid JSON"), ("[]", "a JSON object is expected"), ("{}", "is no report"),
-     ('{"checks": 1}', "is no report")],
-)  # fmt: skip
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "a JSON object is expected"),
+        ("{}", "is no report"),
+        ('{"checks": 1}', "is no report"),
+        ('{"checks": [], "bytes": 1}', "artifact is missing or malformed"),
+    ],
+)
 def test_what_is_no_report_cannot_be_a_baseline(content: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ArtifactError, match=rf"x\.json: {says}"):

@@ -3,17 +3,18 @@
 from collections.abc import Iterator
 
 import pytest
+import tiny
 from artifacts import failed
 from fault_kinds import KINDS
-from fault_matrix import MATRIX, judge_whole, reference_read_once, run
+from fault_matrix import ARTIFACTS, MATRIX, judge_whole, reference_read_once, run
 
 SOME = tuple(
     (variant, options)
     for variant, options in MATRIX
     if (variant in ("phi", "opt") and "norm_scope" not in options and options.get("dtype") != "bfloat16")
     or variant == "mistral-window"
-)[::3]
-"""Artifacts enough for every kind."""
+)[::3] + tuple((variant, ARTIFACTS[number % len(ARTIFACTS)]) for number, variant in enumerate(tiny.FURTHER))
+"""Artifacts enough for every kind, among them one of every further family."""
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,9 +16,16 @@ from dispc.validate.checks.variants import same_bits
 from dispc.validate.client import Client
 
 EVERYTHING = {
-    "prefill", "one token", "decode", "long prompt", "long prompt in pieces", "padded batch",
-    "shared past and present", "greedy logits", "KL divergence",
-}  # fmt: skip
+    "prefill",
+    "one token",
+    "decode",
+    "long prompt",
+    "long prompt in pieces",
+    "padded batch",
+    "shared past and present",
+    "greedy logits",
+    "KL divergence",
+}
 FAULTS: dict[str, tuple[faults.Fault, str, str, set[str]]] = {
     "an index swapped": (faults.swap_read_indices, "right", "block 1 mlp (read ", EVERYTHING),
     "a row zeroed": (faults.zero_weight_row, "right", "block 2 attention (read ", EVERYTHING),
@@ -49,7 +56,7 @@ def test_a_planted_fault_fails_the_checks_that_can_see_it_and_is_named(case: str
     if checks != EVERYTHING:
         assert not failed(report) & (EVERYTHING - checks - {"KL divergence"})
     assert report.drill is not None
-    verdict = report.drill["verdict"]
+    verdict = report.drill.verdict
     assert f"the first to be wrong is {where}" in verdict
     assert "lowering inverse-gather" in verdict or "head" in where
     if where.startswith("block"):
@@ -88,7 +95,7 @@ def test_no_kind_of_artifact_hides_a_fault(kind: str, tmp_path: Path) -> None:
             continue  # there are no rows of floats
         report = judged(faults.plant(fault, whole, tmp_path / str(number)), device="cpu", quick=True)
         assert not report.passed, where
-        assert report.drill is not None and f"the first to be wrong is {where}" in report.drill["verdict"], where
+        assert report.drill is not None and f"the first to be wrong is {where}" in report.drill.verdict, where
 
 
 @pytest.mark.parametrize(
@@ -123,13 +130,13 @@ def test_where_only_the_choices_are_wrong_the_furthest_scenario_is_drilled(tmp_p
     broken = faults.plant(faults.drop_bias, artifact(padding="right"), tmp_path / "broken")
     report = judged(broken, thresholds=Thresholds(error=1e9, kl=1e30, greedy=-1.0))
     assert failed(report) == {"greedy tokens"}
-    assert report.drill is not None and report.drill["stages"]
+    assert report.drill is not None and report.drill.stages
 
 
 def test_widths_of_the_middle_are_in_the_verdict(tmp_path: Path) -> None:
     report = judged(faults.plant(faults.drop_bias, artifact(padding="right"), tmp_path / "broken"), quick=True)
     assert report.drill is not None
-    assert f"mid {report.widths[1]['mlp.mid']}" in report.drill["verdict"]
+    assert f"mid {report.widths[1]['mlp.mid']}" in report.drill.verdict
 
 
 def test_compiling_finds_every_fault_too(tmp_path: Path) -> None:

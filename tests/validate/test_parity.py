@@ -78,11 +78,11 @@ def test_every_kind_of_artifact_passes_and_its_streams_are_found(
     path = artifact(variant, target, **options)
     report = judged(path, variant, device="cpu", drill=True)
     assert report.passed, failed(report)
-    assert report.drill is not None and report.drill["verdict"] is None
-    stages = report.drill["stages"]
-    assert [stage["name"] for stage in stages[1:3]] == ["block 0 attention", "block 0 mlp"]
+    assert report.drill is not None and report.drill.verdict is None
+    stages = report.drill.stages
+    assert [stage.name for stage in stages[1:3]] == ["block 0 attention", "block 0 mlp"]
     assert len(stages) == 2 * 3 + 2
-    assert all(stage["ratio"] <= 4 for stage in stages)
+    assert all(stage.ratio <= 4 for stage in stages)
     assert ("instead of CUDAExecutionProvider (chosen)" in report.headline) == (target == "onnx-cuda")
     half_for_cuda = target == "onnx-cuda" and report.dtype != "float32"
     assert ("widened" in report.judged_on) == (half_for_cuda or report.dtype == "bfloat16")
@@ -124,7 +124,7 @@ def test_a_model_that_onnx_runtime_cannot_run_has_failed(tmp_path: Path) -> None
     quick = judged(broken, quick=True)
     assert failed(quick) == {scenario.name for scenario in SCENARIOS if scenario.quick}
     assert all("cannot run" in check.detail for check in quick.checks if not check.passed)
-    assert quick.drill is not None and "/model/layers.1/mlp/read/Gather" in quick.drill["verdict"]
+    assert quick.drill is not None and "/model/layers.1/mlp/read/Gather" in (quick.drill.verdict or "")
     report = judged(broken)
     assert failed(report) >= {scenario.name for scenario in SCENARIOS} - NOT_HERE
     assert "same bits" in failed(report)
@@ -146,7 +146,7 @@ def test_a_graph_whose_stream_cannot_be_followed_is_still_judged(tmp_path: Path)
         faults.plant(reroute, artifact(padding="right", without=("fuse-skip-norm",)), tmp_path / "broken"), drill=True
     )
     assert report.passed
-    assert report.drill is not None and "no drill:" in report.drill["verdict"]
+    assert report.drill is not None and "no drill:" in report.drill.verdict
 
 
 def fuse_adds_into_norms(model: ir.Model) -> None:
@@ -156,9 +156,13 @@ def fuse_adds_into_norms(model: ir.Model) -> None:
         (norm,) = [use.node for use in add.outputs[0].uses() if use.node.op_type == "SimplifiedLayerNormalization"]
         last = len(add.outputs[0].uses()) == 1  # nothing else reads the sum: the fourth output is left out
         fused = ir.node(
-            "SkipSimplifiedLayerNormalization", [update, stream, norm.inputs[1]], domain="com.microsoft",
-            attributes={"epsilon": norm.attributes["epsilon"].as_float()}, num_outputs=1 if last else 4, name=norm.name,
-        )  # fmt: skip
+            "SkipSimplifiedLayerNormalization",
+            [update, stream, norm.inputs[1]],
+            domain="com.microsoft",
+            attributes={"epsilon": norm.attributes["epsilon"].as_float()},
+            num_outputs=1 if last else 4,
+            name=norm.name,
+        )
         for number, value in enumerate(fused.outputs):
             value.name = f"{norm.name}_fused_{number}" if number in (0, 3) else ""
         model.graph.insert_before(norm, fused)
@@ -172,11 +176,12 @@ def test_streams_are_found_where_adds_are_fused_into_norms(tmp_path: Path) -> No
     path = faults.plant(fuse_adds_into_norms, artifact("llama"), tmp_path / "fused")
     report = judged(path, "llama", drill=True)
     assert report.passed and report.drill is not None
-    assert [stage["name"] for stage in report.drill["stages"]] == [
-        "embedding", *(f"block {block} {part}" for block in range(3) for part in ("attention", "mlp")),
+    assert [stage.name for stage in report.drill.stages] == [
+        "embedding",
+        *(f"block {block} {part}" for block in range(3) for part in ("attention", "mlp")),
         "final norm and head",
-    ]  # fmt: skip
-    assert all(0 < stage["ratio"] <= 4 for stage in report.drill["stages"][1:])
+    ]
+    assert all(0 < stage.ratio <= 4 for stage in report.drill.stages[1:])
 
 
 # The truth, and what is made of it
@@ -237,8 +242,10 @@ def test_logits_in_pieces_are_those_of_all_positions(monkeypatch: pytest.MonkeyP
 
 def test_the_own_error_of_halves_is_that_of_their_precision() -> None:
     masks, text = half("llama"), Text(tuple(harness.TOKENS.tolist()))
-    own = {dtype: own_errors(read("llama", masks, dtype, [text]), text).mean()
-           for dtype in ("float32", "float16", "bfloat16")}  # fmt: skip
+    own = {
+        dtype: own_errors(read("llama", masks, dtype, [text]), text).mean()
+        for dtype in ("float32", "float16", "bfloat16")
+    }
     assert 1000 < own["float16"] / own["float32"] < 30000  # 13 bits
     assert 2 < own["bfloat16"] / own["float16"] < 32  # 3 bits
 

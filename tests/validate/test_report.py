@@ -5,8 +5,8 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import command
@@ -20,6 +20,8 @@ from dispc.cli.checks import latency_tables
 from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
+from dispc.runtime.latency import Latency, LatencyRow
+from dispc.runtime.profile import OperatorTime
 from dispc.support.check import Check
 from dispc.support.errors import DispcError
 from dispc.validate import LatencyOptions, Report, check
@@ -78,34 +80,52 @@ def test_choices_have_thresholds_of_their_own() -> None:
 
 
 def timed() -> Report:
-    """The broken report with latencies of an artifact and a dense one; nobody measured them."""
+    """The broken report with latencies that nobody measured."""
 
-    def row(which: str, kind: str, p50: float, **more: float) -> dict[str, Any]:
-        speed = {"p50": p50, "p90": p50 + 1, "p99": p50 + 2, "tokens_per_second": 1000 / p50}
-        return {"artifact": which, "name": f"{kind}, batch 1, past 8"} | speed | more
+    def row(artifact: str, kind: str, p50: float) -> LatencyRow:
+        decodes = kind == "one token"
+        return LatencyRow(
+            artifact=artifact,
+            name=f"{kind}, batch 1, past 8",
+            p50=p50,
+            p90=p50,
+            p99=p50,
+            tokens_per_second=1000 / p50,
+            cuda_graph=False,
+            bytes_per_token=5 * 10**6 if decodes else None,
+            bytes_per_second=1e9 if decodes else None,
+            share_of_copy=0.25 if decodes else None,
+        )
 
-    read = {"bytes_per_token": 5e6, "bytes_per_second": 1e9, "share_of_copy": 0.25}
-    rows = [row("artifact", "one token", 5.0, **read), row("dense", "one token", 11.0, **read)]
-    latency = {
-        "rows": [*rows, row("artifact", "first token", 7.0), row("dense", "first token", 9.0)],
-        "speedup": {"one token, batch 1, past 8": 2.2, "first token, batch 1, past 8": 9 / 7},
-        "operators": [{"operator": "MatMul", "milliseconds": 3.0, "share": 0.6}], "gather_scatter_share": 0.125,
-        "provider": "CPUExecutionProvider", "threads": 2, "threads_chosen_by": "option", "rounds": 3, "warmup": 1,
-        "peak_bytes": 2**28, "copy_bytes_per_second": 4e9, "dense": "other",
-    }  # fmt: skip
-    return Report(**{**reports()[1].__dict__, "latency": latency})
+    cases = (("artifact", "one token", 5.0), ("dense", "one token", 11.0))
+    cases += (("artifact", "first token", 7.0), ("dense", "first token", 9.0))
+    latency = Latency(
+        rows=tuple(row(*case) for case in cases),
+        speedup={"one token, batch 1, past 8": 2.2, "first token, batch 1, past 8": 9 / 7},
+        operators=(OperatorTime("MatMul", 3.0, 0.6),),
+        gather_scatter_share=0.125,
+        provider="CPUExecutionProvider",
+        threads=2,
+        threads_chosen_by="option",
+        rounds=3,
+        warmup=1,
+        peak_bytes=2**28,
+        copy_bytes_per_second=4e9,
+        dense="other",
+    )
+    return replace(reports()[1], latency=latency)
 
 
 def test_every_form_of_the_report_shows_the_latencies() -> None:
     report = timed()
     console = Console(width=200, record=True, file=io.StringIO())
-    for table in latency_tables(report.as_dict()):
+    for table in latency_tables(report.latency, report.device):
         console.print(table)
     shown = console.export_text()
-    for text in (report.markdown(), page(report.as_dict()), shown):
+    for text in (report.markdown(), page(report), shown):
         for figure in ("5.00", "11.00", "2.20x", "1.29x", "1.0 (25 %)", "200.0", "one token, batch 1, past 8", "dense"):
             assert figure in text
-    for text in (page(report.as_dict()), shown):
+    for text in (page(report), shown):
         assert "MatMul" in text and "256 MiB" in text
     lines = [line for line in report.markdown().splitlines() if "past 8" in line]
     assert [line.split(" | ")[1] for line in lines] == ["artifact", "dense"] * 2
@@ -143,7 +163,7 @@ def test_text_that_xml_and_tables_cannot_hold_does_no_harm() -> None:
     report = Report(**{**good.__dict__, "checks": (nasty,), "artifact": "/a<b>&"})
     assert ElementTree.fromstring(report.junit()).find(".//failure") is not None
     assert "a\\|b" in report.markdown()
-    assert "</td> <" not in page(report.as_dict()) and "/a&lt;b&gt;&amp;" in page(report.as_dict())
+    assert "</td> <" not in page(report) and "/a&lt;b&gt;&amp;" in page(report)
 
 
 def test_markdown_says_what_failed_and_where() -> None:
@@ -168,7 +188,7 @@ def test_every_file_is_written_and_none_but_those(tmp_path: Path) -> None:
 
 
 def test_the_page_needs_nothing_else_and_shows_everything() -> None:
-    good, broken = (page(report.as_dict()) for report in reports())
+    good, broken = (page(report) for report in reports())
     for text in (good, broken):
         assert not re.search(r"<script|<link|<img|@import|url\(|https?://|src=", text)
         assert "prefers-color-scheme: dark" in text
@@ -189,16 +209,25 @@ CHROMIUM = next(
 @pytest.mark.parametrize(("scheme", "bright"), [("light", True), ("dark", False)])
 def test_the_page_is_legible_in_a_browser_in_light_and_dark(scheme: str, bright: bool, tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
-    (tmp_path / "report.html").write_text(page(timed().as_dict()), encoding="utf-8")
+    (tmp_path / "report.html").write_text(page(timed()), encoding="utf-8")
     shot = tmp_path / "shot.png"
     subprocess.run(
         [
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--screenshot={shot}",
-            f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,1400",
-            f"--blink-settings=preferredColorScheme={1 if bright else 0}", (tmp_path / "report.html").as_uri(),
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--screenshot={shot}",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--window-size=1000,1400",
+            f"--blink-settings=preferredColorScheme={1 if bright else 0}",
+            (tmp_path / "report.html").as_uri(),
         ],
-        capture_output=True, check=True, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        check=True,
+        timeout=120,
+    )
     pixels = np.asarray(image.open(shot).convert("RGB")).astype(int)
     background = pixels[5, 5]
     assert (background.mean() > 200) == bright

@@ -8,7 +8,6 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dispc.model.checkpoint import Checkpoint
-from dispc.quantisation import Quantisation
 from dispc.reference.quantised import round_blocks
 from dispc.runtime.session import Array, Artifact, Tokens
 from dispc.support.check import Check
@@ -56,8 +55,8 @@ def _worst_row(artifact: Artifact, checkpoint: Checkpoint) -> tuple[float, int]:
     learned = f"{checkpoint.family.embedding.rpartition('.')[0]}.embed_positions.weight"
     stored = {learned, learned.removeprefix("model.")} & set(checkpoint.tensors)
     places = _read(checkpoint, learned) if stored else None
-    dtype, quantisation = DTYPES[artifact.dtype].torch, artifact.manifest.get("quantisation")
-    rounded = Quantisation(**quantisation) if quantisation and quantisation["embedding"] else None
+    dtype, quantisation = DTYPES[artifact.dtype].torch, artifact.manifest.quantisation
+    rounded = quantisation if quantisation and quantisation.embedding else None
     size = min(artifact.positions, LONGEST) if places is None else artifact.positions
     lookups = max(len(tokens), 0 if places is None else artifact.positions)
     worst, where = -1.0, 0
@@ -77,7 +76,7 @@ def _worst_row(artifact: Artifact, checkpoint: Checkpoint) -> tuple[float, int]:
 
 
 def _look_up(artifact: Artifact, ids: Tokens) -> Array:
-    """What the graph makes of token ids [n] at the positions from 0 on: [n, hidden_size]."""
+    """The embeddings of token ids [n] at the positions from 0 on, by the graph: [n, hidden_size]."""
     runner, row = artifact.runner, ids[None]
     outputs, _ = runner.run_all(row, np.ones_like(row), np.arange(len(ids))[None], runner.empty_caches(1))
     found: Array = outputs[OUTPUT][0]

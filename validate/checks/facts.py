@@ -1,11 +1,13 @@
-"""What dispc.json says of the artifact, worked out again from the graph, the masks and the reference."""
+"""The facts in dispc.json, computed again from the graph, the masks and the reference."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import onnx_ir as ir
 
+from dispc.lowerings import LOWERINGS
+from dispc.manifest import Manifest
 from dispc.masks import Masks
 from dispc.runtime.edits import load_graph
 from dispc.support.check import Check
@@ -13,33 +15,32 @@ from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError
 from dispc.support.version import __version__
 from dispc.validate.checks.files import SHOWN, differences
-from dispc.validate.checks.scenarios import SCENARIOS
 from dispc.validate.comparison import Comparison
 
 NAME = "dispc.json"
-SCATTERS = {"canonical": "ScatterND", "scatter-elements": "ScatterElements"}
-"""Lowering -> the operator by which it is known; the others have neither."""
-QUICK = (*(each.name for each in SCENARIOS if each.quick), "KL divergence", "embeddings", "rotary tables")
-"""Checks that a stored validation holds."""
+SCATTERS = {name: row.scatter for name, row in LOWERINGS.items() if row.scatter}
+"""Lowering -> the operator by which it is known; the others have none of these."""
 SURELY_SCATTERED = 0.8
 """A write set that keeps less than this share is never filled up with zeros instead."""
 OF_REPORT = ("target", "dtype", "padding", "lowering", "bytes", "widths", "full_widths")
-"""What a stored validation repeats of the artifact."""
+"""Facts of the artifact that a stored validation repeats."""
 
 
-def judge_facts(comparison: Comparison) -> Iterator[Check]:
-    """Every fact that can be worked out again is; the stored validation fits the artifact and its own figures."""
+def judge_facts(comparison: Comparison, quick: Collection[str]) -> Iterator[Check]:
+    """Every fact that can be computed again is; the stored validation fits the artifact and its own figures, and holds
+    the `quick` checks."""
     try:
         graph = load_graph(comparison.directory / "model.onnx")
     except ArtifactError as error:
         yield Check.failed(NAME, "static", str(error))
         return
     expected = recomputed(comparison, graph)
-    stored = {name: comparison.manifest.get(name) for name in expected}
+    content = comparison.manifest.to_json()
+    stored = {name: content[name] for name in expected}
     faults = [f"{place} is {ours}, it should be {theirs}" for place, ours, theirs in differences(stored, expected)]
     faults += _metadata(comparison.manifest, graph, comparison.masks)
-    if comparison.manifest.get("validation") is not None:
-        faults += _validation(comparison.manifest["validation"], comparison)
+    if comparison.manifest.validation is not None:
+        faults += _validation(comparison.manifest.validation, comparison, quick)
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         yield Check.failed(NAME, "static", "; ".join(faults[:SHOWN]) + more)
@@ -70,13 +71,13 @@ def recomputed(comparison: Comparison, graph: ir.Model) -> dict[str, Any]:
     return facts
 
 
-def _metadata(manifest: Mapping[str, Any], graph: ir.Model, masks: Masks) -> Iterator[str]:
-    """What model.onnx says of itself, and the lowering that its operators show."""
+def _metadata(manifest: Manifest, graph: ir.Model, masks: Masks) -> Iterator[str]:
+    """The metadata of model.onnx, and the lowering that its operators show."""
     for name in ("target", "padding", "masks_sha256"):
-        told = graph.metadata_props.get(f"dispc.{name}")
-        if told != manifest[name]:
-            yield f"{name} is {manifest[name]}, model.onnx says {told or 'nothing'}"
-    operators, lowering = Counter(node.op_type for node in graph.graph), manifest["lowering"]["name"]
+        ours, in_graph = getattr(manifest, name), graph.metadata_props.get(f"dispc.{name}")
+        if in_graph != ours:
+            yield f"{name} is {ours}, model.onnx says {in_graph or 'nothing'}"
+    operators, lowering = Counter(node.op_type for node in graph.graph), manifest.lowering.name
     parts = [part for block in masks.blocks for part in (block.attention, block.mlp) if part.alive]
     scattered = any(len(part.write) < SURELY_SCATTERED * masks.hidden_size for part in parts)
     for name, operator in SCATTERS.items():
@@ -86,8 +87,8 @@ def _metadata(manifest: Mapping[str, Any], graph: ir.Model, masks: Masks) -> Ite
             yield f"lowering is {lowering}, model.onnx has no {operator}"
 
 
-def _validation(stored: Any, comparison: Comparison) -> Iterator[str]:
-    """A stored report that was not written for this artifact, or says otherwise than its own figures."""
+def _validation(stored: Any, comparison: Comparison, quick: Collection[str]) -> Iterator[str]:
+    """Contradictions between a stored report and this artifact, or its own figures."""
     if not isinstance(stored, Mapping) or not isinstance(stored.get("checks"), list):
         yield "validation is no report"
         return
@@ -107,7 +108,7 @@ def _validation(stored: Any, comparison: Comparison) -> Iterator[str]:
             yield f"validation: {check['name']} has passed with {figure} against a limit of {limit}"
     if stored.get("passed") is not True or failed:
         yield "validation: the artifact did not pass when it was made"
-    if comparison.manifest.get("dispc") == __version__:
-        missing = {name for name in QUICK if name not in {check["name"] for check in stored["checks"]}}
+    if comparison.manifest.dispc == __version__:
+        missing = {name for name in quick if name not in {check["name"] for check in stored["checks"]}}
         if missing:
             yield f"validation lacks the check {min(missing)}"

@@ -1,6 +1,6 @@
-"""The files beside the graph: masks, config, tokenizer, and what onnxruntime-genai is told.
+"""The files beside the graph: masks, config, tokenizer, and what onnxruntime-genai reads.
 
-Without them the best graph prunes what nobody meant, stops at the wrong token, or does not load.
+With wrong ones, a correct graph prunes the wrong positions, stops at the wrong token, or does not load.
 """
 
 import json
@@ -13,7 +13,7 @@ import numpy as np
 from dispc.export.companions import genai_config
 from dispc.manifest import COPIED
 from dispc.masks import Masks
-from dispc.plan import Choices, choices_of, make_plan
+from dispc.plan import choices_of, make_plan
 from dispc.runtime.providers import PROVIDERS
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError, DispcError, first_line
@@ -22,10 +22,26 @@ from dispc.validate.comparison import Comparison
 
 COMPANIONS = "files beside the model"
 READ_BY_OTHERS = (
-    "*.py", "*.so", "*.dll", "*.jinja", "tokenizer*", "vocab*", "merges*", "added_tokens*", "special_tokens*",
-    "*.tiktoken", "spiece*", "*generation_config*", "*processor_config*", "adapter_*", "additional_chat_templates",
-    "custom_generate", "config*.json", "*.onnx", "*.safetensors",
-)  # fmt: skip
+    "*.py",
+    "*.so",
+    "*.dll",
+    "*.jinja",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "added_tokens*",
+    "special_tokens*",
+    "*.tiktoken",
+    "spiece*",
+    "*generation_config*",
+    "*processor_config*",
+    "adapter_*",
+    "additional_chat_templates",
+    "custom_generate",
+    "config*.json",
+    "*.onnx",
+    "*.safetensors",
+)
 """Names that runtimes and tokenizers look for: a file of such a name changes what they do."""
 OURS = ("model.onnx", "masks.safetensors", "genai_config.json")
 SHOWN = 6
@@ -36,7 +52,7 @@ ABSENT = "nothing"
 def judge_masks(comparison: Comparison) -> Iterator[Check]:
     """The artifact's masks are those that are meant: the ones named by `--masks`, else those beside the reference.
 
-    Learn again and forget to compile, and everything else still passes.
+    Masks that were learned again and not compiled pass everything else.
     """
     meant, where = comparison.meant_masks
     if meant is None:
@@ -49,10 +65,11 @@ def judge_masks(comparison: Comparison) -> Iterator[Check]:
         return
     own = comparison.directory / "masks.safetensors"
     yield Check.failed(
-        "masks", "static",
+        "masks",
+        "static",
         f"not those of {where}: {difference}; compile again, or judge by the artifact's own with --masks {own} "
         "(the other checks do)",
-    )  # fmt: skip
+    )
 
 
 def first_difference(ours: Masks, meant: Masks) -> str | None:
@@ -102,9 +119,8 @@ def _foreign(comparison: Comparison) -> Iterator[str]:
 def _genai(comparison: Comparison) -> Iterator[str]:
     """Differences of genai_config.json from what dispc writes for these choices, this model and this graph."""
     try:
-        choices = choices_of(comparison.manifest)
-        plan = make_plan(choices.pop("target"), Choices(**choices))
-    except (DispcError, KeyError, TypeError) as error:
+        plan = make_plan(comparison.manifest.target, choices_of(comparison.manifest))
+    except DispcError as error:
         yield f"dispc.json: no choices that a compilation takes ({error})"
         return
     inputs = [value.name for value in comparison.artifact.session.get_inputs()]

@@ -1,6 +1,6 @@
 """How far an artifact is from the truth, and how far it may be.
 
-The reference in float64 is the truth; the reference in the artifact's dtype shows what that dtype costs by itself. Per
+The reference in float64 is the truth; the reference in the artifact's dtype shows the dtype's own error. Per
 position the artifact may be off by a small factor of that cost. docs/parity.md says why, with figures.
 """
 
@@ -21,7 +21,7 @@ from dispc.validate.client import Row
 LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest error of a dtype as a share of the logits' range: for graphs between passes, and where no truth is finer."""
 KL_FLOOR = 1e-12
-"""nats; what rounding in float64 makes of a divergence of nothing."""
+"""nats; the divergence that rounding in float64 makes of equal logits."""
 TIMES = "x own error"
 
 
@@ -124,19 +124,27 @@ def _measure(source: Text, rows: Sequence[Row], answers: Answers, name: str) -> 
             if name == "logits":
                 lines, ours, theirs = np.arange(len(where)), output.argmax(axis=-1), expected.argmax(axis=-1)
                 of_rows[number][1:, where] = (
-                    divergence(expected, output), ours != theirs, expected[lines, theirs] - expected[lines, ours]
-                )  # fmt: skip
+                    divergence(expected, output),
+                    ours != theirs,
+                    expected[lines, theirs] - expected[lines, ours],
+                )
     spread = max(high - low, TINY)
     if not answers.has_own:
         own = np.full(len(source.tokens), TOLERANCE[answers.dtype] * spread)
         own_divergence = 0.5 * own**2
     return [
         Distance(
-            error=error, own=own[row.at], range=spread, divergence=nats, own_divergence=own_divergence[row.at],
-            another=another.astype(bool), gap=gap, dimensions=dimension,
+            error=error,
+            own=own[row.at],
+            range=spread,
+            divergence=nats,
+            own_divergence=own_divergence[row.at],
+            another=another.astype(bool),
+            gap=gap,
+            dimensions=dimension,
         )
         for row, (error, nats, another, gap), dimension in zip(rows, of_rows, dimensions, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def judge_logits(name: str, rows: Sequence[Row], found: Sequence[Distance], detail: str, limit: float | None) -> Check:
@@ -148,19 +156,23 @@ def judge_logits(name: str, rows: Sequence[Row], found: Sequence[Distance], deta
     where = f"token {int(rows[worst].at[at])}" + (f" of row {worst}" if len(rows) > 1 else "")
     shown = f"error {error:.2e}" if np.isfinite(error) else "NaN or infinity"
     return Check.against(
-        name, "parity", float(ratios[worst].max()), limit, TIMES,
+        name,
+        "parity",
+        float(ratios[worst].max()),
+        limit,
+        TIMES,
         f"{detail}; worst {shown} at {where}, own {own:.2e}",
         error=max(float(each.error.max()) for each in found),
         error_of_range=max(float(each.error.max() / each.range) for each in found),
         own_error=max(float(each.own.max()) for each in found),
         worst_position=where,
-    )  # fmt: skip
+    )
 
 
 def judge_choices(name: str, found: Sequence[Distance], detail: str, factor: float, limit: float) -> Check:
     """The share of positions at which the artifact's likeliest token is not the truth's.
 
-    A tie is excused: where the truth holds the two tokens for equal within `factor` times the own error.
+    A tie does not count: where the truth has the two tokens within `factor` times the own error of each other.
     """
     positions = sum(len(each.error) for each in found)
     different = sum(int(each.another.sum()) for each in found)
@@ -168,10 +180,14 @@ def judge_choices(name: str, found: Sequence[Distance], detail: str, factor: flo
         int((each.another & ~((each.gap <= factor * each.own) & np.isfinite(each.error))).sum()) for each in found
     )
     return Check.against(
-        name, "parity", unexplained / positions, limit, "of the positions",
+        name,
+        "parity",
+        unexplained / positions,
+        limit,
+        "of the positions",
         f"{detail}; {different} of {positions} differ, {different - unexplained} of them ties within the budget",
         agreement=1 - different / positions,
-    )  # fmt: skip
+    )
 
 
 def judge_divergence(found: Sequence[Distance], limit: float) -> Check:

@@ -1,4 +1,4 @@
-"""What is run: the ways in which a runtime feeds a decoder. Each scenario returns the artifact's outputs, by row."""
+"""Scenarios: the ways in which a runtime feeds a decoder. Each returns the artifact's outputs, by row."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class ScenarioRun:
-    """A scenario that was run: its outputs, or the check that it came to without any."""
+    """A scenario that was run: its outputs, or the check that stands for them where there are none."""
 
     scenario: Scenario
     rows: list[Row]
@@ -88,7 +88,7 @@ def decode(client: Client) -> Result:
 
 
 def long_prompt(client: Client) -> Result:
-    """A prompt as long as it gets, in one run."""
+    """The longest prompt, in one run."""
     rows = client.batch([client.text]).prefill([client.longest]).outputs()
     if not client.window:
         window = ""
@@ -177,7 +177,7 @@ def graph_replay(client: Client) -> Result:
 
 
 def _shared_decoder(client: Client, artifact: Artifact, *, graph: bool) -> BoundDecoder:
-    if artifact.manifest["attention"] != "GroupQueryAttention" or artifact.padding != "right":
+    if not artifact.manifest.shares_buffer:
         raise Skip("only GroupQueryAttention with padding on the right writes into a shared buffer")
     return BoundDecoder(artifact, batch=1, capacity=client.length + 8, shared=True, graph=graph)
 

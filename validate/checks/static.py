@@ -1,4 +1,4 @@
-"""What can be said of the graph without running it: onnx.checker, operator sets, and where its nodes are placed."""
+"""What is checked without running the graph: onnx.checker, operator sets, and where its nodes are placed."""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Every check of `dispc validate`: a row for each. Those that are `quick` run at the end of every compilation too."""
+"""Every check of `dispc validate`: a row for each."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,11 +11,15 @@ from dispc.validate.comparison import Comparison
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One check, by the name that reports give it. `run` yields nothing where nobody asked for it."""
+    """One check, by the name that reports give it. `run` yields nothing where it was not asked for.
+
+    `quick` ones run at the end of every compilation too. Every stored validation has those that are `always` given.
+    """
 
     name: str
     run: Callable[[Comparison], Iterator[Check]]
     quick: bool = False
+    always: bool = True
 
 
 def judge_scenario(scenario: Scenario) -> Callable[[Comparison], Iterator[Check]]:
@@ -47,15 +51,19 @@ def judge_top1(comparison: Comparison) -> Iterator[Check]:
         yield parity.judge_choices("top-1 tokens", comparison.judged, "all scenarios", limits.error, limits.top1)
 
 
+def judge_facts(comparison: Comparison) -> Iterator[Check]:
+    yield from facts.judge_facts(comparison, {row.name for row in CHECKS if row.quick and row.always})
+
+
 CHECKS: tuple[CheckRow, ...] = (
     CheckRow("onnx.checker", static.judge_file),
     CheckRow("masks", files.judge_masks),
     CheckRow("files beside the model", files.judge_companions),
-    CheckRow("dispc.json", facts.judge_facts),
+    CheckRow("dispc.json", judge_facts),
     *(CheckRow(scenario.name, judge_scenario(scenario), scenario.quick) for scenario in SCENARIOS),
     CheckRow("KL divergence", judge_divergence, quick=True),
     CheckRow("top-1 tokens", judge_top1, quick=True),
-    CheckRow("as shipped", variants.judge_shipped, quick=True),
+    CheckRow("as shipped", variants.judge_shipped, quick=True, always=False),
     CheckRow("same bits", variants.judge_bits),
     CheckRow("weights widened", variants.judge_widened),
     CheckRow("embeddings", embeddings.judge_embeddings, quick=True),

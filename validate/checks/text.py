@@ -1,4 +1,4 @@
-"""What is measured only where somebody asks: perplexity on a text, and times."""
+"""Measurements that are made on request only: perplexity on a text, and times."""
 
 from collections.abc import Iterator
 

@@ -4,19 +4,18 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
 from dispc.support.inputs import read_object
-from dispc.validate.report.report import Report
+from dispc.validate.report.report import Report, report_of
 
 SAME = ("target", "dtype", "judged_on", "truth", "seed")
 """What two reports must agree on for their figures to mean the same."""
 SAME_TEXT = ("data", "windows", "sequence_length", "tokens_scored", "tokens_sha256")
 
 
-def compare(report: Report, older: dict[str, Any], max_regression: float) -> Report:
+def compare(report: Report, older: Report, max_regression: float) -> Report:
     """`report` with a check for each figure of an `older` one (`read_report`): worse by at most that share of it.
 
     Figures are parity errors (whose share is of their limit: far below it they are noise), perplexity, bytes, and
@@ -26,13 +25,12 @@ def compare(report: Report, older: dict[str, Any], max_regression: float) -> Rep
     Raises:
         ArtifactError: when the two are of different things, such as another dtype or another text.
     """
-    newer = report.as_dict()
-    _require_same(older, newer)
-    figures = dict(_figures(newer))
+    _require_same(older, report)
+    figures = dict(_figures(report))
     checks = []
     for name, (before, scale, group) in _figures(older):
         title = f"baseline: {name}"
-        before_on, now_on = (_timed_on(each) for each in (older, newer))
+        before_on, now_on = (_timed_on(each) for each in (older, report))
         if group == "latency" and name in figures and before_on != now_on:
             checks.append(Check.skipped(title, "baseline", f"timed on {before_on}, this report on {now_on}"))
         elif name not in figures:
@@ -43,7 +41,7 @@ def compare(report: Report, older: dict[str, Any], max_regression: float) -> Rep
     return replace(report, checks=report.checks + tuple(checks))
 
 
-def read_report(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> Report:
     """A report that `--json-file` wrote.
 
     Raises:
@@ -57,41 +55,40 @@ def read_report(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
     if not isinstance(content.get("checks"), list) or "bytes" not in content:
         raise ArtifactError(f"{path}: is no report of dispc validate")
-    return content
+    return report_of(content, path)
 
 
-def _require_same(older: dict[str, Any], newer: dict[str, Any]) -> None:
-    pairs = [(name.replace("_", " "), older.get(name), newer[name]) for name in SAME]
-    texts = [(report.get("perplexity") or {}).get("artifact") for report in (older, newer)]
-    if texts[0] and texts[1]:
-        pairs += [(f"perplexity's {name}", texts[0].get(name), texts[1].get(name)) for name in SAME_TEXT]
+def _require_same(older: Report, newer: Report) -> None:
+    pairs = [(name.replace("_", " "), getattr(older, name), getattr(newer, name)) for name in SAME]
+    if older.perplexity and newer.perplexity:
+        before, now = older.perplexity["artifact"], newer.perplexity["artifact"]
+        pairs += [(f"perplexity's {name}", getattr(before, name), getattr(now, name)) for name in SAME_TEXT]
     for what, before, now in pairs:
         if before != now:
             raise ArtifactError(f"--baseline: its {what} is {before}, here {now}; make a new baseline")
 
 
-def _figures(report: dict[str, Any]) -> Iterator[tuple[str, tuple[float, float, str]]]:
+def _figures(report: Report) -> Iterator[tuple[str, tuple[float, float, str]]]:
     """Name -> figure, the scale that a worsening from nothing is measured on, and the group."""
-    for check in report["checks"]:
-        if check["group"] == "parity" and check["status"] != "skipped" and check["limit"] is not None:
-            yield check["name"], (_number(check["figure"]), float(check["limit"]), "parity")
-    if report.get("perplexity"):
-        yield "perplexity", (_number(report["perplexity"]["artifact"]["perplexity"]), 1.0, "perplexity")
-    yield "bytes", (float(report["bytes"]), 1.0, "bytes")
-    for row in (report.get("latency") or {}).get("rows", ()):
-        if row["artifact"] == "artifact":
-            yield f"{row['name']} p50", (float(row["p50"]), 1.0, "latency")
+    for check in report.checks:
+        if check.group == "parity" and check.status != "skipped" and check.limit is not None:
+            yield check.name, (_number(check.figure), check.limit, "parity")
+    if report.perplexity:
+        yield "perplexity", (_number(report.perplexity["artifact"].perplexity), 1.0, "perplexity")
+    yield "bytes", (float(report.bytes), 1.0, "bytes")
+    for row in report.latency.rows if report.latency else ():
+        if row.artifact == "artifact":
+            yield f"{row.name} p50", (row.p50, 1.0, "latency")
 
 
 def _number(figure: float | None) -> float:
-    """A figure of a report, which writes null where it is infinite or no number."""
-    return math.inf if figure is None else float(figure)
+    """A figure, infinite where it is none or no number: a stored report cannot tell these apart."""
+    return figure if figure is not None and math.isfinite(figure) else math.inf
 
 
-def _timed_on(report: dict[str, Any]) -> str:
+def _timed_on(report: Report) -> str:
     """Processor and threads of a report's latencies."""
-    threads = (report.get("latency") or {}).get("threads")
-    return f"{report.get('device', 'an unknown processor')}" + (f" with {threads} threads" if threads else "")
+    return report.device + (f" with {report.latency.threads} threads" if report.latency else "")
 
 
 def _compare(title: str, before: float, now: float, basis: float, max_regression: float) -> Check:

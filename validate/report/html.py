@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from dispc.validate.report.report import LATENCY_COLUMNS, figure_and_limit, latency_cells
+from dispc.runtime.latency import Latency
+from dispc.validate.report.report import LATENCY_COLUMNS, Report, figure_and_limit, latency_cells
 
 WIDTH, PLOT_HEIGHT = 720, 180
 """User units of a chart; it is drawn as wide as the page."""
@@ -50,17 +50,17 @@ class Chart:
     width: float = WIDTH
 
 
-def page(report: dict[str, Any]) -> str:
-    """The HTML of a report, given as `Report.as_dict()`; it needs no other file, and runs no script."""
+def page(report: Report) -> str:
+    """The HTML of a report; it needs no other file, and runs no script."""
     templates = Environment(loader=PackageLoader("dispc.validate.report", "."), autoescape=True)
-    latency = report["latency"]
+    latency = report.latency
     names = ("artifact", "reference", "target", "dtype", "padding", "lowering", "device")
-    facts = {name: report[name] for name in names}
-    facts["bytes"] = f"{report['bytes']:,}"
-    facts["versions"] = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    facts = {name: getattr(report, name) for name in names}
+    facts["bytes"] = f"{report.bytes:,}"
+    facts["versions"] = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     return templates.get_template("page.html.jinja").render(
         report=report,
-        judged_on=report["headline"].split(", ", 1)[1],
+        judged_on=report.headline.split(", ", 1)[1],
         figure_and_limit=figure_and_limit,
         facts=facts,
         blocks=_blocks(report),
@@ -68,38 +68,38 @@ def page(report: dict[str, Any]) -> str:
         timing=_timing(latency) if latency else "",
         latency=_latency(latency) if latency else None,
         columns=LATENCY_COLUMNS,
-        rows=[latency_cells(row, latency) for row in latency["rows"]] if latency else [],
+        rows=[latency_cells(row, latency) for row in latency.rows] if latency else [],
         operators=_operators(latency) if latency else None,
     )
 
 
-def _blocks(report: dict[str, Any]) -> Chart | None:
+def _blocks(report: Report) -> Chart | None:
     """Error of the residual stream behind each sub-layer, over what the dtype costs, on a scale of powers of ten."""
-    drill = report["drill"]
-    if not drill or not drill["stages"]:
+    drill = report.drill
+    if not drill or not drill.stages:
         return None
-    stages, limit = drill["stages"], drill["limit"]
-    ratios = [stage["ratio"] for stage in stages]
-    known = [ratio for ratio in ratios if ratio]
+    stages, limit = drill.stages, drill.limit
+    ratios = [stage.ratio for stage in stages]
+    known = [ratio for ratio in ratios if ratio and math.isfinite(ratio)]
     top = math.ceil(math.log10(max([limit * 1.5, *known])))
     bottom = min(-1, math.floor(math.log10(min([*known, 1]))))
 
-    def height(ratio: float | None) -> float:
-        if ratio is None:  # not a finite number
+    def height(ratio: float) -> float:
+        if not math.isfinite(ratio):
             return 1.0
         return min(max((math.log10(max(ratio, 10.0**bottom)) - bottom) / (top - bottom), 0.0), 1.0)
 
-    bars = [(height(ratio), "ours" if ratio is not None and ratio <= limit else "bad") for ratio in ratios]
-    titles = [f"{s['name']}: {'inf' if s['ratio'] is None else format(s['ratio'], '.3g')} x own error" for s in stages]
+    bars = [(height(ratio), "ours" if ratio <= limit else "bad") for ratio in ratios]
+    titles = [f"{s.name}: {s.ratio if math.isfinite(s.ratio) else math.inf:.3g} x own error" for s in stages]
     ticks = [(height(10.0**power), f"1e{power}") for power in range(bottom, top + 1)]
-    names, mark = [stage["name"] for stage in stages], (height(limit), f"limit {limit:g}")
+    names, mark = [stage.name for stage in stages], (height(limit), f"limit {limit:g}")
     return _upright(bars, titles, ticks, names, mark=mark)
 
 
-def _widths(report: dict[str, Any]) -> Iterable[tuple[str, float, Chart]]:
+def _widths(report: Report) -> Iterable[tuple[str, float, Chart]]:
     """Of every set: its name, the percentage kept over all blocks, and the widths block by block."""
-    for name, full in report["full_widths"].items():
-        sizes = [row[name] for row in report["widths"]]
+    for name, full in report.full_widths.items():
+        sizes = [row[name] for row in report.widths]
         titles = [f"block {block}: {size} of {full}" for block, size in enumerate(sizes)]
         names = [str(block) for block in range(len(sizes))]
         ticks = [(0.0, "0"), (0.5, f"{full // 2}"), (1.0, f"{full}")]
@@ -107,22 +107,22 @@ def _widths(report: dict[str, Any]) -> Iterable[tuple[str, float, Chart]]:
         yield name, 100 * sum(sizes) / (len(sizes) * full), chart
 
 
-def _timing(latency: dict[str, Any]) -> str:
-    facts = f"{latency['provider']}, {latency['threads']} threads (chosen by {latency['threads_chosen_by']}), "
-    facts += f"{latency['rounds']} runs behind {latency['warmup']} others"
-    if latency["peak_bytes"]:
-        facts += f", peak memory {latency['peak_bytes'] / 2**20:,.0f} MiB"
+def _timing(latency: Latency) -> str:
+    facts = f"{latency.provider}, {latency.threads} threads (chosen by {latency.threads_chosen_by}), "
+    facts += f"{latency.rounds} runs behind {latency.warmup} others"
+    if latency.peak_bytes:
+        facts += f", peak memory {latency.peak_bytes / 2**20:,.0f} MiB"
     return facts
 
 
-def _latency(latency: dict[str, Any]) -> Chart:
-    own = [(row, row["artifact"] == "artifact") for row in latency["rows"]]
-    bars = [(row["name"] if ours else "", row["p50"], "ours" if ours else "theirs") for row, ours in own]
+def _latency(latency: Latency) -> Chart:
+    own = [(row, row.artifact == "artifact") for row in latency.rows]
+    bars = [(row.name if ours else "", row.p50, "ours" if ours else "theirs") for row, ours in own]
     return _lying(bars, lambda value: f"{value:.2f} ms")
 
 
-def _operators(latency: dict[str, Any]) -> Chart:
-    bars = [(entry["operator"], entry["milliseconds"], "ours") for entry in latency["operators"]]
+def _operators(latency: Latency) -> Chart:
+    bars = [(entry.operator, entry.milliseconds, "ours") for entry in latency.operators]
     return _lying(bars, lambda value: f"{value:.3f} ms")
 
 

@@ -1,11 +1,56 @@
 """What a validation found: checks, and what was measured beside them; as JSON, Markdown and JUnit."""
 
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from xml.etree import ElementTree
 
+from dispc.evaluate.perplexity import Perplexity
+from dispc.runtime.latency import Latency, LatencyRow
 from dispc.support.check import Check
+from dispc.support.errors import ArtifactError
 from dispc.support.files import finite
+from dispc.support.typed_json import OPTIONAL, from_json, to_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamError:
+    """The residual stream behind one sub-layer (or behind the embedding, or the logits): largest errors over all rows.
+
+    `ratio` is the error over its own: what the dtype costs by itself. Sub-layers have their block, part and widths.
+    """
+
+    name: str
+    error: float
+    own_error: float
+    ratio: float
+    worst_dimensions: tuple[int, ...]
+    block: int | None = field(default=None, metadata=OPTIONAL)
+    part: str | None = field(default=None, metadata=OPTIONAL)
+    read: int | None = field(default=None, metadata=OPTIONAL)
+    mid: int | None = field(default=None, metadata=OPTIONAL)
+    write: int | None = field(default=None, metadata=OPTIONAL)
+
+    @property
+    def widths(self) -> str:
+        """The widths of a sub-layer in words; empty for what is none."""
+        widths = {"read": self.read, "mid": self.mid, "write": self.write}
+        return ", ".join(f"{name} {width}" for name, width in widths.items() if width is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drill:
+    """Which sub-layer is the first over its `limit`, in which scenario; the verdict is None where none is.
+
+    Where there was nothing to compare, there are no stages and the verdict says why.
+    """
+
+    verdict: str | None
+    scenario: str
+    limit: float
+    lowering: str | None = field(default=None, metadata=OPTIONAL)
+    stages: tuple[StreamError, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +69,15 @@ class Report:
     judged_on: str
     device: str
     truth: str
-    versions: dict[str, str]
+    versions: Mapping[str, str]
     bytes: int
     checks: tuple[Check, ...]
-    widths: tuple[dict[str, int], ...]
-    full_widths: dict[str, int]
-    drill: dict[str, Any] | None = None
-    perplexity: dict[str, Any] | None = None
-    placement: dict[str, Any] | None = None
-    latency: dict[str, Any] | None = None
+    widths: tuple[Mapping[str, int], ...]
+    full_widths: Mapping[str, int]
+    drill: Drill | None = None
+    perplexity: Mapping[str, Perplexity] | None = None
+    placement: Mapping[str, object] | None = None
+    latency: Latency | None = None
     quick: bool = False
     seed: int = 0
 
@@ -47,7 +92,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON; figures that are not finite become null."""
-        found: dict[str, Any] = finite(asdict(self) | {"passed": self.passed, "headline": self.headline})
+        found: dict[str, Any] = finite(to_json(self) | {"passed": self.passed, "headline": self.headline})
         for check, row in zip(self.checks, found["checks"], strict=True):
             row["passed"] = check.passed
         return found
@@ -59,14 +104,14 @@ class Report:
         lines += [f"`{self.artifact}` against `{self.reference}`", ""]
         lines += ["| | check | figure | limit | over |", "|---|---|---:|---:|---|"]
         for check in self.checks:
-            cells = (mark[check.status], check.name, *figure_and_limit(asdict(check)), check.detail)
+            cells = (mark[check.status], check.name, *figure_and_limit(check), check.detail)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        if self.drill and self.drill["verdict"]:
-            lines += ["", f"**{self.drill['verdict']}**"]
+        if self.drill and self.drill.verdict:
+            lines += ["", f"**{self.drill.verdict}**"]
         if self.latency:
             lines += ["", f"Latency on {self.device}:", "", f"| | | {' | '.join(LATENCY_COLUMNS)} |"]
             lines += ["|---|---|" + "---:|" * len(LATENCY_COLUMNS)]
-            lines += [f"| {' | '.join(latency_cells(row, self.latency))} |" for row in self.latency["rows"]]
+            lines += [f"| {' | '.join(latency_cells(row, self.latency))} |" for row in self.latency.rows]
         return "\n".join(lines) + "\n"
 
     def junit(self) -> str:
@@ -84,7 +129,7 @@ class Report:
             case = ElementTree.SubElement(
                 suite, "testcase", name=_xml(check.name), classname=f"dispc.validate.{check.group}"
             )
-            figure, limit = figure_and_limit(asdict(check))
+            figure, limit = figure_and_limit(check)
             if check.status == "skipped":
                 ElementTree.SubElement(case, "skipped", message=_xml(check.detail))
             elif check.status == "failed":
@@ -116,24 +161,34 @@ def markdown_error(artifact: str, reason: str) -> str:
 LATENCY_COLUMNS = ("p50 ms", "p90", "p99", "tokens/s", "over dense", "GB/s (of a copy)")
 
 
-def latency_cells(row: dict[str, Any], latency: dict[str, Any]) -> tuple[str, ...]:
+def latency_cells(row: LatencyRow, latency: Latency) -> tuple[str, ...]:
     """A row of the latency table: its name, which artifact, then LATENCY_COLUMNS; empty where there is no figure."""
-    times = (f"{row[key]:.2f}" for key in ("p50", "p90", "p99"))
-    compared = row["artifact"] == "artifact" and row["name"] in latency["speedup"]
-    speed = f"{latency['speedup'][row['name']]:.2f}x" if compared else ""
+    times = (f"{figure:.2f}" for figure in (row.p50, row.p90, row.p99))
+    compared = row.artifact == "artifact" and row.name in latency.speedup
+    speed = f"{latency.speedup[row.name]:.2f}x" if compared else ""
     copy = ""
-    if "share_of_copy" in row:
-        copy = f"{row['bytes_per_second'] / 1e9:.1f} ({100 * row['share_of_copy']:.0f} %)"
-    return (row["name"], row["artifact"], *times, f"{row['tokens_per_second']:,.1f}", speed, copy)
+    if row.bytes_per_second is not None and row.share_of_copy is not None:
+        copy = f"{row.bytes_per_second / 1e9:.1f} ({100 * row.share_of_copy:.0f} %)"
+    return (row.name, row.artifact, *times, f"{row.tokens_per_second:,.1f}", speed, copy)
 
 
-def figure_and_limit(check: dict[str, Any]) -> tuple[str, str]:
-    """How a check's figure and limit are shown, from the check as a dictionary; a number that is not finite is inf."""
-    if check["status"] == "skipped" or (check["figure"] is None and check["limit"] is None):
+def figure_and_limit(check: Check) -> tuple[str, str]:
+    """How a check's figure and limit are shown; a figure that is not finite is inf, which JSON holds as null."""
+    if check.status == "skipped" or (check.figure is None and check.limit is None):
         return "", ""
-    figure = "inf" if check["figure"] is None else f"{check['figure']:.3g}"
-    limit = "" if check["limit"] is None else f"{check['limit']:.3g} {check['unit']}".strip()
+    finite_figure = check.figure is not None and math.isfinite(check.figure)
+    figure = f"{check.figure:.3g}" if finite_figure else "inf"
+    limit = "" if check.limit is None else f"{check.limit:.3g} {check.unit}".strip()
     return figure, limit
+
+
+def report_of(content: object, where: object) -> Report:
+    """A report from what `Report.as_dict` made of it; `where` names it in errors.
+
+    Raises:
+        ArtifactError: when it is none.
+    """
+    return from_json(Report, content, where, ArtifactError)
 
 
 def _xml(text: str) -> str:

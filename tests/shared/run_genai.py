@@ -1,11 +1,11 @@
-"""What an onnxruntime-genai of any age makes of artifacts: `python trial_genai.py ARTIFACT...` prints it as JSON."""
+"""The outputs of artifacts in an onnxruntime-genai of any version: `python run_genai.py ARTIFACT...` prints JSON."""
 
 import json
 import sys
 from typing import Any
 
 import onnxruntime_genai as og
-from trial import PROMPTS, STEPS
+from run_ort import PROMPTS, STEPS
 
 
 def decode(artifact: str) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""What an ONNX Runtime of any age makes of artifacts: `python trial.py ARTIFACT...` prints it as JSON.
+"""The outputs of artifacts in an ONNX Runtime of any version: `python run_ort.py ARTIFACT...` prints it as JSON.
 
 Needs numpy and onnxruntime only, so that it runs in an environment that holds nothing else.
 """

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dispc.learn.adapter import ADAPTER, merge_adapter, save_adapter
-from dispc.learn.recovery_options import MARKER, RecoverOptions
+from dispc.learn.recovery_options import MARKER, RecoverOptions, foreign_content
 from dispc.manifest import COPIED
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
@@ -45,7 +45,7 @@ def write_recovered(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(_merged(name, weights, wrapped))
-    with staged_directory(options.output, force, MARKER) as stage:
+    with staged_directory(options.output, force, MARKER, foreign_content) as stage:
         _write_model(model, checkpoint, masks, stage)
         if wrapped is not None:
             save_adapter(weights, wrapped.peft_config[ADAPTER], stage / "adapter")

@@ -150,7 +150,10 @@ class Checkpoint:
                 f"generation_config.json sets {', '.join(left_out)}, which genai_config.json cannot say; "
                 "an application that wants it must see to it"
             )
-        if adapters := sorted(path.parent.name for path in self.directory.glob("*/adapter_config.json")):
+        recovered = (self.directory / "recovery.json").exists()  # dispc recover merges its adapter, and keeps it beside
+        if not recovered and (
+            adapters := sorted(path.parent.name for path in self.directory.glob("*/adapter_config.json"))
+        ):
             said.append(f"the adapter in {', '.join(adapters)} is no part of the model that is compiled")
         return said
 

@@ -47,6 +47,8 @@ class Helper:
         Raises:
             DispcError: with the reason why there is none.
         """
+        if not self.end.alive:
+            raise DispcError("it has ended")
         try:
             _send(self.writing, {"question": question, "seconds": seconds, "memory": memory})
         except BrokenPipeError as error:
@@ -138,7 +140,9 @@ def _tried(work: Callable[[], Any], seconds: float, memory: int) -> tuple[Any, d
         resource.setrlimit(limit, (value if most == resource.RLIM_INFINITY else min(value, most), most))
     try:
         found = work()
-        return found, {"answer": None if callable(found) else found}
+        message = {"answer": None if callable(found) else found}
+        json.dumps(message)
+        return found, message
     except MemoryError:
         return None, {"error": "it takes too much memory"}
     except BaseException as error:  # whatever the foreign work runs into; a panic of Rust is no Exception

@@ -30,8 +30,11 @@ class Algorithm1(nn.Module):
         ValueError: for other families, and for biases.
     """
 
-    def __init__(self, checkpoint: Checkpoint, masks: Masks, dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, masks: Masks, dtype: torch.dtype, device: str, *, last_logits: bool = False
+    ) -> None:
         super().__init__()
+        self.last_logits = last_logits
         config, raw = checkpoint.config, checkpoint.raw_config
         if config.family.model_type != "llama" or raw.get("attention_bias") or raw.get("mlp_bias"):
             raise ValueError(f"{checkpoint.directory}: Algorithm 1 is written for LLaMA models without biases")
@@ -61,6 +64,8 @@ class Algorithm1(nn.Module):
     def forward(self, ids: Tensor, positions: Tensor, total: int) -> Tensor:
         """Logits [B,S,V] of the tokens [B,S] at `positions` [S], of which `total` - S are in the caches already.
 
+        With `last_logits` those of the last token only, [B,1,V].
+
         Either S = 1 or S = `total`. `allocate` comes first.
         """
         x_BSC = F.embedding(ids, self.embedding)
@@ -68,6 +73,8 @@ class Algorithm1(nn.Module):
         for block in self.blocks:
             for part in block:
                 x_BSC = part(x_BSC, turn, positions, total)
+        if self.last_logits:
+            x_BSC = x_BSC[:, -1:]
         return F.linear(F.rms_norm(x_BSC, self.norm.shape, self.norm, self.epsilon), self.head)
 
     def allocate(self, batch: int, capacity: int) -> None:

@@ -62,7 +62,7 @@ class Contenders:
 def begin(
     benchmark: str, *, model: Path | None, shape: str | None, masks: Path | None, lowering: str | None,
     builder_python: Path | None, threads: int, rounds: int, calls: int, work: Path, smoke: bool,
-    quantize: str | None = None,
+    quantize: str | None = None, last_logits: bool = False,
 ) -> tuple[dict[str, Any], Contenders]:  # fmt: skip
     """What a benchmark is about to measure, and what its result says about that; warns of changes not committed.
 
@@ -81,8 +81,9 @@ def begin(
         console.print(f"WARNING: {changed} files of dispc differ from the revision that the result will name")
     source = find_model(model, shape, work)
     contenders = prepare(
-        source, masks, work, threads=threads, builder_python=builder_python, quantize=quantize, lowering=lowering
-    )
+        source, masks, work, threads=threads, builder_python=builder_python, quantize=quantize, lowering=lowering,
+        last_logits=last_logits,
+    )  # fmt: skip
     config = contenders.checkpoint.config
     kept = contenders.masks.kept_parameters(config) / (config.block_parameters * config.num_hidden_layers)
     result |= {"model": shape or source.name, "masks": masks.name if masks else "random", "kept": round(kept, 4)}
@@ -109,7 +110,7 @@ def find_model(model: Path | None, shape: str | None, work: Path) -> Path:
 
 def prepare(
     model: Path, masks: Path | None, work: Path, *, threads: int, builder_python: Path | None,
-    quantize: str | None = None, lowering: str | None = None,
+    quantize: str | None = None, lowering: str | None = None, last_logits: bool = False,
 ) -> Contenders:  # fmt: skip
     """Make, load and check everything; what was made stays in `work`.
 
@@ -123,14 +124,14 @@ def prepare(
         make_masks(model, masks)
     loaded = Masks.load(masks)
     loaded.check(checkpoint.config, masks)
-    graphs = make_graphs(model, masks, work, builder_python, quantize, lowering)
+    graphs = make_graphs(model, masks, work, builder_python, quantize, lowering, last_logits)
     require_memory(graphs)
     ballast = Decoder(graphs[PRUNED], checkpoint.config, threads=threads)
     models: dict[str, Decoder | Algorithm1] = {
         name: Decoder(path, checkpoint.config, threads=threads) for name, path in graphs.items()
     }
     if quantize is None:
-        models[PYTORCH] = Algorithm1(checkpoint, loaded, torch.float32, "cpu")
+        models[PYTORCH] = Algorithm1(checkpoint, loaded, torch.float32, "cpu", last_logits=last_logits)
     differences = {}
     for first, second in ((BUILDER, DENSE), (PRUNED, PYTORCH)):
         if {first, second} <= {*models}:
@@ -142,18 +143,21 @@ def prepare(
 
 
 def make_graphs(
-    model: Path, masks: Path, work: Path, builder_python: Path | None, quantize: str | None, lowering: str | None
-) -> dict[str, Path]:
+    model: Path, masks: Path, work: Path, builder_python: Path | None, quantize: str | None, lowering: str | None,
+    last_logits: bool,
+) -> dict[str, Path]:  # fmt: skip
     """The model.onnx of every contender; `lowering` is the pruned one's, the dense one reads and writes everything."""
     graphs = {name: work / name.replace(", ", "-") / "model.onnx" for name in (DENSE, PRUNED)}
     quantisation = make_quantisation(quantize, TARGET, **AS_THE_BUILDER) if quantize else None
-    compile_artifact(model, graphs[DENSE].parent, TARGET, None, quantisation=quantisation)
-    compile_artifact(model, graphs[PRUNED].parent, TARGET, masks, quantisation=quantisation, lowering=lowering)
+    both = {"quantisation": quantisation, "last_logits": last_logits}
+    compile_artifact(model, graphs[DENSE].parent, TARGET, None, **both)
+    compile_artifact(model, graphs[PRUNED].parent, TARGET, masks, lowering=lowering, **both)
     if builder_python is not None:
         graphs[BUILDER] = work / "builder" / "model.onnx"
         remove(graphs[BUILDER].parent)
         builder: list[str | Path] = [builder_python, "-m", "onnxruntime_genai.models.builder", "-e", "cpu"]
-        run([*builder, "-p", quantize or "fp32", "-c", work / "cache", "-i", model, "-o", graphs[BUILDER].parent])
+        run([*builder, "-p", quantize or "fp32", "-c", work / "cache", "-i", model, "-o", graphs[BUILDER].parent,
+             *(("--extra_options", "prune_lm_head=true") if last_logits else ())])  # fmt: skip
     return graphs
 
 

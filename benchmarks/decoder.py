@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from dispc.evaluate.perplexity import negative_log_likelihood
 from dispc.model.families import DecoderConfig
 
 DTYPES = {
@@ -64,6 +65,9 @@ class Decoder:
             raise RuntimeError("ONNX Runtime fell back to the CPU: its CUDA provider did not load")
         self.types = {value.name: DTYPES[value.type] for value in self.session.get_inputs()}
         self.dtype = next(DTYPES[value.type] for value in self.session.get_outputs() if value.name == "logits")
+        shape = next(value.shape for value in self.session.get_outputs() if value.name == "logits")
+        self.last_logits = shape[1] == 1
+        """Whether the graph gives the logits of a row's last token only."""
         self.caches: dict[str, Tensor] = {}
         self.bound = 0
 
@@ -134,7 +138,7 @@ class OnnxStep:
             name: value.contiguous().to(decoder.device) for name, value in inputs.items() if name in decoder.types
         }
         self.inputs |= decoder.caches
-        shape = (batch, tokens, decoder.config.vocab_size)
+        shape = (batch, 1 if decoder.last_logits else tokens, decoder.config.vocab_size)
         self.output = torch.empty(shape, dtype=decoder.dtype, device=decoder.device)
         self.options = ort.RunOptions()
         if decoder.cuda_graph:
@@ -154,6 +158,18 @@ class OnnxStep:
         """float32 logits [B,S,V] of the latest run."""
         found: npt.NDArray[np.float32] = self.output.float().cpu().numpy()
         return found
+
+
+def perplexity(graph: Decoder, texts: npt.NDArray[np.int64]) -> float:
+    """As `dispc eval` has it, on windows of tokens [N,S]; of graphs that are no artifacts of dispc as well."""
+    scored = texts.shape[1] - 1
+    graph.allocate(1, scored)
+    total = 0.0
+    for row in texts:
+        step = graph.bind(row[None, :-1], 0)
+        step.run()
+        total += float(negative_log_likelihood(step.logits()[0], row[1:]).sum())
+    return round(float(np.exp(total / texts[:, 1:].size)), 3)
 
 
 def _described(value: Tensor) -> tuple[str, int, Any, tuple[int, ...], int]:

@@ -1,87 +1,148 @@
-"""Perplexity and bytes of a model quantised every way, dense and pruned: what each algorithm keeps.
+"""Perplexity, bytes and time of a model quantised every way, dense and pruned, and by onnxruntime-genai's builder.
 
-    .venv/bin/python benchmarks/int4.py --model SMOLLM2_DIR --masks smollm2-135m-30.safetensors \\
-        --data wiki.valid.raw --test wiki.test.raw --json benchmarks/results/int4.json
+    .venv/bin/python benchmarks/int4.py make --model SMOLLM2_DIR --masks smollm2-135m-30.safetensors \\
+        --data wiki.valid.raw --test wiki.test.raw --builder-python OTHER_VENV/bin/python --work WORK
+    .venv/bin/python benchmarks/int4.py clock --work WORK
 
 Every cell is compiled by `dispc compile` for onnx-cpu, LM head and embedding quantised too as onnxruntime-genai's
-builder has them, and read by `dispc eval`; `--only` takes some cells, and adds them to the result that is there.
-`--data` is what GPTQ and the measured mixture look at; it must not be the text of the test.
+builder has them, and with int8 activations; `make` measures perplexities that are missing in
+benchmarks/results/int4.json, `clock` times all graphs in turns in one run. `--data` is what GPTQ and the measured
+mixture look at; it must not be the text of the test.
 """
 
 import json
+import statistics
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
-from common import WORK, console, dispc, remove, report, run, write_result
-from machine import environment
+from common import alternate, console, dispc, remove, run, write_result
+from decoder import Decoder, perplexity
+from machine import REPOSITORY, environment
 
+from dispc.evaluate.perplexity import text_windows
+from dispc.model.checkpoint import Checkpoint
+
+FILE = REPOSITORY / "benchmarks" / "results" / "int4.json"
 HEAD = ("--quantize-head", "--quantize-embedding")
-INT4 = ("--quantize", "int4", *HEAD)
+INT4 = ("--quantize", "int4", *HEAD, "--int8-activations")
+GPTQ = ("--algorithm", "gptq", "--asymmetric")
 CELLS: dict[str, tuple[str, ...]] = {
     "float32": (),
     "int8": ("--quantize", "int8", *HEAD),
     "int4": INT4,
     "int4, k_quant": (*INT4, "--algorithm", "k_quant"),
     "int4, hqq": (*INT4, "--algorithm", "hqq"),
-    "int4, gptq": (*INT4, "--algorithm", "gptq", "--asymmetric"),
+    "int4, gptq": (*INT4, *GPTQ),
     "int4, mixed by widths": (*INT4, "--mixed", "widths"),
     "int4, mixed by damage": (*INT4, "--mixed", "damage"),
-    "int4, gptq, mixed by widths": (*INT4, "--algorithm", "gptq", "--asymmetric", "--mixed", "widths"),
-    "int4, gptq, mixed by damage": (*INT4, "--algorithm", "gptq", "--asymmetric", "--mixed", "damage"),
+    "int4, k_quant, mixed by widths": (*INT4, "--algorithm", "k_quant", "--mixed", "widths"),
+    "int4, k_quant, mixed by damage": (*INT4, "--algorithm", "k_quant", "--mixed", "damage"),
 }
 TEXT = ("gptq", "damage")
 """Cells with one of these words look at a text."""
+MIXED = "algo_config=k_quant matmul_mixed_precision=last_matmul:int8,mixed_layers:int8"
+BUILDER: dict[str, tuple[str, ...]] = {
+    "builder, int4": ("-p", "int4"),
+    "builder, int4, k_quant, mixed": ("-p", "int4", "--extra_options", *MIXED.split()),
+}
+LENGTH, PAST, THREADS = 1024, 64, 2
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+WorkOption = Annotated[Path, typer.Option(help="Where artifacts are kept.")]
 
 
-def measure(model: Path, masks: Path | None, options: tuple[str, ...], data: Path, test: Path, windows: int,
-            work: Path) -> dict[str, Any]:  # fmt: skip
-    """Compile one cell and let it read the test: perplexity, bytes, and the products in 8 bits."""
-    chosen = ("--masks", masks) if masks else ("--dense",)
-    text = ("--data", data) if set(TEXT) & set(options) else ()
-    command: list[Any] = [model, "-t", "onnx-cpu", "-o", work / "artifact", *chosen, *options, *text]
-    run(dispc("compile", *map(str, command), "--force", "--no-validate"))
-    manifest = json.loads((work / "artifact" / "dispc.json").read_text())
-    window: list[Any] = ["--sequence-length", 1024, "--max-windows", windows, "--json-file", work / "report.json"]
-    run(dispc("eval", *map(str, [work / "artifact", "--data", test, *window])))
-    found = json.loads((work / "report.json").read_text())["perplexity"][0]
-    return {"perplexity": round(found["perplexity"], 3), "bytes": manifest["bytes"],
-            "int8": (manifest["quantisation"] or {}).get("int8", [])}  # fmt: skip
+def read() -> dict[str, Any]:
+    """What is known: facts of dense and pruned graphs by cell."""
+    found: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"benchmark": "int4", "cells": {}}
+    return found
 
 
-def main(
+def cells(masks: Path, data: Path) -> Iterator[tuple[str, str, tuple[str | Path, ...] | None]]:
+    """Name, `dense` or `pruned`, and the options of `dispc compile`; None for graphs of the builder."""
+    for name, options in CELLS.items():
+        text = ("--data", data) if set(TEXT) & set(options) else ()
+        yield name, "dense", ("--dense", *options, *text)
+        yield name, "pruned", ("--masks", masks, *options, *text)
+    for name in BUILDER:
+        yield name, "dense", None
+
+
+@app.command()
+def make(
     model: Annotated[Path, typer.Option(help="Hugging Face directory.")],
     masks: Annotated[Path, typer.Option(help="Mask file of the pruned rows.")],
     data: Annotated[Path, typer.Option(help="Text that quantisation looks at.")],
     test: Annotated[Path, typer.Option(help="Text to read.")],
-    only: Annotated[str, typer.Option(help="Cells to measure, by semicolons; all, if empty.")] = "",
+    work: WorkOption,
+    builder_python: Annotated[Path | None, typer.Option(help="Python that has the builder.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of 1,024 tokens.")] = 16,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where the result goes, and is added to.")] = None,
-    work: Annotated[Path, typer.Option(help="Folder for what is written.")] = WORK / "int4",
 ) -> None:
-    """Every cell, dense and pruned."""
-    result: dict[str, Any] = {"benchmark": "int4", "windows": windows, "masks": masks.name, "cells": {}}
-    if json_file is not None and json_file.exists():
-        result = json.loads(json_file.read_text())
-    result["environment"] = environment()
+    """Compile what is missing and let it read the test."""
     work.mkdir(parents=True, exist_ok=True)
-    for name in only.split(";") if only else CELLS:
-        cell = result["cells"].setdefault(name, {})
-        for which, file in (("dense", None), ("pruned", masks)):
-            cell[which] = measure(model, file, CELLS[name], data, test, windows, work)
-            console.print(f"{name}, {which}: {cell[which]['perplexity']}", highlight=False)
-            write_result(json_file, result)
-    remove(work)
-    columns = ("", "dense: perplexity", "MB", "pruned: perplexity", "MB")
-    rows = [
-        [
-            name,
-            *(text for cell in cells.values() for text in (f"{cell['perplexity']:.2f}", f"{cell['bytes'] / 1e6:.1f}")),
-        ]
-        for name, cells in result["cells"].items()
-    ]
-    report(f"{model.name}, {masks.name}", columns, rows, {})
+    known = read() | {"model": model.name, "masks": masks.name, "windows": windows}
+    config = Checkpoint(model).config
+    texts = text_windows(str(test), model, config.max_positions, LENGTH)[:windows]
+    for name, which, options in cells(masks, data):
+        out, facts = directory(work, name, which), known["cells"].setdefault(name, {})
+        if options is None and builder_python is None:
+            continue
+        if not (out / "model.onnx").exists():
+            remove(out)
+            if options is None:
+                command = [builder_python, "-m", "onnxruntime_genai.models.builder", "-e", "cpu", "-c", work / "cache"]
+                run([*map(str, command), *BUILDER[name], "-i", model, "-o", out])
+            else:
+                run(dispc("compile", model, "-t", "onnx-cpu", "-o", out, "--no-validate", *options))
+        if which not in facts:
+            size = sum(file.stat().st_size for file in out.glob("model.onnx*"))
+            facts[which] = {"perplexity": perplexity(Decoder(out / "model.onnx", config, threads=THREADS), texts)}
+            facts[which] |= {"bytes": size, "int8": int8_products(out)}
+            console.print(f"{name}, {which}: {facts[which]['perplexity']}, {size / 1e6:.1f} MB", highlight=False)
+            write_result(FILE, known)
+
+
+def directory(work: Path, name: str, which: str) -> Path:
+    """Where a cell's artifact lies."""
+    return work / f"{name}, {which}".replace(", ", "-").replace(" ", "-")
+
+
+def int8_products(out: Path) -> list[str]:
+    """The products that a mixture keeps in 8 bits, for artifacts of dispc."""
+    file = out / "dispc.json"
+    quantised = json.loads(file.read_text())["quantisation"] if file.exists() else None
+    return list((quantised or {}).get("int8", []))
+
+
+@app.command()
+def clock(
+    work: WorkOption,
+    rounds: Annotated[int, typer.Option(help="Times that each graph has its turn.")] = 9,
+    calls: Annotated[int, typer.Option(help="Tokens of a turn.")] = 8,
+) -> None:
+    """Time one token behind 64 of all graphs, in turns."""
+    known, steps = read(), {}
+    for name, facts in known["cells"].items():
+        for which in facts:
+            out = directory(work, name, which)
+            graph = Decoder(out / "model.onnx", Checkpoint(_source(work)).config, threads=THREADS)
+            graph.allocate(1, PAST + 1)
+            steps[name, which] = partial(graph.bind(np.array([[7]]), PAST).run)
+    labels = {f"{name}, {which}": step for (name, which), step in steps.items()}
+    times = dict(zip(steps, alternate(labels, rounds, calls).values(), strict=True))
+    for (name, which), values in times.items():
+        known["cells"][name][which]["milliseconds"] = round(statistics.median(values), 3)
+        console.print(f"{name}, {which}: {statistics.median(values):.2f} ms", highlight=False)
+    known |= {"environment": environment(), "threads": THREADS, "past": PAST, "rounds": rounds, "calls": calls}
+    write_result(FILE, known)
+
+
+def _source(work: Path) -> Path:
+    """A directory with the model's config.json: every artifact has one."""
+    return directory(work, "float32", "dense")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

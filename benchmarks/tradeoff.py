@@ -22,10 +22,11 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from common import alternate, console, dispc, remove, run, write_result
-from decoder import Decoder
+from decoder import Decoder, perplexity
 from machine import REPOSITORY, environment
 from tradeoff_page import write_tradeoff
 
+from dispc.evaluate.perplexity import text_windows
 from dispc.learn.recovered import write_pruned
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
@@ -37,7 +38,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "float32": (),
     "int8": ("--quantize", "int8", *HEAD),
     "int4": ("--quantize", "int4", *HEAD, "--int8-activations"),
-    "mixed int4": ("--quantize", "int4", "--mixed", *HEAD, "--int8-activations"),
+    "mixed int4": ("--quantize", "int4", "--mixed", "widths", *HEAD, "--int8-activations"),
 }
 BUILDER = {"float32": "fp32", "int4": "int4"}
 PAST, THREADS = 64, 2
@@ -139,19 +140,30 @@ def judge(
     windows: Annotated[int | None, typer.Option(help="So many windows of 1,024; all of 2,048 without.")] = None,
     only: Annotated[str, typer.Option(help="Points to judge, by commas; all, if empty.")] = "",
 ) -> None:
-    """Measure perplexities that are missing."""
+    """Measure perplexities that are missing. The builder's graphs are read in windows of 1,024 only."""
     key = f"{windows} of 1024" if windows else "whole of 2048"
     length = ["--sequence-length", "1024", "--max-windows", str(windows)] if windows else ["--sequence-length", "2048"]
     for name, facts in read()["points"].items():
         if (only and name not in only.split(",")) or key in facts.get("perplexity", {}):
             continue
-        if facts["compiler"] != "dispc" or not (work / name).exists():
+        if not (work / name).exists() or (facts["compiler"] != "dispc" and not windows):
             continue
-        output = run(dispc("eval", work / name, "--data", test, *length, "--json")).output
-        report = json.JSONDecoder().raw_decode(output[f"\n{output}".index("\n{\n") :])[0]
-        measured = round(report["perplexity"][0]["perplexity"], 3)
+        if facts["compiler"] == "dispc":
+            output = run(dispc("eval", work / name, "--data", test, *length, "--json")).output
+            report = json.JSONDecoder().raw_decode(output[f"\n{output}".index("\n{\n") :])[0]
+            measured = round(report["perplexity"][0]["perplexity"], 3)
+        else:
+            measured = judge_builder(work, name, test, windows or 0)
         console.print(f"{name}: {measured} on {key}", highlight=False)
         note(name, perplexity={**facts.get("perplexity", {}), key: measured})
+
+
+def judge_builder(work: Path, name: str, test: Path, windows: int) -> float:
+    """Perplexity of a graph that is no artifact, in windows of 1,024 of the dense artifact's tokens."""
+    dense = work / Point(0, "float32").name
+    config = Checkpoint(dense).config
+    texts = text_windows(str(test), dense, config.max_positions, 1024)[:windows]
+    return perplexity(Decoder(work / name / "model.onnx", config, threads=THREADS), texts)
 
 
 @app.command()

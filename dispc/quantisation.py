@@ -62,6 +62,9 @@ class Quantisation:
     mixed: str | None = None
     int8: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "int8", tuple(self.int8))  # a list would make it unequal, and not hashable
+
     @property
     def wide(self) -> "Quantisation":
         """What the products in `int8` are rounded by."""

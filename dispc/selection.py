@@ -54,11 +54,8 @@ class SelectionCosts:
         return f"{side.width} of {width}: selecting costs {cost:.1f} us of two tokens, zeros would cost {saving:.1f}"
 
 
-DEFAULT_COSTS = SelectionCosts(call=5000.0, element=3.0, weight=0.13, prompt_element=0.5, prompt_weight=0.01)
-"""Of two cores of an AMD EPYC: 30 GB/s of weights, 0.5 ns per element in a prompt, 0.01 ns per multiplication. What a
-selection costs while decoding is assumed, between two measurements: 1.2 us of the kernel, and 20 us by comparing whole
-models (docs/performance.md).
-"""
+DEFAULT_COSTS = SelectionCosts(call=500.0, element=0.8, weight=0.14, prompt_element=0.35, prompt_weight=0.0095)
+"""Of two cores of an AMD EPYC, measured by `dispc.runtime.costs` in float32 (docs/performance.md)."""
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,19 @@
 """Measure what a selection costs on this machine and what a weight does, for the cost model of `dispc.selection`.
 
-Four chains of products are timed alternately, with one token and with a prompt. A link is two products, d -> m -> d::
+Four chains of products are timed alternately, with one token and with a prompt. A link is two products, d -> m -> d.
+A selection costs much less than they do, so links have many of them in a row::
 
     whole    d -> m -> d
-    less     d -> m' -> d            what the weights cost
-    all      select d of d, d -> m -> d       what a wide selection costs
-    half     select d/2 of d, d/2 -> m -> d   and a narrow one
+    less     d -> m' -> d                                     what the weights cost
+    wide     d -> select d, many times -> m -> d              what a selection of the whole width costs
+    narrow   d -> select d/2, many times -> select d -> m -> d    and one of half of it
 """
 
 import random
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,34 @@ from dispc.support.graph import EXTRACTOR, MACHINE_LEARNING
 
 CHAIN_BYTES, LINKS = 2**26, 32
 """A chain is longer than the caches are wide, if that takes no more links."""
+SELECTIONS = 512
+"""Of a chain, shared by its links."""
 PROMPT, ROUNDS, WARM = 128, 60, 3
 LOW = 25
 """The percentile of the rounds that counts: what else the machine does only ever adds to a time."""
+AGREE = 2.0
+"""By so much may the costs of even and odd rounds differ; a machine where they differ more is not quiet enough."""
 Chains = dict[str, Any]
+Times = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class _Price:
+    """Nanoseconds of a selection, of each of its elements, and of each weight."""
+
+    call: float
+    element: float
+    weight: float
+
+    def of_selection(self, width: int) -> float:
+        return self.call + self.element * width
 
 
 def fit_costs(width: int, plan: Plan, threads: int) -> SelectionCosts:
-    """The costs on the plan's provider, for a stream `width` wide."""
+    """The costs on the plan's provider, for a stream `width` wide; the plan's own where they cannot be measured.
+
+    They cannot where one half of the rounds says more than `AGREE` times what the other half does.
+    """
     with tempfile.TemporaryDirectory(prefix="dispc-costs-") as scratch:
         links = max(1, min(LINKS, CHAIN_BYTES // (16 * width * width)))
         sessions = {}
@@ -42,55 +64,74 @@ def fit_costs(width: int, plan: Plan, threads: int) -> SelectionCosts:
             path = Path(scratch) / f"{name}.onnx"
             onnx.save(_chain(links, width, middle, selected, plan), path)
             sessions[name] = open_session(path, threads=threads, provider=PROVIDERS[plan.target.provider])
-        token, prompt = (_time(sessions, width, plan, tokens) for tokens in (1, PROMPT))
-    call, element, weight = _solve(token, width, links)
-    prompt_call, prompt_element, prompt_weight = _solve(prompt, width, links)
+        times = [_time(sessions, width, plan, tokens) for tokens in (1, PROMPT)]
+    halves = [[_solve(every(times_, start, 2), width, links) for times_ in times] for start in (0, 1)]
+    if not all(agree(first, second, width) for first, second in zip(*halves, strict=True)):
+        return plan.costs
+    token, prompt = (_solve(every(times_, 0, 1), width, links) for times_ in times)
     return SelectionCosts(
-        call=round(call, 1),
-        element=round(element, 4),
-        weight=round(weight, 5),
-        prompt_element=round(prompt_element / PROMPT + prompt_call / PROMPT / width, 4),
-        prompt_weight=round(prompt_weight / PROMPT, 6),
+        call=round(token.call, 1),
+        element=round(token.element, 4),
+        weight=round(token.weight, 5),
+        prompt_element=round(prompt.of_selection(width) / PROMPT / width, 4),
+        prompt_weight=round(prompt.weight / PROMPT, 6),
     )
 
 
+def agree(first: _Price, second: _Price, width: int) -> bool:
+    """Whether two measurements say about the same of a selection, and of a weight."""
+    pairs = ((first.of_selection(width), second.of_selection(width)), (first.weight, second.weight))
+    return all(0 < max(pair) <= AGREE * min(pair) for pair in pairs)
+
+
+def every(times: Times, start: int, step: int) -> dict[str, float]:
+    """Nanoseconds of a run of each chain, by some of the rounds."""
+    return {name: float(np.percentile(found[start::step], LOW)) for name, found in times.items()}
+
+
 def _chains(width: int) -> Iterator[tuple[str, int, int | None]]:
-    """Name, middle width, and elements to select in front of each link."""
+    """Name, middle width, and elements of the selections in front of each link."""
     middle = 2 * width
     yield "whole", middle, None
     yield "less", middle - width // 2, None
-    yield "all", middle, width
-    yield "half", middle, width // 2
+    yield "wide", middle, width
+    yield "narrow", middle, width // 2
 
 
-def _solve(nanoseconds: dict[str, float], width: int, links: int) -> tuple[float, float, float]:
-    """Cost of a selection, of each of its elements, and of each weight."""
-    whole, less, everything, half = (nanoseconds[name] / links for name in ("whole", "less", "all", "half"))
+def _solve(nanoseconds: dict[str, float], width: int, links: int) -> _Price:
+    count = _selections(links)
+    whole, less, wide, narrow = (nanoseconds[name] / links for name in ("whole", "less", "wide", "narrow"))
     weight = max(0.0, whole - less) / (2 * width * (width // 2))
-    wide = everything - whole
-    narrow = half - whole + weight * (width - width // 2) * 2 * width
-    element = max(0.0, wide - narrow) / (width - width // 2)
-    return max(0.0, wide - element * width), element, weight
+    # the narrow chain has one selection of `width` elements, the wide one `count`
+    element = max(0.0, wide - narrow) / ((count - 1) * (width - width // 2))
+    return _Price(max(0.0, (wide - whole) / count - element * width), element, weight)
+
+
+def _selections(links: int) -> int:
+    """In front of each link."""
+    return max(2, SELECTIONS // links)
 
 
 def _chain(links: int, width: int, middle: int, selected: int | None, plan: Plan) -> Any:
     dtype = TensorProto.FLOAT16 if plan.dtype == "float16" else TensorProto.FLOAT
     kind = np.float16 if dtype == TensorProto.FLOAT16 else np.float32
     rng = np.random.default_rng(0)
-    read = width if selected is None else selected
-    indices = np.sort(rng.permutation(width)[:read])
+    selections = [] if selected is None else [selected] * (_selections(links) - 1) + [width]
+    # the last selection of a narrow link takes elements more than once: products stay as wide as in the other chains
+    lists = {size: np.arange(size, dtype=np.int64) % (selected or 1) for size in selections}
     extract = plan.lowering.operator == EXTRACTOR
-    nodes, weights, value = [], [numpy_helper.from_array(indices.astype(np.int64), "read")], "x"
+    nodes, weights, value = [], [numpy_helper.from_array(what, f"read{size}") for size, what in lists.items()], "x"
     for link in range(links):
-        if selected is not None:
+        for number, size in enumerate(selections):
+            result = f"selected{link}.{number}"
             node = (
-                helper.make_node(EXTRACTOR, [value, "read"], [f"selected{link}"], domain=MACHINE_LEARNING)
+                helper.make_node(EXTRACTOR, [value, f"read{size}"], [result], domain=MACHINE_LEARNING)
                 if extract
-                else helper.make_node("Gather", [value, "read"], [f"selected{link}"], axis=-1)
+                else helper.make_node("Gather", [value, f"read{size}"], [result], axis=-1)
             )
             nodes.append(node)
-            value = f"selected{link}"
-        for name, shape in (("up", (read, middle)), ("down", (middle, width))):
+            value = result
+        for name, shape in (("up", (width, middle)), ("down", (middle, width))):
             values = (rng.standard_normal(shape, dtype=np.float32) * shape[0] ** -0.5).astype(kind)
             weights.append(numpy_helper.from_array(values, f"{name}.weight{link}"))
             nodes.append(helper.make_node("MatMul", [value, f"{name}.weight{link}"], [f"{name}{link}"]))
@@ -101,8 +142,8 @@ def _chain(links: int, width: int, middle: int, selected: int | None, plan: Plan
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def _time(sessions: Chains, width: int, plan: Plan, tokens: int) -> dict[str, float]:
-    """Nanoseconds of a run of each chain."""
+def _time(sessions: Chains, width: int, plan: Plan, tokens: int) -> Times:
+    """Nanoseconds of each counted run of each chain."""
     x = np.ones((1, tokens, width), dtype=np.float16 if plan.dtype == "float16" else np.float32)
     times: dict[str, list[int]] = {name: [] for name in sessions}
     order = list(sessions)
@@ -112,4 +153,4 @@ def _time(sessions: Chains, width: int, plan: Plan, tokens: int) -> dict[str, fl
             start = time.perf_counter_ns()
             sessions[name].run(None, {"x": x})
             times[name].append(time.perf_counter_ns() - start)
-    return {name: float(np.percentile(found[WARM:], LOW)) for name, found in times.items()}
+    return {name: found[WARM:] for name, found in times.items()}

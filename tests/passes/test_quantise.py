@@ -18,7 +18,7 @@ from quantised import EVERYTHING, quantised_model
 from sets import widths
 
 from dispc.compiler import CompileOptions, compile_model
-from dispc.manifest import Manifest
+from dispc.manifest import Manifest, read_manifest
 from dispc.masks import Masks
 from dispc.passes import quantise
 from dispc.passes.pipeline import build_pipeline, run_pipeline
@@ -193,7 +193,7 @@ def test_artifacts_pass_and_say_how_they_are_quantised(
 ) -> None:
     manifest = compiled(variant, tmp_path / "out", quantisation, target, **options)
     assert manifest.passed
-    assert Quantisation(**json.loads((tmp_path / "out" / "dispc.json").read_text())["quantisation"]) == quantisation
+    assert read_manifest(tmp_path / "out").quantisation == manifest.quantisation == quantisation
     outcome = command.run("inspect", tmp_path / "out", "--json")
     assert json.loads(outcome.out)["facts"]["quantised"] == str(quantisation)
 
@@ -201,7 +201,7 @@ def test_artifacts_pass_and_say_how_they_are_quantised(
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("quantised") / "out"
-    assert compiled("llama", out, EVERYTHING)["validation"]["passed"]
+    assert compiled("llama", out, EVERYTHING).passed
     return out
 
 
@@ -244,8 +244,9 @@ def test_a_single_wrong_value_is_found(fault: Any, layer: str, artifact: Path, t
 
 
 def test_int8_activations_are_judged_by_a_limit_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checks = compiled("llama", tmp_path / "out", CPU_INT8)["validation"]["checks"]
-    figures = {one["name"]: one["figure"] for one in checks}
+    validation = compiled("llama", tmp_path / "out", CPU_INT8).validation
+    assert validation is not None
+    figures = {one["name"]: one["figure"] for one in validation["checks"]}
     assert figures["int8 activations"] > LIMITS["float32"]
     monkeypatch.setattr(variants, "INT8_ACTIVATIONS_LIMIT", figures["int8 activations"] * 0.99)
     report = check(tmp_path / "out", harness.checkpoint("llama").directory, quick=True)

@@ -52,10 +52,8 @@ gpu: setup ## on a machine with CUDA: parity, speed, learning, most important fi
 fuzz: setup ## damaged inputs for every command (FUZZ_ARGS="--seed 1 --count 2000", the default is 2,000 cases)
 	cd tests/shared && OMP_NUM_THREADS=1 $(CURDIR)/$(VENV)/bin/python fuzzing.py $(FUZZ_ARGS)
 
-FAULTS ?= 1000
-SEED ?= 0
-faults: setup ## plant 1,000 faults into artifacts and judge each (FAULTS=100 SEED=1 for other ones)
-	$(VENV)/bin/python tests/shared/fault_matrix.py $(FAULTS) $(SEED)
+faults: setup ## plant 1,000 faults into artifacts and judge each (FAULTS_ARGS="--seed 1 --count 100" for other ones)
+	$(VENV)/bin/python tests/shared/fault_matrix.py $(FAULTS_ARGS)
 
 # The oldest, one between and the newest; the environments hold these packages and what they need, no dispc, no torch.
 RUNTIMES ?= 1.18.0 1.24.1 1.32.0

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dispc.masks import Masks
 from dispc.quantisation import Quantisation
 from dispc.selection import SelectionCosts
 from dispc.support.dtypes import ARTIFACT_DTYPES
-from dispc.support.errors import ArtifactError
+from dispc.support.errors import ArtifactError, MasksError
 from dispc.support.inputs import read_object
 from dispc.support.typed_json import OPTIONAL, UNSTORED, from_json, to_json
 
@@ -227,10 +228,17 @@ def summary(manifest: Manifest) -> dict[str, str]:
 def foreign_content(directory: Path) -> str | None:
     """What in a directory makes it something else than an artifact that dispc wrote; None when it is just that."""
     try:
-        read_manifest(directory)
+        manifest = read_manifest(directory)
     except ArtifactError as error:
         return str(error).removeprefix(f"{directory}: ")
     for path in sorted(directory.iterdir()):
-        if path.name not in WRITTEN and not LICENCE_FILES.fullmatch(path.name):
+        known = path.name in WRITTEN or LICENCE_FILES.fullmatch(path.name)
+        if not known or (path.is_dir() and not path.is_symlink()):
             return f"holds {path.name}, which is not of the artifact"
+    masks = directory / "masks.safetensors"
+    try:
+        if masks.exists() and Masks.load(masks).sha256() != manifest.masks_sha256:
+            return "holds other masks than those that the artifact was compiled with"
+    except (MasksError, OSError) as error:
+        return str(error).removeprefix(f"{directory}: ")
     return None

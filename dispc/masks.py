@@ -19,6 +19,7 @@ from safetensors.numpy import save
 from dispc.model.families import DecoderConfig
 from dispc.support.errors import MasksError
 from dispc.support.files import whole
+from dispc.support.inputs import naming
 from dispc.support.version import __version__
 
 NormScope = Literal["full", "selected"]
@@ -214,7 +215,7 @@ class Masks:
         if not path.is_file():
             raise MasksError(f"{path}: no such mask file; learn masks first, or name another file (--masks FILE)")
         try:
-            with safe_open(path, framework="numpy") as file:
+            with naming(path), safe_open(path, framework="numpy") as file:
                 metadata: dict[str, str] = file.metadata() or {}
                 if metadata.get("format") != FORMAT:  # before a tensor is read: it may be a model of many gigabytes
                     raise MasksError(f"{path}: not a mask file (its metadata lacks format={FORMAT})")

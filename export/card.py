@@ -3,7 +3,6 @@
 Every figure is one of dispc.json or of the masks' own metadata; a fact that is missing there is left out.
 """
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import DecoderConfig
 from dispc.plan import TARGETS
-from dispc.support.errors import DispcError
+from dispc.support.errors import CheckpointError
 from dispc.support.files import write_text
-from dispc.support.inputs import JSON_BYTES, regular
+from dispc.support.inputs import contents
 from dispc.support.printable import printable
 
 CARRIED = ("license", "license_name", "license_link", "language")
@@ -117,7 +116,7 @@ def write_card(checkpoint: Checkpoint, masks: Masks, manifest: Manifest, genai_b
     """
     config, model = checkpoint.config, checkpoint.directory
     for file in licence_files(model):
-        shutil.copyfile(model / file, directory / file)
+        (directory / file).write_bytes(contents(model / file, CheckpointError))
     name = hub_name(model) or model.resolve().name
     bfloat16 = manifest.dtype == "bfloat16"
     provider = CUDA if bfloat16 else TARGETS[manifest.target].provider
@@ -191,9 +190,16 @@ def front_matter(model: Path) -> ModelCardData:
 def base_card(model: Path) -> dict[str, str | list[str]]:
     """Words and lists of words in the front matter of a model directory's README.md; empty when it cannot be read."""
     try:
-        text = regular(model / "README.md", DispcError, JSON_BYTES).read_text("utf-8-sig")
+        text = contents(model / "README.md", CheckpointError).decode("utf-8-sig")
         content = ModelCard(text, ignore_metadata_errors=True).data.to_dict() if text.startswith("---") else {}
-    except (DispcError, OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):  # not UTF-8, no mapping ...
+    except (
+        CheckpointError,
+        OSError,
+        ValueError,
+        TypeError,
+        RecursionError,
+        yaml.YAMLError,
+    ):  # not UTF-8, no mapping ...
         return {}
 
     def words(value: object) -> bool:

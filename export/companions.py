@@ -1,6 +1,5 @@
 """The files beside model.onnx: config, tokenizer, and genai_config.json for onnxruntime-genai."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from dispc.model.checkpoint import Checkpoint
 from dispc.plan import Plan
 from dispc.support.errors import CheckpointError
 from dispc.support.files import write_json
-from dispc.support.inputs import JSON_BYTES, regular
+from dispc.support.inputs import contents
 
 
 def write_companions(
@@ -27,7 +26,7 @@ def write_companions(
     """
     for name in COPIED:
         if (checkpoint.directory / name).exists():
-            shutil.copyfile(regular(checkpoint.directory / name, CheckpointError, JSON_BYTES), directory / name)
+            (directory / name).write_bytes(contents(checkpoint.directory / name, CheckpointError))
     write_json(directory / "genai_config.json", genai_config(checkpoint, plan, cache_layers, inputs, provider_options))
 
 
@@ -74,5 +73,6 @@ def genai_config(
             "temperature": generation.temperature,
             "top_k": generation.top_k,
             "top_p": generation.top_p,
+            **generation.penalties,
         },
     }

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from dispc.runtime.latency import LatencyOptions
 from dispc.support.check import Check
+from dispc.validate.checks import parity
 from dispc.validate.checks.drill import drill_down
+from dispc.validate.checks.parity import Thresholds
 from dispc.validate.checks.scenarios import PREFILL
 from dispc.validate.checks.table import CHECKS
-from dispc.validate.comparison import Comparison, Options
+from dispc.validate.comparison import Comparison, Device, Options
 from dispc.validate.report.baseline import compare, read_report
 from dispc.validate.report.report import Drill, Report
 
@@ -21,20 +23,56 @@ def check(
     baseline: Path | None = None,
     max_regression: float = 0.05,
     say: Callable[[str], None] = lambda what: None,
-    **options: Any,
+    thresholds: Thresholds | None = None,
+    device: Device = "target",
+    quick: bool = False,
+    reference_dtype: str | None = None,
+    masks: Path | None = None,
+    data: str | None = None,
+    sequence_length: int | None = None,
+    max_windows: int | None = None,
+    latency: LatencyOptions | None = None,
+    dense: Path | None = None,
+    seed: int = 0,
 ) -> Report:
     """Judge `artifact` against the model of `reference`, by every row of `CHECKS` that applies.
 
-    `drill` compares block by block even when parity holds; where it does not, that is done anyway. `baseline` is an
-    earlier report: no figure may be worse by more than the share `max_regression`. `say` gets the name of each check
-    before it runs. The other options are those of `Options`.
+    Args:
+        artifact: the directory that `dispc compile` wrote.
+        reference: the model directory that it was compiled from.
+        drill: compare block by block even when parity holds; where it does not, that is done anyway.
+        baseline: an earlier report; no figure may be worse than there by more than the share `max_regression`.
+        max_regression: that share.
+        say: gets the name of each check before it runs.
+        thresholds: what is allowed; None: what the documentation says.
+        device: judge where the artifact is meant to run (`target`), on the `cpu`, or there where the target's provider
+            is not `available`.
+        quick: only what a compilation ends with.
+        reference_dtype: of the truth, `float64` (None) or `float32`, which is twice as fast.
+        masks: the masks that are meant; None: those beside the reference, where there are any.
+        data: a text, as `dispc learn` takes it, to measure perplexity on, over `max_windows` windows (None: all) of
+            `sequence_length` tokens (None: 2,048, or the model's limit).
+        latency: measure times as these options say, beside the `dense` artifact where one is given.
+        seed: of the prompts.
 
     Raises:
         DispcError: when the comparison cannot be made; nothing was judged then.
     """
     older = read_report(baseline) if baseline else None
-    comparison = Comparison(Path(artifact), Path(reference), Options(**options))
-    quick = comparison.options.quick
+    options = Options(
+        thresholds=thresholds or parity.DEFAULTS,
+        device=device,
+        quick=quick,
+        reference_dtype=reference_dtype,
+        masks=masks,
+        data=data,
+        sequence_length=sequence_length,
+        max_windows=max_windows,
+        latency=latency,
+        dense=dense,
+        seed=seed,
+    )
+    comparison = Comparison(Path(artifact), Path(reference), options)
     checks: list[Check] = []
     for row in CHECKS:
         if row.quick or not quick:

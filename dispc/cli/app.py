@@ -4,11 +4,12 @@ import sys
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from dispc.cli import compiling, evaluating, judging, learning, recovering, using
 from dispc.cli.arguments import expand
-from dispc.cli.process import own_the_process
-from dispc.cli.tables import out, print_error
+from dispc.cli.process import NOTES, own_the_process
+from dispc.cli.tables import err, out, print_error
 from dispc.support.errors import DispcError, Interrupted, first_line
 from dispc.support.version import __version__
 
@@ -54,6 +55,8 @@ def main() -> None:
     try:
         app(arguments)
     except SystemExit as stop:
+        for note in NOTES.taken() if stop.code in (0, 1, None) else ():
+            err.print(f"[yellow]note:[/yellow] {escape(note)}", highlight=False)
         if stop.code == 130:
             print_error("interrupted")
         raise

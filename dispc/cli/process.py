@@ -1,12 +1,32 @@
 """Settings of the command's own process. Programs that call dispc as a library keep theirs."""
 
 import gc
+import logging
 import os
 import signal
 import sys
 from dataclasses import dataclass
 
 from dispc.support.signals import ENDING
+
+
+class Notes(logging.Handler):
+    """What dispc warns of, kept until the command is done: an error is one line, and nothing in front of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: dict[str, None] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said[record.getMessage()] = None
+
+    def taken(self) -> list[str]:
+        """All that was said, each once, and from then on forgotten."""
+        said, self.said = list(self.said), {}
+        return said
+
+
+NOTES = Notes()
 
 
 @dataclass
@@ -22,7 +42,9 @@ SETTINGS = Settings()
 def own_the_process(*, debug: bool) -> None:
     """Environment, signals and the garbage collector of the `dispc` command."""
     SETTINGS.debug = debug
+    # What its warnings would tell of configs and weights, dispc refuses; those about tokenizers are handed on.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("dispc").addHandler(NOTES)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch takes large tensors in 2 MiB pages: a seventh of a 7B
     for number in set(ENDING) - {signal.SIGINT}:

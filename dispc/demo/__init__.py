@@ -16,7 +16,7 @@ from dispc.demo.model import pruned_model, recovers, shipped_digest, shipped_mas
 from dispc.evaluate.perplexity import ArtifactScorer, logits_of, negative_log_likelihood
 from dispc.manifest import MANIFEST, read_manifest
 from dispc.model.published import open_checkpoint
-from dispc.model.tokenizer import load_tokenizer
+from dispc.model.tokenizer import Tokenizer
 from dispc.passes.pipeline import build_pipeline
 from dispc.plan import make_plan
 from dispc.quantisation import Quantisation
@@ -146,13 +146,13 @@ def _same(artifact: Path, options: CompileOptions) -> bool:
 
 def answers_perplexity(artifact: Path) -> float:
     """Perplexity of the held-out answers, given their questions."""
-    scorer, tokenizer = ArtifactScorer(artifact), load_tokenizer(artifact)
+    scorer, tokenizer = ArtifactScorer(artifact), Tokenizer(artifact)
     lines = files("dispc.data").joinpath(ANSWERS).read_text(encoding="utf-8").splitlines()
     total, count = 0.0, 0
     for line in lines[:SCORED]:
         question, start, answer = json.loads(line)["text"].partition(ANSWER_START)
-        given = len(tokenizer.encode(question + start, add_special_tokens=False)) if answer else 1
-        tokens = np.array(tokenizer.encode(question + start + answer, add_special_tokens=False), dtype=np.int64)
+        given = len(tokenizer.encode(question + start, special=False)) if answer else 1
+        tokens = np.array(tokenizer.encode(question + start + answer, special=False), dtype=np.int64)
         logits = logits_of(scorer, tokens[:-1])
         total += float(negative_log_likelihood(logits[given - 1 :], tokens[given:]).sum())
         count += len(tokens) - given

@@ -9,7 +9,7 @@ import numpy as np
 
 from dispc.evaluate.perplexity import Scorer, logits_of, negative_log_likelihood
 from dispc.model.text import quiet_datasets
-from dispc.model.tokenizer import load_tokenizer
+from dispc.model.tokenizer import Tokenizer
 from dispc.support.errors import DataError, first_line
 from dispc.support.extras import need
 
@@ -117,19 +117,21 @@ def _make_adapter(scorer: Scorer, progress: Callable[[int, int], None]) -> Any:
     class Adapter(TemplateLM):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.tokenizer = load_tokenizer(scorer.directory)
+            self.words = Tokenizer(scorer.directory)
 
         @property
         def eot_token_id(self) -> int:
-            return int(self.tokenizer.eos_token_id)
+            if (end := self.words.special("eos")) is None:
+                raise DataError(f"{scorer.directory}: its tokenizer has no end-of-text token, which lm-eval asks for")
+            return end
 
         @property
         def prefix_token_id(self) -> int:
-            beginning = self.tokenizer.bos_token_id
-            return self.eot_token_id if beginning is None else int(beginning)
+            beginning = self.words.special("bos")
+            return self.eot_token_id if beginning is None else beginning
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-            return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
+            return self.words.encode(string, special=bool(add_special_tokens))
 
         def _loglikelihood_tokens(
             self, requests: list[tuple[Any, list[int], list[int]]], **options: Any

@@ -1,7 +1,6 @@
 """The directory that a recovery writes: an ordinary Hugging Face model with zeros outside of the sets."""
 
 import errno
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dispc.learn.adapter import ADAPTER, merge_adapter, save_adapter
-from dispc.learn.recovery_options import MARKER, RecoverOptions
+from dispc.learn.recovery_options import MARKER, RecoverOptions, foreign_content
 from dispc.manifest import COPIED
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
@@ -19,8 +18,9 @@ from dispc.model.families import DecoderConfig
 from dispc.model.packed import rows
 from dispc.reference.masked import load_reference, zero_outside
 from dispc.support.directories import staged_directory
-from dispc.support.errors import first_line
+from dispc.support.errors import CheckpointError, first_line
 from dispc.support.files import write_json, write_text
+from dispc.support.inputs import contents
 from dispc.support.version import __version__
 
 LORA = "lora_"
@@ -45,7 +45,7 @@ def write_recovered(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(_merged(name, weights, wrapped))
-    with staged_directory(options.output, force, MARKER) as stage:
+    with staged_directory(options.output, force, MARKER, foreign_content) as stage:
         _write_model(model, checkpoint, masks, stage)
         if wrapped is not None:
             save_adapter(weights, wrapped.peft_config[ADAPTER], stage / "adapter")
@@ -66,7 +66,7 @@ def write_pruned(checkpoint: Checkpoint, masks: Masks, adapter: Path | None, out
     with staged_directory(out, force=False, marker=MARKER) as stage:
         _write_model(model, checkpoint, masks, stage)
         if (checkpoint.directory / "README.md").is_file():  # which names the licence
-            shutil.copyfile(checkpoint.directory / "README.md", stage / "README.md")
+            (stage / "README.md").write_bytes(contents(checkpoint.directory / "README.md", CheckpointError))
 
 
 def _write_model(model: Any, checkpoint: Checkpoint, masks: Masks, folder: Path) -> None:
@@ -86,7 +86,7 @@ def _write_model(model: Any, checkpoint: Checkpoint, masks: Masks, folder: Path)
         raise OSError(errno.EIO, first_line(error), str(folder)) from error
     for name in COPIED:
         if (checkpoint.directory / name).is_file():
-            shutil.copyfile(checkpoint.directory / name, folder / name)
+            (folder / name).write_bytes(contents(checkpoint.directory / name, CheckpointError))
     masks.save(folder / "masks.safetensors", checkpoint.config)
 
 

@@ -1,11 +1,13 @@
 """Options of a recovery run."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 from dispc.learn.options import RunOptions, check_least, check_one_of
+from dispc.manifest import COPIED
 from dispc.support.directories import check_output
 from dispc.support.errors import LearnError
 
@@ -14,6 +16,11 @@ LOSSES: dict[LossName, tuple[float, float]] = {"distil": (1.0, 0.0), "text": (0.
 """Weights of the divergence from the teacher and of the text's own cross entropy."""
 MARKER = "recovery.json"
 """The file by which a recovered directory is known."""
+WRITTEN = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|masks\.safetensors|README\.md|adapter"
+)
+"""What a recovered model holds, beside its marker and the files in COPIED."""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 FULL_RATE, LORA_RATE = 1e-4, 1e-3
 
 
@@ -65,7 +72,7 @@ class RecoverOptions(RunOptions):
         return True
 
     def check_output(self, *, force: bool) -> None:
-        check_output(self.output, force, MARKER)
+        check_output(self.output, force, MARKER, foreign_content)
 
     def rate(self, step: int, seconds: float) -> float:
         """The learning rate of step number `step`, counted from 0: rising for a share `warm_up`, then half a cosine."""
@@ -73,3 +80,14 @@ class RecoverOptions(RunOptions):
         if done < self.warm_up:
             return self.learning_rate * done / self.warm_up
         return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (done - self.warm_up) / (1.0 - self.warm_up)))
+
+
+def foreign_content(directory: Path) -> str | None:
+    """What in a directory is not of a recovered model that dispc wrote; None where there is nothing like that."""
+    for path in sorted(directory.iterdir()):
+        known = path.name in (MARKER, *COPIED) or WRITTEN.fullmatch(path.name)
+        folder = path.is_dir() and not path.is_symlink()
+        inside = {file.name for file in path.iterdir()} if folder else set()
+        if not known or folder != (path.name == "adapter") or not inside <= set(ADAPTER_FILES):
+            return f"holds {path.name}, which is not of the recovered model"
+    return None

@@ -21,7 +21,7 @@ from dispc.model.pretrained import build_model, empty_parameters, fill, make_con
 from dispc.model.rope import Rope, check_ropes, read_ropes
 from dispc.model.storage import CheckpointTensor, Stored, list_stored
 from dispc.support.errors import CheckpointError, UnsupportedModelError
-from dispc.support.inputs import read_object
+from dispc.support.inputs import contents, naming, read_object
 
 HEAD = "lm_head.weight"
 """The LM head in every family; a tied one is the embedding."""
@@ -111,14 +111,14 @@ class Checkpoint:
 
     @cached_property
     def config_sha256(self) -> str:
-        return hashlib.sha256((self.directory / "config.json").read_bytes()).hexdigest()
+        return hashlib.sha256(contents(self.directory / "config.json", CheckpointError)).hexdigest()
 
     @cached_property
     def weights_sha256(self) -> str:
         """Of the files with the weights, one after another; they are read once for it."""
         digest = hashlib.sha256()
         for path in sorted({tensor.file for tensor in self.stored.values()}):
-            with path.open("rb") as file:
+            with naming(path), path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
@@ -140,6 +140,22 @@ class Checkpoint:
     def stop_tokens(self) -> list[int]:
         """Ids that end a generation; empty when neither config has any."""
         return self.generation.stops
+
+    @property
+    def notes(self) -> list[str]:
+        """What the directory holds that changes the text of other programs, and that no artifact has."""
+        said = []
+        if left_out := self.generation.left_out:
+            said.append(
+                f"generation_config.json sets {', '.join(left_out)}, which genai_config.json cannot say; "
+                "an application that wants it must see to it"
+            )
+        recovered = (self.directory / "recovery.json").exists()  # dispc recover merges its adapter, and keeps it beside
+        if not recovered and (
+            adapters := sorted(path.parent.name for path in self.directory.glob("*/adapter_config.json"))
+        ):
+            said.append(f"the adapter in {', '.join(adapters)} is no part of the model that is compiled")
+        return said
 
     @property
     def own_masks(self) -> Masks | None:

@@ -1,16 +1,36 @@
 """How a model's text is meant to be made: generation_config.json, and config.json where that says nothing."""
 
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dispc.support.errors import CheckpointError
 
+PENALTIES: dict[str, tuple[type, float, float]] = {
+    "repetition_penalty": (float, 1.0, 1e-6), "no_repeat_ngram_size": (int, 0, 0), "min_length": (int, 0, 0),
+}  # fmt: skip
+"""What onnxruntime-genai knows besides, by the same names: kind, the value that changes nothing, and the least."""
+CARRIED = re.compile(
+    r"(eos|bos|pad|decoder_start)_token_id|do_sample|temperature|top_k|top_p|max_length|max_new_tokens"
+    r"|transformers_version|_\w+|output_\w+|return_\w+|use_cache|cache_\w+|\w*compile\w*|trust_remote_code"
+)
+"""Keys of generation_config.json that are carried over, or change no token."""
+NOTHING: dict[str, Any] = {
+    "num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1, "diversity_penalty": 0.0, "length_penalty": 1.0,
+    "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "encoder_repetition_penalty": 1.0,
+    "remove_invalid_values": False, "early_stopping": False, "renormalize_logits": False,
+}  # fmt: skip
+"""Values of others by which nothing is switched on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """Token ids and sampling, checked; ids that are not told are None, and `stops` is empty then."""
+    """Token ids and sampling, checked; ids that are not told are None, and `stops` is empty then.
+
+    `penalties` has those of `PENALTIES` that change something. `left_out` are the keys of generation_config.json that
+    change tokens and that no runtime is told.
+    """
 
     stops: list[int]
     bos: int | None
@@ -19,6 +39,8 @@ class Generation:
     temperature: float
     top_k: int
     top_p: float
+    penalties: Mapping[str, float]
+    left_out: tuple[str, ...]
 
     @staticmethod
     def of(generation: Mapping[str, Any], raw: Mapping[str, Any], vocabulary: int) -> "Generation":
@@ -41,12 +63,14 @@ class Generation:
                 return None
             return next(iter(ids(key)), None)
 
-        def figure(key: str, default: float, least: float) -> float:
+        def figure(key: str, default: float, least: float, most: float = 1e9, kind: type = float) -> float:
             value = generation.get(key)
             if value is None:
                 return default
-            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
-                raise CheckpointError(f"{key} is {value!r}; a number from {least:g} is expected")
+            allowed = int if kind is int else int | float
+            if isinstance(value, bool) or not isinstance(value, allowed) or not least <= value <= most:
+                what = "a whole number" if kind is int else "a number"
+                raise CheckpointError(f"{key} is {value!r}; {what} from {least:g} to {most:g} is expected")
             return value
 
         do_sample = generation.get("do_sample")
@@ -58,6 +82,16 @@ class Generation:
             pad=one("pad_token_id"),
             do_sample=bool(do_sample),
             temperature=float(figure("temperature", 1.0, 0.0) or 1.0),
-            top_k=int(figure("top_k", 50, 0)),
-            top_p=float(figure("top_p", 1.0, 0.0) or 1.0),
+            top_k=int(figure("top_k", 50, 0, kind=int)),
+            top_p=float(figure("top_p", 1.0, 0.0, 1.0) or 1.0),
+            penalties={
+                key: value
+                for key, (kind, nothing, least) in PENALTIES.items()
+                if (value := figure(key, nothing, least, kind=kind)) != nothing
+            },
+            left_out=tuple(
+                key
+                for key, value in generation.items()
+                if not CARRIED.fullmatch(key) and key not in PENALTIES and value not in (None, [], {}, NOTHING.get(key))
+            ),
         )

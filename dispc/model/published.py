@@ -21,7 +21,7 @@ from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import DecoderConfig
 from dispc.model.storage import CheckpointTensor
 from dispc.support.errors import CheckpointError, MasksError
-from dispc.support.inputs import regular
+from dispc.support.inputs import contents
 
 MODELLING_FILES = "modeling_*pruned*.py"
 ASSIGNMENT = re.compile(r"^[ \t]*(?:\w+\.)?cfgs[ \t]*=[ \t]*\[\s*((?:\[[^\[\]]*\]\s*(?:,\s*)?)+)\]", re.MULTILINE)
@@ -167,7 +167,7 @@ def _vectors_literal(path: Path, changed: int, size: int) -> Vectors | None:
     several times, hence the cache; `changed` (when) and `size` are part of its key.
     """
     try:
-        text = regular(path, CheckpointError, LARGEST).read_text(encoding="utf-8")
+        text = contents(path, CheckpointError, LARGEST).decode()
     except UnicodeDecodeError:
         return None
     for found in ASSIGNMENT.finditer(text):

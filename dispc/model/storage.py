@@ -15,12 +15,18 @@ from safetensors import SafetensorError, safe_open
 from dispc.masks import is_mask_file
 from dispc.support.dtypes import BY_SAFETENSORS, DTYPES, name_of
 from dispc.support.errors import CheckpointError, first_line
-from dispc.support.inputs import read_object, regular
+from dispc.support.inputs import naming, read_object, regular
 
 LFS_POINTER = b"version https://git-lfs."  # how every pointer file begins, by its specification
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-OTHER_FORMATS = re.compile(r"consolidated.*\.safetensors")
-"""Weights once more, for other programs."""
+WEIGHT_FILES = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|npz|gguf)", re.IGNORECASE)
+"""Names that files with weights have."""
+NO_PART_OF_THE_MODEL = re.compile(
+    r"consolidated.*|.*\.gguf"  # the weights once more, for other programs
+    r"|training_args\.bin|optimizer.*|scheduler.*|scaler.*|rng_state.*|random_states.*|hn-ckpt.*"  # of a trainer
+)
+TORCH_COPY = re.compile(r"pytorch_model.*\.bin")
+"""The weights once more, where safetensors are read."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,16 @@ class Stored:
     tensors: dict[str, CheckpointTensor] = field(default_factory=dict)
     others: dict[str, str] = field(default_factory=dict)
 
-    def add(self, more: "Stored") -> None:
+    def add(self, more: "Stored", path: Path) -> None:
+        """Take in what `path` holds.
+
+        Raises:
+            CheckpointError: for a tensor that is there already: which of the two is meant?
+        """
+        if doubles := sorted({*more.tensors, *more.others} & {*self.tensors, *self.others}):
+            raise CheckpointError(
+                f"{path}: holds tensor {doubles[0]}, which another shard holds too; remove one of them"
+            )
         self.tensors |= more.tensors
         self.others |= more.others
 
@@ -95,7 +110,7 @@ def _sharded(index: Path, list_tensors: Callable[[Path], Stored]) -> Stored:
             raise CheckpointError(f"{index}: shard {shard!r} lies outside the model directory")
         if not path.exists():
             raise CheckpointError(f"{path}: shard named by {index.name} is missing")
-        found.add(list_tensors(_downloaded(path)))
+        found.add(list_tensors(_downloaded(path)), path)
     if missing := sorted(set(weight_map) - set(found.tensors) - set(found.others)):
         raise CheckpointError(f"{index}: names tensor {missing[0]}, which no shard holds")
     _refuse_strangers(index.parent, set(shards), set())
@@ -110,13 +125,14 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _refuse_strangers(directory: Path, read: set[str], older: set[str]) -> None:
-    """Raise CheckpointError for a safetensors file that is not read, and not known to be something else.
+    """Raise CheckpointError for a file of weights that is not read, and not known to be something else.
 
     `older` are the shards of a save that was left behind.
     """
-    for path in sorted(directory.glob("*.safetensors")):
-        known = path.name in read | older or OTHER_FORMATS.fullmatch(path.name)
-        if known or not path.is_file() or is_mask_file(path):
+    for path in sorted(path for path in directory.iterdir() if WEIGHT_FILES.fullmatch(path.name)):
+        known = path.name in read | older or NO_PART_OF_THE_MODEL.fullmatch(path.name)
+        copied = TORCH_COPY.fullmatch(path.name) and all(name.endswith(".safetensors") for name in read)
+        if known or copied or not path.is_file() or is_mask_file(path):
             continue
         raise CheckpointError(
             f"{path}: holds weights that are not read with the others ({', '.join(sorted(read)[:2])}); "
@@ -125,7 +141,7 @@ def _refuse_strangers(directory: Path, read: set[str], older: set[str]) -> None:
 
 
 def _downloaded(path: Path) -> Path:
-    with regular(path, CheckpointError).open("rb") as file:
+    with naming(path), regular(path, CheckpointError).open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise CheckpointError(f"{path}: is a Git LFS pointer, not the weights: run `git lfs pull` in its clone")
     return path
@@ -134,13 +150,13 @@ def _downloaded(path: Path) -> Path:
 def _list_safetensors(path: Path) -> Stored:
     def read(name: str) -> torch.Tensor:
         # Opened per tensor: the mapping goes away with the tensor, so memory stays at one tensor.
-        with safe_open(path, framework="pt") as file:
+        with naming(path), safe_open(path, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
 
     found = Stored()
     try:
-        with safe_open(path, framework="pt") as file:
+        with naming(path), safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 view = file.get_slice(name)
                 row = BY_SAFETENSORS.get(view.get_dtype())

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dispc.model.published import open_checkpoint
-from dispc.model.tokenizer import load_tokenizer
+from dispc.model.tokenizer import LARGEST, Tokenizer
 from dispc.support.errors import DataError, first_line
 from dispc.support.extras import need
 from dispc.support.files import whole
+from dispc.support.inputs import contents, naming
 
 Tokens = npt.NDArray[np.int32]
 LOADERS = {
@@ -64,9 +65,11 @@ def _file_rows(path: Path) -> list[str]:
     loader = LOADERS.get(path.suffix.lower(), "text")
     if loader == "text":  # `datasets` would drop the line ends, which the hub's WikiText rows have
         try:
-            lines = list(io.StringIO(path.read_text(encoding="utf-8")))  # str.splitlines knows more ends than this one
+            with naming(path):
+                text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text ({error})") from error
+        lines = io.StringIO(text)  # str.splitlines knows more ends than this one
         return [line if line.strip() else "" for line in lines]
     need("datasets", "learn")
     import datasets
@@ -160,15 +163,7 @@ def _read_cache(path: Path) -> Tokens | None:
 
 def tokenise(text: str, model: Path) -> Tokens:
     """The whole text as one run of tokens, with what the tokenizer puts in front of a text, if anything."""
-    from transformers.utils import logging
-
-    tokenizer = load_tokenizer(model)
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would warn that the text is longer than the model's context
-    try:
-        return np.array(tokenizer(text)["input_ids"], dtype=np.int32)
-    finally:
-        logging.set_verbosity(level)
+    return np.array(Tokenizer(model).encode(text), dtype=np.int32)
 
 
 def windows(tokens: Tokens, length: int, source: str) -> Tokens:
@@ -207,7 +202,7 @@ def _source_digest(source: str) -> bytes:
     path = Path(source)
     if not path.is_file():
         return json.dumps(source).encode()
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return path.suffix.lower().encode() + hashlib.file_digest(file, "sha256").digest()
 
 
@@ -215,5 +210,5 @@ def _tokenizer_digest(model: Path) -> bytes:
     digest = hashlib.sha256()
     for path in sorted(model.glob("*")):
         if path.is_file() and ("token" in path.name or path.name in ("vocab.json", "merges.txt", "vocab.txt")):
-            digest.update(path.name.encode() + path.read_bytes())
+            digest.update(path.name.encode() + contents(path, DataError, LARGEST))
     return digest.digest()

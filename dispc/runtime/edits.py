@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from dispc.support.errors import ArtifactError, first_line
 from dispc.support.graph import PROTOBUF_BYTES, require_beside
-from dispc.support.inputs import regular
+from dispc.support.inputs import naming, regular
 
 Edit = Callable[[ir.Model], None]
 
@@ -23,7 +23,8 @@ def load_graph(path: Path) -> ir.Model:
         ArtifactError: when it is no ONNX model, or names weights outside of its directory.
     """
     try:
-        model = ir.load(regular(path, ArtifactError, PROTOBUF_BYTES))
+        with naming(regular(path, ArtifactError, PROTOBUF_BYTES)):
+            model = ir.load(path)
     except (ArtifactError, OSError):
         raise
     except Exception as error:  # protobuf's and onnx_ir's share no base class

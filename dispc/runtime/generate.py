@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from dispc.model.tokenizer import apply_chat_template, load_tokenizer
+from dispc.model.tokenizer import Tokenizer
 from dispc.runtime.session import Array, Artifact
-from dispc.support.errors import ArtifactError, DataError
+from dispc.support.errors import ArtifactError
 
 
 @dataclass(frozen=True)
@@ -62,24 +61,16 @@ def generate_text(
         DispcError: when the artifact has no tokenizer, its chat template fails, or the prompt does not fit.
     """
     artifact = Artifact(directory)
-    tokenizer = load_tokenizer(directory)
-    if chat and tokenizer.chat_template:
-        try:
-            text = apply_chat_template(tokenizer, prompt)
-        except DataError as error:
-            raise DataError(f"{directory}: {error}") from error
-        ids = tokenizer.encode(text, add_special_tokens=False)
-    else:
-        ids = tokenizer.encode(prompt)
-    # Cleaning up spaces would change text that has been yielded already.
-    spell = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    tokenizer = Tokenizer(directory)
+    turn = tokenizer.chat(prompt) if chat else None
+    ids = tokenizer.encode(prompt if turn is None else turn, special=turn is None)
     tokens: list[int] = []
     spelled = ""
     for token in generate_tokens(artifact, ids, max_new_tokens, sampler, artifact.stop_tokens):
         tokens.append(token)
-        text = spell(tokens)
+        text = tokenizer.decode(tokens)
         if not text.endswith("\ufffd"):  # half of a character: wait for the rest
             yield text[len(spelled) :]
             spelled = text
     if tokens:
-        yield spell(tokens)[len(spelled) :]
+        yield tokenizer.decode(tokens)[len(spelled) :]

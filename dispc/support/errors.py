@@ -3,7 +3,7 @@
 import pickle
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of a foreign error's message, or its type where it has none."""
     if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to load it unsafely
         return "more than tensors in it; dispc executes no pickles"

@@ -1,5 +1,7 @@
 """Files that appear whole or not at all."""
 
+import contextlib
+import glob
 import json
 import math
 import os
@@ -29,6 +31,7 @@ def whole(path: Path) -> Iterator[Path]:
             yield path
             return
         target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_up(target)
         yield partial
         partial.replace(target)
     except OSError as error:
@@ -37,6 +40,25 @@ def whole(path: Path) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _clear_up(target: Path) -> None:
+    """Remove what processes that are no more left of `target`."""
+    for left in target.parent.glob(f"{glob.escape(target.name)}.*.partial"):
+        number = left.name.removeprefix(f"{target.name}.").removesuffix(".partial")
+        if number.isdecimal() and not _runs(int(number)):
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def refuse_inputs(reports: Iterable[Path], inputs: Iterable[Path]) -> None:

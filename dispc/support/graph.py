@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from dispc.support.errors import ArtifactError, first_line
-from dispc.support.inputs import regular
+from dispc.support.inputs import naming, regular
 
 MICROSOFT = "com.microsoft"
 MACHINE_LEARNING = "ai.onnx.ml"
@@ -40,7 +40,8 @@ def read_graph(path: Path) -> onnx.GraphProto:
     """
     regular(path, ArtifactError, PROTOBUF_BYTES)
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        with naming(path):
+            graph = onnx.load(path, load_external_data=False).graph
         for node in graph.node:
             _ = node.name, node.op_type, node.domain  # protobuf decodes them now, and not before
     except OSError:

@@ -6,6 +6,9 @@ a regular file of a sensible size.
 
 import json
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import EIO
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +34,40 @@ def regular(path: Path, error: type[DispcError], limit: int | None = None) -> Pa
     return path
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError raised meanwhile the name of the file: the system names it only where one is opened."""
+    try:
+        yield
+    except OSError as reason:
+        if reason.filename is None and reason.errno is not None:
+            raise OSError(reason.errno, reason.strerror, str(path)) from reason
+        if reason.filename is None:  # libraries raise some with a message only
+            raise OSError(EIO, first_line(reason), str(path)) from reason
+        raise
+
+
+def contents(path: Path, error: type[DispcError], limit: int | None = JSON_BYTES) -> bytes:
+    """What is in a file.
+
+    Raises:
+        error: as `regular` does.
+        OSError: when it cannot be read, with its name.
+    """
+    with naming(regular(path, error, limit)):
+        return path.read_bytes()
+
+
 def read_object(path: Path, error: type[DispcError], limit: int = JSON_BYTES) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        error: when it is no regular file, too large, not JSON, nested too deeply, or something else than an object.
+        error: when it is no regular file, too large, not JSON, nested too deeply, something else than an object, or
+            says something twice.
         FileNotFoundError, NotADirectoryError, PermissionError: when it cannot be opened.
     """
     try:
-        content = json.loads(regular(path, error, limit).read_bytes().decode("utf-8-sig"))
+        content = json.loads(contents(path, error, limit).decode("utf-8-sig"), object_pairs_hook=_without_doubles)
     except RecursionError as reason:
         raise error(f"{path}: is not valid JSON (nested too deeply)") from reason
     except ValueError as reason:
@@ -47,3 +75,12 @@ def read_object(path: Path, error: type[DispcError], limit: int = JSON_BYTES) ->
     if not isinstance(content, dict):
         raise error(f"{path}: a JSON object is expected")
     return content
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; with a key twice in it, which parsers read differently, it is no valid one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)} stands there twice")
+    return found

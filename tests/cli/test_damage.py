@@ -307,3 +307,17 @@ def test_a_single_weight_that_was_tampered_with_fails_validation(layer: str, des
     report = command.run("validate", desk.older, "-r", desk.model, "--json")
     assert report.code == 1
     assert json.loads(report.out)["passed"] is False
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer.json", "model.safetensors", "masks.safetensors", "config.json"])
+def test_a_file_that_cannot_be_read_is_named_and_not_the_output(name: str, tmp_path: Path) -> None:
+    """What a broken disk gives: /proc/self/mem is a regular file that fails where it is read."""
+    model = tiny.make_model("llama", tmp_path / "model")
+    checkpoint = Checkpoint(model)
+    Masks.random(checkpoint.config, 0.3, 1).save(model / "masks.safetensors", checkpoint.config)
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to("/proc/self/mem")
+    outcome = command.run("compile", model, "-t", "onnx-cpu", "-o", tmp_path / "out", "--no-validate")
+    assert outcome.code == 2 and outcome.err.startswith(f"error: {model / name}: "), outcome
+    assert "written" not in outcome.err and len(outcome.err.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

@@ -102,6 +102,26 @@ def template(text: str) -> Callable[[Path, Path], None]:
     return put
 
 
+def tokenizer_json(**changes: Any) -> Callable[[Path, Path], None]:
+    return lambda model, mark: edit(model / "tokenizer.json", **changes)
+
+
+def class_in_config(model: Path, mark: Path) -> None:
+    """Where tokenizer_config.json names no class, config.json may."""
+    (model / "vocab.pkl").write_bytes(pickle.dumps(Payload(mark)))
+    told = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in told.items() if k != "tokenizer_class"}))
+    edit(model / "config.json", tokenizer_class="TransfoXLTokenizer")
+
+
+def files_elsewhere(model: Path, mark: Path) -> None:
+    edit(model / "tokenizer_config.json", tokenizer_file="/etc/passwd", fast_tokenizer_files=["../tokenizer.9.json"])
+
+
+def replacing(pattern: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+
+
 CARRIERS: dict[str, Callable[[Path, Path], None]] = {
     "custom_generate": generation_code,
     "auto_map of config": config_code,
@@ -111,6 +131,15 @@ CARRIERS: dict[str, Callable[[Path, Path], None]] = {
     "pickled weights": pickled_weights,
     "pickles beside": pickles_beside,
     "pickling tokenizer": pickling_tokenizer,
+    "tokenizer class in config": class_in_config,
+    "tokenizer files elsewhere": files_elsewhere,
+    "normaliser that grows": tokenizer_json(
+        normalizer={"type": "Sequence", "normalizers": [replacing(".", "a" * 10)] * 9}
+    ),
+    "normaliser that backtracks": tokenizer_json(normalizer=replacing("(([a-z ]+)+)+$|(a|a)*b", "x")),
+    "normaliser that panics": tokenizer_json(
+        normalizer={"type": "Precompiled", "precompiled_charsmap": "ALQCAACEAAAAAACAAQAAgMz8AgC4BQAA"}
+    ),
     "published code": published_code,
     "template that calls": template(
         "{{ cycler.__init__.__globals__.os.system('touch MARK') }}{{ ''.__class__.__mro__[1].__subclasses__() }}"

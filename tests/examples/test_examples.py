@@ -16,8 +16,8 @@ from runtimes import EXAMPLES, JAVASCRIPT, say, served
 from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.tokenizer import load_tokenizer
 from dispc.quantisation import Quantisation
-from dispc.runtime.generate import load_tokenizer
 
 pytestmark = [pytest.mark.extras, pytest.mark.xdist_group("examples")]  # one worker, so that the student is made once
 TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m.content }} {% endfor %}"

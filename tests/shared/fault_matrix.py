@@ -1,9 +1,11 @@
 """Planted faults by the hundred: kinds x artifacts x sub-layers x token indices x rows, each judged by `check`.
 
-`python tests/shared/fault_matrix.py [COUNT [SEED]]` plants COUNT (1,000) and prints what became of them; `make faults`
-calls it. The exit code is 1 when a fault passed, was not named, or a whole artifact failed.
+`python tests/shared/fault_matrix.py --count 1000` judges the unchanged artifacts, plants so many faults and prints what
+became of them; `make faults` calls it. A fault is a function of seed and number: `--seed S --first N --count 1` repeats
+it. The exit code is 1 when a fault passed, was not named, or a whole artifact failed.
 """
 
+import argparse
 import os
 import shutil
 import sys
@@ -13,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -102,10 +103,10 @@ def reference_read_once() -> Iterator[None]:
         yield
 
 
-def places(seed: int) -> Iterator[Place]:
-    """Places without end, drawn by the seed."""
-    for number in count():
-        rng = np.random.default_rng((seed, number))
+def places(seed: int, number: int) -> Iterator[Place]:
+    """Places for a fault, one to be tried after the other."""
+    for attempt in range(ATTEMPTS):
+        rng = np.random.default_rng((seed, number, attempt))
         block, part = int(rng.integers(3)), str(rng.choice(["attention", "mlp"]))
         token, row = int(rng.integers(FIRST_TOKEN, LAST_TOKEN + 1)), int(rng.integers(ROWS))
         yield Place(block, part, token, row, rng)
@@ -162,12 +163,11 @@ def folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="dispc-faults-", dir=harness.scratch()))
 
 
-def run(wanted: int, seed: int, matrix: Sequence[Case] = MATRIX) -> Iterator[Planted]:
-    """Plant `wanted` faults, every kind in turn; where an artifact has nothing to spoil, another is drawn."""
-    drawn = places(seed)
-    for number in range(wanted):
+def run(numbers: range, seed: int, matrix: Sequence[Case] = MATRIX) -> Iterator[Planted]:
+    """Plant the faults of those numbers, every kind in turn, where an artifact has something to spoil."""
+    for number in numbers:
         name = list(KINDS)[number % len(KINDS)]
-        for place in islice(drawn, ATTEMPTS):
+        for place in places(seed, number):
             case = matrix[int(place.rng.integers(len(matrix)))]
             if (result := plant_and_judge(name, case, place, folder())) is not None:
                 yield result
@@ -176,28 +176,40 @@ def run(wanted: int, seed: int, matrix: Sequence[Case] = MATRIX) -> Iterator[Pla
             raise AssertionError(f"{name}: nothing to spoil in {ATTEMPTS} places")
 
 
-def main(wanted: int, seed: int) -> int:
-    wrong = 0
+def failing(cases: Sequence[Case]) -> int:
+    """How many unchanged artifacts fail."""
+    failures = 0
+    for case in cases:
+        report = judge_whole(case)
+        if not report.passed:
+            failures += 1
+            print(f"WHOLE ARTIFACT FAILED: {case}: {sorted(failed(report))}", flush=True)
+    return failures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1000)
+    options = parser.parse_args()
+    outcomes: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
     with reference_read_once():
-        for case in MATRIX:
-            report = judge_whole(case)
-            wrong += not report.passed
-            if not report.passed:
-                print(f"WHOLE ARTIFACT FAILED: {case}: {sorted(failed(report))}", flush=True)
-        print(f"{len(MATRIX)} whole artifacts, {wrong} failed", flush=True)
-        outcomes: Counter[str] = Counter()
-        kinds: Counter[str] = Counter()
-        for number, result in enumerate(run(wanted, seed), start=1):
+        wholes = MATRIX if options.first == 0 else ()
+        wrong = failing(wholes)
+        print(f"{len(wholes)} whole artifacts, {wrong} failed", flush=True)
+        numbers = range(options.first, options.first + options.count)
+        for number, result in zip(numbers, run(numbers, options.seed), strict=True):
             outcomes[result.outcome] += 1
             kinds[result.kind] += 1
-            if result.outcome in ("missed", "unnamed"):
-                print(f"{result.outcome.upper()}: {result.kind}; {result.artifact}; {result.place}: {result.detail}")
-            if number % 50 == 0:
-                print(f"{number} faults: {dict(outcomes)}", flush=True)
+            if result.outcome != "found" or options.count == 1:
+                said = f"{result.kind}; {result.artifact}; {result.place}: {result.detail}"
+                print(f"{number}: {result.outcome.upper()}: {said}", flush=True)
     for name, times in sorted(kinds.items()):
         print(f"{times:5} {name}")
     print(
-        f"{sum(outcomes.values())} faults of {len(kinds)} kinds on {len(MATRIX)} artifacts (seed {seed}): "
+        f"{outcomes.total()} faults of {len(kinds)} kinds on {len(MATRIX)} artifacts (seed {options.seed}): "
         f"{outcomes['found']} found and named, {outcomes['unnamed']} found and not named, {outcomes['missed']} missed, "
         f"{outcomes['harmless']} without effect (the same bits)"
     )
@@ -205,4 +217,4 @@ def main(wanted: int, seed: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int((sys.argv[1:] or ["1000"])[0]), int((sys.argv[2:] or ["0"])[0])))
+    sys.exit(main())

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,21 @@ def test_an_older_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> No
         partial.write_text("newer")
         assert file.read_text() == "older"
     assert file.read_text() == "newer" and list(file.parent.iterdir()) == [file]
+
+
+def test_what_a_killed_process_left_is_cleared_up_by_the_next_one(tmp_path: Path) -> None:
+    file, child = tmp_path / "file", os.fork()
+    if child == 0:
+        with whole(file) as partial:
+            partial.write_text("half of")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    mine = tmp_path / f"file.{os.getppid()}.partial"  # of a process that runs
+    for foreign in (mine, tmp_path / "file.old.partial"):
+        foreign.touch()
+    assert len(list(tmp_path.iterdir())) == 3
+    write_text(file, "newer")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", mine.name, "file.old.partial"}
 
 
 def test_links_are_written_through_and_devices_stay_devices(tmp_path: Path) -> None:

@@ -186,6 +186,20 @@ def test_a_foreign_file_of_the_same_name_does_not_make_an_artifact(content: str,
     assert fingerprint(tmp_path) == before
 
 
+def test_a_folder_under_the_name_of_a_file_and_other_masks_are_not_replaced(place: Path) -> None:
+    """They are somebody's, whatever they are called."""
+    for name in ("LICENSE-drafts", "vocab.json"):
+        (place / "out" / name).mkdir()
+        with pytest.raises(ArtifactError, match=f"holds {name}, which is not of the artifact"):
+            compile_into(place, 1)
+        (place / "out" / name).rmdir()
+    own = (place / "out" / "masks.safetensors").read_bytes()
+    half("llama", 3).save(place / "out" / "masks.safetensors", harness.checkpoint("llama").config)
+    with pytest.raises(ArtifactError, match="holds other masks than those"):
+        compile_into(place, 1)
+    (place / "out" / "masks.safetensors").write_bytes(own)
+
+
 def test_an_artifact_with_a_file_of_somebody_else_in_it_is_not_replaced(place: Path) -> None:
     (place / "out" / "thesis.tex").write_text("mine")
     try:

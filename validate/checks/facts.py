@@ -22,6 +22,10 @@ SCATTERS = {name: row.scatter for name, row in LOWERINGS.items() if row.scatter}
 """Lowering -> the operator by which it is known; the others have none of these."""
 SURELY_SCATTERED = 0.8
 """A write set that keeps less than this share is never filled up with zeros instead."""
+IN_GRAPH = {
+    "target": "target", "padding": "padding", "masks_sha256": "masks_sha256", "pipeline": "passes", "dispc": "version",
+}  # fmt: skip
+"""Fact -> its key in the metadata of model.onnx."""
 OF_REPORT = ("target", "dtype", "padding", "lowering", "bytes", "widths", "full_widths")
 """Facts of the artifact that a stored validation repeats."""
 
@@ -73,10 +77,12 @@ def recomputed(comparison: Comparison, graph: ir.Model) -> dict[str, Any]:
 
 def _metadata(manifest: Manifest, graph: ir.Model, masks: Masks) -> Iterator[str]:
     """The metadata of model.onnx, and the lowering that its operators show."""
-    for name in ("target", "padding", "masks_sha256"):
-        ours, in_graph = getattr(manifest, name), graph.metadata_props.get(f"dispc.{name}")
+    for name in IN_GRAPH:
+        ours, in_graph = getattr(manifest, name), graph.metadata_props.get(f"dispc.{IN_GRAPH[name]}")
         if in_graph != ours:
             yield f"{name} is {ours}, model.onnx says {in_graph or 'nothing'}"
+    if manifest.needs.opset != graph.opset_imports[""]:
+        yield f"needs.opset is {manifest.needs.opset}, model.onnx has {graph.opset_imports['']}"
     operators, lowering = Counter(node.op_type for node in graph.graph), manifest.lowering.name
     parts = [part for block in masks.blocks for part in (block.attention, block.mlp) if part.alive]
     scattered = any(len(part.write) < SURELY_SCATTERED * masks.hidden_size for part in parts)

@@ -17,7 +17,7 @@ from dispc.plan import choices_of, make_plan
 from dispc.runtime.providers import PROVIDERS
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError, DispcError, first_line
-from dispc.support.inputs import read_object
+from dispc.support.inputs import contents, read_object
 from dispc.validate.comparison import Comparison
 
 COMPANIONS = "files beside the model"
@@ -105,7 +105,7 @@ def _copied(comparison: Comparison) -> Iterator[str]:
                 yield f"{name}: the reference has none"
         elif not ours.is_file():
             yield f"{name} is missing"
-        elif ours.read_bytes() != theirs.read_bytes():
+        elif contents(ours, ArtifactError) != contents(theirs, ArtifactError):
             yield f"{name} differs from the reference"
 
 

@@ -80,6 +80,13 @@ OLDEST = RELEASES[min(RELEASES)].onnxruntime
 KERNELS = (
     Kernel(op_type="Attention", domain="", onnxruntime="1.24", because="refused an empty past that has no memory"),
     Kernel(op_type="Attention", domain="", onnxruntime="1.27", when=_capped, because="capped wrongly, silently"),
+    Kernel(
+        op_type="LayerNormalization",
+        domain="",
+        onnxruntime="1.24",
+        when=lambda node: not _takes(2)(node),
+        because="1.18 crashed on Cohere's, without a bias (1.19 to 1.23: untried)",
+    ),
     Kernel(op_type=SIMPLIFIED_NORM, domain="", onnxruntime=OLDEST),
     Kernel(op_type="SkipSimplifiedLayerNormalization", onnxruntime=OLDEST),
     Kernel(op_type="SkipLayerNormalization", onnxruntime=OLDEST),

@@ -14,6 +14,7 @@ import harness
 import machine
 import numpy as np
 import onnx_ir as ir
+import padding
 import prefill
 import pytest
 import torch
@@ -326,3 +327,10 @@ def test_gpu_goals_compare_the_fastest_rows_of_onnx_runtime() -> None:
     assert list(gpu.judge([*cells, cell(0, "ORT", 3)], 1200).values()) == [False, False]
     assert gpu.judge([cell(50, "ORT", 2)], 1000) == {}
     assert [c.get("speedup") for c in gpu.with_speedups(cells)] == [None, None, None, 2.5]
+
+
+def test_the_cost_of_padding_is_measured_beside_the_same_artifact_with_caches_that_grow(tmp_path: Path) -> None:
+    found = smoke(padding, tmp_path, threads=1)
+    for case in ("past_8", "past_16", "prompt_8"):
+        assert [*found[case]] == [padding.SHARED, padding.GROWING, padding.LEFT]
+        assert found[case][padding.SHARED]["ratio"] == 1.0

@@ -140,7 +140,7 @@ def test_the_checker_still_refuses_what_is_wrong() -> None:
         check_model(path)
 
 
-VARIANTS = {"window": "mistral-window", "softcap": "gemma2", "rotates part": "stablelm"}
+VARIANTS = {"window": "mistral-window", "softcap": "gemma2", "rotates part": "stablelm", "without bias": "cohere"}
 """What a row of the table says of a model, and one that is such."""
 
 

@@ -118,7 +118,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "unknown family": (configured(model_type="gpt2"), ("config.json", "'gpt2' is not supported", *FAMILIES)),
     "mixture of experts": (configured(model_type="mixtral", num_local_experts=8), ("mixture-of-experts", *FAMILIES)),
     "remote code": (configured(model_type="mine", auto_map={"AutoModel": "m.M"}), ("never runs code", *FAMILIES)),
-    "opt-350m": (configured(model_type="opt", do_layer_norm_before=False, head_dim=None), ("OPT-350M", *FAMILIES)),
+    "opt-350m": (configured(head_dim=None, model_type="opt", do_layer_norm_before=False), ("OPT-350M", *FAMILIES)),
     "dynamic rope": (configured(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), ("dynamic", *FAMILIES)),
     "longrope": (configured(rope_scaling={"type": "longrope"}), ("longrope", *FAMILIES)),
     "quantised": (configured(quantization_config={"quant_method": "gptq"}), ("already quantised", *FAMILIES)),

@@ -51,7 +51,7 @@ def test_a_disk_that_is_too_full_is_noticed_before_writing(desk: Desk, monkeypat
     desk.refuses("--no-validate", says=("the disk is too full", "MiB needed, 0.0 MiB free"))
 
 
-@pytest.mark.parametrize("where", ["onnx_ir.save", "shutil.copyfile", "dispc.compiler.write_json"])
+@pytest.mark.parametrize("where", ["onnx_ir.save", "pathlib.Path.write_bytes", "dispc.compiler.write_json"])
 def test_a_disk_that_fills_up_while_writing_leaves_nothing(
     where: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,10 +124,10 @@ def clock(
 ) -> None:
     """Time one token behind 64 of all graphs, in turns."""
     known, steps = read(), {}
+    config = Checkpoint(directory(work, "float32", "dense")).config
     for name, facts in known["cells"].items():
         for which in facts:
-            out = directory(work, name, which)
-            graph = Decoder(out / "model.onnx", Checkpoint(_source(work)).config, threads=THREADS)
+            graph = Decoder(directory(work, name, which) / "model.onnx", config, threads=THREADS)
             graph.allocate(1, PAST + 1)
             steps[name, which] = partial(graph.bind(np.array([[7]]), PAST).run)
     labels = {f"{name}, {which}": step for (name, which), step in steps.items()}
@@ -137,11 +137,6 @@ def clock(
         console.print(f"{name}, {which}: {statistics.median(values):.2f} ms", highlight=False)
     known |= {"environment": environment(), "threads": THREADS, "past": PAST, "rounds": rounds, "calls": calls}
     write_result(FILE, known)
-
-
-def _source(work: Path) -> Path:
-    """A directory with the model's config.json: every artifact has one."""
-    return directory(work, "float32", "dense")
 
 
 if __name__ == "__main__":

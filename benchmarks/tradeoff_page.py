@@ -128,6 +128,8 @@ def page(rows: Sequence[Mapping[str, Any]], known: Mapping[str, Any], recovery: 
         "not: part of their advantage is that. On 48 held-out answers of the dense model, where the advantage is its, "
         f"perplexities in float32 are {', '.join(answers)}.",
     ]  # fmt: skip
+    if "remark" in known:
+        lines += ["", known["remark"]]
     lines += ["", "## Commands", "", "Models: `dispc recover` (docs/recovery.md).", ""]
     commands = sorted({row["command"] for row in rows})
     return "\n".join([*lines, *(f"- `{command}`" for command in commands), ""])

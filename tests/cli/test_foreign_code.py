@@ -14,6 +14,7 @@ import language
 import pytest
 import tiny
 import torch
+from fuzzing import LEARN
 
 from dispc.masks import Masks
 
@@ -154,22 +155,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "compile": ("compile", "model", "-t", "onnx-cpu", "-o", "new", "--no-validate"),
     "validate": ("validate", "out", "-r", "model"),
     "eval": ("eval", "model", "--data", "text.txt", "--sequence-length", "16", "--max-windows", "1"),
-    "learn": (
-        "learn",
-        "model",
-        "-r",
-        "0.3",
-        "--data",
-        "text.txt",
-        "--sequence-length",
-        "16",
-        "--batch-size",
-        "1",
-        "--steps",
-        "1",
-        "-o",
-        "new.safetensors",
-    ),
+    "learn": LEARN,
     "learn activation": (
         "learn",
         "model",

@@ -27,30 +27,18 @@ SECONDS, MEMORY, WRITTEN = 120, 16 * 2**30, 2**30
 ALLOWED_CONTROLS = {"\n", "\t"}
 Random = np.random.Generator
 
+# fmt: off
+LEARN = (
+    "learn", "model", "-r", "0.3", "--data", "text.txt", "--sequence-length", "16", "--batch-size", "1", "--steps", "1",
+    "-o", "new.safetensors",
+)
+# fmt: on
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "compile": ("model", ("compile", "model", "-t", "onnx-cpu", "-o", "new")),
     "compile dense": ("model", ("compile", "model", "-t", "onnx", "-o", "new", "--dense", "--no-validate")),
     "inspect model": ("model", ("inspect", "model")),
     "learn random": ("model", ("learn", "model", "--method", "random", "-r", "0.3", "-o", "new.safetensors")),
-    "learn": (
-        "model",
-        (
-            "learn",
-            "model",
-            "-r",
-            "0.3",
-            "--data",
-            "text.txt",
-            "--sequence-length",
-            "16",
-            "--batch-size",
-            "1",
-            "--steps",
-            "1",
-            "-o",
-            "new.safetensors",
-        ),
-    ),
+    "learn": ("model", LEARN),
     "eval model": ("model", ("eval", "model", "--data", "text.txt", "--sequence-length", "32", "--max-windows", "1")),
     "validate reference": ("model", ("validate", "out", "-r", "model")),
     "import": ("model", ("import-masks", "model", "--model", "model", "-o", "new.safetensors")),

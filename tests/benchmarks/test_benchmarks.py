@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import comparison
 import contenders
 import cpu_decode
 import gpu
@@ -175,7 +176,12 @@ def test_the_tokenizer_of_a_made_checkpoint_loads(tmp_path: Path) -> None:
 
 
 def smoke(script: Any, directory: Path, **options: Any) -> dict[str, Any]:
-    script.main(smoke=True, json_file=directory / "result.json", work=directory / "work", **options)
+    """The result of a script with --smoke, whose `main` takes its options as such or as `Options`."""
+    options |= {"smoke": True, "json_file": directory / "result.json", "work": directory / "work"}
+    if hasattr(script, "Options"):
+        script.main(script.Options(**options))
+    else:
+        script.main(**options)
     found: dict[str, Any] = json.loads((directory / "result.json").read_text())
     assert found["smoke"] and found["environment"]["packages"] and not (directory / "work").exists()
     return found
@@ -192,10 +198,10 @@ def test_cpu_decode_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_a_lowering_is_measured_as_asked_with_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_decode, "remove", lambda path: None)
-    script = {"json_file": tmp_path / "result.json", "work": tmp_path, "threads": 1, "smoke": True}
+    monkeypatch.setattr(comparison, "remove", lambda path: None)
+    script: dict[str, Any] = {"json_file": tmp_path / "result.json", "work": tmp_path, "threads": 1, "smoke": True}
     for quantize in (None, "int4"):
-        cpu_decode.main(lowering="canonical", quantize=quantize, **script)
+        cpu_decode.main(cpu_decode.Options(lowering="canonical", quantize=quantize, **script))
         found = json.loads((tmp_path / "result.json").read_text())
         assert found["lowering"] == "canonical" and found["past_8"]["bytes_ratio"] > 1
         graphs = {name: ir.load(tmp_path / f"dispc-{name}" / "model.onnx").graph for name in ("dense", "pruned")}
@@ -223,11 +229,12 @@ def test_nothing_is_timed_when_two_models_differ(tmp_path: Path, monkeypatch: py
     )
     with pytest.raises(BenchmarkError, match="logits differ"):
         contenders.prepare(
-            harness.checkpoint("llama").directory,
-            tmp_path / "masks.safetensors",
-            tmp_path,
-            threads=1,
-            builder_python=None,
+            contenders.Setup(
+                model=harness.checkpoint("llama").directory,
+                masks=tmp_path / "masks.safetensors",
+                work=tmp_path,
+                threads=1,
+            )
         )
 
 

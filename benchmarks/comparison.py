@@ -84,7 +84,8 @@ def compare(measurement: Measurement, options: Options, sizes: Sequence[int]) ->
     result = describe(measurement, options)
     contenders = prepare(setup(measurement, options, work))
     result |= describe_model(contenders, options)
-    rows, goals = [], {}
+    rows: list[list[str]] = []
+    goals: dict[str, bool] = {}
     for size in sizes:
         found = measure(measurement, contenders, size, options)
         result[f"{measurement.size}_{size}"] = found

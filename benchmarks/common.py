@@ -1,13 +1,12 @@
 """What the benchmarks share: running a command with its time and peak memory, tables and JSON results."""
 
 import os
-import random
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dispc.runtime.timing import alternate as alternate
 from dispc.support.files import write_json
 
 GIB = 2**30
@@ -102,36 +102,26 @@ def compile_artifact(model: Path, output: Path, target: str, masks: Path | None,
 
     compile_model(
         CompileOptions(
-            model=model, output=output, target=target, masks=masks, dense=masks is None, validate=False, force=True,
+            model=model,
+            output=output,
+            target=target,
+            masks=masks,
+            dense=masks is None,
+            validate=False,
+            force=True,
             **options,
         )
-    )  # fmt: skip
-
-
-def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int, calls: int, warm: int = 2) -> dict[str, list[float]]:
-    """Milliseconds of a call to each of `runs`: for every round the median of `calls`, the runs taking turns.
-
-    The turns are shuffled, so that no run always follows the same other. Whenever a run's turn comes it is called
-    `warm` times before, uncounted. A whole uncounted round comes first.
-    """
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for number in range(rounds + 1):
-        random.Random(number).shuffle(names)
-        for name in names:
-            call, times = runs[name], []
-            for _ in range(warm + calls):
-                start = time.perf_counter()
-                call()
-                times.append((time.perf_counter() - start) * 1000)
-            if number:
-                found[name].append(statistics.median(times[warm:]))
-    return found
+    )
 
 
 def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
     """Median of first over second, round by round, so that what slows a whole round down does not count."""
     return statistics.median(a / b for a, b in zip(first, second, strict=True))
+
+
+def numbers(text: str) -> list[int]:
+    """The numbers of an option like `64,512`."""
+    return [int(part) for part in text.split(",") if part]
 
 
 def remove(path: Path) -> None:

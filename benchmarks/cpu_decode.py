@@ -19,101 +19,69 @@ is not part of it. Speed-up is over the faster dense graph; bytes are what a ste
 of which one row, and the caches.
 """
 
-import statistics
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated
 
+import comparison
 import numpy as np
 import typer
-from common import WORK, alternate, median_ratio, remove, report, summary, write_result
-from contenders import (
-    BUILDER,
-    DENSE,
-    PRUNED,
-    BuilderOption,
-    Contenders,
-    LoweringOption,
-    MasksOption,
-    ModelOption,
-    ShapeOption,
-    begin,
-)
-from machine import load
+from common import numbers
+from comparison import Measurement, Work, compare
+from contenders import Contenders, Model
+
+from dispc.cli.arguments import expand
 
 GOALS = {"small": {64: 0.97, 512: 0.95}, "7b-4": {64: 0.97, 512: 0.97}, "int4": {64: 0.90, 512: 0.90}}
 """Share of the ratio of bytes that the speed-up reaches, by what is measured and by the tokens in the caches."""
+BYTES = Work(name="bytes", key="bytes_read", unit="MB read", scale=1e6, rate="GB/s")
 
 
-def measure(contenders: Contenders, past: int, rounds: int, calls: int, goal: float) -> dict[str, Any]:
-    """Everything about decoding behind `past` tokens."""
-    runs = {}
-    for name, model in contenders.models.items():
-        model.allocate(1, past + 1)
-        runs[name] = model.bind(np.array([[7]]), past).run
-    times = alternate(runs, rounds, calls)
-    read = {name: model.bytes_read(1, past) for name, model in contenders.models.items()}
-    found: dict[str, Any] = {
-        name: {"milliseconds": summary(values), "bytes_read": read[name]} for name, values in times.items()
-    }
-    goals: dict[str, bool] = {}
-    fastest = min(contenders.dense, key=lambda name: statistics.median(times[name]))
-    found["fastest_dense"] = fastest
-    for name in contenders.models:
-        found[name]["speedup"] = round(median_ratio(times[fastest], times[name]), 3)
-    speedup, ratio = found[PRUNED]["speedup"], read[fastest] / read[PRUNED]
-    found |= {"bytes_ratio": round(ratio, 3), "speedup_over_bytes_ratio": round(speedup / ratio, 3)}
-    said = f"past {past}: {speedup:.2f} times as fast as {fastest}, {speedup / ratio:.2f} of the bytes' {ratio:.2f}"
-    goals[f"{said} (goal {goal:.2f})"] = speedup >= goal * ratio
-    if BUILDER in times:
-        dense = found["dense_over_builder"] = round(median_ratio(times[BUILDER], times[DENSE]), 3)
-        goals[f"past {past}: {DENSE}, {dense:.2f} times as fast as {BUILDER} (goal 1.00)"] = dense >= 1
-    return found | {"goals": goals}
+@dataclass(frozen=True, kw_only=True)
+class Options(comparison.Options):
+    """The command line."""
+
+    rounds: Annotated[int, typer.Option(help="Counted rounds.")] = 9
+    calls: Annotated[int, typer.Option(help="Counted tokens per round and row.")] = 16
+    quantize: Annotated[str | None, typer.Option(help="int4: both sides with 4-bit weights.")] = None
+    pasts: Annotated[str, typer.Option(help="Numbers of tokens in the caches.")] = "64,512"
 
 
-def main(
-    model: ModelOption = None,
-    shape: ShapeOption = None,
-    masks: MasksOption = None,
-    lowering: LoweringOption = None,
-    builder_python: BuilderOption = None,
-    quantize: Annotated[str | None, typer.Option(help="int4: both sides with 4-bit weights.")] = None,
-    pasts: Annotated[str, typer.Option(help="Numbers of tokens in the caches.")] = "64,512",
-    threads: Annotated[int, typer.Option(help="Threads within a node, of ONNX Runtime and of PyTorch.")] = 2,
-    rounds: Annotated[int, typer.Option(help="Counted rounds.")] = 9,
-    calls: Annotated[int, typer.Option(help="Counted tokens per round and row.")] = 16,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where the result goes.")] = None,
-    work: Annotated[Path, typer.Option(help="Folder for what is written.")] = WORK / "cpu_decode",
-    smoke: Annotated[bool, typer.Option(help="Tiny model, one round: does it run?")] = False,
-) -> None:
+def start(model: Model, past: int) -> Callable[[], None]:
+    """A step of one token behind `past` others."""
+    model.allocate(1, past + 1)
+    return model.bind(np.array([[7]]), past).run
+
+
+def bytes_read(contenders: Contenders, name: str, past: int) -> int:
+    """Bytes that a step of a contender reads."""
+    return contenders.models[name].bytes_read(1, past)
+
+
+def goal(kind: str, past: int) -> float:
+    return GOALS[kind].get(past, min(GOALS[kind].values()))
+
+
+def main(options: Options) -> None:
     """Decoding on the CPU: half pruned against dense."""
-    if smoke:
-        pasts, rounds, calls = "8,16", 1, 2
-    result, contenders = begin(
-        "cpu_decode", model=model, shape=shape, masks=masks, lowering=lowering, builder_python=builder_python,
-        quantize=quantize, threads=threads, rounds=rounds, calls=calls, work=work, smoke=smoke,
-    )  # fmt: skip
-    wanted = GOALS["int4" if quantize else "7b-4" if shape == "7b-4" else "small"]
-    rows, goals = [], {}
-    for past in (int(past) for past in pasts.split(",")):
-        found = result[f"past_{past}"] = measure(
-            contenders, past, rounds, calls, wanted.get(past, min(wanted.values()))
-        )
-        goals |= found["goals"]
-        for name in contenders.models:
-            row = found[name]
-            milliseconds = [f"{row['milliseconds'][key]:.2f}" for key in ("median", "min", "max")]
-            speedup = f"{row['speedup']:.2f}"
-            rate = row["bytes_read"] / row["milliseconds"]["median"] / 10**6
-            rows.append([name, str(past), *milliseconds, speedup, f"{row['bytes_read'] / 1e6:.1f}", f"{rate:.1f}"])
-    result["load_after"] = load()
-    del contenders
-    remove(work)
-    result["goals"] = {} if smoke else goals
-    columns = ("", "past", "median ms", "min ms", "max ms", "speed-up", "MB read", "GB/s")
-    what = f"{result['model']}, {quantize or 'float32'}, {result['lowering']}, {100 * result['kept']:.1f} % kept"
-    report(f"{what}, {threads} threads, {rounds} rounds", columns, rows, result["goals"])
-    write_result(json_file, result)
+    if options.smoke:
+        options = replace(options, pasts="8,16", rounds=1, calls=2)
+    kind = "int4" if options.quantize else "7b-4" if options.shape == "7b-4" else "small"
+    decoding = Measurement(
+        benchmark="cpu_decode",
+        title=options.quantize or "float32",
+        size="past",
+        work=BYTES,
+        start=start,
+        count=bytes_read,
+        goal=partial(goal, kind),
+        warmup_calls=2,
+        keep_up_with_builder=True,
+        quantize=options.quantize,
+    )
+    compare(decoding, options, numbers(options.pasts))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(expand(main))

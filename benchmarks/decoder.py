@@ -41,9 +41,15 @@ class Decoder:
     """
 
     def __init__(
-        self, path: Path, config: DecoderConfig, *, threads: int = 0, device: str = "cpu", cuda_graph: bool = False,
+        self,
+        path: Path,
+        config: DecoderConfig,
+        *,
+        threads: int = 0,
+        device: str = "cpu",
+        cuda_graph: bool = False,
         profile: Path | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         import onnxruntime as ort  # after torch, whose CUDA libraries it then finds
 
         self.path, self.config, self.device, self.cuda_graph = path, config, device, cuda_graph

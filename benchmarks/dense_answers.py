@@ -25,39 +25,54 @@ from dispc.runtime.generate import Sampler
 from dispc.runtime.session import Artifact
 
 QUESTIONS = (
-    "What is {}?", "Why is {} important?", "Explain {} to a child.", "How does {} work?", "Tell me about {}.",
-    "Give me three facts about {}.", "What should a beginner know about {}?", "Write a short paragraph about {}.",
-    "What are the advantages and disadvantages of {}?", "Describe the history of {} in a few sentences.",
-    "Write a short story about {}.", "Write four lines of poetry about {}.", "What do people get wrong about {}?",
-    "Summarise {} in two sentences.", "How has {} changed in the last hundred years?", "Who should learn about {}?",
-    "I have to give a talk about {}. How do I begin?", "What is a common question about {}, and its answer?",
-    "List five words that have to do with {} and explain each.", "Compare {} with something similar.",
-)  # fmt: skip
+    "What is {}?",
+    "Why is {} important?",
+    "Explain {} to a child.",
+    "How does {} work?",
+    "Tell me about {}.",
+    "Give me three facts about {}.",
+    "What should a beginner know about {}?",
+    "Write a short paragraph about {}.",
+    "What are the advantages and disadvantages of {}?",
+    "Describe the history of {} in a few sentences.",
+    "Write a short story about {}.",
+    "Write four lines of poetry about {}.",
+    "What do people get wrong about {}?",
+    "Summarise {} in two sentences.",
+    "How has {} changed in the last hundred years?",
+    "Who should learn about {}?",
+    "I have to give a talk about {}. How do I begin?",
+    "What is a common question about {}, and its answer?",
+    "List five words that have to do with {} and explain each.",
+    "Compare {} with something similar.",
+)
 OPENINGS = (
-    "The most surprising thing about {} is", "Last summer I began to read about {}, and", "In the news today: {}",
-    "Few people remember how {}", "A letter to a friend about {}:\n\nDear Anna,",
-)  # fmt: skip
-TOPICS = (
-    "photosynthesis", "the moon", "volcanoes", "bread", "the bicycle", "gravity", "whales", "the printing press",
-    "rain", "chess", "honey bees", "the Roman Empire", "electric cars", "sleep", "vaccines", "coffee", "the alphabet",
-    "jazz",
-    "the human heart", "glaciers", "computers", "money", "the Olympic Games", "dinosaurs", "rivers", "tea", "salt",
-    "democracy", "the violin", "rice farming", "bridges", "sharks", "the solar system", "lightning", "paper", "gardens",
-    "mathematics", "cheese", "the Silk Road", "dreams", "trains", "the French Revolution", "mushrooms", "recycling",
-    "football", "the internet", "deserts", "maps", "friendship", "antibiotics", "ships", "the Great Wall of China",
-    "penguins", "time zones", "wind power", "libraries", "cancer", "the Renaissance", "soap", "earthquakes", "wolves",
-    "programming in Python", "stress at work", "learning a language", "saving money", "cooking pasta", "job interviews",
-    "a healthy breakfast", "running a marathon", "planting tomatoes", "buying a used car", "writing an email",
-    "teamwork", "public speaking", "the weather forecast", "washing clothes", "travelling by train", "Shakespeare",
-    "black holes", "atoms", "evolution", "the water cycle", "prime numbers", "the stock market", "climate change",
-)  # fmt: skip
+    "The most surprising thing about {} is",
+    "Last summer I began to read about {}, and",
+    "In the news today: {}",
+    "Few people remember how {}",
+    "A letter to a friend about {}:\n\nDear Anna,",
+)
+TOPICS = """
+photosynthesis, the moon, volcanoes, bread, the bicycle, gravity, whales, the printing press, rain, chess, honey
+bees, the Roman Empire, electric cars, sleep, vaccines, coffee, the alphabet, jazz, the human heart, glaciers,
+computers, money, the Olympic Games, dinosaurs, rivers, tea, salt, democracy, the violin, rice farming, bridges,
+sharks, the solar system, lightning, paper, gardens, mathematics, cheese, the Silk Road, dreams, trains, the French
+Revolution, mushrooms, recycling, football, the internet, deserts, maps, friendship, antibiotics, ships, the Great
+Wall of China, penguins, time zones, wind power, libraries, cancer, the Renaissance, soap, earthquakes, wolves,
+programming in Python, stress at work, learning a language, saving money, cooking pasta, job interviews, a healthy
+breakfast, running a marathon, planting tomatoes, buying a used car, writing an email, teamwork, public speaking,
+the weather forecast, washing clothes, travelling by train, Shakespeare, black holes, atoms, evolution, the water
+cycle, prime numbers, the stock market, climate change
+"""
 
 
 def prompts(count: int, seed: int) -> list[tuple[str, bool]]:
     """Prompts without repetition, each with whether it is a question (or an opening)."""
     draw = random.Random(seed)
-    questions = draw.sample([one.format(topic) for one in QUESTIONS for topic in TOPICS], count)
-    openings = itertools.cycle(draw.sample([one.format(topic) for one in OPENINGS for topic in TOPICS], count // 10))
+    topics = " ".join(TOPICS.split()).split(", ")
+    questions = draw.sample([one.format(topic) for one in QUESTIONS for topic in topics], count)
+    openings = itertools.cycle(draw.sample([one.format(topic) for one in OPENINGS for topic in topics], count // 10))
     return [(next(openings), False) if number % 10 == 9 else (one, True) for number, one in enumerate(questions)]
 
 

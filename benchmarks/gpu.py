@@ -18,20 +18,17 @@ step has to read, and their share is of what a large copy within the device's me
 share of Gathers and Scatters. Driver and clocks are recorded. --smoke runs all of it on the CPU.
 """
 
-import json
 import math
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import disk_usage
 from typing import Annotated, Any
 
 import typer
-from common import WORK, compile_artifact, console, remove, report, write_result
-from gpu_cells import CUDA_GRAPH, ONNX_RUNTIME, ORT, PYTORCH, Cell, Job
+from children import Record
+from common import WORK, compile_artifact, console, numbers, remove, report, write_result
+from gpu_jobs import CUDA_GRAPH, ONNX_RUNTIME, ORT, PYTORCH, Cell, Job, run_jobs
 from learned_like import learned_like
 from machine import environment
 from make_checkpoint import make_checkpoint
@@ -43,39 +40,26 @@ from dispc.support.errors import first_line
 
 SPEEDUP_GOAL, RATE_GOAL = 1.9, 0.85
 GOAL_PRUNED = 50
+COLUMNS = (
+    "",
+    "phase",
+    "batch",
+    "tokens",
+    "median ms",
+    "max ms",
+    "tokens/s",
+    "speed-up",
+    "GB/s",
+    "of copy",
+    "indexing",
+)
 CUDA_LOWERINGS = ",".join(row.name for row in LOWERINGS.values() if row.runs(CUDA, "float16"))
-Found = dict[str, Any]
 
 
-def run_job(job: Job, work: Path, timeout: float, record: Callable[[Found], None]) -> None:
-    """Run a measuring process and record what it prints; planned cells that it does not print become errors."""
-    command = [sys.executable, str(Path(__file__).with_name("gpu_cells.py")), json.dumps(asdict(job))]
-    missing = [{"runtime": runtime} | asdict(cell) for runtime, cell in job.planned()]
-    log = work / "stderr.txt"
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
-    ):
-        timer = threading.Timer(timeout, process.kill)
-        timer.start()
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):  # libraries may print too
-                found = json.loads(line)
-                found.pop("job", None)
-                record(found)
-                missing = [cell for cell in missing if not cell.items() <= found.items()]
-        code = process.wait()
-        timer.cancel()
-    said = (log.read_text(errors="replace").strip().splitlines() or ["nothing on stderr"])[-1]
-    for cell in missing:
-        record(cell | {"error": f"the process ended with {code}: {said[:300]}"})
-
-
-def with_speedups(cells: Sequence[Found]) -> list[Found]:
+def with_speedups(cells: Sequence[Record]) -> list[Record]:
     """The cells, those of pruned models with their speed-up over the same cell of the dense model."""
 
-    def key(cell: Found) -> tuple[Any, ...]:
+    def key(cell: Record) -> tuple[Any, ...]:
         return tuple(cell[name] for name in ("shape", "runtime", "phase", "batch", "tokens"))
 
     dense = {
@@ -89,11 +73,15 @@ def with_speedups(cells: Sequence[Found]) -> list[Found]:
     ]
 
 
-def judge(cells: Sequence[Found], copy_rate: float) -> dict[str, bool]:
+def judge(cells: Sequence[Record], copy_rate: float) -> dict[str, bool]:
     """The goals: decoding at batch 1, half pruned, the fastest ORT row against the fastest dense ORT row."""
     goals = {}
-    timed = [c for c in cells if "milliseconds" in c and c["phase"] == "decode" and c["batch"] == 1
-             and c["runtime"] in (ORT, CUDA_GRAPH)]  # fmt: skip
+    judged = {"phase": "decode", "batch": 1}.items()
+    timed = [
+        cell
+        for cell in cells
+        if "milliseconds" in cell and judged <= cell.items() and cell["runtime"] in (ORT, CUDA_GRAPH)
+    ]
     for shape, tokens in dict.fromkeys((cell["shape"], cell["tokens"]) for cell in timed):
         rows = [cell for cell in timed if (cell["shape"], cell["tokens"]) == (shape, tokens)]
         dense, pruned = (
@@ -114,7 +102,7 @@ def judge(cells: Sequence[Found], copy_rate: float) -> dict[str, bool]:
     return goals
 
 
-def table_row(cell: Found, copy_rate: float) -> list[str]:
+def table_row(cell: Record, copy_rate: float) -> list[str]:
     """One line of the printed table."""
     name = f"{cell['shape']} {cell['pruned']} % {cell['runtime']} {cell.get('lowering') or ''}".strip()
     row = [name, cell["phase"], str(cell["batch"]), str(cell["tokens"])]
@@ -128,43 +116,57 @@ def table_row(cell: Found, copy_rate: float) -> list[str]:
     return [*row, "" if share is None else f"{100 * share:.1f} %"]
 
 
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """The models of each shape: `percents` of the block parameters pruned (0 is dense), in each of the `lowerings`.
+
+    `timeout` is in seconds, for one model in PyTorch or in ONNX Runtime.
+    """
+
+    percents: Sequence[int]
+    lowerings: Sequence[str]
+    target: str
+    timeout: float
 
 
-def run_shape(
-    shape: str, percents: Sequence[int], lowerings: Sequence[str], target: str, job: Job, work: Path, timeout: float,
-    record: Callable[[Found], None],
-) -> None:  # fmt: skip
+def run_shape(shape: str, models: Models, job: Job, work: Path, record: Callable[[Record], None]) -> None:
     """Every model of a shape in every runtime; `job` says what is the same for all of them."""
-    model = Path(job.model)
-    make_checkpoint(model, shape)
-    config = open_checkpoint(model).config
-    for percent in percents:
-        where: Found = {"shape": shape, "pruned": percent, "lowering": None, "kept": 1.0}
+    make_checkpoint(Path(job.model), shape)
+    for percent in models.percents:
+        common: Record = {"shape": shape, "pruned": percent, "lowering": None, "kept": 1.0}
         masks = None
         if percent:
             masks = work / f"{shape}-{percent}.safetensors"
-            drawn = learned_like(config, 1 - percent / 100, seed=0)
-            drawn.save(masks, config)
-            dense = config.block_parameters * config.num_hidden_layers
-            where["kept"] = round(drawn.kept_parameters(config) / dense, 4)
+            common["kept"] = draw_masks(Path(job.model), percent, masks)
         Path(str(job.reference)).unlink(missing_ok=True)
         pytorch = replace(job, masks=str(masks) if masks else None)
-        run_job(pytorch, work, timeout, lambda found, where=where: record(where | found))  # type: ignore[misc]
-        for lowering in lowerings if percent else (None,):
+        run_job(pytorch, models.timeout, work, common, record)
+        for lowering in models.lowerings if percent else (None,):
             artifact, options = work / "artifact", {"lowering": lowering} if lowering else {}
             onnx = replace(pytorch, artifact=str(artifact), runtimes=ONNX_RUNTIME[job.device])
-            where = where | {"lowering": lowering}
+            common |= {"lowering": lowering}
             try:
-                compile_artifact(model, artifact, target, masks, **options)
+                compile_artifact(Path(job.model), artifact, models.target, masks, **options)
             except Exception as error:  # one lowering that does not compile leaves the others
-                for runtime, cell in onnx.planned():
-                    record(where | {"runtime": runtime} | asdict(cell) | {"error": f"compile: {first_line(error)}"})
+                for cell in onnx.planned_records():
+                    record(common | cell | {"error": f"compile: {first_line(error)}"})
                 continue
-            run_job(onnx, work, timeout, lambda found, where=where: record(where | found))  # type: ignore[misc]
+            run_job(onnx, models.timeout, work, common, record)
             remove(artifact)
-    remove(model)
+    remove(Path(job.model))
+
+
+def draw_masks(model: Path, percent: int, file: Path) -> float:
+    """Write masks with widths like learned ones; the share of block parameters that they keep."""
+    config = open_checkpoint(model).config
+    masks = learned_like(config, 1 - percent / 100, seed=0)
+    masks.save(file, config)
+    return round(masks.kept_parameters(config) / (config.block_parameters * config.num_hidden_layers), 4)
+
+
+def run_job(job: Job, timeout: float, work: Path, common: Record, record: Callable[[Record], None]) -> None:
+    """Measure a job in a process of its own; `common` is part of each record."""
+    run_jobs([job], timeout, work, lambda _, found: record(common | found))
 
 
 def main(
@@ -192,17 +194,19 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     planned = [Cell(phase="decode", batch=batch, tokens=past) for batch in numbers(batches) for past in numbers(pasts)]
     planned += [Cell(phase="prefill", batch=batch, tokens=n) for batch in numbers(batches) for n in numbers(lengths)]
-    cells: list[Found] = []
-    result: Found = {"benchmark": "gpu", "smoke": smoke, "environment": environment(), "device": {}, "cells": cells}
+    cells: list[Record] = []
+    result: Record = {"benchmark": "gpu", "smoke": smoke, "environment": environment(), "device": {}, "cells": cells}
     result |= {"dtype": dtype, "rounds": rounds, "calls": calls}
 
-    def record(found: Found) -> None:
+    models = Models(percents=sorted(numbers(pruned)), lowerings=lowerings.split(","), target=target, timeout=timeout)
+
+    def record(found: Record) -> None:
         if "device" in found:
             result["device"] = found["device"]
         else:
             cells.append(found)
-            console.print(" | ".join(table_row(found, float("nan"))), found.get("error", ""), found.get("skipped", ""),
-                          highlight=False, soft_wrap=True)  # fmt: skip
+            line = " | ".join([*table_row(found, float("nan")), found.get("error", ""), found.get("skipped", "")])
+            console.print(line, highlight=False, soft_wrap=True)
         write_result(json_file, result | {"cells": with_speedups(cells)})
 
     for shape in names:
@@ -212,17 +216,24 @@ def main(
             result.setdefault("skipped_shapes", []).append(shape)
             continue
         job = Job(
-            model=str(work / shape), masks=None, artifact=None, reference=str(work / "reference.npy"),
-            runtimes=PYTORCH[device], device=device, dtype=dtype, cells=tuple(planned), rounds=rounds, calls=calls,
-        )  # fmt: skip
-        run_shape(shape, sorted(numbers(pruned)), lowerings.split(","), target, job, work, timeout, record)
+            model=str(work / shape),
+            masks=None,
+            artifact=None,
+            reference=str(work / "reference.npy"),
+            runtimes=PYTORCH[device],
+            device=device,
+            dtype=dtype,
+            cells=tuple(planned),
+            rounds=rounds,
+            calls=calls,
+        )
+        run_shape(shape, models, job, work, record)
 
     result["cells"] = with_speedups(cells)
     rate = result["device"].get("copy_gb_per_second", float("nan"))
     result["goals"] = {} if smoke else judge(cells, rate)
-    columns = ("", "phase", "batch", "tokens", "median ms", "max ms", "tokens/s", "speed-up", "GB/s", "of copy")
     rows = [table_row(cell, rate) for cell in result["cells"]]
-    report(f"{result['device'].get('name')}, {dtype}", (*columns, "indexing"), rows, result["goals"])
+    report(f"{result['device'].get('name')}, {dtype}", COLUMNS, rows, result["goals"])
     write_result(json_file, result)
     remove(work)
 

@@ -13,169 +13,27 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from common import GIB, alternate, summary
+from common import summary
 from decoder import Decoder, OnnxStep
-from machine import graphics_cards
+from gpu_device import describe_device, release_memory, require_memory
+from gpu_jobs import EAGER, Cell, Job
+from gpu_runtimes import Launched, open_models
 
-from dispc.masks import Masks
-from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import DecoderConfig
 from dispc.model.published import open_checkpoint
+from dispc.runtime.timing import alternate
 from dispc.validate.checks.parity import LIMITS, logit_error
 
-if TYPE_CHECKING:
-    from algorithm1 import TorchStep
-
-EAGER, GRAPHED, COMPILED = "PyTorch", "PyTorch, CUDA graph", "PyTorch compiled"
-ORT, CUDA_GRAPH = "ORT", "ORT, CUDA graph"
-DECODE_ONLY = (GRAPHED, COMPILED, CUDA_GRAPH)
-"""Runtimes that save launches, which a prefill has few of for its work."""
-PYTORCH = {"cuda": (EAGER, GRAPHED, COMPILED), "cpu": (EAGER, COMPILED)}
-ONNX_RUNTIME = {"cuda": (ORT, CUDA_GRAPH), "cpu": (ORT,)}
-"""Device -> how PyTorch and ONNX Runtime are run there."""
 CHECKED_TOKENS = 16
 PROFILED_CALLS = 5
 INDEXING = ("gather", "scatter")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One thing to time: `decode` a token behind `tokens` in the caches, or `prefill` as many."""
-
-    phase: str
-    batch: int
-    tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A model and how to run it. No artifact means PyTorch; no masks mean the dense model.
-
-    `reference` is the file of eager PyTorch's logits; None compares with nothing (quantised weights have other logits).
-    `turns` is a file to lock while something is timed, for jobs that start together.
-    """
-
-    model: str
-    masks: str | None
-    artifact: str | None
-    reference: str | None
-    runtimes: tuple[str, ...]
-    device: str
-    dtype: str
-    cells: tuple[Cell, ...]
-    rounds: int
-    calls: int
-    turns: str | None = None
-
-    def planned(self) -> list[tuple[str, Cell]]:
-        """Every (runtime, cell), in order."""
-        return [(r, c) for r in self.runtimes for c in self.cells if r not in DECODE_ONLY or c.phase == "decode"]
-
-    @staticmethod
-    def from_json(text: str) -> "Job":
-        raw = json.loads(text)
-        return Job(**raw | {"cells": tuple(Cell(**cell) for cell in raw["cells"]), "runtimes": tuple(raw["runtimes"])})
-
-
-class Graphed:
-    """Algorithm 1 eager, its kernels captured once in a CUDA graph: the same work without the time of launching it."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.allocate, self.bytes_read = model, model.allocate, model.bytes_read
-
-    def bind(self, ids: npt.NDArray[np.int64], past: int) -> "GraphedStep":
-        return GraphedStep(self.model.bind(ids, past))
-
-
-class GraphedStep:
-    """One captured step."""
-
-    def __init__(self, step: "TorchStep") -> None:
-        self.step, self.logits = step, step.logits
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):  # warm up outside of the capture, as torch.cuda.graph asks for
-            for _ in range(3):
-                step.run()
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self.graph):
-            step.output = step.forward(*step.arguments)
-
-    def run(self) -> None:
-        self.graph.replay()
-        torch.cuda.synchronize()
-
-
-class Compiled:
-    """Algorithm 1 through torch.compile, on CUDA with CUDA graphs; compiled anew for every shape."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.options = {"mode": "reduce-overhead"} if model.device == "cuda" else {"backend": "aot_eager"}
-
-    def allocate(self, batch: int, capacity: int) -> None:
-        torch._dynamo.reset()
-        self.model.allocate(batch, capacity)
-
-    def bind(self, ids: npt.NDArray[np.int64], past: int) -> Any:
-        return self.model.bind(ids, past, torch.compile(self.model, fullgraph=True, dynamic=False, **self.options))
-
-    def bytes_read(self, batch: int, past: int) -> int:
-        return int(self.model.bytes_read(batch, past))
-
-
-class Launched:
-    """A session for CUDA graphs whose every kernel is launched all the same: one session serves both rows."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder, self.allocate, self.bytes_read = decoder, decoder.allocate, decoder.bytes_read
-
-    def bind(self, ids: npt.NDArray[np.int64], past: int) -> OnnxStep:
-        return self.decoder.bind(ids, past, graph=False)
-
-
-def open_models(job: Job, checkpoint: Checkpoint) -> dict[str, Callable[[], Any]]:
-    """Runtime -> how to get the model of `job` in it. An artifact is loaded once for all runtimes."""
-    decoder: list[Decoder] = []
-
-    def session() -> Decoder:
-        if not decoder:
-            decoder.append(open_model(job, CUDA_GRAPH if CUDA_GRAPH in job.runtimes else ORT, checkpoint))
-        return decoder[0]
-
-    return {
-        EAGER: lambda: open_model(job, EAGER, checkpoint),
-        GRAPHED: lambda: Graphed(open_model(job, EAGER, checkpoint)),
-        COMPILED: lambda: open_model(job, COMPILED, checkpoint),
-        ORT: lambda: Launched(session()),
-        CUDA_GRAPH: session,
-    }
-
-
-def open_model(job: Job, runtime: str, checkpoint: Checkpoint) -> Any:
-    """The model of `job` in `runtime`.
-
-    Raises:
-        MemoryError: when its weights are larger than the free memory of the device.
-    """
-    masks = Masks.load(Path(job.masks)) if job.masks else Masks.dense(checkpoint.config)
-    config, itemsize = checkpoint.config, getattr(torch, job.dtype).itemsize
-    weights = masks.kept_parameters(config) + (1 if config.tied else 2) * config.vocab_size * config.hidden_size
-    require_memory(job.device, weights * itemsize, "weights")
-    if job.artifact is not None:
-        path = Path(job.artifact) / "model.onnx"
-        return Decoder(path, config, threads=1, device=job.device, cuda_graph=runtime == CUDA_GRAPH)
-    from algorithm1 import Algorithm1  # the other half of the processes need not wait for transformers
-
-    model = Algorithm1(checkpoint, masks, getattr(torch, job.dtype), job.device)
-    return Compiled(model) if runtime == COMPILED else model
 
 
 def check_logits(model: Any, job: Job, runtime: str, vocabulary: int) -> dict[str, float]:
@@ -278,48 +136,12 @@ def _indexing_share(what: str, microseconds: list[tuple[str, float]]) -> dict[st
     every = sum(time for _, time in microseconds)
     indexing = sum(time for name, time in microseconds if any(word in name.lower() for word in INDEXING))
     per_call = 1000 * PROFILED_CALLS
-    share = round(indexing / every, 4) if every else None
     return {
-        "of": what, "milliseconds": round(indexing / per_call, 4), "all_milliseconds": round(every / per_call, 4),
-        "share": share,
-    }  # fmt: skip
-
-
-def copy_rate(device: str) -> float:
-    """GB/s of a large copy within the device's memory, bytes read and bytes written together."""
-    size = 2 * GIB if device == "cuda" else 2**24
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-
-    def copy() -> None:
-        target.copy_(source)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return 2 * size / min(alternate({"": copy}, 3, 5)[""]) / 10**6
-
-
-def require_memory(device: str, needed: int, what: str) -> None:
-    """Raise MemoryError when `needed` bytes are more than the device has free."""
-    if device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-        if needed > free:
-            raise MemoryError(f"{what} need about {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free")
-
-
-def release_memory(device: str) -> None:
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-
-
-def describe_device(device: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": device}
-    if device == "cuda":
-        facts = torch.cuda.get_device_properties(0)
-        found = {"name": facts.name, "memory_gib": round(facts.total_memory / GIB, 1), "cuda": torch.version.cuda}
-    found["copy_gb_per_second"] = round(copy_rate(device), 1)
-    return {"device": found | {"graphics_cards": graphics_cards()}}  # their clocks right behind the copies, not idle
+        "of": what,
+        "milliseconds": round(indexing / per_call, 4),
+        "all_milliseconds": round(every / per_call, 4),
+        "share": round(indexing / every, 4) if every else None,
+    }
 
 
 def run_job(job: Job) -> Iterator[dict[str, Any]]:

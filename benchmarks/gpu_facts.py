@@ -6,7 +6,7 @@
 import json
 import sys
 
-from gpu_cells import describe_device
+from gpu_device import describe_device
 
 
 def main(device: str) -> None:

@@ -20,7 +20,6 @@ docs/performance.md says what each stage assumes of a GPU.
 """
 
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -30,10 +29,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from children import Record, kill_group, parse, start
 from common import WORK, console, remove, write_result
-from gpu import Found, judge, table_row, with_speedups
+from gpu import COLUMNS, judge, table_row, with_speedups
 from gpu_prepare import VARIANTS, Preparation, as_argument
-from gpu_stages import HERE, STAGES, Run, kill_group, parsed
+from gpu_stages import HERE, SIZES, SMOKE_SIZES, STAGES, Run
 from machine import environment
 
 
@@ -41,19 +41,19 @@ from machine import environment
 def preparing(run: Run) -> Iterator[None]:
     """Make checkpoint and artifacts in the background; what is still being made at the end is given up."""
 
-    def note(found: Found) -> None:
+    def note(found: Record) -> None:
         if "error" in found and "prepared" in found:
             run.failed.add(found["prepared"])
         run.record(found)
 
     command = [sys.executable, str(HERE / "gpu_prepare.py"), as_argument(run.preparation)]
     log = (run.work / "prepare.txt").open("w")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
+    process = start(command, log)
 
     def read() -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            if (found := parsed(line)) is not None:
+            if (found := parse(line)) is not None:
                 note({"stage": "prepare"} | found)
         if process.wait() > 0:
             run.failed.update(run.preparation.variants)
@@ -69,7 +69,7 @@ def preparing(run: Run) -> Iterator[None]:
         log.close()
 
 
-def tables(result: Found) -> str:
+def tables(result: Record) -> str:
     """The result as Markdown."""
     rate = result["device"].get("copy_gb_per_second", float("nan"))
     lines = [f"# {result['device'].get('name')}, {result['dtype']}", ""]
@@ -77,9 +77,7 @@ def tables(result: Found) -> str:
     passed = sum(row["passed"] for row in judged)
     lines += [f"Right: {passed} of {len(judged)} artifacts pass every check on the device.", ""]
     lines += [f"- FAILED {row['artifact']}: {'; '.join(row['failed'])[:300]}" for row in judged if not row["passed"]]
-    columns = ("", "phase", "batch", "tokens", "median ms", "max ms", "tokens/s", "speed-up", "GB/s", "of copy",
-               "indexing")  # fmt: skip
-    lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines += ["", f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     lines += [f"| {' | '.join(table_row(cell, rate))} |" for cell in with_speedups(result["cells"])]
     lines += ["", *(f"- {'reached' if met else 'NOT reached'}: {goal}" for goal, met in result["goals"].items())]
     lines += ["", "| stage | seconds | limit |", "|---|---|---|"]
@@ -106,15 +104,19 @@ def main(
     if not reuse:
         remove(work)
     work.mkdir(parents=True, exist_ok=True)
+    workers = 2 if smoke else workers
     preparation = Preparation(
-        shape="tiny" if smoke else "llama-2-7b", target="onnx-cpu" if smoke else "onnx-cuda",
-        folders=tuple(folders.split(",")), variants=tuple(VARIANTS), workers=2 if smoke else workers,
-    )  # fmt: skip
-    result: Found = {"benchmark": "gpu_minutes", "smoke": smoke, "environment": environment(), "device": {}}
+        shape="tiny" if smoke else "llama-2-7b",
+        target="onnx-cpu" if smoke else "onnx-cuda",
+        folders=tuple(folders.split(",")),
+        variants=tuple(VARIANTS),
+        workers=workers,
+    )
+    result: Record = {"benchmark": "gpu_minutes", "smoke": smoke, "environment": environment(), "device": {}}
     result |= {"dtype": "float32" if smoke else "float16", "cells": [], "rows": [], "stages": [], "goals": {}}
     lock = threading.Lock()
 
-    def record(found: Found) -> None:
+    def record(found: Record) -> None:
         with lock:
             if "device" in found:
                 result["device"] = found["device"]
@@ -127,10 +129,17 @@ def main(
                 json_file.with_suffix(".md").write_text(tables(result), encoding="utf-8")
 
     run = Run(
-        device="cpu" if smoke else "cuda", dtype=result["dtype"], preparation=preparation, prepared=prepared,
-        workers=2 if smoke else workers, model=model, data=data, work=work, record=record, rounds=1 if smoke else 5,
-        past=8 if smoke else 512, prefill=16 if smoke else 2048, batch=2 if smoke else 8,
-    )  # fmt: skip
+        device="cpu" if smoke else "cuda",
+        dtype=result["dtype"],
+        preparation=preparation,
+        prepared=prepared,
+        workers=workers,
+        model=model,
+        data=data,
+        work=work,
+        record=record,
+        sizes=SMOKE_SIZES if smoke else SIZES,
+    )
     chosen = [stage for stage in STAGES if stage.name in stages.split(",")]
     scale = 60 * minutes / sum(stage.seconds for stage in chosen)
     run.end = time.monotonic()

@@ -106,10 +106,17 @@ def compile_one(directory: Path, artifact: Artifact) -> str:
         quantisation = Quantisation(bits=artifact.bits, block_size=32, symmetric=True, head=True, embedding=False)
     try:
         compile_artifact(
-            model, directory / artifact.folder, "onnx-cuda", model / f"{artifact.norm_scope}.safetensors",
-            dtype=artifact.dtype, lowering=artifact.lowering, padding=artifact.padding, align=artifact.align,
-            last_logits=artifact.last_logits, quantisation=quantisation,
-        )  # fmt: skip
+            model,
+            directory / artifact.folder,
+            "onnx-cuda",
+            model / f"{artifact.norm_scope}.safetensors",
+            dtype=artifact.dtype,
+            lowering=artifact.lowering,
+            padding=artifact.padding,
+            align=artifact.align,
+            last_logits=artifact.last_logits,
+            quantisation=quantisation,
+        )
     except Exception as error:  # the others are still worth judging
         return f"{artifact.name}: {type(error).__name__}: {first_line(error)}"
     return ""

@@ -1,23 +1,18 @@
 """The stages of gpu_minutes.py: what each one runs, in processes of its own that may die."""
 
-import json
-import os
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gpu import Found
-from gpu_cells import COMPILED, EAGER, GRAPHED, ONNX_RUNTIME, Cell, Job
+from children import Record, read_records
+from gpu_jobs import COMPILED, EAGER, GRAPHED, ONNX_RUNTIME, Cell, Job, run_jobs
 from gpu_prepare import PRUNED, VARIANTS, Preparation
 
 HERE = Path(__file__).resolve().parent
-LAST_LINES = 6
-"""How much of a failed process's stderr is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +22,20 @@ class Stage:
     name: str
     seconds: float
     run: Callable[["Run"], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What is timed: one token behind `past`, at batch 1 and at `batch`, and a prompt of `prefill` tokens."""
+
+    rounds: int
+    past: int
+    prefill: int
+    batch: int
+
+
+SIZES = Sizes(rounds=5, past=512, prefill=2048, batch=8)
+SMOKE_SIZES = Sizes(rounds=1, past=8, prefill=16, batch=2)
 
 
 @dataclass(kw_only=True)
@@ -41,11 +50,8 @@ class Run:
     model: Path | None
     data: Path | None
     work: Path
-    record: Callable[[Found], None]
-    rounds: int
-    past: int
-    prefill: int
-    batch: int
+    record: Callable[[Record], None]
+    sizes: Sizes
     end: float = 0.0
     """When the current stage has to be over, on time.monotonic's clock."""
     failed: set[str] = field(default_factory=set)
@@ -55,19 +61,27 @@ class Run:
     def left(self) -> float:
         return max(0.0, self.end - time.monotonic())
 
-    def process(self, arguments: Sequence[str], what: Found) -> None:
+    def process(self, arguments: Sequence[str], what: Record) -> None:
         """Run Python with these arguments until the stage ends; every line of JSON that it prints is recorded."""
-        error = run_lines([sys.executable, *arguments], self.left, lambda found: self.record(what | found), self.work)
-        if error:
+        command = [sys.executable, *arguments]
+        if error := read_records(command, self.left, self.work, lambda found: self.record(what | found)):
             self.record(what | {"error": error})
 
     def job(self, runtimes: Sequence[str], cells: Sequence[Cell], *, pruned: bool, **changes: Any) -> Job:
-        masks, reference = str(self.preparation.masks), self.work / f"reference-{int(pruned)}.npy"
-        options: dict[str, Any] = {"masks": masks if pruned else None, "artifact": None, "reference": str(reference)}
-        return Job(
-            model=str(self.preparation.model), runtimes=tuple(runtimes), device=self.device, dtype=self.dtype,
-            cells=tuple(cells), rounds=self.rounds, calls=10, **options | changes,
-        )  # fmt: skip
+        """A job of this run, dense or pruned, in PyTorch unless `changes` say otherwise."""
+        job = Job(
+            model=str(self.preparation.model),
+            masks=str(self.preparation.masks) if pruned else None,
+            artifact=None,
+            reference=str(self.work / f"reference-{int(pruned)}.npy"),
+            runtimes=tuple(runtimes),
+            device=self.device,
+            dtype=self.dtype,
+            cells=tuple(cells),
+            rounds=self.sizes.rounds,
+            calls=10,
+        )
+        return replace(job, **changes)
 
     def measure(self, jobs: Sequence[tuple[Job, str | None]]) -> None:
         """Run jobs of gpu_cells.py, each with the name of its lowering, in one process.
@@ -77,31 +91,18 @@ class Run:
         """
         pending = list(jobs)
         while pending:
-            begun = self._measure(pending)
+            common = [self._common(job, lowering) for job, lowering in pending]
+
+            def record(number: int, found: Record, common: Sequence[Record] = common) -> None:
+                self.record(common[number] | found)
+
+            begun = run_jobs([job for job, _ in pending], self.left, self.work, record)
             pending = pending[begun + 1 :] if self.left else []
 
-    def _measure(self, jobs: Sequence[tuple[Job, str | None]]) -> int:
-        """One process; the number of the last job that it has begun. Cells of that job that are missing are errors."""
-        wheres: list[Found] = []
-        for job, lowering in jobs:
-            pruned = round(100 * PRUNED) if job.masks else 0
-            wheres.append({"shape": self.preparation.shape, "pruned": pruned, "lowering": lowering})
-        measured: list[list[Found]] = [[] for _ in jobs]
-        begun = 0
-
-        def note(found: Found) -> None:
-            nonlocal begun
-            begun = max(begun, found.pop("job", begun))
-            measured[begun].append(found)
-            self.record(wheres[begun] | found)
-
-        arguments = [json.dumps(asdict(job)) for job, _ in jobs]
-        error = run_lines([sys.executable, str(HERE / "gpu_cells.py"), *arguments], self.left, note, self.work)
-        for runtime, cell in jobs[begun][0].planned():
-            planned = {"runtime": runtime} | asdict(cell)
-            if not any(planned.items() <= found.items() for found in measured[begun]):
-                self.record(wheres[begun] | planned | {"error": error or "not measured"})
-        return begun
+    def _common(self, job: Job, lowering: str | None) -> Record:
+        """What all records of a job say."""
+        pruned = round(100 * PRUNED) if job.masks else 0
+        return {"shape": self.preparation.shape, "pruned": pruned, "lowering": lowering}
 
     def measure_artifacts(self, names: Sequence[str], cells: Sequence[Cell]) -> None:
         """Measure prepared artifacts, those that are finished first, and wait for the others."""
@@ -123,54 +124,7 @@ class Run:
 
     @property
     def decoding(self) -> Cell:
-        return Cell(phase="decode", batch=1, tokens=self.past)
-
-
-def run_lines(command: Sequence[str], seconds: float, record: Callable[[Found], None], work: Path) -> str:
-    """Run a command for at most so many seconds and record each line of JSON that it prints.
-
-    It gets a process group of its own, which is killed as a whole when the time is up. Returns what went wrong, with
-    the end of what it said; nothing when it ended with 0.
-    """
-    if seconds <= 0:
-        return "no time was left for it"
-    log = work / f"stderr-{threading.get_ident()}.txt"
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
-        ) as process,
-    ):
-        timer = threading.Timer(seconds, kill_group, [process])
-        timer.start()
-        assert process.stdout is not None
-        for line in process.stdout:
-            if (found := parsed(line)) is not None:
-                record(found)
-        code = process.wait()
-        timed_out = timer.finished.is_set()
-        timer.cancel()
-    if code == 0:
-        return ""
-    lines = log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:] or ["nothing on stderr"]
-    ended = f"stopped after {seconds:.0f} s" if timed_out else f"ended with {code}"
-    return f"the process {ended}: {' | '.join(line.strip()[:200] for line in lines)}"
-
-
-def parsed(line: str) -> Found | None:
-    """A line of JSON; None for what libraries print."""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def kill_group(process: "subprocess.Popen[str]") -> None:
-    try:
-        os.killpg(process.pid, 9)
-    except ProcessLookupError:
-        return
+        return Cell(phase="decode", batch=1, tokens=self.sizes.past)
 
 
 def facts(run: Run) -> None:
@@ -230,8 +184,8 @@ def int4(run: Run) -> None:
 
 def batches(run: Run) -> None:
     cells = [
-        Cell(phase="decode", batch=run.batch, tokens=run.past),
-        Cell(phase="prefill", batch=1, tokens=run.prefill),
+        Cell(phase="decode", batch=run.sizes.batch, tokens=run.sizes.past),
+        Cell(phase="prefill", batch=1, tokens=run.sizes.prefill),
     ]
     run.measure([(run.job([EAGER], cells, pruned=pruned), None) for pruned in (False, True)])
     run.measure_artifacts(("dense", "inverse-gather"), cells)

@@ -41,11 +41,14 @@ from dispc.reference.masked import load_reference
 from dispc.support.files import whole, write_json
 
 LEARN = ("--batch-size", 8, "--sequence-length", 512, "--learning-rate", 2e-3, "--decay", "--checkpoint-every", 100)
-RECOVER = ("--batch-size", 4, "--accumulate", 2, "--sequence-length", 512, "--loss", "both", "--evaluate-every", 25,
-           "--checkpoint-every", 200, "--patience", 1000)  # fmt: skip
+RECOVER = (
+    *("--batch-size", 4, "--accumulate", 2, "--sequence-length", 512, "--loss", "both"),
+    *("--evaluate-every", 25, "--checkpoint-every", 200, "--patience", 1000),
+)
 RECOVERIES: dict[str, tuple[Any, ...]] = {
-    "lora": ("--lora", 8, "--learning-rate", 2e-3), "full": ("--learning-rate", 2e-4),
-}  # fmt: skip
+    "lora": ("--lora", 8, "--learning-rate", 2e-3),
+    "full": ("--learning-rate", 2e-4),
+}
 OFFSETS = {20: 5, 30: 5, 40: 4, 50: 4}
 """Decision 0010: where more is pruned, more gates have to change their mind."""
 SMOKE = ("--batch-size", 2, "--accumulate", 1, "--sequence-length", 32, "--steps", 2, "--evaluate-every", 1)
@@ -162,9 +165,10 @@ def perplexities(run: Run, model: Any, *, quick: bool = False) -> dict[str, floa
     """Of a model on the device: the test text in windows of 2,048 (not if `quick`), 16 of 1,024, held-out answers."""
     found = {}
     for name, text, length, count in (
-        ("wiki.test", "wiki.test.raw", 2048, None), ("wiki.test, 16 of 1024", "wiki.test.raw", 1024, 16),
+        ("wiki.test", "wiki.test.raw", 2048, None),
+        ("wiki.test, 16 of 1024", "wiki.test.raw", 1024, 16),
         ("answers", "held-out.jsonl", 1024, None),
-    ):  # fmt: skip
+    ):
         if quick and length == 2048:
             continue
         length, count = (64, 2) if run.smoke else (length, count)

@@ -54,9 +54,13 @@ def main(
     }
     with tempfile.TemporaryDirectory() as folder:
         options = LearnOptions(
-            model=model, data="", output=Path(folder) / "masks.safetensors", sequence_length=sequence_length,
-            batch_size=batch_size, device=processes.device.type,
-        ).settled(processes.device)  # fmt: skip
+            model=model,
+            data="",
+            output=Path(folder) / "masks.safetensors",
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            device=processes.device.type,
+        ).settled(processes.device)
         precision = str(options.precision)
         trainer = Trainer(options, checkpoint, block_budget(checkpoint, 0.5, "blocks"), processes)
         dense = load_reference(checkpoint, None, DTYPES[precision].torch)
@@ -81,10 +85,15 @@ def main(
     pairs = [b / a for a, b in zip(seconds["dense"][1:], seconds["learning"][1:], strict=True)]  # the first warms up
     ratio = statistics.median(pairs)
     result |= {
-        "model": model.name, "device": torch.cuda.get_device_name() if cuda else "cpu", "precision": precision,
-        "sequence_length": sequence_length, "batch_size": batch_size, "ratio": round(ratio, 4),
-        "ratio_of_pairs": summary(pairs), **{name: summary(values[1:]) for name, values in seconds.items()},
-    }  # fmt: skip
+        "model": model.name,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "precision": precision,
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+        "ratio": round(ratio, 4),
+        "ratio_of_pairs": summary(pairs),
+        **{name: summary(values[1:]) for name, values in seconds.items()},
+    }
     goal = f"a learning step takes {ratio:.2f} times the dense pass (goal {GOAL:.2f})"
     result["goals"] = {goal: ratio <= GOAL}
     rows = [[name, f"{statistics.median(values[1:]):.3f}"] for name, values in seconds.items()]

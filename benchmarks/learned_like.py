@@ -32,8 +32,11 @@ def learned_like(config: DecoderConfig, kept: float, seed: int) -> Masks:
         for block in range(blocks)
     ]
     metadata = {
-        "method": "learned-like widths", "pruning_ratio": f"{1 - kept:.4g}", "ratio_of": "blocks", "seed": str(seed)
-    }  # fmt: skip
+        "method": "learned-like widths",
+        "pruning_ratio": f"{1 - kept:.4g}",
+        "ratio_of": "blocks",
+        "seed": str(seed),
+    }
     return Masks.from_indices(rows, config, metadata=metadata)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCES = ("dispc", "export", "passes")
 GPU_FACTS = (
-    "name", "driver_version", "clocks.max.sm", "clocks.max.mem", "clocks.sm", "clocks.mem", "power.limit",
-    "temperature.gpu",
-)  # fmt: skip
+    *("name", "driver_version", "clocks.max.sm", "clocks.max.mem"),
+    *("clocks.sm", "clocks.mem", "power.limit", "temperature.gpu"),
+)
 PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime-gpu", "safetensors", "numpy")
 
 

@@ -11,31 +11,44 @@ from the widths: two per weight and token of the projections and of the LM head,
 positions for the attention, which is causal.
 """
 
-import statistics
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated
 
+import comparison
 import numpy as np
 import typer
-from common import WORK, alternate, median_ratio, remove, report, summary, write_result
-from contenders import (
-    PRUNED,
-    BuilderOption,
-    Contenders,
-    LoweringOption,
-    MasksOption,
-    ModelOption,
-    ShapeOption,
-    begin,
-)
-from machine import load
+from common import numbers
+from comparison import Measurement, Work, compare
+from contenders import Contenders, Model
 
+from dispc.cli.arguments import expand
 from dispc.masks import Masks
 from dispc.model.families import DecoderConfig
 
 GOALS = {128: 0.92, 512: 0.92, 2048: 0.95}
-"""Share of the operations' ratio, by tokens."""
+"""Share of the ratio of operations that the speed-up reaches, by tokens."""
 LAST_GOAL = 0.92
+"""The same for the time to the first token, and for other lengths."""
+OPERATIONS = Work(name="operations", key="operations", unit="Gflop", scale=1e9, rate="Gflop/s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(comparison.Options):
+    """The command line."""
+
+    rounds: Annotated[int, typer.Option(help="Counted rounds.")] = 5
+    calls: Annotated[int, typer.Option(help="Counted prompts per round and row.")] = 1
+    lengths: Annotated[str, typer.Option(help="Tokens per prompt.")] = "128,512,2048"
+    last_logits: Annotated[bool, typer.Option("--last-logits", help="Only the last token's logits.")] = False
+
+
+def start(model: Model, length: int) -> Callable[[], None]:
+    """A prompt of `length` random tokens."""
+    model.allocate(1, length)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length))
+    return model.bind(ids, 0).run
 
 
 def operations(config: DecoderConfig, masks: Masks, length: int, last_logits: bool) -> int:
@@ -46,86 +59,35 @@ def operations(config: DecoderConfig, masks: Masks, length: int, last_logits: bo
     return 2 * (masks.kept_parameters(config) * length + head) + 4 * attentions * config.query_size * pairs
 
 
-def measure(contenders: Contenders, length: int, rounds: int, calls: int, last_logits: bool) -> dict[str, Any]:
-    """Everything about prompts of `length` tokens."""
+def count(last_logits: bool, contenders: Contenders, name: str, length: int) -> int:
+    """Operations of a contender's prompt; all dense ones do the same."""
     config = contenders.checkpoint.config
-    ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, length))
-    runs = {}
-    for name, model in contenders.models.items():
-        model.allocate(1, length)
-        runs[name] = model.bind(ids, 0).run
-    times = alternate(runs, rounds, calls, warm=0)  # a call is long enough to warm itself up
-    dense, pruned = (
-        operations(config, masks, length, last_logits) for masks in (Masks.dense(config), contenders.masks)
-    )
-    goal = LAST_GOAL if last_logits else GOALS.get(length, LAST_GOAL)
-    fastest = min(contenders.dense, key=lambda name: statistics.median(times[name]))
-    found: dict[str, Any] = {"fastest_dense": fastest, "operations_ratio": round(dense / pruned, 3)}
-    for name, values in times.items():
-        found[name] = {
-            "milliseconds": summary(values),
-            "operations": dense if name in contenders.dense else pruned,
-            "speedup": round(median_ratio(times[fastest], values), 3),
-        }
-    share = found["speedup_over_operations_ratio"] = round(found[PRUNED]["speedup"] * pruned / dense, 3)
-    said = (
-        f"{length} tokens: {found[PRUNED]['speedup']:.2f} times as fast as {fastest}, {share:.2f} of the operations' "
-    )
-    return found | {"goals": {f"{said}{dense / pruned:.2f} (goal {goal:.2f})": share >= goal}}
+    masks = Masks.dense(config) if name in contenders.dense else contenders.masks
+    return operations(config, masks, length, last_logits)
 
 
-def main(
-    model: ModelOption = None,
-    shape: ShapeOption = None,
-    masks: MasksOption = None,
-    lowering: LoweringOption = None,
-    builder_python: BuilderOption = None,
-    lengths: Annotated[str, typer.Option(help="Tokens per prompt.")] = "128,512,2048",
-    last_logits: Annotated[bool, typer.Option("--last-logits", help="Only the last token's logits.")] = False,
-    threads: Annotated[int, typer.Option(help="Threads within a node, of ONNX Runtime and of PyTorch.")] = 2,
-    rounds: Annotated[int, typer.Option(help="Counted rounds.")] = 5,
-    calls: Annotated[int, typer.Option(help="Counted prompts per round and row.")] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where the result goes.")] = None,
-    work: Annotated[Path, typer.Option(help="Folder for what is written.")] = WORK / "prefill",
-    smoke: Annotated[bool, typer.Option(help="Tiny model, one round: does it run?")] = False,
-) -> None:
+def goal(last_logits: bool, length: int) -> float:
+    return LAST_GOAL if last_logits else GOALS.get(length, LAST_GOAL)
+
+
+def main(options: Options) -> None:
     """Prefill on the CPU: half pruned against dense."""
-    if smoke:
-        lengths, rounds, calls = "8,32", 1, 1
-    result, contenders = begin(
-        "prefill", model=model, shape=shape, masks=masks, lowering=lowering, builder_python=builder_python,
-        threads=threads, rounds=rounds, calls=calls, work=work, smoke=smoke,
-        last_logits=last_logits,
-    )  # fmt: skip
-    result["last_logits"] = last_logits
-    rows, goals = [], {}
-    for length in (int(length) for length in lengths.split(",")):
-        found = result[f"length_{length}"] = measure(contenders, length, rounds, calls, last_logits)
-        goals |= found["goals"]
-        for name in contenders.models:
-            row = found[name]
-            milliseconds = [f"{row['milliseconds'][key]:.1f}" for key in ("median", "min", "max")]
-            rate = row["operations"] / row["milliseconds"]["median"] / 10**6
-            rows.append(
-                [
-                    name,
-                    str(length),
-                    *milliseconds,
-                    f"{row['speedup']:.2f}",
-                    f"{row['operations'] / 1e9:.1f}",
-                    f"{rate:.0f}",
-                ]
-            )
-    result["load_after"] = load()
-    del contenders
-    remove(work)
-    result["goals"] = {} if smoke else goals
-    columns = ("", "tokens", "median ms", "min ms", "max ms", "speed-up", "Gflop", "Gflop/s")
-    kind = "time to the first token" if last_logits else "prefill"
-    what = f"{result['model']}, {kind}, {result['lowering']}, {100 * result['kept']:.1f} % kept"
-    report(f"{what}, {threads} threads, {rounds} rounds", columns, rows, result["goals"])
-    write_result(json_file, result)
+    if options.smoke:
+        options = replace(options, lengths="8,32", rounds=1, calls=1)
+    prompts = Measurement(
+        benchmark="prefill",
+        title="time to the first token" if options.last_logits else "prefill",
+        size="length",
+        work=OPERATIONS,
+        start=start,
+        count=partial(count, options.last_logits),
+        goal=partial(goal, options.last_logits),
+        warmup_calls=0,  # a call is long enough to warm itself up
+        keep_up_with_builder=False,
+        last_logits=options.last_logits,
+    )
+    compare(prompts, options, numbers(options.lengths))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(expand(main))

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pages
 from common import console
 from machine import REPOSITORY
+from pages import table
 from recovery_page import recovery_sections
 
 PAGE = REPOSITORY / "docs" / "results.md"
@@ -22,28 +24,23 @@ Cell = dict[str, Any]
 def write_page(cells: Sequence[Cell], methods: Sequence[str], page: Path = PAGE, recovery: Path | None = None) -> None:
     """A table for each way in which perplexity was measured, the zero-shot tasks, and how to repeat each cell."""
     cells = sorted(cells, key=lambda cell: ([*methods, "dense"].index(cell["method"]), cell["ratio"], cell["seed"]))
-    lines = [
-        "# Results", "",
-        "Written by `benchmarks/learned_masks.py table`, not by hand.", "",
-    ]  # fmt: skip
-    how = [
-        "`wikitext-mixed.txt` is what "
-        f"`{TEXT}` makes of WikiText-2's train and validation splits. Cells are "
-        "METHOD-RATIO-SEED.json in `benchmarks/results/learned/`, with their masks and the machines they were "
-        "measured on.", "",
-    ]  # fmt: skip
+    blocks = ["# Results", "Written by `benchmarks/learned_masks.py table`, not by hand."]
     if recovery is not None:
-        lines += recovery_sections(json.loads(recovery.read_text()), learned_short(cells), page.parent)
+        blocks += recovery_sections(json.loads(recovery.read_text()), learned_short(cells), page.parent)
         if ZERO_SHOT.exists():
             measured = json.loads(ZERO_SHOT.read_text())["rows"]
-            lines += accuracies([(row["title"], row) for row in measured], "## Zero-shot accuracy after recovery")
-        lines += ["# Methods and ablations, from 307,200 tokens", ""]
-    lines += how
+            blocks += accuracies([(row["title"], row) for row in measured], "## Zero-shot accuracy after recovery")
+        blocks += ["# Methods and ablations, from 307,200 tokens"]
+    blocks += [
+        f"`wikitext-mixed.txt` is what `{TEXT}` makes of WikiText-2's train and validation splits. Cells are "
+        "METHOD-RATIO-SEED.json in `benchmarks/results/learned/`, with their masks and the machines they were "
+        "measured on."
+    ]
     protocols = {protocol(text) for cell in cells for text in cell["perplexities"]}
     for chosen in sorted(protocols, key=lambda chosen: (chosen.windows, chosen)):
-        lines += perplexities(cells, methods, chosen)
-    lines += zero_shot(cells) + commands(cells)
-    page.write_text("\n".join(lines), encoding="utf-8")
+        blocks += perplexities(cells, methods, chosen)
+    blocks += zero_shot(cells) + commands(cells)
+    page.write_text(pages.page(blocks), encoding="utf-8")
     console.print(f"{page}: {len(cells)} cells", highlight=False)
 
 
@@ -51,9 +48,11 @@ def learned_short(cells: Iterable[Cell]) -> dict[int, float]:
     """Whole-split perplexities of the full method by ratio."""
     return {
         cell["ratio"]: text["perplexity"]
-        for cell in cells if (cell["method"], cell["seed"]) == ("DISP-LLM", 0)
-        for text in cell["perplexities"] if protocol(text).length == 2048
-    }  # fmt: skip
+        for cell in cells
+        if (cell["method"], cell["seed"]) == ("DISP-LLM", 0)
+        for text in cell["perplexities"]
+        if protocol(text).length == 2048
+    }
 
 
 class Protocol(NamedTuple):
@@ -78,28 +77,26 @@ def protocol(text: Cell) -> Protocol:
     return Protocol(text["data"], text["windows"], text["sequence_length"], text.get("max_windows") is not None)
 
 
-def judged(options: str, runtimes: Iterable[str]) -> list[str]:
-    """With which command, and on what: compiling, before a cell is judged in ONNX Runtime, changes no figure."""
+def judged(options: str, runtimes: Iterable[str]) -> str:
+    """The command that measured, and in which runtimes: both give the same figures."""
     where = {"torch": "the torch reference", "onnxruntime": "the artifact that `dispc compile` makes, in ONNX Runtime"}
     on = ", or ".join(where[name] for name in sorted(set(runtimes), reverse=True))
-    return [f"`dispc eval MODEL --masks CELL.safetensors {options}`; judged was {on}.", ""]
+    return f"`dispc eval MODEL --masks CELL.safetensors {options}`; judged was {on}."
 
 
 def perplexities(cells: Sequence[Cell], methods: Sequence[str], chosen: Protocol) -> list[str]:
     """The methods by ratio, and below them what other seeds gave."""
-    found = {(cell["method"], cell["ratio"], cell["seed"]): text["perplexity"]
-             for cell in cells for text in cell["perplexities"] if protocol(text) == chosen}  # fmt: skip
+    texts = [(cell, text) for cell in cells for text in cell["perplexities"] if protocol(text) == chosen]
+    found = {(cell["method"], cell["ratio"], cell["seed"]): text["perplexity"] for cell, text in texts}
     ratios = sorted({ratio for _, ratio, _ in found} - {0})
-    runtimes = [text.get("runtime", "torch")
-                for cell in cells for text in cell["perplexities"] if protocol(text) == chosen]  # fmt: skip
-    dense = found.get(("dense", 0, 0))
-    lines = [
-        f"## Perplexity on {chosen.title}", "", *judged(chosen.options, runtimes),
-        *([f"The dense model: {dense:.2f}.", ""] if dense else []),
-        *table(("method", *(f"{ratio} %" for ratio in ratios)), [
-            (method, *(figure(found, (method, ratio, 0)) for ratio in ratios)) for method in methods
-        ]),
-    ]  # fmt: skip
+    blocks = [
+        f"## Perplexity on {chosen.title}",
+        judged(chosen.options, [text.get("runtime", "torch") for _, text in texts]),
+    ]
+    if dense := found.get(("dense", 0, 0)):
+        blocks.append(f"The dense model: {dense:.2f}.")
+    rows = [(method, *(figure(found, (method, ratio, 0)) for ratio in ratios)) for method in methods]
+    blocks.append(table(("method", *(f"{ratio} %" for ratio in ratios)), rows))
     for method in methods:
         for ratio in ratios:
             seeds = {s: value for (m, r, s), value in sorted(found.items()) if (m, r) == (method, ratio) and value}
@@ -107,8 +104,8 @@ def perplexities(cells: Sequence[Cell], methods: Sequence[str], chosen: Protocol
                 values = list(seeds.values())
                 shown = ", ".join(f"{value:.2f} (seed {seed})" for seed, value in seeds.items())
                 spread = f"mean {statistics.mean(values):.2f}, standard deviation {statistics.stdev(values):.2f}"
-                lines += [f"{method} at {ratio} %: {shown}; {spread}.", ""]
-    return lines
+                blocks.append(f"{method} at {ratio} %: {shown}; {spread}.")
+    return blocks
 
 
 def zero_shot(cells: Iterable[Cell]) -> list[str]:
@@ -119,7 +116,7 @@ def zero_shot(cells: Iterable[Cell]) -> list[str]:
         for measured in cell["zero_shot"]:
             items = (facts["items"] for facts in measured["tasks"].values())
             groups.setdefault((*measured["names"], *items, measured["limit"]), []).append((title, measured))
-    return [line for measured in groups.values() for line in accuracies(measured)]
+    return [block for measured in groups.values() for block in accuracies(measured)]
 
 
 def accuracies(rows: Sequence[tuple[str, Cell]], heading: str = "## Zero-shot accuracy") -> list[str]:
@@ -135,29 +132,33 @@ def accuracies(rows: Sequence[tuple[str, Cell]], heading: str = "## Zero-shot ac
         shown.append((title, *(f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in (*values, mean))))
     heads = [f"{name.removeprefix('local_')} ({facts[name]['metric']})" for name in names]
     return [
-        heading, "", *judged(options, (measured["runtime"] for _, measured in rows)),
+        heading,
+        judged(options, (measured["runtime"] for _, measured in rows)),
         "TASKS is what `benchmarks/zero_shot_tasks.py` makes. Per cent, with the standard error. The texts were partly "
         "preprocessed by those who published the files: figures compare with each other, not with other tables; a "
         "difference below twice its error says nothing. "
-        f"Items{', the first of each task' if limit else ''}: {items}.", "",
-        *table(("model", *heads, "mean"), shown),
-    ]  # fmt: skip
+        f"Items{', the first of each task' if limit else ''}: {items}.",
+        table(("model", *heads, "mean"), shown),
+    ]
 
 
 def commands(cells: Iterable[Cell]) -> list[str]:
-    """How each cell was made. Minutes are those of the steps, on two shared cores that did other things as well."""
+    """How each cell was made."""
     rows = [
         (
-            f"{cell['method']}, {cell['ratio']} %, seed {cell['seed']}", f"{cell['tokens']:,}",
-            f"{cell['learn_seconds'] / 60:.0f}" if "learn_seconds" in cell else "", f"`{cell['command']}`",
+            f"{cell['method']}, {cell['ratio']} %, seed {cell['seed']}",
+            f"{cell['tokens']:,}",
+            f"{cell['learn_seconds'] / 60:.0f}" if "learn_seconds" in cell else "",
+            f"`{cell['command']}`",
         )
-        for cell in cells if cell.get("command")
-    ]  # fmt: skip
+        for cell in cells
+        if cell.get("command")
+    ]
     return [
-        "## How each cell was made", "",
-        "Minutes are those of the steps, on two cores that other work shared.", "",
-        *table(("cell", "tokens", "minutes", "command"), rows),
-    ]  # fmt: skip
+        "## How each cell was made",
+        "Minutes are those of the steps, on two cores that other work shared.",
+        table(("cell", "tokens", "minutes", "command"), rows),
+    ]
 
 
 def figure(found: Mapping[tuple[str, int, int], float | None], cell: tuple[str, int, int]) -> str:
@@ -165,7 +166,3 @@ def figure(found: Mapping[tuple[str, int, int], float | None], cell: tuple[str, 
         return "not run"
     value = found[cell]  # JSON has null for what is infinite
     return "infinite" if value is None else f"{value:,.2f}" if value < 1e5 else f"{value:.1e}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)] + [""]

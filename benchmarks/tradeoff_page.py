@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pages
+from pages import table
+
 WINDOWS = "16 of 1024"
 GPU_WINDOWS = "wiki.test, 16 of 1024"
 COLORS = {"float32": "tab:blue", "int8": "tab:orange", "int4": "tab:green", "mixed int4": "tab:red"}
@@ -72,8 +75,8 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
             filled = COLORS[row["format"]] if row["recovered"] or not row["ratio"] else "none"
             plot.scatter(row[axis], row["perplexity"], marker=marker, s=45, color=COLORS[row["format"]], fc=filled)
             if row["ratio"]:
-                plot.annotate(f"{row['ratio']}", (row[axis], row["perplexity"]), (5, 4),
-                              textcoords="offset points", fontsize=8)  # fmt: skip
+                at = (row[axis], row["perplexity"])
+                plot.annotate(f"{row['ratio']}", at, (5, 4), textcoords="offset points", fontsize=8)
         line = frontier(rows, axis)
         plot.plot([r[axis] for r in line], [r["perplexity"] for r in line], color="gray", linewidth=0.8, zorder=0)
         plot.set(xlabel=label)
@@ -94,45 +97,50 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 def page(rows: Sequence[Mapping[str, Any]], known: Mapping[str, Any], recovery: Mapping[str, Any]) -> str:
     """The Markdown of docs/tradeoff.md."""
-    timed = (
-        f" on {known['environment']['cpu']}, {known['threads']} threads: one token behind {known['past']}, medians of "
-        f"{known['round_count']} rounds in which all graphs take turns"
-        if "environment" in known else ": sizes; the graphs have not been timed on a quiet machine yet"
-    )  # fmt: skip
-    lines = [
-        "# What pruning buys", "",
-        "Written by `benchmarks/tradeoff.py page`, not by hand.", "",
-        "![perplexity against time and size](tradeoff.png)", "",
+    timed = ": sizes; the graphs have not been timed on a quiet machine yet"
+    if "environment" in known:
+        timed = (
+            f" on {known['environment']['cpu']}, {known['threads']} threads: one token behind {known['past']}, medians "
+            f"of {known['round_count']} rounds in which all graphs take turns"
+        )
+    fronts = {axis: {row["name"] for row in frontier(rows, axis)} for axis, _ in AXES}
+    shown = [table_row(row, fronts) for row in sorted(rows, key=lambda row: row["megabytes"])]
+    answers = [f"{recovery['dense']['answers']:.2f} (dense)"]
+    for ratio in (20, 30, 40, 50):
+        recovered = recovery.get(f"lora {ratio}", {})
+        answers += [f"{recovered['answers']:.2f} ({ratio} %)"] if "answers" in recovered else []
+    blocks = [
+        "# What pruning buys",
+        "Written by `benchmarks/tradeoff.py page`, not by hand.",
+        "![perplexity against time and size](tradeoff.png)",
         f"SmolLM2-135M-Instruct{timed}. Perplexity on "
         "WikiText-2 test, the first 16 windows of 1,024 tokens, and all 148 of 2,048 where it was measured; of float32 "
         "artifacts it is their reference's, measured on a GPU, of the others their own. The grey line joins those that "
-        "no other is both smaller (faster) and better than.", "",
-        "| model | perplexity | whole test split | ms a token | MB | on the frontier of |", "|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    fronts = {axis: {row["name"] for row in frontier(rows, axis)} for axis, _ in AXES}
-    for row in sorted(rows, key=lambda row: row["megabytes"]):
-        names = {"milliseconds": "time", "megabytes": "size"}
-        front = ", ".join(names[axis] for axis in names if row["name"] in fronts[axis])
-        whole = f"{row['whole']:.2f}" if row["whole"] else ""
-        took = f"{row['milliseconds']:.2f}" if "milliseconds" in row else ""
-        figures = f"{row['perplexity']:.2f} | {whole} | {took} | {row['megabytes']:.0f}"
-        lines.append(f"| {title(row)} | {figures} | {front} |")
-    answers = [f"{recovery['dense']['answers']:.2f} (dense)"]
-    answers += [
-        f"{recovery[f'lora {ratio}']['answers']:.2f} ({ratio} %)" for ratio in (20, 30, 40, 50)
-        if "answers" in recovery.get(f"lora {ratio}", {})
-    ]  # fmt: skip
-    lines += [
-        "", *verdicts(rows),
+        "no other is both smaller (faster) and better than.",
+        table(("model", "perplexity", "whole test split", "ms a token", "MB", "on the frontier of"), shown),
+        *verdicts(rows),
         "The recovered models were trained on WikiText-2's train split for half a million tokens, the dense model was "
         "not: part of their advantage is that. On 48 held-out answers of the dense model, where the advantage is its, "
         f"perplexities in float32 are {', '.join(answers)}.",
-    ]  # fmt: skip
-    if "remark" in known:
-        lines += ["", known["remark"]]
-    lines += ["", "## Commands", "", "Models: `dispc recover` (docs/recovery.md).", ""]
-    commands = sorted({row["command"] for row in rows})
-    return "\n".join([*lines, *(f"- `{command}`" for command in commands), ""])
+        *([known["remark"]] if "remark" in known else []),
+        "## Commands",
+        "Models: `dispc recover` (docs/recovery.md).",
+        "\n".join(f"- `{command}`" for command in sorted({row["command"] for row in rows})),
+    ]
+    return pages.page(blocks)
+
+
+def table_row(row: Mapping[str, Any], fronts: Mapping[str, set[str]]) -> tuple[str, ...]:
+    """A row of the table; `fronts` has the names on each frontier."""
+    names = {"milliseconds": "time", "megabytes": "size"}
+    return (
+        title(row),
+        f"{row['perplexity']:.2f}",
+        f"{row['whole']:.2f}" if row["whole"] else "",
+        f"{row['milliseconds']:.2f}" if "milliseconds" in row else "",
+        f"{row['megabytes']:.0f}",
+        ", ".join(names[axis] for axis in names if row["name"] in fronts[axis]),
+    )
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -143,14 +151,16 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         here = [row for row in pruned if axis in row]
         if not here:
             continue
-        rivals = {row["name"]: [o for o in dense if axis in o and o[axis] <= row[axis]] for row in here}
-        wins = [
-            row for row in here
-            if rivals[row["name"]] and all(row["perplexity"] < other["perplexity"] for other in rivals[row["name"]])
-        ]  # fmt: skip
+        wins = [row for row in here if better_than_rivals(row, dense, axis)]
         line = frontier(rows, axis)
         share = sum(1 for row in line if row["ratio"])
         better = f"Better than every dense one that is as {what}: {'; '.join(map(title, wins))}."
         none = f"No pruned artifact is better than every dense one that is as {what}."
-        found += [f"Of the {len(line)} on the frontier of {of} {share} are pruned. {better if wins else none}", ""]
+        found += [f"Of the {len(line)} on the frontier of {of} {share} are pruned. {better if wins else none}"]
     return found
+
+
+def better_than_rivals(row: Mapping[str, Any], dense: Sequence[Mapping[str, Any]], axis: str) -> bool:
+    """Whether there are dense rows that are at least as small (fast), and all of them have a worse perplexity."""
+    rivals = [other for other in dense if axis in other and other[axis] <= row[axis]]
+    return bool(rivals) and all(row["perplexity"] < other["perplexity"] for other in rivals)

@@ -67,13 +67,19 @@ TASKS = {
 def definition(name: str, data: Path) -> Item:
     """The task as lm-evaluation-harness reads it; JSON is YAML."""
     return {
-        "task": name, "output_type": "multiple_choice", "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test",
-        "doc_to_text": "text", "doc_to_choice": "choices", "doc_to_target": "target",
-        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}
-                        for metric in TASKS[name].metrics],
+        "task": name,
+        "output_type": "multiple_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "doc_to_text": "text",
+        "doc_to_choice": "choices",
+        "doc_to_target": "target",
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in TASKS[name].metrics
+        ],
         "metadata": {"version": 1.0},
-    }  # fmt: skip
+    }
 
 
 def prepare(folder: Path, output: Path) -> dict[str, int]:

@@ -8,8 +8,10 @@ from typing import Any
 from dispc.support.errors import CheckpointError
 
 PENALTIES: dict[str, tuple[type, float, float]] = {
-    "repetition_penalty": (float, 1.0, 1e-6), "no_repeat_ngram_size": (int, 0, 0), "min_length": (int, 0, 0),
-}  # fmt: skip
+    "repetition_penalty": (float, 1.0, 1e-6),
+    "no_repeat_ngram_size": (int, 0, 0),
+    "min_length": (int, 0, 0),
+}
 """What onnxruntime-genai knows besides, by the same names: kind, the value that changes nothing, and the least."""
 CARRIED = re.compile(
     r"(eos|bos|pad|decoder_start)_token_id|do_sample|temperature|top_k|top_p|max_length|max_new_tokens"
@@ -17,10 +19,19 @@ CARRIED = re.compile(
 )
 """Keys of generation_config.json that are carried over, or change no token."""
 NOTHING: dict[str, Any] = {
-    "num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1, "diversity_penalty": 0.0, "length_penalty": 1.0,
-    "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "encoder_repetition_penalty": 1.0,
-    "remove_invalid_values": False, "early_stopping": False, "renormalize_logits": False,
-}  # fmt: skip
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "length_penalty": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "encoder_repetition_penalty": 1.0,
+    "remove_invalid_values": False,
+    "early_stopping": False,
+    "renormalize_logits": False,
+}
 """Values of others by which nothing is switched on."""
 
 

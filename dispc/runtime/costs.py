@@ -9,11 +9,10 @@ A selection costs much less than they do, so links have many of them in a row::
     narrow   d -> select d/2, many times -> select d -> m -> d    and one of half of it
 """
 
-import random
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 from dispc.plan import Plan
 from dispc.runtime.providers import PROVIDERS
 from dispc.runtime.session import open_session
+from dispc.runtime.timing import alternate
 from dispc.selection import SelectionCosts
 from dispc.support.graph import EXTRACTOR, MACHINE_LEARNING
 
@@ -37,7 +37,7 @@ LOW = 25
 AGREE = 2.0
 """By so much may the costs of even and odd rounds differ; a machine where they differ more is not quiet enough."""
 Chains = dict[str, Any]
-Times = dict[str, list[int]]
+Times = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def agree(first: _Price, second: _Price, width: int) -> bool:
 
 def every(times: Times, start: int, step: int) -> dict[str, float]:
     """Nanoseconds of a run of each chain, by some of the rounds."""
-    return {name: float(np.percentile(found[start::step], LOW)) for name, found in times.items()}
+    return {name: 1e6 * float(np.percentile(found[start::step], LOW)) for name, found in times.items()}
 
 
 def _chains(width: int) -> Iterator[tuple[str, int, int | None]]:
@@ -143,14 +143,7 @@ def _chain(links: int, width: int, middle: int, selected: int | None, plan: Plan
 
 
 def _time(sessions: Chains, width: int, plan: Plan, tokens: int) -> Times:
-    """Nanoseconds of each counted run of each chain."""
+    """Milliseconds of each counted run of each chain."""
     x = np.ones((1, tokens, width), dtype=np.float16 if plan.dtype == "float16" else np.float32)
-    times: dict[str, list[int]] = {name: [] for name in sessions}
-    order = list(sessions)
-    for number in range(ROUNDS + WARM):
-        random.Random(number).shuffle(order)
-        for name in order:
-            start = time.perf_counter_ns()
-            sessions[name].run(None, {"x": x})
-            times[name].append(time.perf_counter_ns() - start)
-    return {name: found[WARM:] for name, found in times.items()}
+    runs = {name: partial(session.run, None, {"x": x}) for name, session in sessions.items()}
+    return alternate(runs, ROUNDS, warmup_rounds=WARM, warmup_calls=0)

@@ -6,10 +6,8 @@ outputs stay on the device (IO binding). The two artifacts are timed alternately
 
 import json
 import os
-import random
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from dispc.runtime.bound import BoundDecoder
 from dispc.runtime.profile import OperatorTime, bytes_read, operator_times, shares_buffer
 from dispc.runtime.providers import PROVIDERS, Provider
 from dispc.runtime.session import Artifact, Tokens
+from dispc.runtime.timing import alternate
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError, DispcError
 from dispc.support.graph import EXTRACTOR
@@ -223,17 +222,11 @@ def time_case(
             title += ", CUDA graph" if session.graph else ""
             case = session.prefill(batch, length) if kind == "first token" else session.step(batch, length)
             cases.append((name, title, session, case))
-    times: list[list[float]] = [[] for _ in cases]
-    order = list(range(len(cases)))
-    for number in range(options.warmup + options.rounds):
-        random.Random(number).shuffle(order)  # no case always follows the same other
-        for index in order:
-            start = time.perf_counter()
-            cases[index][3]()
-            times[index].append(1000 * (time.perf_counter() - start))
+    runs = {index: call for index, (*_, call) in enumerate(cases)}
+    times = alternate(runs, options.rounds, warmup_rounds=options.warmup, warmup_calls=0)
     rows = []
-    for (name, title, session, _), found in zip(cases, times, strict=True):
-        p50, p90, p99 = np.percentile(found[options.warmup :], (50, 90, 99))
+    for index, (name, title, session, _) in enumerate(cases):
+        p50, p90, p99 = np.percentile(times[index], (50, 90, 99))
         tokens = batch * (length if kind == "first token" else 1)
         read = session.step_bytes(batch, length) if kind == "one token" else None
         rows.append(

@@ -134,8 +134,9 @@ def _tried(work: Callable[[], Any], seconds: float, memory: int) -> tuple[Any, d
     spent = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     processors = os.cpu_count() or 1
     for limit, value in (
-        (resource.RLIMIT_AS, used + memory), (resource.RLIMIT_CPU, int(spent + seconds * processors) + 1),
-    ):  # fmt: skip
+        (resource.RLIMIT_AS, used + memory),
+        (resource.RLIMIT_CPU, int(spent + seconds * processors) + 1),
+    ):
         most = resource.getrlimit(limit)[1]
         resource.setrlimit(limit, (value if most == resource.RLIM_INFINITY else min(value, most), most))
     try:

@@ -6,10 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import comparison
 import contenders
 import cpu_decode
 import gpu
 import gpu_cells
+import gpu_device
+import gpu_jobs
+import gpu_runtimes
 import harness
 import machine
 import numpy as np
@@ -175,7 +179,12 @@ def test_the_tokenizer_of_a_made_checkpoint_loads(tmp_path: Path) -> None:
 
 
 def smoke(script: Any, directory: Path, **options: Any) -> dict[str, Any]:
-    script.main(smoke=True, json_file=directory / "result.json", work=directory / "work", **options)
+    """The result of a script with --smoke, whose `main` takes its options as such or as `Options`."""
+    options |= {"smoke": True, "json_file": directory / "result.json", "work": directory / "work"}
+    if hasattr(script, "Options"):
+        script.main(script.Options(**options))
+    else:
+        script.main(**options)
     found: dict[str, Any] = json.loads((directory / "result.json").read_text())
     assert found["smoke"] and found["environment"]["packages"] and not (directory / "work").exists()
     return found
@@ -192,10 +201,10 @@ def test_cpu_decode_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_a_lowering_is_measured_as_asked_with_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_decode, "remove", lambda path: None)
-    script = {"json_file": tmp_path / "result.json", "work": tmp_path, "threads": 1, "smoke": True}
+    monkeypatch.setattr(comparison, "remove", lambda path: None)
+    script: dict[str, Any] = {"json_file": tmp_path / "result.json", "work": tmp_path, "threads": 1, "smoke": True}
     for quantize in (None, "int4"):
-        cpu_decode.main(lowering="canonical", quantize=quantize, **script)
+        cpu_decode.main(cpu_decode.Options(lowering="canonical", quantize=quantize, **script))
         found = json.loads((tmp_path / "result.json").read_text())
         assert found["lowering"] == "canonical" and found["past_8"]["bytes_ratio"] > 1
         graphs = {name: ir.load(tmp_path / f"dispc-{name}" / "model.onnx").graph for name in ("dense", "pruned")}
@@ -223,11 +232,12 @@ def test_nothing_is_timed_when_two_models_differ(tmp_path: Path, monkeypatch: py
     )
     with pytest.raises(BenchmarkError, match="logits differ"):
         contenders.prepare(
-            harness.checkpoint("llama").directory,
-            tmp_path / "masks.safetensors",
-            tmp_path,
-            threads=1,
-            builder_python=None,
+            contenders.Setup(
+                model=harness.checkpoint("llama").directory,
+                masks=tmp_path / "masks.safetensors",
+                work=tmp_path,
+                threads=1,
+            )
         )
 
 
@@ -235,14 +245,14 @@ def test_what_nvidia_smi_says_is_recorded_and_nothing_where_there_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpu_cells.describe_device("cpu")["device"]["graphics_cards"] is None
+    assert gpu_device.describe_device("cpu")["device"]["graphics_cards"] is None
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'NVIDIA H100, 580.1, 1980 MHz, 2619 MHz, 1755 MHz, 2619 MHz, 700.00 W, 41'\n")
     smi.chmod(0o755)
-    (card,) = gpu_cells.describe_device("cpu")["device"]["graphics_cards"]
+    (card,) = gpu_device.describe_device("cpu")["device"]["graphics_cards"]
     assert (card["driver_version"], card["clocks.max.sm"], card["clocks.sm"]) == ("580.1", "1980 MHz", "1755 MHz")
     smi.write_text("#!/bin/sh\necho 'No devices were found'; exit 6\n")
-    assert gpu_cells.describe_device("cpu")["device"]["graphics_cards"] is None
+    assert gpu_device.describe_device("cpu")["device"]["graphics_cards"] is None
 
 
 def test_gpu_runs_on_the_cpu(tmp_path: Path) -> None:
@@ -268,9 +278,9 @@ def test_gpu_runs_on_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> gpu_cells.Job:
-    cells = (gpu_cells.Cell(phase="decode", batch=1, tokens=4),)
-    return gpu_cells.Job(
+def job(tmp_path: Path) -> gpu_jobs.Job:
+    cells = (gpu_jobs.Cell(phase="decode", batch=1, tokens=4),)
+    return gpu_jobs.Job(
         model=str(harness.checkpoint("llama").directory),
         masks=None,
         artifact=str(tmp_path / "artifact"),
@@ -284,9 +294,9 @@ def job(tmp_path: Path) -> gpu_cells.Job:
     )
 
 
-def test_wrong_logits_are_recorded_and_not_timed(job: gpu_cells.Job, tmp_path: Path) -> None:
+def test_wrong_logits_are_recorded_and_not_timed(job: gpu_jobs.Job, tmp_path: Path) -> None:
     compiled("llama", some_masks("llama"), tmp_path)
-    eager = gpu_cells.run_job(replace(job, artifact=None, runtimes=gpu_cells.PYTORCH[job.device]))
+    eager = gpu_cells.run_job(replace(job, artifact=None, runtimes=gpu_jobs.PYTORCH[job.device]))
     assert [next(eager).get("runtime") for _ in range(2)] == [None, "PyTorch"]  # it leaves the dense model's logits
     _, cell = gpu_cells.run_job(job)
     assert "logits differ" in cell["error"] and "milliseconds" not in cell
@@ -296,22 +306,22 @@ def test_wrong_logits_are_recorded_and_not_timed(job: gpu_cells.Job, tmp_path: P
 
 
 def test_a_process_that_dies_leaves_errors_for_its_cells(
-    job: gpu_cells.Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: gpu_jobs.Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dying = tmp_path / "python"
     dying.write_text("#!/bin/sh\necho '{\"device\": {}}'\necho out of luck >&2\nexit 3\n")
     dying.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(dying))
     found: list[dict[str, Any]] = []
-    gpu.run_job(job, tmp_path, 60, found.append)
+    gpu.run_job(job, 60, tmp_path, {}, found.append)
     assert [cell.get("error") for cell in found] == [None, "the process ended with 3: out of luck"]
 
 
-def test_what_does_not_fit_is_skipped_with_the_reason(job: gpu_cells.Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_skipped_with_the_reason(job: gpu_jobs.Job, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(device: str, needed: int, what: str) -> None:
         raise MemoryError(f"{what} need {needed}")
 
-    monkeypatch.setattr(gpu_cells, "require_memory", no_memory)
+    monkeypatch.setattr(gpu_runtimes, "require_memory", no_memory)
     _, cell = gpu_cells.run_job(job)
     assert cell["skipped"].startswith("weights need") and "error" not in cell
 

@@ -5,10 +5,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gpu_jobs
 import gpu_minutes
 import gpu_stages
 import pytest
-from gpu_cells import Cell
+from gpu_jobs import Cell
 from gpu_prepare import VARIANTS, Preparation
 
 CELL = Cell(phase="decode", batch=1, tokens=8)
@@ -31,10 +32,7 @@ def run(tmp_path: Path) -> gpu_stages.Run:
         data=None,
         work=tmp_path,
         record=found.append,
-        rounds=1,
-        past=8,
-        prefill=16,
-        batch=2,
+        sizes=gpu_stages.SMOKE_SIZES,
         end=time.monotonic() + 30,
     )
     made.found = found  # type: ignore[attr-defined]
@@ -53,7 +51,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> None:
         + "".join(f"    {line}\n" for line in body.splitlines())
         + "    print(json.dumps(cell | {'milliseconds': 1}), flush=True)\n"
     )
-    monkeypatch.setattr(gpu_stages, "HERE", folder)
+    monkeypatch.setattr(gpu_jobs, "SCRIPT", script)
 
 
 def prepare(folder: Path, *names: str) -> None:

@@ -57,9 +57,16 @@ VALUES: dict[str, Any] = {
 }
 """What options get that are neither switches nor factors: something that has an effect."""
 SIZES = (
-    "hidden_size", "intermediate_size", "ffn_dim", "vocab_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "max_position_embeddings", "original_max_position_embeddings",
-)  # fmt: skip
+    "hidden_size",
+    "intermediate_size",
+    "ffn_dim",
+    "vocab_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+)
 """Options whose models are read and not traced: other tests have graphs of many sizes."""
 WINDOWS = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
 COMPANIONS: dict[str, dict[str, Any]] = {

@@ -113,9 +113,17 @@ def test_an_adapter_must_be_merged_first(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["lora.safetensors", "model-00002-of-00002.safetensors", "value_head.safetensors", "non_lora_trainables.bin",
-     "mm_projector.bin", "adapter_model.pt", "head.pth", "tables.npz"],
-)  # fmt: skip
+    [
+        "lora.safetensors",
+        "model-00002-of-00002.safetensors",
+        "value_head.safetensors",
+        "non_lora_trainables.bin",
+        "mm_projector.bin",
+        "adapter_model.pt",
+        "head.pth",
+        "tables.npz",
+    ],
+)
 def test_a_file_of_weights_that_is_not_read_is_refused(name: str, tmp_path: Path) -> None:
     checkpoint = model_with("llama", tensors_of("llama"), tmp_path / "model")
     save_file({"x": torch.ones(1)}, checkpoint.directory / name)

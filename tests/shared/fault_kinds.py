@@ -16,10 +16,15 @@ Array = npt.NDArray[Any]
 MODULES = {
     "attention": ("self_attn", "attention", "input_layernorm", "self_attn_layer_norm"),
     "mlp": (
-        "mlp", "fc1", "fc2", "activation_fn", "final_layer_norm", "pre_feedforward_layernorm",
+        "mlp",
+        "fc1",
+        "fc2",
+        "activation_fn",
+        "final_layer_norm",
+        "pre_feedforward_layernorm",
         "post_feedforward_layernorm",
     ),
-}  # fmt: skip
+}
 """Modules of a block, by the sub-layer that they are of in every family."""
 TURNING = "post_attention_layernorm"
 """Stands behind the attention where a block has a norm behind its MLP too, else in front of the MLP."""
@@ -214,8 +219,13 @@ def shift_one(b: Array, rng: np.random.Generator) -> None:
     b[rng.choice(np.flatnonzero(b)) if b.any() else 0] += np.asarray(0.3, b.dtype)
 
 
-NORMS = ("RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization",
-         "SkipSimplifiedLayerNormalization", "SkipLayerNormalization")  # fmt: skip
+NORMS = (
+    "RMSNormalization",
+    "LayerNormalization",
+    "SimplifiedLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+    "SkipLayerNormalization",
+)
 
 
 def norm(model: ir.Model, place: Place, name: str) -> None:

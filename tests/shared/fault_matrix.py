@@ -80,9 +80,15 @@ def reference_read_once() -> Iterator[None]:
 
     def answers(self: Comparison, rows: Sequence[Row], *, streams: bool = False) -> Answers:
         key = (
-            self.checkpoint.directory, self.masks.sha256(), self.computes_in, self.artifact.widened,
-            str(self.manifest.quantisation), self.artifact.dtype, self.truth, streams,
-        )  # fmt: skip
+            self.checkpoint.directory,
+            self.masks.sha256(),
+            self.computes_in,
+            self.artifact.widened,
+            str(self.manifest.quantisation),
+            self.artifact.dtype,
+            self.truth,
+            streams,
+        )
         asked = sources([row.text for row in rows])
         blocks, readings = known.get(key, (None, {}))
         if new := [text for text in asked if not any(text.begins(other) for other in readings)]:

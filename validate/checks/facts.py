@@ -23,8 +23,12 @@ SCATTERS = {name: row.scatter for name, row in LOWERINGS.items() if row.scatter}
 SURELY_SCATTERED = 0.8
 """A write set that keeps less than this share is never filled up with zeros instead."""
 IN_GRAPH = {
-    "target": "target", "padding": "padding", "masks_sha256": "masks_sha256", "pipeline": "passes", "dispc": "version",
-}  # fmt: skip
+    "target": "target",
+    "padding": "padding",
+    "masks_sha256": "masks_sha256",
+    "pipeline": "passes",
+    "dispc": "version",
+}
 """Fact -> its key in the metadata of model.onnx."""
 OF_REPORT = ("target", "dtype", "padding", "lowering", "bytes", "widths", "full_widths")
 """Facts of the artifact that a stored validation repeats."""

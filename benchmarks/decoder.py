@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dispc.evaluate.perplexity import negative_log_likelihood
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 
 DTYPES = {
     "tensor(float)": torch.float32,

@@ -26,7 +26,7 @@ from gpu_device import describe_device, release_memory, require_memory
 from gpu_jobs import EAGER, Cell, Job
 from gpu_runtimes import Launched, open_models
 
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.model.published import open_checkpoint
 from dispc.runtime.timing import alternate
 from dispc.validate.checks.parity import LIMITS, logit_error

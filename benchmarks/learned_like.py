@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dispc.masks import SETS, Masks, set_width
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 
 Shares = npt.NDArray[np.float64]
 

@@ -25,7 +25,7 @@ from contenders import Contenders, Model
 
 from dispc.cli.arguments import expand
 from dispc.masks import Masks
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 
 GOALS = {128: 0.92, 512: 0.92, 2048: 0.95}
 """Share of the ratio of operations that the speed-up reaches, by tokens."""

@@ -1,4 +1,4 @@
-"""What the benchmarks share: running a command with its time and peak memory, tables and JSON results."""
+"""Shared by the benchmarks: commands with their time and peak memory, tables of results, JSON files."""
 
 import os
 import shutil
@@ -84,7 +84,7 @@ draws = [Masks.random(config, percent / 100, seed) for percent in range(40, 70) 
 best = min(draws, key=lambda masks: abs(masks.kept_parameters(config) - wanted))
 best.save(Path(sys.argv[2]), config)
 """
-"""The widths that Masks.random draws vary so much that its ratio alone gives no half: take the nearest."""
+"""Masks.random varies the widths too much to keep exactly half: take the draw that is nearest to it."""
 
 
 def make_masks(model: Path, path: Path) -> None:

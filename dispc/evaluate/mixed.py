@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.functional import cross_entropy
 
 from dispc.evaluate.perplexity import text_windows
 from dispc.masks import Masks
@@ -15,6 +15,7 @@ from dispc.model.checkpoint import Checkpoint
 from dispc.model.config import DecoderConfig
 from dispc.plan import Plan
 from dispc.quantisation import HEAD_PRODUCT, Quantisation
+from dispc.reference.blocks import Blocks
 from dispc.reference.integers import Part
 from dispc.reference.masked import load_reference
 from dispc.reference.quantised import products, round_weight, untie
@@ -23,7 +24,7 @@ from dispc.support.errors import CompileError
 BUDGET = 0.14
 """What 8 bits may add to the bytes of the artifact in 4 bits; its scales, norms and graph are the rest of 15 %."""
 SCALE_BYTES = 4
-WINDOW, WINDOWS, DAMAGE_WINDOWS = 512, 32, 4
+WINDOW, WINDOWS, DAMAGE_WINDOWS = 512, 32, 2
 """Tokens of a window of the text; windows that GPTQ reads, and that each product's damage is measured on."""
 Tokens = npt.NDArray[np.int64]
 Progress = Callable[[str, int, int], None]
@@ -104,11 +105,15 @@ def by_damage(
     untie(model)
     plain = replace(quantisation, mixed=None, int8=(), algorithm="rtn")
     with torch.no_grad():
-        base, damage, parts = _loss(model, windows), {}, products(model, config.family, masks)
+        parts, damage = products(model, config.family, masks), {}
+        blocks = Blocks(model, config)
+        texts = [_Text(blocks, window) for window in windows]
+        base = _loss(texts, len(blocks))
         for done, name in enumerate(weights):
             progress("measuring damage", done, len(weights))
+            block = len(blocks) if name == HEAD_PRODUCT else int(name.partition(".")[0])
             with _rounded(parts[name], plain):
-                damage[name] = _loss(model, windows) - base
+                damage[name] = _loss(texts, block) - base
     order = sorted((name for name in weights if damage[name] > 0), key=lambda name: -damage[name] / weights[name])
     return _within_budget(order, weights, plain_bytes(masks, config, quantisation))
 
@@ -132,12 +137,32 @@ def _within_budget(order: list[str], weights: Mapping[str, int], plain: float) -
     return tuple(sorted(chosen))
 
 
-def _loss(model: Any, windows: Tokens) -> float:
-    total = 0.0
-    for window in windows:
-        ids = torch.from_numpy(window)[None]
-        total += float(model(input_ids=ids, labels=ids, use_cache=False).loss)
-    return total / len(windows)
+class _Text:
+    """A window of tokens [S], and what enters each block [1,S,d] when no weight is rounded."""
+
+    def __init__(self, blocks: Blocks, tokens: Tokens) -> None:
+        self.blocks, self.tokens = blocks, tokens
+        self.entered = blocks.enter(tokens, 0, _as_it_is)
+        self.streams = [self.entered.hidden]
+        for index in range(len(blocks)):
+            self.streams.append(blocks.run(index, self.streams[-1], self.entered))
+
+    def loss(self, first: int) -> float:
+        """Mean loss per token, blocks from `first` on run again: what is in front of a rounded weight stays."""
+        hidden = self.streams[first]
+        for index in range(first, len(self.blocks)):
+            hidden = self.blocks.run(index, hidden, self.entered)
+        hidden = self.blocks.leave(self.tokens, 0, _as_it_is, hidden)
+        logits = self.blocks.logits(hidden, _as_it_is)
+        return float(cross_entropy(logits[:-1], torch.from_numpy(self.tokens[1:])))
+
+
+def _as_it_is(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _loss(texts: Sequence[_Text], first: int) -> float:
+    return sum(text.loss(first) for text in texts) / len(texts)
 
 
 @contextmanager

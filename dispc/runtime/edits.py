@@ -1,6 +1,6 @@
 """What is changed in a shipped graph before it is run or compared, in memory: the files stay as they are."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -114,9 +114,51 @@ def exactly_comparable(edit: Edit | None) -> Edit:
 
 
 def _without_int8_activations(model: ir.Model) -> None:
-    """Let every MatMulNBits of `model` multiply in floating point, in place."""
-    for node in model.graph:
-        node.attributes.pop("accuracy_level", None)
+    """Let every MatMulNBits of `model` multiply in floating point, in place.
+
+    ONNX Runtime's CPU has such a kernel for 4-bit weights. Those of 8 bits it would dequantise anew in every call, 16
+    times as slow as MatMul for one token, so that the graph says how to dequantise them once, when it is loaded.
+    """
+    for node in list(model.graph):
+        rounding = node.op_type == "MatMulNBits" and node.attributes.pop("accuracy_level", None)
+        if rounding and node.attributes["bits"].as_int() == 8:
+            _dequantise(model.graph, node)
+
+
+def _dequantise(graph: ir.Graph, node: ir.Node) -> None:
+    """Replace a MatMulNBits of 8 bits (ONNX Runtime's ContribOperators.md; K inputs, N outputs, blocks of a size).
+
+    Before: MatMulNBits(x, integers [N,blocks,size], scales, zero points)
+    After:  MatMul(x, Transpose(Slice(DequantizeLinear(integers [N,blocks*size], scales [N,blocks], zero points))))
+    """
+    inputs, outputs, size = (node.attributes[name].as_int() for name in ("K", "N", "block_size"))
+    blocks = -(-inputs // size)
+    tape = ir.tape.Tape()
+
+    def constant(what: str, values: Sequence[int], dtype: type = np.int64) -> ir.Value:
+        return tape.initializer(ir.tensor(np.array(values, dtype=dtype)), name=f"{node.name}/{what}")
+
+    def zero_points() -> ir.Value:
+        middle = constant("middle", [128], np.uint8)
+        return tape.op("Expand", [middle, constant("all blocks", [outputs, blocks])])
+
+    x, integers, scales, *rest = node.inputs
+    by_block = constant("blocks", [outputs, blocks])
+    weight = tape.op(
+        "DequantizeLinear",
+        [
+            tape.op("Reshape", [integers, constant("integers", [outputs, blocks * size])]),
+            tape.op("Reshape", [scales, by_block]),
+            tape.op("Reshape", [rest[0], by_block]) if rest and rest[0] is not None else zero_points(),
+        ],
+        {"axis": 1, "block_size": size},
+    )
+    ends = [constant("start", [0]), constant("end", [inputs]), constant("axis", [1])]
+    weight = tape.op("Transpose", [tape.op("Slice", [weight, *ends])], {"perm": [1, 0]})
+    product = tape.op("MatMul", [x, weight], name=node.name)
+    for value in tape.initializers:
+        graph.register_initializer(value)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [product])
 
 
 def _with_all_logits(model: ir.Model) -> None:

@@ -22,6 +22,8 @@ from dispc.support.graph import read_graph, require_beside, weight_files
 
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
+FOLDED = {"session.disable_quant_qdq": "1"}
+"""Session config with which what DequantizeLinear gives of constants is computed once, when the graph is loaded."""
 
 
 class Artifact:
@@ -66,6 +68,7 @@ class Artifact:
         self.last_logits = self.manifest.logits == "last"
         if exact and (self.int8_activations or self.last_logits):
             edit = exactly_comparable(edit)
+            options["config"] = FOLDED | (options.get("config") or {})
         if self.dtype == "bfloat16" and not self.widened:
             edit = with_float32_outputs(edit)
         options |= {"threads": threads, "provider": provider}

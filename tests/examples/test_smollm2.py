@@ -4,6 +4,8 @@ import importlib.util
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +40,16 @@ PROMPTS = ("What is the capital of France?", "Name three colours.", "Hi")
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("smollm2") / "model"
-    unpack_gguf(directory)
-    return directory
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the demo works, with the dense model unpacked: the other tests read that too."""
+    folder = tmp_path_factory.mktemp("demo")
+    unpack_gguf(folder / "SmolLM2-135M-Instruct")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(demo_folder: Path) -> Path:
+    return demo_folder / "SmolLM2-135M-Instruct"
 
 
 @pytest.fixture(scope="session")
@@ -51,15 +59,24 @@ def masks() -> Path:
     return path
 
 
-@pytest.fixture(scope="session", params=["right", "left", "int4"])
-def artifact(
-    request: pytest.FixtureRequest, model: Path, masks: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    out = tmp_path_factory.mktemp("smollm2-pruned") / request.param
-    choice: dict[str, Any] = {"quantisation": INT4} if request.param == "int4" else {"padding": request.param}
-    manifest = compile_model(CompileOptions(model=model, masks=masks, output=out, target="onnx-cpu", **choice))
-    assert manifest.passed
-    return out
+@pytest.fixture(scope="session")
+def compiled(model: Path, masks: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Compile `right`, `left` or `int4` when a test first asks for it; pytest would drop a fixture with parameters."""
+
+    @cache
+    def make(kind: str) -> Path:
+        out = tmp_path_factory.mktemp("smollm2-pruned") / kind
+        choice: dict[str, Any] = {"quantisation": INT4} if kind == "int4" else {"padding": kind}
+        manifest = compile_model(CompileOptions(model=model, masks=masks, output=out, target="onnx-cpu", **choice))
+        assert manifest.passed
+        return out
+
+    return make
+
+
+@pytest.fixture(params=["right", "left", "int4"])
+def artifact(request: pytest.FixtureRequest, compiled: Callable[[str], Path]) -> Path:
+    return compiled(request.param)
 
 
 def loops(text: str) -> bool:
@@ -153,8 +170,8 @@ def test_generated_text_is_the_decoded_tokens_and_streams(artifact: Path) -> Non
     assert "".join(pieces) == tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
-def test_the_demo_compares_the_dense_model_with_what_a_user_would_take(tmp_path: Path) -> None:
-    result = run_demo(tmp_path, QUESTIONS[0], say=lambda line: None)
+def test_the_demo_compares_the_dense_model_with_what_a_user_would_take(demo_folder: Path) -> None:
+    result = run_demo(demo_folder, QUESTIONS[0], say=lambda line: None)
     dense, dense_int8, pruned = result.models.values()
     assert "Paris" in dense.text
     answers = ["".join(generate_text(Path(pruned.artifact), one, 64, Sampler())) for one in QUESTIONS]
@@ -165,8 +182,8 @@ def test_the_demo_compares_the_dense_model_with_what_a_user_would_take(tmp_path:
     assert dense.perplexity < pruned.perplexity < 3 * dense.perplexity
 
 
-def test_the_command_line_validates_what_it_compiled(artifact: Path, model: Path) -> None:
-    command = [sys.executable, "-m", "dispc", "validate", str(artifact), "--reference", str(model), "--json"]
+def test_the_command_line_validates_what_it_compiled(compiled: Callable[[str], Path], model: Path) -> None:
+    command = [sys.executable, "-m", "dispc", "validate", str(compiled("right")), "--reference", str(model), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert '"passed": true' in done.stdout

@@ -1,5 +1,6 @@
 """Shared by the benchmarks: commands with their time and peak memory, tables of results, JSON files."""
 
+import json
 import os
 import shutil
 import statistics
@@ -14,7 +15,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dispc.runtime.timing import alternate as alternate
 from dispc.support.files import write_json
 
 GIB = 2**30
@@ -69,6 +69,13 @@ def run(command: Sequence[str | Path]) -> Run:
 def dispc(*arguments: str | Path) -> list[str | Path]:
     """The command line of the dispc beside this Python."""
     return [Path(sys.executable).with_name("dispc"), *arguments]
+
+
+def json_report(output: str) -> dict[str, Any]:
+    """The JSON that `dispc ... --json` printed, whatever progress stands around it."""
+    start = f"\n{output}".index("\n{\n")
+    report: dict[str, Any] = json.JSONDecoder().raw_decode(output[start:])[0]
+    return report
 
 
 MASKS = """

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import console, dispc, run, write_result
+from common import console, dispc, json_report, run, write_result
 from machine import REPOSITORY, environment
 from results_page import RECOVERY, write_page
 
@@ -180,8 +180,7 @@ def evaluate(model: Path, masks: Path | None, options: list[Any], *, compiled: b
             subject = [Path(folder) / "artifact"]
             run(dispc("compile", model, *chosen, "--target", "onnx-cpu", "-o", subject[0], "--no-validate"))
         output = run(dispc(*map(str, ["eval", *subject, *options, "--json"]))).output
-    report: dict[str, Any] = json.JSONDecoder().raw_decode(output[f"\n{output}".index("\n{\n") :])[0]
-    return report
+    return json_report(output)
 
 
 def known(measurements: list[dict[str, Any]], wanted: dict[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """The paper's Algorithm 1 in PyTorch: index_select, narrow matrix products and index_add, with a key/value cache.
 
-The baseline of cpu_decode.py, prefill.py and gpu.py, for LLaMA checkpoints, on any device. A test holds it against
+The baseline of cpu_decode.py, prefill.py and gpu.py, for LLaMA checkpoints, on any device. Tested against
 `dispc.reference.masked`.
 Shapes in suffixes: B batch, S new tokens, T tokens in all, H heads, K key/value heads, D head size,
 R read, M mid and W write widths, C width of the stream, V vocabulary.
@@ -24,7 +24,7 @@ Weights = Callable[[str, Indices | None, Indices | None], Tensor]
 
 
 class Algorithm1(nn.Module):
-    """A pruned LLaMA. Full sets select and add nothing, empty ones leave the sub-layer out.
+    """A pruned LLaMA. Full sets need no index; a sub-layer with an empty set is left out.
 
     Raises:
         ValueError: for other families, and for biases.
@@ -62,7 +62,7 @@ class Algorithm1(nn.Module):
         self.register_buffer("sin", sin[0])
 
     def forward(self, ids: Tensor, positions: Tensor, total: int) -> Tensor:
-        """Logits [B,S,V] of the tokens [B,S] at `positions` [S], of which `total` - S are in the caches already.
+        """Logits [B,S,V] of the tokens [B,S] at `positions` [S]; `total` - S tokens are in the caches.
 
         With `last_logits` those of the last token only, [B,1,V].
 
@@ -86,7 +86,7 @@ class Algorithm1(nn.Module):
                 part.values = torch.randn(shape, dtype=self.dtype, device=self.device)
 
     def bind(self, ids: npt.NDArray[np.int64], past: int, forward: Any = None) -> "TorchStep":
-        """A forward pass of the tokens [B,S] behind `past` tokens, ready to be run again and again.
+        """A forward pass of the tokens [B,S] with `past` tokens in the caches, which can be repeated.
 
         `forward` is this model itself unless a compiled one is given.
         """
@@ -106,7 +106,7 @@ class Algorithm1(nn.Module):
 
 
 class TorchStep:
-    """One forward pass with everything in place."""
+    """One forward pass with all its arguments."""
 
     def __init__(self, forward: Any, ids: Tensor, positions: Tensor, total: int) -> None:
         self.forward, self.arguments = forward, (ids, positions, total)
@@ -126,7 +126,7 @@ class TorchStep:
 
 
 class ReadWrite(nn.Module):
-    """What both sub-layers share: the norm with its selection, and the addition into the stream."""
+    """The part that both sub-layers share: norm and selection, and the addition into the stream."""
 
     def __init__(self, sets: SubLayer, norm: Tensor, norm_scope: NormScope, model: Algorithm1) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
-"""What the benchmarks share: running a command with its time and peak memory, tables and JSON results."""
+"""Shared by the benchmarks: commands with their time and peak memory, tables of results, JSON files."""
 
+import json
 import os
 import shutil
 import statistics
@@ -14,7 +15,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dispc.runtime.timing import alternate as alternate
 from dispc.support.files import write_json
 
 GIB = 2**30
@@ -71,6 +71,13 @@ def dispc(*arguments: str | Path) -> list[str | Path]:
     return [Path(sys.executable).with_name("dispc"), *arguments]
 
 
+def json_report(output: str) -> dict[str, Any]:
+    """The JSON that `dispc ... --json` printed, whatever progress stands around it."""
+    start = f"\n{output}".index("\n{\n")
+    report: dict[str, Any] = json.JSONDecoder().raw_decode(output[start:])[0]
+    return report
+
+
 MASKS = """
 import sys
 from pathlib import Path
@@ -84,7 +91,7 @@ draws = [Masks.random(config, percent / 100, seed) for percent in range(40, 70) 
 best = min(draws, key=lambda masks: abs(masks.kept_parameters(config) - wanted))
 best.save(Path(sys.argv[2]), config)
 """
-"""The widths that Masks.random draws vary so much that its ratio alone gives no half: take the nearest."""
+"""Masks.random varies the widths too much to keep exactly half: take the draw that is nearest to it."""
 
 
 def make_masks(model: Path, path: Path) -> None:

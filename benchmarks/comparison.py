@@ -1,6 +1,6 @@
 """Half pruned against dense on the CPU: what cpu_decode.py and prefill.py share.
 
-Each of the two says what one call is, how much work it does, and its goals: a `Measurement`.
+Each script describes one call in a `Measurement`: what it runs, how much work that is, and the goal.
 """
 
 import statistics
@@ -11,7 +11,18 @@ from typing import Annotated, Any
 
 import typer
 from common import WORK, console, median_ratio, remove, report, summary, write_result
-from contenders import BUILDER, DENSE, PRUNED, TARGET, Contenders, Model, Setup, builder_packages, find_model, prepare
+from contenders import (
+    BUILDER,
+    DENSE,
+    PRUNED,
+    TARGET,
+    Contender,
+    Contenders,
+    Setup,
+    builder_packages,
+    find_model,
+    prepare,
+)
 from machine import environment, load
 
 from dispc.plan import TARGETS
@@ -37,7 +48,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a call has to do at least, and the units in which it is printed."""
+    """The unit of work of a call: the bytes that it must read, or its floating-point operations."""
 
     name: str
     """`bytes` or `operations`, as in `bytes_ratio` of the result."""
@@ -46,24 +57,24 @@ class Work:
     unit: str
     scale: float
     rate: str
-    """Unit of the work per second, where a unit of work is 10^9."""
+    """10^9 of them per second."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What one call is, how much work it does, and how much of the work that pruning saves must be saved in time."""
+    """What one call is, how much work it does, and the goal: a share of the ratio of work, dense over pruned."""
 
     benchmark: str
     title: str
     size: str
     """What the sizes are, `past` or `length`: results have keys like `past_64`."""
     work: Work
-    start: Callable[[Model, int], Callable[[], None]]
+    start: Callable[[Contender, int], Callable[[], None]]
     """(model, size) -> the call to time, whose buffers are ready."""
     count: Callable[[Contenders, str, int], int]
     """(contenders, name of one, size) -> the work of its call."""
     goal: Callable[[int], float]
-    """Size -> the share of the ratio of work that the speed-up must reach."""
+    """Size -> the share of that ratio that the speed-up must reach."""
     warmup_calls: int
     keep_up_with_builder: bool
     """Whether the dense graph must be as fast as the builder's."""
@@ -103,7 +114,7 @@ def compare(measurement: Measurement, options: Options, sizes: Sequence[int]) ->
 
 
 def describe(measurement: Measurement, options: Options) -> dict[str, Any]:
-    """What is about to be measured, and on which machine; warns of changes that are not committed."""
+    """What is measured and on which machine; prints a warning when the working tree differs from the revision."""
     result: dict[str, Any] = {
         "benchmark": measurement.benchmark,
         "quantize": measurement.quantize,
@@ -122,7 +133,7 @@ def describe(measurement: Measurement, options: Options) -> dict[str, Any]:
 
 
 def describe_model(contenders: Contenders, options: Options) -> dict[str, Any]:
-    """Which model and masks, the share of block parameters that they keep, and how much the contenders differ."""
+    """Model, masks, the share of block parameters kept, and the differences of logits."""
     config = contenders.checkpoint.config
     kept = contenders.masks.kept_parameters(config) / (config.block_parameters * config.num_hidden_layers)
     return {

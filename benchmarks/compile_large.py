@@ -2,17 +2,15 @@
 
     .venv/bin/python benchmarks/compile_large.py --json benchmarks/results/compile_large.json
 
-Needs 28 GB of disk under --work; the checkpoint is made when missing and kept for the next run (delete it
-yourself). Each round measures, in this order, each from a cold page cache (sync, then
-/proc/sys/vm/drop_caches, where permitted):
+Needs 28 GB of disk under --work; the checkpoint is made when it is missing, and kept. Each round measures, in this
+order and each from a cold page cache (sync, then /proc/sys/vm/drop_caches, where permitted):
 
 - read: `dd if=SHARD of=/dev/null bs=16M` for every shard
 - write: `dd if=/dev/zero of=FILE bs=16M conv=fdatasync`, 6.8 GB
 - compile: `dispc compile --target onnx-cuda --no-validate`, whole process, then fsync of what it wrote
 
-dd's write time includes the flush to disk; so that the comparison is fair, both the compile's own time and
-the time including the flush are given, and the goal is judged by the latter. Peak memory is ru_maxrss of
-the compiling process.
+The time of `dd` includes the flush to disk, so the goal is judged by the time of compiling with the flush; the time
+without it is given too. Peak memory is ru_maxrss of the compiling process.
 """
 
 import json
@@ -31,7 +29,7 @@ PEAK_GOAL, TIME_GOAL = 2.0, 2.0
 
 
 def drop_caches() -> bool:
-    """Flush, and empty the page cache; False where this is not permitted."""
+    """Flush and drop the page cache; False where this is not permitted."""
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3\n")
@@ -113,7 +111,7 @@ def main(
         f"peak memory {peak:.2f} GiB (goal {PEAK_GOAL:.1f})": peak <= PEAK_GOAL,
         f"compile and flush take {ratio:.2f} times as long as dd (goal {TIME_GOAL:.1f})": ratio <= TIME_GOAL,
     }
-    if smoke:  # start-up is all there is to see
+    if smoke:  # there is nothing to see but the start-up time
         goals.clear()
     result["goals"] = goals
     moved = {"read": stored, "write": blocks * 2**24, "dd": stored + blocks * 2**24}

@@ -3,16 +3,15 @@
     .venv/bin/python benchmarks/compile_time.py --model SMOLLM2_DIR \\
         --builder-python OTHER_VENV/bin/python --json benchmarks/results/compile_time.json
 
-SMOLLM2_DIR is a Hugging Face directory of SmolLM2-135M; OTHER_VENV has transformers 5 and
-onnxruntime-genai, which the builder wants. Rows, measured in turn, round after round, each a fresh process
-whose output is deleted:
+SMOLLM2_DIR is a Hugging Face directory of SmolLM2-135M; OTHER_VENV has transformers 5 and onnxruntime-genai, which the
+builder needs. The rows alternate; each measurement is a fresh process, and its output is deleted:
 
 - dispc, half pruned: `dispc compile --no-validate`, onnx-cpu, float32, random masks that keep half
   of the block parameters
 - dispc, dense: the same with `--dense`, so that as many bytes are written as the builder writes
 - builder: `python -m onnxruntime_genai.models.builder -p fp32 -e cpu`
 
-Everything is read from a warm page cache: one uncounted round comes first.
+The page cache is warm: the first round is not counted.
 """
 
 from pathlib import Path

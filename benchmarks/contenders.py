@@ -27,14 +27,14 @@ TARGET = "onnx-cpu"
 DENSE, PRUNED, BUILDER, PYTORCH = "dispc, dense", "dispc, pruned", "builder, dense", "PyTorch, pruned"
 BUILDER_PACKAGES = ("onnxruntime-genai", "transformers", "torch", "onnx-ir")
 INT4_LIMIT = 0.1
-"""Of the logits' range, for the same 4-bit weights: activations are rounded to 8 bits on the way."""
+"""Largest difference of logits, of their range, with the same 4-bit weights and 8-bit activations."""
 AS_THE_BUILDER: dict[str, Any] = dict(
     block_size=None, asymmetric=False, head=True, embedding=True, int8_activations=True
 )
-"""What the builder does for int4 on a CPU, besides symmetric blocks of 32, which are both sides' default."""
+"""What the builder does for int4 on a CPU, apart from symmetric blocks of 32, the default of both."""
 CHECKED_TOKENS = 16
 
-Model = Decoder | Algorithm1
+Contender = Decoder | Algorithm1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +54,14 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Contenders:
-    """The loaded models by name, and by how much those differ that should compute the same."""
+    """The loaded models by name, and the differences of logits between those that should compute the same."""
 
     checkpoint: Checkpoint
     masks: Masks
-    models: Mapping[str, Model]
+    models: Mapping[str, Contender]
     differences: Mapping[str, float]
     ballast: Decoder
-    """Never run: what is loaded first was seen to be 2 to 4 % slower, whichever model it was."""
+    """Loaded first and never run: the first session of a process was 2 to 4 % slower, whichever model it held."""
 
     @property
     def dense(self) -> list[str]:
@@ -69,7 +69,7 @@ class Contenders:
 
 
 def find_model(model: Path | None, shape: str | None, work: Path) -> Path:
-    """The model directory to measure, made of random weights when only a shape is given.
+    """The model directory to measure; random weights when a shape is given.
 
     Raises:
         typer.BadParameter: when neither or both are given, or the shape is unknown.
@@ -103,7 +103,7 @@ def prepare(setup: Setup) -> Contenders:
     graphs = make_graphs(setup, file)
     require_memory(graphs)
     ballast = Decoder(graphs[PRUNED], checkpoint.config, threads=setup.threads)
-    models: dict[str, Model] = {
+    models: dict[str, Contender] = {
         name: Decoder(path, checkpoint.config, threads=setup.threads) for name, path in graphs.items()
     }
     if setup.quantize is None:
@@ -137,7 +137,7 @@ def make_graphs(setup: Setup, masks: Path) -> dict[str, Path]:
 
 
 def builder_packages(python: Path | None) -> dict[str, str]:
-    """Versions of the builder and of what it depends on, where there is one."""
+    """Versions of the builder and its dependencies; empty without a builder."""
     if python is None:
         return {}
     lines = [f"version({name!r})" for name in BUILDER_PACKAGES]
@@ -146,7 +146,7 @@ def builder_packages(python: Path | None) -> dict[str, str]:
 
 
 def require_memory(graphs: Mapping[str, Path]) -> None:
-    """Raise BenchmarkError when the weights of all contenders and of the ballast are more than the free memory."""
+    """Raise BenchmarkError when the weights of all contenders and the ballast do not fit into free memory."""
     sizes = {
         name: sum(file.stat().st_size for file in path.parent.glob("model.onnx*")) for name, path in graphs.items()
     }
@@ -155,11 +155,11 @@ def require_memory(graphs: Mapping[str, Path]) -> None:
         raise BenchmarkError(f"the weights need {needed / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free")
 
 
-def difference(first: Model, second: Model, vocabulary: int) -> float:
+def difference(first: Contender, second: Contender, vocabulary: int) -> float:
     """Largest difference of logits over their range: of a prompt, and of a token behind it.
 
-    The two are only compared when they hold the same weights: rounding those to 4 bits moves a small model's logits
-    by a third of their range.
+    Compare only models with the same weights: rounding them to 4 bits moves the logits of a small model by a third of
+    their range.
     """
     ids = np.random.default_rng(0).integers(0, vocabulary, (1, CHECKED_TOKENS + 1))
     found = []

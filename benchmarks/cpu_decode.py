@@ -1,4 +1,4 @@
-"""Milliseconds per decoded token on the CPU, batch 1, half pruned against dense; and what the bytes would allow.
+"""Milliseconds per decoding step on the CPU, batch 1: half pruned against dense, and what the bytes allow.
 
     .venv/bin/python benchmarks/cpu_decode.py --model SMOLLM2_DIR \\
         --builder-python OTHER_VENV/bin/python --json benchmarks/results/cpu_decode.json
@@ -7,16 +7,15 @@
     .venv/bin/python benchmarks/cpu_decode.py --model SMOLLM2_DIR --lowering canonical
 
 SMOLLM2_DIR is a Hugging Face directory of SmolLM2-135M; `7b-4` is four blocks of LLaMA-2-7B with random weights, and
-needs about 16 GB of memory; OTHER_VENV has transformers 5 and onnxruntime-genai, which the builder wants. Rows, all in
-one process with the same session options and threads, measured in turn, round after round:
+needs about 16 GB of memory; OTHER_VENV has transformers 5 and onnxruntime-genai, which the builder needs. The rows run
+in one process with the same session options and threads, and are timed alternately:
 
 - builder, dense: the graph of `python -m onnxruntime_genai.models.builder -p fp32 -e cpu` (int4 with --quantize)
 - dispc, dense and dispc, pruned: `dispc compile` for onnx-cpu
 - PyTorch, pruned: the paper's Algorithm 1 (float32 only)
 
-One call is one token behind `past` tokens that are in the caches: it always does the same work. Choosing the next token
-is not part of it. Speed-up is over the faster dense graph; bytes are what a step reads: all weights but the embedding,
-of which one row, and the caches.
+One call is one decoding step with `past` tokens in the caches, always the same step; sampling is not part of it.
+Speed-up is over the faster dense graph. Bytes are what a step reads: the weights, one row of the embedding, the caches.
 """
 
 from collections.abc import Callable
@@ -29,12 +28,12 @@ import numpy as np
 import typer
 from common import numbers
 from comparison import Measurement, Work, compare
-from contenders import Contenders, Model
+from contenders import Contender, Contenders
 
 from dispc.cli.arguments import expand
 
 GOALS = {"small": {64: 0.97, 512: 0.95}, "7b-4": {64: 0.97, 512: 0.97}, "int4": {64: 0.90, 512: 0.90}}
-"""Share of the ratio of bytes that the speed-up reaches, by what is measured and by the tokens in the caches."""
+"""Share of the ratio of bytes that the speed-up must reach, by model and by tokens in the caches."""
 BYTES = Work(name="bytes", key="bytes_read", unit="MB read", scale=1e6, rate="GB/s")
 
 
@@ -48,8 +47,8 @@ class Options(comparison.Options):
     pasts: Annotated[str, typer.Option(help="Numbers of tokens in the caches.")] = "64,512"
 
 
-def start(model: Model, past: int) -> Callable[[], None]:
-    """A step of one token behind `past` others."""
+def start(model: Contender, past: int) -> Callable[[], None]:
+    """A decoding step with `past` tokens in the caches."""
     model.allocate(1, past + 1)
     return model.bind(np.array([[7]]), past).run
 

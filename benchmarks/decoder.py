@@ -1,11 +1,11 @@
-"""A decoder graph in ONNX Runtime the way a server runs it: IOBinding, past and present sharing one fixed buffer.
+"""A decoder graph in ONNX Runtime as a server runs it: IOBinding, with past and present in one fixed buffer.
 
-Takes the artifacts of dispc and the graphs of onnxruntime-genai's builder alike: what feeds them differs only in
-whether there is a `position_ids`. Tokens, caches and logits are torch tensors, on the CPU or on a GPU.
+Takes artifacts of dispc and graphs of onnxruntime-genai's builder, with or without `position_ids`. Tokens, caches and
+logits are torch tensors, on the CPU or on a GPU.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dispc.evaluate.perplexity import negative_log_likelihood
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 
 DTYPES = {
     "tensor(float)": torch.float32,
@@ -30,7 +30,29 @@ BY_ROW = {
     "RotaryEmbedding": (1, 2, 3),
     "GroupQueryAttention": (7, 8),
 }
-"""Inputs of which a token reads one row: embeddings, and tables of cosines and sines."""
+"""Inputs of which a token reads one row: embeddings, cosine and sine tables."""
+
+
+class Step(Protocol):
+    """A run with all its inputs and outputs in place, which can be repeated."""
+
+    def run(self) -> None: ...
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """float32 logits [B,S,V] of the latest run."""
+
+
+class Model(Protocol):
+    """A decoder model in some runtime."""
+
+    def allocate(self, batch: int, capacity: int) -> None:
+        """New caches of `capacity` tokens, with random contents."""
+
+    def bind(self, ids: npt.NDArray[np.int64], past: int) -> Step:
+        """A run of the tokens [B,S] with `past` tokens in the caches. Call `allocate` first."""
+
+    def bytes_read(self, batch: int, past: int) -> int:
+        """Bytes that a decoding step reads."""
 
 
 class Decoder:
@@ -56,7 +78,7 @@ class Decoder:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
-        # Several sessions take turns in a process: none may spin while another one is timed.
+        # Sessions alternate in one process: none may spin while another is timed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
@@ -87,20 +109,20 @@ class Decoder:
         }
 
     def bind(self, ids: npt.NDArray[np.int64], past: int, *, graph: bool = True) -> "OnnxStep":
-        """A run of the tokens [B,S] behind `past` tokens, ready to be run again and again. `allocate` comes first.
+        """A run of the tokens [B,S] with `past` tokens in the caches, which can be repeated. Call `allocate` first.
 
-        Within a CUDA graph the attention mask has the length of the caches, zeros at its end: as onnxruntime-genai
-        does it, so that one graph serves every step. Without `graph` a session for CUDA graphs launches each kernel.
+        In a CUDA graph the attention mask is as long as the caches and ends in zeros, as in onnxruntime-genai, so that
+        one graph serves every step. Without `graph` a session for CUDA graphs launches each kernel.
         """
         self.bound += 1
         captured = graph and self.cuda_graph and ids.shape[1] == 1
         return OnnxStep(self, ids, past, graph_id=self.bound if captured else -1)
 
     def bytes_read(self, batch: int, past: int) -> int:
-        """Bytes that a decoding step reads: every initializer as often as a node uses it, and the caches.
+        """Bytes that a decoding step reads: each initializer once per node that uses it, and the caches.
 
-        Of tables a row per sequence counts. Transposes and reshapes of an initializer are folded when a session is
-        made, so what they make is read as the initializer would be.
+        Of tables, one row per sequence counts. A Transpose or Reshape of an initializer is folded when the session is
+        made, and counts as the initializer.
         """
         graph = ir.load(self.path).graph
         tables: dict[ir.Value, tuple[int, int]] = {}  # bytes, rows
@@ -127,7 +149,7 @@ class Decoder:
 
 
 class OnnxStep:
-    """One run with everything bound."""
+    """One run with all inputs and outputs bound."""
 
     def __init__(self, decoder: Decoder, ids: npt.NDArray[np.int64], past: int, graph_id: int) -> None:
         import onnxruntime as ort
@@ -167,7 +189,7 @@ class OnnxStep:
 
 
 def perplexity(graph: Decoder, texts: npt.NDArray[np.int64]) -> float:
-    """As `dispc eval` has it, on windows of tokens [N,S]; of graphs that are no artifacts of dispc as well."""
+    """Perplexity as in `dispc eval`, on windows of tokens [N,S], of any graph."""
     scored = texts.shape[1] - 1
     graph.allocate(1, scored)
     total = 0.0

@@ -1,12 +1,12 @@
-"""The other text that the shipped masks learn from: what the dense model itself answers to a few hundred questions.
+"""The second training text of the shipped masks: answers of the dense model to a few hundred questions.
 
     .venv/bin/dispc compile MODEL --dense --target onnx-cpu --quantize int8 -o dense-int8
     .venv/bin/python benchmarks/dense_answers.py dense-int8 -o benchmarks/texts/answers.jsonl
 
-Masks learned on an encyclopaedia forget how to answer. Questions are drawn with a seed from the lists below, answers
-sampled from the model in batches; every tenth prompt is no question but the opening of a plain text. A line is
-{"text": prompt and answer as the chat template writes them}. `--held-out` questions come last, into a second file
-*-held-out.jsonl. A second run goes on behind the lines that are there.
+Masks learned on an encyclopaedia forget how to answer. Questions are drawn with a seed from the lists below, and
+answers sampled from the model in batches; every tenth prompt is the opening of a plain text instead. A line is {"text":
+prompt and answer as the chat template writes them}. The last `--held-out` prompts go into a second file
+*-held-out.jsonl. A second run continues after the lines that are there.
 """
 
 import itertools
@@ -83,7 +83,7 @@ def chat(tokenizer: Any, question: str) -> str:
 
 
 def answers(artifact: Artifact, ids: Sequence[Sequence[int]], samplers: list[Sampler], limit: int) -> list[list[int]]:
-    """New tokens of each row, sampled until it stops or has `limit`; rows that have stopped run on unheard."""
+    """New tokens of each row, up to a stop token or `limit`; the output of rows that have stopped is dropped."""
     logits, state = artifact.prefill(ids)
     found: list[list[int]] = [[] for _ in ids]
     done = [False for _ in ids]

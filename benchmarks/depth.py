@@ -2,13 +2,11 @@
 
     .venv/bin/python benchmarks/depth.py --json benchmarks/results/depth.json
 
-No weights are written. Every measurement is a fresh process; the depths alternate within a round. Parts, in
-seconds:
+No weights are written. Every measurement is a fresh process; the depths alternate. Parts, in seconds:
 
 - import: loading Python modules (torch, transformers, onnx_ir, dispc), apart from the rest
 - trace, rewrite: `trace()`, with the reading of the safetensors headers, and all passes for onnx-cuda
-- again: trace and rewrite once more in the same process. The first trace also imports what torch.export and
-  transformers load lazily; the second shows how the work itself grows.
+- again: trace and rewrite a second time in the same process, without the lazy imports of torch.export and transformers
 """
 
 import gc
@@ -44,7 +42,7 @@ def measure(directory: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"import": imported - start, "masks": time.perf_counter() - imported}
     plan = make_plan("onnx-cuda")
     for suffix in ("", "_again"):
-        if suffix:  # or a full collection of the first run's garbage falls into some depths and not into others
+        if suffix:  # otherwise the first run's garbage is collected during some measurements only
             gc.collect()
             gc.freeze()
         begin = time.perf_counter()
@@ -113,7 +111,7 @@ def main(
     goal = f"{numbers[-1]} blocks take {ratios['total']:.2f} times as long as {numbers[0]} (goal {GOAL:.2f})"
     result["goals"] = {goal: ratios["total"] <= GOAL}
     report(f"{shape}: seconds to trace and rewrite, median of {rounds}", columns, rows, result["goals"])
-    console.print(f"once more in the same process: {ratios['total_again']:.2f} times", highlight=False)
+    console.print(f"a second time in the same process: {ratios['total_again']:.2f} times", highlight=False)
     write_result(json_file, result)
 
 

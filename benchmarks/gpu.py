@@ -3,19 +3,19 @@
     .venv/bin/python benchmarks/gpu.py --json benchmarks/results/gpu.json
     .venv/bin/python benchmarks/gpu.py --shapes llama-2-7b --pruned 0,50 --batches 1 --lengths ""
 
-Needs a CUDA build of PyTorch 2.9 or newer, onnxruntime-gpu, and for 13B 55 GB of disk under --work; everything else,
-random weights too, is made here. Masks have uneven widths like learned ones (learned_like.py). Each model runs in
+Needs a CUDA build of PyTorch 2.9 or newer, onnxruntime-gpu, and for 13B 55 GB of disk under --work; the script makes
+everything else, with random weights. Masks have uneven widths like learned ones (learned_like.py). Each model runs in
 processes of its own (gpu_cells.py):
 
 - PyTorch: Algorithm 1 in float16, eager; and through torch.compile with CUDA graphs (decoding only)
-- ORT: the artifact of `dispc compile` for onnx-cuda, once per lowering, with fixed buffers that past and present share;
-  and as a CUDA graph (decoding only)
+- ORT: the artifact of `dispc compile` for onnx-cuda, once per lowering, past and present in one buffer; and as a CUDA
+  graph (decoding only)
 
 Logits are compared with eager PyTorch's before anything is timed. A cell that fails or does not fit is recorded with
-the reason, and the others go on; the JSON file is written after every cell. Decoding is one token behind as many as are
-in the caches, the same again and again. Speed-up is over the dense model in the same runtime. GB/s are the bytes that a
-step has to read, and their share is of what a large copy within the device's memory reads and writes. "indexing" is the
-share of Gathers and Scatters. Driver and clocks are recorded. --smoke runs all of it on the CPU.
+the reason, and the others go on; the JSON file is written after every cell. A decode cell repeats the same decoding
+step. Speed-up is over the dense model in the same runtime. GB/s are the bytes that a step must read; "of copy" is their
+share of the bandwidth of a large copy in the device's memory; "indexing" is the share of time in Gathers and Scatters.
+Driver and clocks are recorded. --smoke runs everything on the CPU.
 """
 
 import math
@@ -57,7 +57,7 @@ CUDA_LOWERINGS = ",".join(row.name for row in LOWERINGS.values() if row.runs(CUD
 
 
 def with_speedups(cells: Sequence[Record]) -> list[Record]:
-    """The cells, those of pruned models with their speed-up over the same cell of the dense model."""
+    """The cells; those of pruned models have their speed-up over the same cell of the dense model."""
 
     def key(cell: Record) -> tuple[Any, ...]:
         return tuple(cell[name] for name in ("shape", "runtime", "phase", "batch", "tokens"))
@@ -74,7 +74,7 @@ def with_speedups(cells: Sequence[Record]) -> list[Record]:
 
 
 def judge(cells: Sequence[Record], copy_rate: float) -> dict[str, bool]:
-    """The goals: decoding at batch 1, half pruned, the fastest ORT row against the fastest dense ORT row."""
+    """The goals of decoding at batch 1: the fastest half pruned ORT row against the fastest dense ORT row."""
     goals = {}
     judged = {"phase": "decode", "batch": 1}.items()
     timed = [
@@ -130,7 +130,7 @@ class Models:
 
 
 def run_shape(shape: str, models: Models, job: Job, work: Path, record: Callable[[Record], None]) -> None:
-    """Every model of a shape in every runtime; `job` says what is the same for all of them."""
+    """Measure every model of a shape in every runtime; `job` has what is common to all."""
     make_checkpoint(Path(job.model), shape)
     for percent in models.percents:
         common: Record = {"shape": shape, "pruned": percent, "lowering": None, "kept": 1.0}

@@ -21,12 +21,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from common import summary
-from decoder import Decoder, OnnxStep
+from decoder import Decoder, Model, Step
 from gpu_device import describe_device, release_memory, require_memory
 from gpu_jobs import EAGER, Cell, Job
 from gpu_runtimes import Launched, open_models
 
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.model.published import open_checkpoint
 from dispc.runtime.timing import alternate
 from dispc.validate.checks.parity import LIMITS, logit_error
@@ -36,11 +36,11 @@ PROFILED_CALLS = 5
 INDEXING = ("gather", "scatter")
 
 
-def check_logits(model: Any, job: Job, runtime: str, vocabulary: int) -> dict[str, float]:
-    """Compare a prompt and a token behind it, batch 2, with what eager PyTorch left in the reference file.
+def check_logits(model: Model, job: Job, runtime: str, vocabulary: int) -> dict[str, float]:
+    """Compare the logits of a prefill and of a decoding step, batch 2, with eager PyTorch's in the reference file.
 
-    The token is run three times, so that a CUDA graph is captured and replayed. Both sides round: the limit is twice
-    that of dispc validate.
+    The step runs three times, so that a CUDA graph is captured and replayed. Both sides round, so the limit is twice
+    that of `dispc validate`.
 
     Raises:
         ArithmeticError: when they differ by more.
@@ -67,8 +67,8 @@ def check_logits(model: Any, job: Job, runtime: str, vocabulary: int) -> dict[st
     return {"logit_difference": error}
 
 
-def measure(model: Any, cell: Cell, job: Job, config: DecoderConfig) -> dict[str, Any]:
-    """Milliseconds of a call; of ONNX Runtime also the time spent on indexing; for decoding bytes read and their rate.
+def measure(model: Model, cell: Cell, job: Job, config: DecoderConfig) -> dict[str, Any]:
+    """Milliseconds of a call; for decoding the bytes read and their rate; in ONNX Runtime the time spent on indexing.
 
     Raises:
         MemoryError: when the caches and logits of the cell do not fit.
@@ -96,7 +96,7 @@ def measure(model: Any, cell: Cell, job: Job, config: DecoderConfig) -> dict[str
 
 @contextmanager
 def turn(job: Job) -> Iterator[None]:
-    """Hold the lock of the jobs that start together: what is timed is timed alone."""
+    """Hold the lock that jobs share which run at the same time: only one of them is timed at once."""
     if job.turns is None:
         yield
         return
@@ -105,11 +105,11 @@ def turn(job: Job) -> Iterator[None]:
         yield
 
 
-def profile_kernels(step: OnnxStep) -> dict[str, Any]:
+def profile_kernels(step: Step) -> dict[str, Any]:
     """Milliseconds per call in CUDA kernels that gather or scatter, and in all; `step` has run before.
 
-    By PyTorch's profiler, which sees every kernel of the process: the published onnxruntime-gpu is built without
-    CUPTI, so its own profiler tells how long launches take, not kernels.
+    Measured by PyTorch's profiler, which sees every kernel of the process: the published onnxruntime-gpu is built
+    without CUPTI, so that its own profiler measures launches, not kernels.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(PROFILED_CALLS):

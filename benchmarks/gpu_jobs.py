@@ -1,4 +1,4 @@
-"""What gpu_cells.py is asked to measure, and how a parent process has it measured."""
+"""Jobs for gpu_cells.py, and the parent process that runs them."""
 
 import json
 import sys
@@ -12,15 +12,15 @@ SCRIPT = Path(__file__).with_name("gpu_cells.py")
 EAGER, GRAPHED, COMPILED = "PyTorch", "PyTorch, CUDA graph", "PyTorch compiled"
 ORT, CUDA_GRAPH = "ORT", "ORT, CUDA graph"
 DECODE_ONLY = (GRAPHED, COMPILED, CUDA_GRAPH)
-"""Runtimes that save launches, which a prefill has few of for its work."""
+"""Runtimes that only save kernel launches, which hardly matter in a prefill."""
 PYTORCH = {"cuda": (EAGER, GRAPHED, COMPILED), "cpu": (EAGER, COMPILED)}
 ONNX_RUNTIME = {"cuda": (ORT, CUDA_GRAPH), "cpu": (ORT,)}
-"""Device -> how PyTorch and ONNX Runtime are run there."""
+"""Device -> the runtimes of PyTorch and of ONNX Runtime there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One thing to time: `decode` a token behind `tokens` in the caches, or `prefill` as many."""
+    """One thing to time: `decode`, a step with `tokens` in the caches, or `prefill` of `tokens`."""
 
     phase: str
     batch: int
@@ -29,10 +29,10 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A model and how to run it. No artifact means PyTorch; no masks mean the dense model.
+    """A model and how to run it: in PyTorch without an artifact, dense without masks.
 
-    `reference` is the file of eager PyTorch's logits; None compares with nothing (quantised weights have other logits).
-    `turns` is a file to lock while something is timed, for jobs that start together.
+    `reference` is the file of eager PyTorch's logits; None skips the comparison (quantised weights have other logits).
+    `turns` is a file that is locked while timing, for jobs that run at the same time.
     """
 
     model: str

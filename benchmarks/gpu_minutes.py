@@ -1,9 +1,9 @@
-"""Everything that only a GPU can show, in one command that survives being cut off: the most important first.
+"""Everything that only a GPU can show, in one command, the most important first; an interrupted run keeps its results.
 
     .venv/bin/python benchmarks/gpu_minutes.py --minutes 9 --json benchmarks/results/gpu-minutes.json
     .venv/bin/python benchmarks/gpu_minutes.py --smoke            # the same on the CPU, with tiny models
 
-Stages run in this order, each in processes of its own with a time limit; time that a stage leaves goes to the next:
+Stages run in this order, each in processes of its own with a time limit; unused time goes to the next stage:
 
 1. facts: GPU, driver, versions, `dispc doctor`, bandwidth of a large copy
 2. right: tiny artifacts of every family through all of `dispc validate`'s checks (gpu_right.py; --prepared DIR uses
@@ -14,8 +14,8 @@ Stages run in this order, each in processes of its own with a time limit; time t
 6. batches: batch 8, and a prefill of 2,048 tokens
 7. learning, with --model DIR and --data TEXT: the paper's recipe in bfloat16 at 30 and 50 %, side by side
 
-The checkpoint and its artifacts are made in the background from the start (gpu_prepare.py). After every cell the JSON
-file and a Markdown table beside it are written anew. What fails leaves its last lines there, and the next thing runs.
+The checkpoint and its artifacts are made in the background from the start (gpu_prepare.py). The JSON file and a
+Markdown table beside it are rewritten after every cell. A failure is recorded with its last lines, and the run goes on.
 docs/performance.md says what each stage assumes of a GPU.
 """
 
@@ -39,7 +39,7 @@ from machine import environment
 
 @contextmanager
 def preparing(run: Run) -> Iterator[None]:
-    """Make checkpoint and artifacts in the background; what is still being made at the end is given up."""
+    """Make checkpoint and artifacts in the background; what is unfinished at the end is given up."""
 
     def note(found: Record) -> None:
         if "error" in found and "prepared" in found:

@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/gpu_prepare.py PLAN
 
-PLAN is the JSON of a `Preparation`. Prints a line of JSON for each artifact: its seconds, or why there is none. An
-artifact's folder appears when it is complete.
+PLAN is the JSON of a `Preparation`. Prints a line of JSON for each artifact: its seconds, or the error. An artifact's
+folder appears when it is complete.
 """
 
 import json
@@ -58,7 +58,7 @@ VARIANTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """What to make, and the folders that may hold it: each artifact goes where most room is."""
+    """What to make, and the folders that may hold it: each artifact goes to the folder with most free space."""
 
     shape: str
     target: str
@@ -86,7 +86,7 @@ class Preparation:
 
 
 def make(plan: Preparation, name: str) -> dict[str, Any]:
-    """Compile one artifact; how long it took, or why it failed."""
+    """Compile one artifact; the record has its seconds, or the error."""
     variant, started = VARIANTS[name], time.perf_counter()
     if plan.find(name) is not None:  # of an earlier run
         return {"prepared": name, "seconds": 0.0}

@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/gpu_right.py prepare DIR            # on any machine, one process per core
     .venv/bin/python benchmarks/gpu_right.py judge DIR 0 1          # worker 0 of 1: a line of JSON per artifact
 
-Models are those of the tests (tests/shared/tiny.py), with random masks of uneven widths. Artifacts come in order of
-importance, so that a run that is cut off has judged what matters most.
+Models are those of the tests (tests/shared/tiny.py), with random masks of uneven widths. The most important artifacts
+come first, in case a run is cut off.
 """
 
 import json
@@ -52,7 +52,7 @@ class Artifact:
 
 
 def artifacts() -> list[Artifact]:
-    """What is judged, most important first: every family in every dtype, then each option on the primary families."""
+    """The artifacts, most important first: every family, then each option on the primary families, then the rest."""
     found = [Artifact(variant=variant) for variant in FAMILIES]
     for variant in PRIMARY:
         found.append(Artifact(variant=variant, bits=4))
@@ -123,7 +123,7 @@ def compile_one(directory: Path, artifact: Artifact) -> str:
 
 
 def prepare(directory: Path, limit: int | None = None) -> list[str]:
-    """Make models and artifacts in `directory`, as many at once as there are cores; what did not compile."""
+    """Make models and artifacts in `directory`, in up to 8 processes; returns the errors."""
     directory.mkdir(parents=True, exist_ok=True)
     make_models(directory)
     workers = min(os.cpu_count() or 1, 8)
@@ -132,7 +132,7 @@ def prepare(directory: Path, limit: int | None = None) -> list[str]:
 
 
 def judge(directory: Path, number: int, workers: int, device: str) -> Iterator[dict[str, Any]]:
-    """Judge every artifact of `directory` that is this worker's, and that no earlier process of it has judged."""
+    """Judge the artifacts of this worker, apart from those that an earlier process of it has begun."""
     from dispc.support.errors import first_line
     from dispc.validate import check
 

@@ -1,4 +1,4 @@
-"""The stages of gpu_minutes.py: what each one runs, in processes of its own that may die."""
+"""The stages of gpu_minutes.py, each in processes of its own, which may die."""
 
 import sys
 import threading
@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A row of the plan: its name, its seconds when the whole run has nine minutes, and what it runs."""
+    """A row of the plan; `seconds` is its share when the whole run has nine minutes."""
 
     name: str
     seconds: float
@@ -40,7 +40,7 @@ SMOKE_SIZES = Sizes(rounds=1, past=8, prefill=16, batch=2)
 
 @dataclass(kw_only=True)
 class Run:
-    """What stages share: where things are, when they must end, and what was found."""
+    """The state that stages share: models and folders, the deadline, and what could not be made."""
 
     device: str
     dtype: str
@@ -53,7 +53,7 @@ class Run:
     record: Callable[[Record], None]
     sizes: Sizes
     end: float = 0.0
-    """When the current stage has to be over, on time.monotonic's clock."""
+    """Deadline of the current stage, on the clock of time.monotonic."""
     failed: set[str] = field(default_factory=set)
     """What could not be prepared."""
 
@@ -62,7 +62,7 @@ class Run:
         return max(0.0, self.end - time.monotonic())
 
     def process(self, arguments: Sequence[str], what: Record) -> None:
-        """Run Python with these arguments until the stage ends; every line of JSON that it prints is recorded."""
+        """Run Python with these arguments, at most until the stage ends, and record what it prints."""
         command = [sys.executable, *arguments]
         if error := read_records(command, self.left, self.work, lambda found: self.record(what | found)):
             self.record(what | {"error": error})
@@ -86,8 +86,7 @@ class Run:
     def measure(self, jobs: Sequence[tuple[Job, str | None]]) -> None:
         """Run jobs of gpu_cells.py, each with the name of its lowering, in one process.
 
-        A CUDA error spoils a process: what a process that dies has not measured is tried in another one, but for the
-        job that it died of.
+        A CUDA error spoils a process: when one dies, the jobs behind the one that killed it go on in another process.
         """
         pending = list(jobs)
         while pending:
@@ -100,12 +99,12 @@ class Run:
             pending = pending[begun + 1 :] if self.left else []
 
     def _common(self, job: Job, lowering: str | None) -> Record:
-        """What all records of a job say."""
+        """The part that all records of a job have in common."""
         pruned = round(100 * PRUNED) if job.masks else 0
         return {"shape": self.preparation.shape, "pruned": pruned, "lowering": lowering}
 
     def measure_artifacts(self, names: Sequence[str], cells: Sequence[Cell]) -> None:
-        """Measure prepared artifacts, those that are finished first, and wait for the others."""
+        """Measure the prepared artifacts in the order in which they are finished."""
         waiting = list(names)
         while waiting and self.left:
             ready = [name for name in waiting if self.preparation.find(name) is not None]
@@ -118,7 +117,7 @@ class Run:
 
     def _artifact_job(self, name: str, cells: Sequence[Cell]) -> Job:
         changes: dict[str, Any] = {"artifact": str(self.preparation.find(name))}
-        if VARIANTS[name].bits:  # no reference has the same rounded weights: the stage "right" judges int4
+        if VARIANTS[name].bits:  # the reference has other weights; the stage "right" judges int4
             changes["reference"] = None
         return self.job(ONNX_RUNTIME[self.device], cells, pruned=VARIANTS[name].pruned, **changes)
 
@@ -132,7 +131,7 @@ def facts(run: Run) -> None:
 
 
 def right(run: Run) -> None:
-    """Several workers on one GPU; one that dies is started again behind the artifact that killed it."""
+    """Several workers on one GPU; one that dies is restarted after the artifact that killed it."""
     directory = run.prepared or run.work / "right"
     script = str(HERE / "gpu_right.py")
     if run.prepared is None:
@@ -156,7 +155,7 @@ def right(run: Run) -> None:
 
 
 def fast(run: Run) -> None:
-    """Eager PyTorch first: its logits are what the others are held to."""
+    """Eager PyTorch first: its logits are the reference of the others."""
     while run.left and not run.preparation.masks.is_file():
         time.sleep(0.1)
     run.measure([(run.job([EAGER], [run.decoding], pruned=pruned), None) for pruned in (False, True)])
@@ -166,7 +165,7 @@ def fast(run: Run) -> None:
 
 
 def paper(run: Run) -> None:
-    """With a CUDA graph at once; torch.compile takes minutes for uneven widths, both models at the same time."""
+    """A CUDA graph first; then torch.compile, which takes minutes for uneven widths: both models at once."""
     if run.device == "cuda":
         run.measure([(run.job([GRAPHED], [run.decoding], pruned=pruned), None) for pruned in (False, True)])
     turns = run.work / "turns"
@@ -192,7 +191,7 @@ def batches(run: Run) -> None:
 
 
 def learning(run: Run) -> None:
-    """Two runs on one GPU; they stop when their minutes are over, and leave masks and checkpoints."""
+    """Two runs on one GPU, which stop when their time is over and leave masks and checkpoints."""
     if run.model is None or run.data is None:
         run.record({"stage": "learning", "skipped": "needs --model DIR and --data TEXT"})
         return

@@ -1,13 +1,13 @@
-"""Perplexity, bytes and time of a model quantised every way, dense and pruned, and by onnxruntime-genai's builder.
+"""Perplexity, bytes and time of a model in every quantisation, dense and pruned, and of the builder's graphs.
 
     .venv/bin/python benchmarks/int4.py make --model SMOLLM2_DIR --masks smollm2-135m-30.safetensors \\
         --data wiki.valid.raw --test wiki.test.raw --builder-python OTHER_VENV/bin/python --work WORK
     .venv/bin/python benchmarks/int4.py clock --work WORK
 
-Every cell is compiled by `dispc compile` for onnx-cpu, LM head and embedding quantised too as onnxruntime-genai's
-builder has them, and with int8 activations; `make` measures perplexities that are missing in
-benchmarks/results/int4.json, `clock` times all graphs in turns in one run. `--data` is what GPTQ and the measured
-mixture look at; it must not be the text of the test.
+Every cell is compiled by `dispc compile` for onnx-cpu, with LM head and embedding quantised and with int8 activations,
+as onnxruntime-genai's builder does. `make` measures the perplexities that are missing in benchmarks/results/int4.json;
+`clock` times all graphs alternately in one run. `--data` is the calibration text of GPTQ and of the measured mixture;
+it must not be the test text.
 """
 
 import json
@@ -19,12 +19,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from common import alternate, console, dispc, remove, run, write_result
+from common import console, dispc, remove, run, write_result
 from decoder import Decoder, perplexity
 from machine import REPOSITORY, environment
 
 from dispc.evaluate.perplexity import text_windows
 from dispc.model.checkpoint import Checkpoint
+from dispc.runtime.timing import alternate
 
 FILE = REPOSITORY / "benchmarks" / "results" / "int4.json"
 HEAD = ("--quantize-head", "--quantize-embedding")
@@ -43,7 +44,7 @@ CELLS: dict[str, tuple[str, ...]] = {
     "int4, gptq, mixed by damage": (*INT4, *GPTQ, "--mixed", "damage"),
 }
 TEXT = ("gptq", "damage")
-"""Cells with one of these words look at a text."""
+"""Cells with one of these words need a calibration text."""
 MIXED = "algo_config=k_quant matmul_mixed_precision=last_matmul:int8,mixed_layers:int8"
 BUILDER: dict[str, tuple[str, ...]] = {
     "builder, int4": ("-p", "int4"),
@@ -55,7 +56,7 @@ WorkOption = Annotated[Path, typer.Option(help="Where artifacts are kept.")]
 
 
 def read() -> dict[str, Any]:
-    """What is known: facts of dense and pruned graphs by cell."""
+    """The results so far: facts of dense and pruned graphs by cell."""
     found: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"benchmark": "int4", "cells": {}}
     return found
 
@@ -74,13 +75,13 @@ def cells(masks: Path, data: Path) -> Iterator[tuple[str, str, tuple[str | Path,
 def make(
     model: Annotated[Path, typer.Option(help="Hugging Face directory.")],
     masks: Annotated[Path, typer.Option(help="Mask file of the pruned rows.")],
-    data: Annotated[Path, typer.Option(help="Text that quantisation looks at.")],
-    test: Annotated[Path, typer.Option(help="Text to read.")],
+    data: Annotated[Path, typer.Option(help="Calibration text of quantisation.")],
+    test: Annotated[Path, typer.Option(help="Test text.")],
     work: WorkOption,
     builder_python: Annotated[Path | None, typer.Option(help="Python that has the builder.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of 1,024 tokens.")] = 16,
 ) -> None:
-    """Compile what is missing and let it read the test."""
+    """Compile the missing graphs and measure their perplexity."""
     work.mkdir(parents=True, exist_ok=True)
     known = read() | {"model": model.name, "masks": masks.name, "windows": windows}
     config = Checkpoint(model).config
@@ -110,7 +111,7 @@ def directory(work: Path, name: str, which: str) -> Path:
 
 
 def int8_products(out: Path) -> list[str]:
-    """The products that a mixture keeps in 8 bits, for artifacts of dispc."""
+    """The products that an artifact of dispc keeps in 8 bits."""
     file = out / "dispc.json"
     quantised = json.loads(file.read_text())["quantisation"] if file.exists() else None
     return list((quantised or {}).get("int8", []))
@@ -119,10 +120,10 @@ def int8_products(out: Path) -> list[str]:
 @app.command()
 def clock(
     work: WorkOption,
-    rounds: Annotated[int, typer.Option(help="Times that each graph has its turn.")] = 9,
-    calls: Annotated[int, typer.Option(help="Tokens of a turn.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Counted rounds.")] = 9,
+    calls: Annotated[int, typer.Option(help="Counted tokens per round and graph.")] = 8,
 ) -> None:
-    """Time one token behind 64 of all graphs, in turns."""
+    """Time a decoding step of all graphs with 64 tokens in the caches, alternately."""
     known, steps = read(), {}
     config = Checkpoint(directory(work, "float32", "dense")).config
     for name, facts in known["cells"].items():

@@ -1,14 +1,14 @@
-"""Learn masks at several ratios and recover each, on one GPU within so many minutes, all ratios at once.
+"""Learn masks at several ratios and recover each, all ratios at once, on one GPU within a time limit.
 
     .venv/bin/python benchmarks/learn_and_recover.py --model MODEL --text TEXT --minutes 6 --out OUT
     .venv/bin/python benchmarks/learn_and_recover.py --model MODEL --text TEXT --smoke --out OUT   # CPU, two steps
 
-TEXT holds train.jsonl (learning_text.py), held-out.jsonl (dense_answers.py) and wiki.test.raw, and may hold cache/,
-a folder to take tokens from. Stages: every ratio learns in a process of its own; then each is recovered twice, by
-adapters of rank 8 and by all weights of the blocks; perplexities before and after, on the test text and on held-out
-answers. OUT gets small files only, anew after each stage: what was done by then survives being cut off.
+TEXT holds train.jsonl (learning_text.py), held-out.jsonl (dense_answers.py) and wiki.test.raw, and may hold cache/ with
+tokenised texts. Stages: every ratio learns in a process of its own; each is recovered twice, by adapters of rank 8 and
+by all weights of the blocks; perplexities are measured before and after, on the test text and on held-out answers. OUT
+gets small files only and is rewritten after each stage, so that an interrupted run keeps its results.
 
-    report.json          seconds, tokens a second, perplexities, also along the way
+    report.json          seconds, tokens per second, perplexities, also during learning
     learned.tar.gz        masks, metrics and logs
     adapter-RATIO.tar.gz  the adapters, as peft loads them
 """
@@ -50,13 +50,13 @@ RECOVERIES: dict[str, tuple[Any, ...]] = {
     "full": ("--learning-rate", 2e-4),
 }
 OFFSETS = {20: 5, 30: 5, 40: 4, 50: 4}
-"""Decision 0010: where more is pruned, more gates have to change their mind."""
+"""Decision 0010: where more is pruned, more gates must close."""
 SMOKE = ("--batch-size", 2, "--accumulate", 1, "--sequence-length", 32, "--steps", 2, "--evaluate-every", 1)
 ENDLESS = ("--steps", 10**6)
 LEARN_SHARE, RECOVER_SHARE = 0.40, 0.36
-"""Of the minutes; the rest is loading, judging and packing."""
+"""Shares of the minutes; the rest is loading, judging and packing."""
 SPARE = 40.0
-"""Seconds that a stage may take to load and to write beyond its minutes."""
+"""Additional seconds of a stage, for loading and writing."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Job:
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, going on with what an earlier try has left."""
+        """Start it; it resumes what an earlier try has left."""
         with open(self.log, "ab") as log:
             command = [sys.executable, "-m", "dispc", *map(str, self.arguments), "--resume"]
             environment = os.environ | {"OMP_NUM_THREADS": "2"}  # many processes share the cores
@@ -79,7 +79,7 @@ class Job:
 
 @dataclass
 class Run:
-    """Where things are, until when, and what is known so far."""
+    """Folders, limits and the report of one run."""
 
     model: Path
     text: Path
@@ -97,7 +97,7 @@ class Run:
         return time.perf_counter() - self.started
 
     def note(self, key: str, value: Any) -> None:
-        """Put a figure into the report, and the report onto the disk."""
+        """Add a figure to the report and write it."""
         self.report[key] = value
         self.report["seconds"] = round(self.seconds, 1)
         write_json(self.out / "report.json", self.report)
@@ -131,14 +131,14 @@ class Run:
 
 
 def start(jobs: list[Job]) -> None:
-    """Start all jobs at once but those that an earlier run has done."""
+    """Start all jobs at once, apart from those that an earlier run has finished."""
     for job in jobs:
         if not job.product.exists():
             job.start()
 
 
 def finish(run: Run, jobs: list[Job], seconds: float, meanwhile: Callable[[], None] = lambda: None) -> None:
-    """Wait so long for the jobs that were started; the others are asked to save and stop, then killed."""
+    """Wait `seconds` for the jobs; those that still run are asked to save and stop, then killed."""
     waiting = [job for job in jobs if job.process is not None]
     until = time.perf_counter() + seconds
     while time.perf_counter() < until and any(job.process and job.process.poll() is None for job in waiting):
@@ -162,7 +162,7 @@ def finish(run: Run, jobs: list[Job], seconds: float, meanwhile: Callable[[], No
 
 @torch.no_grad()
 def perplexities(run: Run, model: Any, *, quick: bool = False) -> dict[str, float]:
-    """Of a model on the device: the test text in windows of 2,048 (not if `quick`), 16 of 1,024, held-out answers."""
+    """Perplexities on the test text in windows of 2,048 (not if `quick`), on 16 of 1,024, and on held-out answers."""
     found = {}
     for name, text, length, count in (
         ("wiki.test", "wiki.test.raw", 2048, None),
@@ -190,9 +190,10 @@ def judge(run: Run, key: str, directory: Path, masks: Path | None) -> None:
 
 
 class Curve:
-    """Perplexity against tokens as the ratios learn: of the sets that each checkpoint would end in.
+    """Perplexity against tokens during learning, of the sets that each checkpoint would give.
 
-    Later steps of a run have a lower rate: a point on the way is worse than a run that ends there.
+    The learning rate falls during a run, so that a point of the curve is worse than a run that was planned to end
+    there.
     """
 
     def __init__(self, run: Run) -> None:
@@ -204,7 +205,7 @@ class Curve:
         self.written = dict.fromkeys(run.ratios, 0.0)
 
     def look(self) -> None:
-        """Judge the checkpoints that are new."""
+        """Judge the new checkpoints."""
         for ratio in self.run.ratios:
             folder = self.run.masks(ratio).with_suffix(".learn")
             try:
@@ -222,7 +223,7 @@ class Curve:
 
     @torch.no_grad()
     def judge(self, source: dict[str, torch.Tensor], ratio: int) -> dict[str, float]:
-        """Perplexities of the sets that the state of a hypernetwork ends in."""
+        """Perplexities of the sets that a hypernetwork's state gives."""
         network = HyperNetwork(self.layout.widths)
         network.load_state_dict(source)
         latents = self.layout.expand(network()).float().numpy()
@@ -277,7 +278,7 @@ def main(
     device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Two steps of everything, on short texts.")] = False,
 ) -> None:
-    """Run all stages; what an earlier, interrupted run has done in the same work folder is not done again."""
+    """Run all stages; a second run in the same work folder resumes the first."""
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     work = work or out.resolve().parent / "work"
     for folder in (out, work):

@@ -1,23 +1,22 @@
 """Masks with the widths that DISP-LLM learns, for checkpoints of random weights.
 
-Figure 6 of the paper (LLaMA-2-7B, half pruned): what the MLP reads and writes keeps 0.8 to 1.0, its middle 0.25 to
-0.65, and attention nearly vanishes in several late blocks; how much it keeps elsewhere is this file's guess.
+Figure 6 of the paper (LLaMA-2-7B, half pruned): the read and write sets of the MLP keep 0.8 to 1.0, its mid set 0.25 to
+0.65, and attention nearly vanishes in several late blocks. What attention keeps elsewhere is a guess.
 """
 
 import numpy as np
 import numpy.typing as npt
 
 from dispc.masks import SETS, Masks, set_width
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 
 Shares = npt.NDArray[np.float64]
 
 
 def learned_like(config: DecoderConfig, kept: float, seed: int) -> Masks:
-    """Masks that keep the share `kept` (above 0, below 1) of the block parameters, as nearly as whole widths allow.
+    """Masks that keep the share `kept` (above 0, below 1) of the block parameters, up to rounding of the widths.
 
-    Shares are drawn as in the figure, and all raised to one power that meets the budget: 1 leaves the figure as it
-    is, 0 would keep the whole model.
+    The share of each set is drawn as in the figure, then raised to one common power that meets the budget.
     """
     rng, blocks = np.random.default_rng(seed), config.num_hidden_layers
     shares = _draw(rng, blocks)
@@ -57,7 +56,7 @@ def _draw(rng: np.random.Generator, blocks: int) -> dict[str, Shares]:
 
 
 def _spread(rng: np.random.Generator, low: float, high: float, count: int) -> Shares:
-    """`count` shares in random order, one from each of as many equal parts of the range: no two are alike."""
+    """`count` different shares in random order, one from each of `count` equal parts of the range."""
     return low + (high - low) * (rng.permutation(count) + rng.uniform(0.25, 0.75, count)) / max(count, 1)
 
 

@@ -5,10 +5,10 @@
     .venv/bin/python benchmarks/learned_masks.py zero-shot MODEL --masks DIR --tasks DIR2 --limit 200
     .venv/bin/python benchmarks/learned_masks.py table
 
-`learn` writes mask files METHOD-RATIO-SEED.safetensors, those that are missing; what was interrupted goes on from its
-checkpoint. `judge` and `zero-shot` add what is missing to the cells' JSON files in benchmarks/results/learned/ (DIR2:
-benchmarks/zero_shot_tasks.py); with `--compiled` they judge artifacts, which takes less time and gives the same
-figures. `table` writes docs/results.md from them. The text to learn from: learning_text.py.
+`learn` writes the missing mask files METHOD-RATIO-SEED.safetensors; an interrupted one resumes from its checkpoint.
+`judge` and `zero-shot` add the missing figures to the cells' JSON files in benchmarks/results/learned/ (DIR2 is made by
+zero_shot_tasks.py); with `--compiled` they judge artifacts, which is faster and gives the same figures. `table` writes
+docs/results.md from them. The training text is made by learning_text.py.
 """
 
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import console, dispc, run, write_result
+from common import console, dispc, json_report, run, write_result
 from machine import REPOSITORY, environment
 from results_page import RECOVERY, write_page
 
@@ -40,10 +40,10 @@ SLUGS = {method.lower().replace(" ", "-"): method for method in METHODS}
 LEARNED = ("constrained", "no hypernetwork", "DISP-LLM")
 READING, SEEDED = (*LEARNED, "activation"), (*LEARNED, "random")
 RATES = {"no hypernetwork": 0.05}
-"""Learning rates that are not 2e-3: latents that nothing feeds move by the rate itself, in 1,200 steps."""
+"""Learning rates other than 2e-3: without a hypernetwork, a latent moves by about the rate in each step."""
 RUNTIMES = {False: "torch", True: "onnxruntime"}
 ABOVE = 35
-"""Per cent pruned above which the offset is 4 instead of 5: more gates have to change their mind (decision 0010)."""
+"""Per cent pruned above which the offset is 4 instead of 5: more gates must close (decision 0010)."""
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 ModelArgument = Annotated[Path, typer.Argument(help="Hugging Face model directory.")]
 MasksOption = Annotated[Path, typer.Option(help="Directory of mask files METHOD-RATIO-SEED.safetensors.")]
@@ -88,7 +88,7 @@ def learn(
     ratios: Annotated[str, typer.Option(help="Per cent, by commas.")] = "20,30,40,50",
     seeds: Annotated[int, typer.Option(help="Seeds of the full method at the highest ratio.")] = 3,
 ) -> None:
-    """Make the mask files that are missing."""
+    """Learn the missing mask files."""
     masks.mkdir(parents=True, exist_ok=True)
     for cell in grid([int(ratio) for ratio in ratios.split(",")], seeds):
         file = masks / f"{cell.name}.safetensors"
@@ -114,7 +114,7 @@ def judge(
     compiled: CompiledOption = False,
     results: ResultsOption = RESULTS,
 ) -> None:
-    """Measure perplexities of the dense model and of mask files, those that are missing."""
+    """Measure the missing perplexities of the dense model and of mask files."""
     wanted = {"data": test.name, "sequence_length": window, "max_windows": max_windows}
     for cell, file in cells_of(masks, only):
         record = read_record(results, cell, file, model)
@@ -138,7 +138,7 @@ def zero_shot(
     compiled: CompiledOption = False,
     results: ResultsOption = RESULTS,
 ) -> None:
-    """Measure the accuracy on zero-shot tasks of the dense model and of mask files, where it is missing."""
+    """Measure the missing zero-shot accuracies of the dense model and of mask files."""
     names = sorted(file.stem for file in tasks.glob("*.yaml"))
     wanted = {"names": names, "limit": limit}
     for cell, file in cells_of(masks, only):
@@ -180,22 +180,21 @@ def evaluate(model: Path, masks: Path | None, options: list[Any], *, compiled: b
             subject = [Path(folder) / "artifact"]
             run(dispc("compile", model, *chosen, "--target", "onnx-cpu", "-o", subject[0], "--no-validate"))
         output = run(dispc(*map(str, ["eval", *subject, *options, "--json"]))).output
-    report: dict[str, Any] = json.JSONDecoder().raw_decode(output[f"\n{output}".index("\n{\n") :])[0]
-    return report
+    return json_report(output)
 
 
 def known(measurements: list[dict[str, Any]], wanted: dict[str, Any]) -> bool:
-    """Whether one of the measurements is of what is wanted, in whichever runtime: they give the same figures."""
+    """Whether one of the measurements is the wanted one, in either runtime: both give the same figures."""
     return any(wanted.items() <= measurement.items() for measurement in measurements)
 
 
 def circumstances(compiled: bool) -> dict[str, Any]:
-    """In what a measurement that has just ended was made."""
+    """Runtime and machine of a measurement."""
     return {"runtime": RUNTIMES[compiled], "environment": environment()}
 
 
 def read_record(results: Path, cell: Cell, masks: Path | None, model: Path) -> dict[str, Any]:
-    """What is known of a cell: its JSON file, if that is of this model and these masks, or a new record."""
+    """The record of a cell: its JSON file, if that is of this model and these masks, or a new one."""
     weights = open_checkpoint(model).weights_sha256
     file, stored = results / f"{cell.name}.json", results / f"{cell.name}.safetensors"
     same = masks is None or (stored.exists() and Masks.load(stored).sha256() == Masks.load(masks).sha256())

@@ -1,14 +1,14 @@
-"""The text that the shipped masks learn from: WikiText-2 without its `<unk>`, half of it without its spaces.
+"""The training text of the shipped masks: WikiText-2 without `<unk>`, half of it detokenised.
 
     .venv/bin/python benchmarks/learning_text.py wiki.train.tokens wiki.valid.raw -o wikitext-mixed.txt
     .venv/bin/python benchmarks/learning_text.py wiki.train.tokens wiki.valid.raw --sentences \\
         --answers benchmarks/texts/answers.jsonl --times 4 -o mixed.jsonl
 
-Masks learn the habits of a text (decision 0010): of `wiki.train.tokens` that rare words are `<unk>`, of both files
-that a hyphen is ` @-@ `. So paragraphs with `<unk>` are left out, and in every second article WikiText's tokenisation
-is undone (lm-evaluation-harness's function for it). `--sentences` leaves out single sentences instead of paragraphs,
-which keeps more than twice as much. `--answers` adds what the dense model says (dense_answers.py), `--times` over and
-shuffled among the articles; the file is then JSON lines.
+Masks learn the peculiarities of a text (decision 0010): rare words are `<unk>` in `wiki.train.tokens`, and hyphens
+are ` @-@ ` in both files. So paragraphs with `<unk>` are left out, and every second article is detokenised by
+lm-evaluation-harness's function. `--sentences` leaves out single sentences instead of paragraphs, which keeps more than
+twice as much. `--answers` adds answers of the dense model (dense_answers.py), each `--times` times, shuffled among the
+articles; the output is then JSON lines.
 """
 
 import itertools
@@ -28,13 +28,13 @@ TITLE = re.compile(r"^ = [^=].* = $", re.MULTILINE)
 
 
 def articles(text: str) -> list[str]:
-    """The articles of a WikiText file, titles included; what stands before the first title is none."""
+    """The articles of a WikiText file with their titles; text before the first title is dropped."""
     starts = [match.start() for match in TITLE.finditer(text)] + [len(text)]
     return [text[start:end] for start, end in itertools.pairwise(starts)]
 
 
 def known_words(article: str, sentences: bool = False) -> str:
-    """The article without the lines that have an unknown word, or without such `sentences` only."""
+    """The article without lines that have an unknown word; with `sentences`, without such sentences only."""
     lines = article.splitlines(keepends=True)
     if not sentences:
         return "".join(line for line in lines if UNKNOWN not in line)
@@ -43,7 +43,7 @@ def known_words(article: str, sentences: bool = False) -> str:
 
 
 def with_answers(articles: list[str], answers: Path, times: int) -> list[str]:
-    """JSON lines: those of the articles' lines, as a text file's lines are read, and the answers among the articles."""
+    """The lines of the articles as JSON lines, the answers shuffled among the articles."""
     documents = [[line if line.strip() else "" for line in article.splitlines(keepends=True)] for article in articles]
     lines = answers.read_text(encoding="utf-8").splitlines()
     documents += [[json.loads(line)["text"]] for line in lines] * times

@@ -1,4 +1,4 @@
-"""The machine a benchmark runs on: hardware, what else it is doing, versions."""
+"""The machine that a benchmark runs on: hardware, load, versions."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime-gpu", "safe
 
 
 def environment() -> dict[str, Any]:
-    """The machine, what else it is doing, and the versions that are measured."""
+    """Hardware, load, and the versions that are measured."""
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -37,7 +37,7 @@ def environment() -> dict[str, Any]:
 
 
 def graphics_cards() -> list[dict[str, str]] | None:
-    """Driver, clocks and limits of every GPU at this moment, as nvidia-smi says; None where it says nothing."""
+    """Driver, clocks and limits of every GPU now, by nvidia-smi; None where that fails."""
     command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FACTS)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)

@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/make_checkpoint.py DIR --shape llama-2-7b
     .venv/bin/python benchmarks/make_checkpoint.py DIR --shape llama-2-7b --layers 80 --sparse
 
-The first writes 13.5 GB as fast as the disk allows; the second takes no space: headers, and holes for the
-values. One block of normal numbers (standard deviation 0.02) is made once, and every tensor is written from
-it, starting at an offset of its own: all values are finite, memory stays below 300 MB whatever the shape.
+The first writes 13.5 GB as fast as the disk allows; the second writes headers only, and holes instead of values. All
+tensors are copied from one block of normal numbers (standard deviation 0.02), each from a random offset: all values are
+finite, and memory stays below 300 MB for any shape.
 """
 
 import json
@@ -23,7 +23,7 @@ from shapes import SHAPES
 
 Words = npt.NDArray[np.uint16]
 BLOCK = 16 * 2**20 + 4099
-"""Numbers in the random block; the odd rest keeps rows of power-of-two tensors from repeating."""
+"""Numbers in the random block; not a power of two, so that rows of a tensor do not repeat."""
 SHARD_BYTES = 5 * 10**9
 
 

@@ -1,11 +1,12 @@
-"""What padding on the left costs on the CPU: the same pruned model compiled for either side, batch 1, timed in turn.
+"""What padding on the left costs on the CPU: the same pruned model compiled for either side, batch 1.
 
     .venv/bin/python benchmarks/padding.py --model SMOLLM2_DIR --masks dispc/data/smollm2-135m-30.safetensors \\
         --json benchmarks/results/padding.json
 
-Rows: padding right as applications run it, past and present in one buffer; padding right with caches that grow, which
-every runtime can do; padding left, whose caches always grow and whose mask is computed in the graph. One call is one
-token behind `past` others, or one prompt. Ratios are to the first row, round by round.
+Rows, timed alternately: padding right as applications run it, with past and present in one buffer; padding right with
+growing caches, as every runtime can; padding left, whose caches always grow and whose mask is computed in the graph.
+One call is one decoding step with `past` tokens in the caches, or one prefill. Ratios are to the first row, round by
+round.
 """
 
 from collections.abc import Callable
@@ -13,19 +14,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import WORK, alternate, compile_artifact, median_ratio, remove, report, summary, write_result
+from common import WORK, compile_artifact, median_ratio, numbers, remove, report, summary, write_result
 from contenders import find_model
 from machine import environment, load
 
 from dispc.runtime.latency import TimedArtifact
 from dispc.runtime.providers import CPU
+from dispc.runtime.timing import alternate
 
 TARGET = "onnx-cpu"
 SHARED, GROWING, LEFT = "right, one buffer", "right, caches grow", "left, caches grow"
 
 
 def load_all(model: Path, masks: Path | None, work: Path, threads: int) -> dict[str, TimedArtifact]:
-    """The rows by name; two of them are the same artifact."""
+    """The rows by name; the first two are the same artifact."""
     for padding in ("right", "left"):
         compile_artifact(model, work / padding, TARGET, masks, padding=padding)
     rows = {
@@ -53,12 +55,18 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     source = find_model(model, None if model else "tiny", work)
     result: dict[str, Any] = {
-        "benchmark": "padding", "model": source.name, "masks": masks.name if masks else None, "threads": threads,
-        "rounds": rounds, "calls": calls, "smoke": smoke, "environment": environment(),
-    }  # fmt: skip
+        "benchmark": "padding",
+        "model": source.name,
+        "masks": masks.name if masks else None,
+        "threads": threads,
+        "rounds": rounds,
+        "calls": calls,
+        "smoke": smoke,
+        "environment": environment(),
+    }
     loaded, rows = load_all(source, masks, work, threads), []
     for kind, lengths in (("past", pasts), ("prompt", prompts)):
-        for length in map(int, lengths.split(",")):
+        for length in numbers(lengths):
             runs: dict[str, Callable[[], None]] = {
                 name: one.step(1, length) if kind == "past" else one.prefill(1, length) for name, one in loaded.items()
             }

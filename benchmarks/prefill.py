@@ -1,14 +1,14 @@
-"""Prefill on the CPU: the speed-up of a half pruned model against what the floating-point operations would allow.
+"""Milliseconds per prefill on the CPU: half pruned against dense, and what the floating-point operations allow.
 
     .venv/bin/python benchmarks/prefill.py --model SMOLLM2_DIR \\
         --builder-python OTHER_VENV/bin/python --json benchmarks/results/prefill.json
 
     .venv/bin/python benchmarks/prefill.py --model SMOLLM2_DIR --last-logits --builder-python ...
 
-Rows as in cpu_decode.py, with the same options for all; one call is one prompt of `length` tokens in one run, with the
-logits of every position, or with --last-logits of the last one: the time to the first token. Operations are counted
-from the widths: two per weight and token of the projections and of the LM head, and four per head, feature and pair of
-positions for the attention, which is causal.
+The rows are those of cpu_decode.py. One call is a prefill of `length` tokens, with the logits of every position, or
+with --last-logits of the last one: the time to the first token. Operations are counted from the widths: two for each
+weight of the projections and of the LM head and each token; four for each head, feature and pair of positions of causal
+attention.
 """
 
 from collections.abc import Callable
@@ -21,16 +21,16 @@ import numpy as np
 import typer
 from common import numbers
 from comparison import Measurement, Work, compare
-from contenders import Contenders, Model
+from contenders import Contender, Contenders
 
 from dispc.cli.arguments import expand
 from dispc.masks import Masks
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 
 GOALS = {128: 0.92, 512: 0.92, 2048: 0.95}
-"""Share of the ratio of operations that the speed-up reaches, by tokens."""
+"""Share of the ratio of operations that the speed-up must reach, by tokens."""
 LAST_GOAL = 0.92
-"""The same for the time to the first token, and for other lengths."""
+"""The same with --last-logits, and for other lengths."""
 OPERATIONS = Work(name="operations", key="operations", unit="Gflop", scale=1e9, rate="Gflop/s")
 
 
@@ -44,15 +44,15 @@ class Options(comparison.Options):
     last_logits: Annotated[bool, typer.Option("--last-logits", help="Only the last token's logits.")] = False
 
 
-def start(model: Model, length: int) -> Callable[[], None]:
-    """A prompt of `length` random tokens."""
+def start(model: Contender, length: int) -> Callable[[], None]:
+    """A prefill of `length` random tokens."""
     model.allocate(1, length)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length))
     return model.bind(ids, 0).run
 
 
 def operations(config: DecoderConfig, masks: Masks, length: int, last_logits: bool) -> int:
-    """Floating-point operations of a prompt of `length` tokens. What norms and activations add is left out."""
+    """Floating-point operations of a prefill of `length` tokens, without those of norms and activations."""
     head = config.vocab_size * config.hidden_size * (1 if last_logits else length)
     attentions = sum(block.attention.alive for block in masks.blocks)
     pairs = length * (length + 1) // 2
@@ -60,7 +60,7 @@ def operations(config: DecoderConfig, masks: Masks, length: int, last_logits: bo
 
 
 def count(last_logits: bool, contenders: Contenders, name: str, length: int) -> int:
-    """Operations of a contender's prompt; all dense ones do the same."""
+    """Operations of a contender's prefill; the dense contenders have the same."""
     config = contenders.checkpoint.config
     masks = Masks.dense(config) if name in contenders.dense else contenders.masks
     return operations(config, masks, length, last_logits)

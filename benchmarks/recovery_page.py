@@ -1,4 +1,4 @@
-"""The part of docs/results.md that says what more text and recovery gave, and its picture."""
+"""The section of docs/results.md on longer learning and on recovery, and its picture."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,7 +84,7 @@ def recovery_sections(report: Mapping[str, Any], short: Mapping[int, float], fol
 
 
 def draw(report: Mapping[str, Any], file: Path) -> None:
-    """Perplexity against tokens, a line per ratio, and dashed the end that shipped before."""
+    """Perplexity against tokens, a line per ratio."""
     import matplotlib
 
     matplotlib.use("Agg")

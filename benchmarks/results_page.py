@@ -22,7 +22,7 @@ Cell = dict[str, Any]
 
 
 def write_page(cells: Sequence[Cell], methods: Sequence[str], page: Path = PAGE, recovery: Path | None = None) -> None:
-    """A table for each way in which perplexity was measured, the zero-shot tasks, and how to repeat each cell."""
+    """Write the page: a table per protocol of perplexity, the zero-shot tasks, and the command of each cell."""
     cells = sorted(cells, key=lambda cell: ([*methods, "dense"].index(cell["method"]), cell["ratio"], cell["seed"]))
     blocks = ["# Results", "Written by `benchmarks/learned_masks.py table`, not by hand."]
     if recovery is not None:
@@ -56,7 +56,7 @@ def learned_short(cells: Iterable[Cell]) -> dict[int, float]:
 
 
 class Protocol(NamedTuple):
-    """How a perplexity was measured; `only` says whether the text has more windows than were read."""
+    """How a perplexity was measured; `only` tells that the text has more windows than were read."""
 
     data: str
     windows: int
@@ -85,7 +85,7 @@ def judged(options: str, runtimes: Iterable[str]) -> str:
 
 
 def perplexities(cells: Sequence[Cell], methods: Sequence[str], chosen: Protocol) -> list[str]:
-    """The methods by ratio, and below them what other seeds gave."""
+    """A table of methods by ratio, and the figures of other seeds."""
     texts = [(cell, text) for cell in cells for text in cell["perplexities"] if protocol(text) == chosen]
     found = {(cell["method"], cell["ratio"], cell["seed"]): text["perplexity"] for cell, text in texts}
     ratios = sorted({ratio for _, ratio, _ in found} - {0})
@@ -109,7 +109,7 @@ def perplexities(cells: Sequence[Cell], methods: Sequence[str], chosen: Protocol
 
 
 def zero_shot(cells: Iterable[Cell]) -> list[str]:
-    """Accuracy by task, a table for each way in which it was measured; nothing where no task was."""
+    """A table of accuracies for each set of tasks and limit that was measured."""
     groups: dict[tuple[Any, ...], list[tuple[str, Cell]]] = {}
     for cell in cells:
         title = cell["method"] if not cell["ratio"] else f"{cell['method']}, {cell['ratio']} %"
@@ -120,7 +120,7 @@ def zero_shot(cells: Iterable[Cell]) -> list[str]:
 
 
 def accuracies(rows: Sequence[tuple[str, Cell]], heading: str = "## Zero-shot accuracy") -> list[str]:
-    """One table: a row per model, and the mean over the tasks with the standard error that theirs add up to."""
+    """One table: a row per model; the standard error of the mean follows from those of the tasks."""
     first = rows[0][1]
     names, limit, facts = first["names"], first["limit"], first["tasks"]
     items = ", ".join(f"{name} {facts[name]['items']}" for name in names)

@@ -1,15 +1,15 @@
-"""Perplexity against milliseconds a token and against megabytes: dense and pruned SmolLM2, in several number formats.
+"""Perplexity against milliseconds per token and against megabytes: dense and pruned SmolLM2 in several formats.
 
     .venv/bin/python benchmarks/tradeoff.py make MODEL --masks DIR --adapters DIR --work WORK --builder-python PYTHON
     .venv/bin/python benchmarks/tradeoff.py judge --work WORK --test wiki.test.raw --windows 16
     .venv/bin/python benchmarks/tradeoff.py clock --work WORK
     .venv/bin/python benchmarks/tradeoff.py page
 
-`make` compiles what is missing: every model (dense; pruned by DIR/masks-RATIO.safetensors and, with adapter-RATIO/,
-recovered) in every format, and with a Python that has it onnxruntime-genai's builder's dense graphs. `judge` measures
-perplexities that are missing, `clock` times all graphs in turns in one run, both into benchmarks/results/tradeoff.json.
-`page` writes docs/tradeoff.md and docs/tradeoff.png from that, and from the perplexities in float32 that
-learn_and_recover.py measured (benchmarks/results/recovery.json): those of a reference are those of its artifact.
+`make` compiles the missing graphs: every model (dense; pruned by DIR/masks-RATIO.safetensors; with adapter-RATIO/ also
+recovered) in every format, and with --builder-python the dense graphs of onnxruntime-genai's builder. `judge` measures
+the missing perplexities, and `clock` times all graphs alternately in one run; both write
+benchmarks/results/tradeoff.json. `page` writes docs/tradeoff.md and docs/tradeoff.png. Perplexities of float32
+artifacts are those of their references, which learn_and_recover.py measured (benchmarks/results/recovery.json).
 """
 
 import json
@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from common import alternate, console, dispc, remove, run, write_result
+from common import console, dispc, json_report, remove, run, write_result
 from decoder import Decoder, perplexity
 from machine import REPOSITORY, environment
 from tradeoff_page import write_tradeoff
@@ -30,6 +30,7 @@ from dispc.evaluate.perplexity import text_windows
 from dispc.learn.recovered import write_pruned
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
+from dispc.runtime.timing import alternate
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 FILE = RESULTS / "tradeoff.json"
@@ -66,7 +67,7 @@ class Point:
 
 
 def read() -> dict[str, Any]:
-    """What is known: facts of points by name."""
+    """The results so far: facts of points by name."""
     found: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"points": {}}
     return found
 
@@ -88,7 +89,7 @@ def make(
     formats: Annotated[str, typer.Option(help="Number formats, by commas.")] = ",".join(FORMATS),
     builder_python: Annotated[Path | None, typer.Option(help="Python that has the builder.")] = None,
 ) -> None:
-    """Compile what is missing."""
+    """Compile the missing graphs."""
     work.mkdir(parents=True, exist_ok=True)
     for ratio in (0, *(int(one) for one in ratios.split(","))):
         source = model
@@ -140,7 +141,7 @@ def judge(
     windows: Annotated[int | None, typer.Option(help="So many windows of 1,024; all of 2,048 without.")] = None,
     only: Annotated[str, typer.Option(help="Points to judge, by commas; all, if empty.")] = "",
 ) -> None:
-    """Measure perplexities that are missing. The builder's graphs are read in windows of 1,024 only."""
+    """Measure the missing perplexities; those of the builder's graphs in windows of 1,024 only."""
     key = f"{windows} of 1024" if windows else "whole of 2048"
     length = ["--sequence-length", "1024", "--max-windows", str(windows)] if windows else ["--sequence-length", "2048"]
     for name, facts in read()["points"].items():
@@ -150,7 +151,7 @@ def judge(
             continue
         if facts["compiler"] == "dispc":
             output = run(dispc("eval", work / name, "--data", test, *length, "--json")).output
-            report = json.JSONDecoder().raw_decode(output[f"\n{output}".index("\n{\n") :])[0]
+            report = json_report(output)
             measured = round(report["perplexity"][0]["perplexity"], 3)
         else:
             measured = judge_builder(work, name, test, windows or 0)
@@ -159,7 +160,7 @@ def judge(
 
 
 def judge_builder(work: Path, name: str, test: Path, windows: int) -> float:
-    """Perplexity of a graph that is no artifact, in windows of 1,024 of the dense artifact's tokens."""
+    """Perplexity of a graph of the builder, on windows of 1,024 tokens of the dense artifact's tokenizer."""
     dense = work / Point(0, "float32").name
     config = Checkpoint(dense).config
     texts = text_windows(str(test), dense, config.max_positions, 1024)[:windows]
@@ -169,11 +170,11 @@ def judge_builder(work: Path, name: str, test: Path, windows: int) -> float:
 @app.command()
 def clock(
     work: WorkOption,
-    rounds: Annotated[int, typer.Option(help="Times that each graph has its turn.")] = 7,
-    calls: Annotated[int, typer.Option(help="Tokens of a turn.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Counted rounds.")] = 7,
+    calls: Annotated[int, typer.Option(help="Counted tokens per round and graph.")] = 8,
     formats: Annotated[str, typer.Option(help="Number formats, by commas; all, if empty.")] = "",
 ) -> None:
-    """Time one token behind 64 of all graphs, in turns; older times are dropped."""
+    """Time a decoding step of all graphs with 64 tokens in the caches, alternately; older times are dropped."""
     known = read()
     names = []
     for name, facts in known["points"].items():

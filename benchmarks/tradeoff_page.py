@@ -21,7 +21,7 @@ def write_tradeoff(known: Mapping[str, Any], recovery: Mapping[str, Any], docs: 
 
 
 def complete(points: Mapping[str, Mapping[str, Any]], recovery: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Points with time, size and perplexity; float32 ones have theirs from the reference."""
+    """The points that have a perplexity; that of float32 points is their reference's."""
     rows = []
     for name, facts in points.items():
         found = facts.get("perplexity", {}).get(WINDOWS) or reference(facts, recovery, GPU_WINDOWS)
@@ -43,9 +43,9 @@ def reference(facts: Mapping[str, Any], recovery: Mapping[str, Any], text: str) 
 
 
 def frontier(rows: Sequence[Mapping[str, Any]], axis: str) -> list[Mapping[str, Any]]:
-    """The rows of which no other is both as good and as small (fast), from the smallest (fastest) on.
+    """The Pareto frontier of perplexity and an axis, from the smallest (fastest) on.
 
-    Rows without a figure on the axis, graphs that were not timed, are left out.
+    Rows without a figure on the axis (graphs that were not timed) are left out.
     """
     best, found = float("inf"), []
     for row in sorted((row for row in rows if axis in row), key=lambda row: (row[axis], row["perplexity"])):
@@ -56,7 +56,7 @@ def frontier(rows: Sequence[Mapping[str, Any]], axis: str) -> list[Mapping[str, 
 
 
 def title(row: Mapping[str, Any]) -> str:
-    """What a row is called."""
+    """The title of a row."""
     kind = f"{row['ratio']} % pruned" + (", recovered" if row["recovered"] else "") if row["ratio"] else "dense"
     return f"{kind}, {row['format']}" + (" (builder)" if row["compiler"] == "builder" else "")
 
@@ -144,7 +144,7 @@ def table_row(row: Mapping[str, Any], fronts: Mapping[str, set[str]]) -> tuple[s
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where pruned artifacts win and where they do not, said in sentences."""
+    """Sentences on where pruned artifacts win and where they do not."""
     dense, pruned = ([row for row in rows if bool(row["ratio"]) == kind] for kind in (False, True))
     found = []
     for axis, what, of in (("milliseconds", "fast", "time"), ("megabytes", "small", "size")):

@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/zero_shot_tasks.py DATA -o benchmarks/work/tasks
     dispc eval MODEL --tasks local_piqa,local_arc_easy --include benchmarks/work/tasks
 
-DATA holds the files that TASKS names. Prompts and metrics are those of lm-evaluation-harness; the texts were partly
-preprocessed by those who published the files, so that figures compare models with each other, not with other tables.
+DATA holds the files that TASKS names. Prompts and metrics are those of lm-evaluation-harness. The publishers of the
+files preprocessed some texts: compare the figures with each other, not with other tables.
 """
 
 import json
@@ -42,7 +42,7 @@ def hellaswag(folder: Path) -> Iterator[Item]:
 
 
 def winogrande(folder: Path) -> Iterator[Item]:
-    """Two contexts and one continuation: lm-eval takes the number of the right context as the text."""
+    """Two contexts and one continuation; the text is the number of the right context, as lm-eval expects it."""
     for row in _json_lines(folder / "foundry_winogrande.jsonl"):
         yield {"text": row["gold"], "choices": row["context_options"], "target": row["continuation"]}
 
@@ -83,7 +83,7 @@ def definition(name: str, data: Path) -> Item:
 
 
 def prepare(folder: Path, output: Path) -> dict[str, int]:
-    """Write items and definition of every task; the items of each."""
+    """Write items and definition of every task; returns the number of items of each."""
     output.mkdir(parents=True, exist_ok=True)
     counts = {}
     for name, task in TASKS.items():

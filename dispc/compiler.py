@@ -18,7 +18,7 @@ from dispc.export.write import check_file, save_model
 from dispc.manifest import MANIFEST, BlockParameters, LoweringChoice, Manifest, PassRecord, Tuning, foreign_content
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.model.published import open_checkpoint
 from dispc.model.rope import unreached_positions
 from dispc.model.weights import surface_weight_errors

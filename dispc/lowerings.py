@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dispc.support.errors import CompileError
-
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 EVERY = ("float32", "float16", "bfloat16")
 
@@ -92,14 +90,3 @@ LOWERINGS: dict[str, Lowering] = {
         ),
     )
 }
-
-
-def find_lowering(name: str) -> Lowering:
-    """The row called `name`.
-
-    Raises:
-        CompileError: naming every lowering.
-    """
-    if name not in LOWERINGS:
-        raise CompileError(f"unknown lowering {name!r}; lowerings are {', '.join(LOWERINGS)}")
-    return LOWERINGS[name]

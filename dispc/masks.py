@@ -16,7 +16,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.support.errors import MasksError
 from dispc.support.files import whole
 from dispc.support.inputs import naming

@@ -6,11 +6,12 @@ Knows nothing of graphs.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dispc.lowerings import CPU, CUDA, LOWERINGS, Lowering, find_lowering
+from dispc.lowerings import CPU, CUDA, LOWERINGS, Lowering
 from dispc.manifest import Manifest
 from dispc.quantisation import Quantisation
 from dispc.selection import DEFAULT_COSTS, SelectionCosts
 from dispc.support.errors import CompileError
+from dispc.support.rows import find_row
 
 Padding = Literal["left", "right"]
 FUSIONS = (
@@ -115,7 +116,7 @@ def choices_of(manifest: Manifest) -> Choices:
     Raises:
         CompileError: when the artifact is of an unknown target.
     """
-    fusions = find_target(manifest.target).fusions if manifest.fusions is None else manifest.fusions
+    fusions = find_row(TARGETS, manifest.target, "target").fusions if manifest.fusions is None else manifest.fusions
     return Choices(
         dtype=manifest.dtype,
         padding=manifest.padding,
@@ -167,24 +168,13 @@ class Plan:
         return self.dtype in self.target.group_query
 
 
-def find_target(name: str) -> Target:
-    """The row called `name`.
-
-    Raises:
-        CompileError: naming every target.
-    """
-    if name not in TARGETS:
-        raise CompileError(f"unknown target {name!r}; targets are {', '.join(TARGETS)}")
-    return TARGETS[name]
-
-
 def make_plan(target: str, choices: Choices = Choices()) -> Plan:
     """Fill in the defaults of a target and refuse what ONNX Runtime cannot run.
 
     Raises:
         CompileError: for an unknown name, or a combination without a kernel, with the alternative named.
     """
-    row = find_target(target)
+    row = find_row(TARGETS, target, "target")
     dtype = choices.dtype or row.dtypes[0]
     if dtype not in row.dtypes:
         raise CompileError(f"target {target} has no dtype {dtype!r}; it has {', '.join(row.dtypes)}")
@@ -240,7 +230,7 @@ def _align(row: Target, dtype: str, quantisation: Quantisation | None) -> int:
 def _lowering(row: Target, dtype: str, name: str | None) -> tuple[Lowering, str]:
     if name is None:
         return LOWERINGS[row.lowering], f"the default of {row.name}"
-    lowering = find_lowering(name)
+    lowering = find_row(LOWERINGS, name, "lowering")
     if lowering.domain and not row.contrib:
         raise CompileError(
             f"target {row.name} has standard operators only, and {lowering.operator} is of {lowering.domain}; "

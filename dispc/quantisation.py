@@ -3,8 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dispc.model.families import Family
+from dispc.model.family import Family
 from dispc.support.errors import CompileError
+from dispc.support.rows import find_row
 from dispc.support.typed_json import to_json
 
 BITS = {"int4": 4, "int8": 8}
@@ -120,8 +121,7 @@ def make_quantisation(
         if any((block_size is not None, asymmetric, head, embedding, int8_activations is not None, algorithm, mixed)):
             raise CompileError("options of quantisation are given without --quantize; add --quantize int4 or int8")
         return None
-    if name not in BITS:
-        raise CompileError(f"unknown quantisation {name!r}; quantisations are {', '.join(BITS)}")
+    bits = find_row(BITS, name, "quantisation")
     size = 32 if block_size is None else block_size
     if size not in BLOCK_SIZES:
         raise CompileError(f"block size {size} has no kernels; block sizes are {', '.join(map(str, BLOCK_SIZES))}")
@@ -135,7 +135,7 @@ def make_quantisation(
     if int8_activations is None:
         int8_activations = (name == "int8" or mixed is not None) and target == "onnx-cpu"
     return Quantisation(
-        bits=BITS[name],
+        bits=bits,
         block_size=size,
         symmetric=not asymmetric and algorithm not in ASYMMETRIC,
         head=head,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dispc.masks import Block, Masks, SubLayer
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 
 
 @dataclass(frozen=True, kw_only=True)

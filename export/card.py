@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from dispc.manifest import LICENCE_FILES, Manifest
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.plan import TARGETS
 from dispc.support.errors import CheckpointError
 from dispc.support.files import write_text

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dispc.export.semantic import Recorder, Rotation, functions, install
 from dispc.export.translate import translate
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.families import DecoderConfig, keep_blocks
+from dispc.model.config import DecoderConfig, keep_blocks
 from dispc.model.packed import separate
 from dispc.model.pretrained import build_model, model_class
 

@@ -7,7 +7,7 @@ from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, Precondi
 
 from dispc.manifest import spell_pass
 from dispc.masks import Masks
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.support.errors import CompileError
 from dispc.support.graph import drop_unused_initializers
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.passes.base import RewritePass
 from dispc.passes.rounding import Integers, inverse_factor, pack, round_weight
 from dispc.quantisation import Quantisation, product_of

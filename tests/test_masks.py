@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from dispc.masks import SETS, Masks, set_width
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.support.errors import MasksError
 
 CONFIG: DecoderConfig = harness.checkpoint("llama").config

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from dispc.evaluate.perplexity import text_windows
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.plan import Plan
 from dispc.quantisation import HEAD_PRODUCT, Quantisation
 from dispc.reference.blocks import Blocks

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.support.errors import CheckpointError, first_line
 from dispc.support.extras import need
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dispc.masks import SETS, Masks, NormScope, set_widths
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.support.errors import MasksError
 
 RatioOf = Literal["blocks", "model"]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.model.text import Tokens
 from dispc.runtime.devices import torch_device
 from dispc.support.extras import need

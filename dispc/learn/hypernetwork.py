@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dispc.masks import SETS, set_width
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 
 INPUT_SIZE, GRU_SIZE = 32, 64
 SHARED = tuple(name for name in SETS if name != "mlp.mid")

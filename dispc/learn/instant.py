@@ -18,7 +18,7 @@ from dispc.learn.objective import GatedModel
 from dispc.learn.options import check_choices, check_one_of
 from dispc.masks import SETS, Masks, NormScope, set_widths
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.model.published import open_checkpoint
 from dispc.model.text import load_tokens, source_name, windows
 from dispc.reference.masked import load_reference

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from dispc.masks import SETS, NormScope, set_widths
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.reference.masked import apply_gates
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dispc.learn.estimator import MEDIAN_OF_NOISE, OFFSET
 from dispc.learn.hypernetwork import HyperNetwork
 from dispc.masks import Masks, set_widths
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.model.published import masks_of_directory, masks_of_vectors
 from dispc.support.errors import MasksError, first_line
 

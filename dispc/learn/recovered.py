@@ -14,7 +14,7 @@ from dispc.learn.recovery_options import MARKER, RecoverOptions, foreign_content
 from dispc.manifest import COPIED
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.model.packed import rows
 from dispc.reference.masked import load_reference, zero_outside
 from dispc.support.directories import staged_directory

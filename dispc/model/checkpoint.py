@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from dispc.masks import Masks
-from dispc.model.families import DecoderConfig, Family, find_family
+from dispc.model.config import DecoderConfig
+from dispc.model.families import find_family
+from dispc.model.family import Family
 from dispc.model.generation import Generation
 from dispc.model.packed import packed_in, take
 from dispc.model.pretrained import build_model, empty_parameters, fill, make_config

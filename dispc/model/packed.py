@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dispc.model.families import DecoderConfig, Family, Packed
+from dispc.model.config import DecoderConfig
+from dispc.model.family import Family, Packed
 from dispc.model.storage import CheckpointTensor
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dispc.model.families import Family
+from dispc.model.family import Family
 from dispc.model.rope import ROPE_KEYS, Rope, spell_ropes
 from dispc.support.errors import CheckpointError, first_line
 

@@ -18,7 +18,7 @@ import torch
 
 from dispc.masks import SETS, Indices, Masks, set_widths
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.model.storage import CheckpointTensor
 from dispc.support.errors import CheckpointError, MasksError
 from dispc.support.inputs import contents

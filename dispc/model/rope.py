@@ -18,7 +18,7 @@ from dispc.support.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import nn
 
-    from dispc.model.families import Family
+    from dispc.model.family import Family
 
 THETA = ("rope_theta", "rotary_emb_base")
 SHARE = ("partial_rotary_factor", "rotary_pct", "rope_pct")

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.families import DecoderConfig, Family
+from dispc.model.config import DecoderConfig
+from dispc.model.family import Family
 from dispc.model.pretrained import fill
 from dispc.reference.masked import mask_model
 

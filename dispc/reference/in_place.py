@@ -3,7 +3,8 @@
 from typing import Any
 
 from dispc.masks import Masks
-from dispc.model.families import DecoderConfig, find_family
+from dispc.model.config import DecoderConfig
+from dispc.model.families import find_family
 from dispc.reference import masked
 from dispc.support.errors import UnsupportedModelError
 

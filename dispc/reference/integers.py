@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dispc.masks import Indices
-from dispc.model.families import Family
+from dispc.model.family import Family
 from dispc.quantisation import HEAD_PRODUCT, Quantisation, product_of
 from dispc.support.errors import ArtifactError
 

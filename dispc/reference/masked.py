@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dispc.masks import Indices, Masks, NormScope, set_width
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.families import Family
+from dispc.model.family import Family
 from dispc.model.norms import Norm
 from dispc.model.packed import separate
 

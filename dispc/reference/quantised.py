@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from dispc.manifest import Manifest
 from dispc.masks import Block, Indices, Masks
-from dispc.model.families import Family, logits_multiplier
+from dispc.model.config import logits_multiplier
+from dispc.model.family import Family
 from dispc.quantisation import HEAD_PRODUCT, Quantisation
 from dispc.reference.integers import Part, StoredIntegers
 from dispc.support.dtypes import DTYPES

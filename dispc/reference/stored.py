@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dispc.masks import Masks
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 
 
 @dataclass(frozen=True)

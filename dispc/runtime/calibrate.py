@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.families import Family
+from dispc.model.family import Family
 from dispc.plan import Choices, Plan, make_plan
 from dispc.quantisation import HEAD_PRODUCT, product_of
 from dispc.runtime.session import Array, Runner, open_session

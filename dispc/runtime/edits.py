@@ -120,7 +120,9 @@ def _without_int8_activations(model: ir.Model) -> None:
     times as slow as MatMul for one token, so that the graph says how to dequantise them once, when it is loaded.
     """
     for node in list(model.graph):
-        rounding = node.op_type == "MatMulNBits" and node.attributes.pop("accuracy_level", None)
+        if node.op_type != "MatMulNBits":
+            continue
+        rounding = node.attributes.pop("accuracy_level", None)
         if rounding and node.attributes["bits"].as_int() == 8:
             _dequantise(model.graph, node)
 

@@ -20,7 +20,7 @@ from dispc.lowerings import LOWERINGS
 from dispc.manifest import Tuning
 from dispc.masks import Block, Masks
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.families import DecoderConfig, keep_blocks
+from dispc.model.config import DecoderConfig, keep_blocks
 from dispc.model.storage import CheckpointTensor
 from dispc.plan import Choices, Plan, make_plan
 from dispc.runtime.costs import fit_costs

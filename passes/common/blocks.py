@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from dispc.model.families import Family, SubLayerNames
+from dispc.model.family import Family, SubLayerNames
 from dispc.support.errors import CompileError
 from dispc.support.graph import consumers, scope
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from dispc.masks import Indices, Masks, SubLayer
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.model.weights import LazyWeight, rebind, weight_of
 from dispc.passes.common.norms import recount
 from dispc.support.errors import CompileError

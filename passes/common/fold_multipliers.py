@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.model.weights import rebind, weight_of
 from dispc.passes.base import RewritePass
 from dispc.passes.common.packing import projection_of

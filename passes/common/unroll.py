@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.families import Family
+from dispc.model.family import Family
 from dispc.model.weights import LazyWeight
 from dispc.passes.base import RewritePass
 from dispc.support.errors import CompileError

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnxscript.rewriter import RewriteRule, RewriteRuleClassBase
 
 from dispc.masks import Masks
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.passes.common.patterns import PatternPass
 from dispc.support.graph import MICROSOFT
 

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dispc.masks import Masks
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.passes.base import ConditionError, RewritePass
 from dispc.support.graph import MICROSOFT, WINDOW, add_initializer, make_node
 

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dispc.masks import Masks
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.model.weights import rebind, weight_of
 from dispc.passes.base import BlockPass
 from dispc.passes.common.canonical import reads_of_projections

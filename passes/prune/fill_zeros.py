@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from dispc.masks import Masks
-from dispc.model.families import DecoderConfig
+from dispc.model.config import DecoderConfig
 from dispc.model.weights import rebind, weight_of
 from dispc.passes.base import BlockPass
 from dispc.passes.common.canonical import find_writes

@@ -32,7 +32,8 @@ from make_checkpoint import make_checkpoint, write_tokenizer
 from shapes import SHAPES
 
 from dispc.masks import Masks
-from dispc.model.families import FAMILIES, DecoderConfig
+from dispc.model.config import DecoderConfig
+from dispc.model.families import FAMILIES
 from dispc.plan import TARGETS
 from dispc.validate.checks.parity import LIMITS, logit_error
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from command import assert_refused, run
-from student import student, text
+from student import command_line, student, text
 
 from dispc.learn.instant import instant_masks
 from dispc.model.checkpoint import Checkpoint
@@ -22,25 +22,8 @@ def arguments(folder: Path, *more: str) -> list[str]:
     masks = folder / "m.safetensors"
     if not masks.exists():
         instant_masks(student(), "magnitude", 0.3).save(masks, Checkpoint(student()).config)
-    return [
-        "recover",
-        str(student()),
-        "--masks",
-        str(masks),
-        "--data",
-        text("train.txt", 3000, 2),
-        "-o",
-        str(folder / "out"),
-        "--steps",
-        "8",
-        "--sequence-length",
-        "32",
-        "--evaluate-every",
-        "4",
-        "--device",
-        "cpu",
-        *more,
-    ]
+    short = dict(steps=8, batch_size=4, evaluate_every=4)
+    return [*command_line("recover", masks=masks, output=folder / "out", **short), *more]
 
 
 @pytest.mark.parametrize("more", [(), ("--lora", "2")], ids=str)

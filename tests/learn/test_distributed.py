@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from student import options, student, text
+from student import command_line, options, student
 
 from dispc.learn.distributed import Processes
 from dispc.learn.folder import CHECKPOINT, METRICS
@@ -83,35 +84,24 @@ def test_a_batch_that_cannot_be_shared_names_one_that_can(tmp_path: Path, monkey
         learn(options(tmp_path, batch_size=3))
 
 
+STARTS = {"one": (), "two": ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")}
+"""How many processes -> how Python starts them."""
+
+
+def run_dispc(start: Sequence[str], *words: str) -> str:
+    """Run a command in one process or in two; its stderr, which ends with a line of progress."""
+    command = [sys.executable, "-m", *start, "dispc", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    common = [
-        "learn",
-        str(student()),
-        "--data",
-        text("train.txt", 3000, 2),
-        "--sequence-length",
-        "32",
-        "--batch-size",
-        "2",
-        "--learning-rate",
-        "1e-2",
-        "--steps",
-        "20",
-        "--device",
-        "cpu",
-    ]
-    for name, start in (("one", []), ("two", ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"])):
-        output = tmp_path / name / "masks.safetensors"
-        done = subprocess.run(
-            [sys.executable, "-m", *start, "dispc", *common, "-o", str(output)],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stderr.count("step 1 of 20:") == 1  # one process shows its progress
+    words = command_line("learn", steps=20, learning_rate=1e-2)
+    for name, start in STARTS.items():
+        shown = run_dispc(start, *words, "-o", str(tmp_path / name / "masks.safetensors"))
+        assert shown.count("step 1 of 20:") == 1  # one process shows its progress
     one, two = (
         [json.loads(line)["loss"] for line in (tmp_path / name / "masks.learn" / METRICS).read_text().splitlines()]
         for name in ("one", "two")
@@ -126,37 +116,9 @@ def test_two_processes_recover_what_one_recovers(tmp_path: Path, lora: int) -> N
     pytest.importorskip("peft")
     masks = tmp_path / "masks.safetensors"
     instant_masks(student(), "magnitude", 0.3).save(masks, Checkpoint(student()).config)
-    common = [
-        "recover",
-        str(student()),
-        "--masks",
-        str(masks),
-        "--data",
-        text("train.txt", 3000, 2),
-        "--sequence-length",
-        "32",
-        "--batch-size",
-        "2",
-        "--learning-rate",
-        "3e-3",
-        "--steps",
-        "8",
-        "--evaluate-every",
-        "4",
-        "--device",
-        "cpu",
-        "--lora",
-        str(lora),
-    ]
-    for name, start in (("one", []), ("two", ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"])):
-        done = subprocess.run(
-            [sys.executable, "-m", *start, "dispc", *common, "-o", str(tmp_path / name)],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    words = command_line("recover", masks=masks, steps=8, learning_rate=3e-3, evaluate_every=4, lora=lora)
+    for name, start in STARTS.items():
+        run_dispc(start, *words, "-o", str(tmp_path / name))
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=2e-3, rtol=0)  # Adam's first steps magnify rounding

@@ -8,11 +8,10 @@ import pytest
 import tiny
 import torch
 from language import make_tokenizer
-from student import options, text
+from student import options, recover_options
 from transformers import AutoModelForCausalLM
 
 from dispc.learn.recovery import recover
-from dispc.learn.recovery_options import RecoverOptions
 from dispc.learn.trainer import learn
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
@@ -39,19 +38,8 @@ def test_masks_are_learned_within_their_budget(model: Path, tmp_path: Path) -> N
 def test_steps_of_recovery_lower_the_loss_and_the_pruned_model_is_written(model: Path, tmp_path: Path) -> None:
     masks = Masks.random(Checkpoint(model).config, 0.3, seed=1)
     masks.save(tmp_path / "masks.safetensors", Checkpoint(model).config)
-    chosen = RecoverOptions(
-        model=model,
-        masks=tmp_path / "masks.safetensors",
-        data=text("train.txt", 3000, 2),
-        output=tmp_path / "out",
-        steps=2,
-        sequence_length=32,
-        batch_size=4,
-        learning_rate=1e-3,
-        evaluate_every=1,
-        warm_up=0.0,
-        device="cpu",
-    )
+    run = dict(steps=2, learning_rate=1e-3, evaluate_every=1, warm_up=0.0)
+    chosen = recover_options(tmp_path, tmp_path / "masks.safetensors", model=model, **run)
     outcome, _ = recover(chosen)
     assert outcome.best["loss"] < outcome.begin["loss"]
     ids = torch.arange(20)[None] % 50

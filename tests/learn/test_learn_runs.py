@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from command import run
-from student import arguments, options, steps_of, student, text
+from student import arguments, options, steps_of, student
 
 from dispc.learn import trainer
 from dispc.learn.folder import CHECKPOINT, METRICS, OPTIONS
@@ -66,26 +66,9 @@ def test_a_falling_rate_is_resumed_where_it_was(tmp_path: Path) -> None:
 @pytest.mark.extras
 @pytest.mark.parametrize(("every", "lines"), [("1", 4), ("100000", 0)], ids=["checkpoints", "no checkpoint yet"])
 def test_a_killed_run_goes_on_from_where_it_was_safe(tmp_path: Path, every: str, lines: int) -> None:
-    arguments = [
-        "learn",
-        str(student()),
-        "--data",
-        text("train.txt", 3000, 2),
-        "-o",
-        str(tmp_path / "killed" / "masks.safetensors"),
-        "--sequence-length",
-        "32",
-        "--batch-size",
-        "2",
-        "--learning-rate",
-        "1e-2",
-        "--checkpoint-every",
-        every,
-        "--device",
-        "cpu",
-    ]
     metrics = tmp_path / "killed" / "masks.learn" / METRICS
-    command = [sys.executable, "-m", "dispc", *arguments, "--steps", "100000"]
+    words = arguments(tmp_path / "killed", "--checkpoint-every", every, "--steps", "100000")
+    command = [sys.executable, "-m", "dispc", *words]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= lines):
             time.sleep(0.05)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from student import student, text
+from student import recover_options, student
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dispc.learn import recovery
@@ -41,20 +41,7 @@ def masks_file(**changes: Any) -> Path:
 def options(folder: Path, **changes: Any) -> RecoverOptions:
     if changes.get("lora", 0) > 0:
         pytest.importorskip("peft")
-    defaults: dict[str, Any] = dict(
-        model=student(),
-        masks=masks_file(),
-        data=text("train.txt", 3000, 2),
-        output=folder / "out",
-        steps=12,
-        sequence_length=32,
-        batch_size=4,
-        learning_rate=3e-3,
-        evaluate_every=4,
-        checkpoint_every=5,
-        device="cpu",
-    )
-    return RecoverOptions(**defaults | changes)
+    return recover_options(folder, **{"masks": masks_file()} | changes)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

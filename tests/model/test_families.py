@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from dispc.model.families import FAMILIES, DecoderConfig, find_family, supported_models
+from dispc.model.config import DecoderConfig
+from dispc.model.families import FAMILIES, find_family, supported_models
 from dispc.support.errors import UnsupportedModelError
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -26,7 +26,8 @@ import harness
 import numpy as np
 import tiny
 from artifacts import artifact, failed, judged
-from fault_kinds import KINDS, Kind, NotHere, Place
+from fault_kinds import KINDS, Kind
+from fault_places import NotHere, Place
 
 from dispc.quantisation import Quantisation
 from dispc.reference.blocks import Blocks

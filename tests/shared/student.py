@@ -9,6 +9,7 @@ import harness
 import language
 
 from dispc.learn.options import LearnOptions
+from dispc.learn.recovery_options import RecoverOptions
 
 
 @cache
@@ -23,42 +24,34 @@ def text(name: str, words: int, seed: int) -> str:
     return str(path)
 
 
+def run_options(**changes: Any) -> dict[str, Any]:
+    """What a short run of learning or of recovery is told, as the fields of its options."""
+    usual = dict(data=text("train.txt", 3000, 2), steps=12, sequence_length=32, batch_size=2, device="cpu")
+    return usual | changes
+
+
 def options(folder: Path, **changes: Any) -> LearnOptions:
-    defaults: dict[str, Any] = dict(
-        model=student(),
-        data=text("train.txt", 3000, 2),
-        output=folder / "masks.safetensors",
-        steps=12,
-        sequence_length=32,
-        batch_size=2,
-        learning_rate=1e-2,
-        checkpoint_every=5,
-        device="cpu",
-    )
-    return LearnOptions(**defaults | changes)
+    usual = dict(model=student(), output=folder / "masks.safetensors", learning_rate=1e-2, checkpoint_every=5)
+    return LearnOptions(**run_options(**usual | changes))
+
+
+def recover_options(folder: Path, masks: Path, **changes: Any) -> RecoverOptions:
+    usual: dict[str, Any] = dict(model=student(), masks=masks, output=folder / "out", batch_size=4)
+    usual |= dict(learning_rate=3e-3, evaluate_every=4, checkpoint_every=5)
+    return RecoverOptions(**run_options(**usual | changes))
+
+
+def command_line(command: str, **changes: Any) -> list[str]:
+    """The words of a run of the student: `steps=8` becomes `--steps 8`."""
+    words = [command, str(student())]
+    for name, value in run_options(**changes).items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
-    """The command line of a run of 12 steps; `more` is added."""
-    return [
-        "learn",
-        str(student()),
-        "--data",
-        text("train.txt", 3000, 2),
-        "-o",
-        str(folder / "masks.safetensors"),
-        "--steps",
-        "12",
-        "--sequence-length",
-        "32",
-        "--batch-size",
-        "2",
-        "--learning-rate",
-        "1e-2",
-        "--device",
-        "cpu",
-        *more,
-    ]
+    """The command line of a run of 12 steps of learning; `more` is added."""
+    return [*command_line("learn", output=folder / "masks.safetensors", learning_rate=1e-2), *more]
 
 
 def steps_of(metrics: Path) -> list[int]:

@@ -40,8 +40,8 @@ CELLS: dict[str, tuple[str, ...]] = {
     "int4, gptq": (*INT4, *GPTQ),
     "int4, mixed by widths": (*INT4, "--mixed", "widths"),
     "int4, mixed by damage": (*INT4, "--mixed", "damage"),
-    "int4, k_quant, mixed by widths": (*INT4, "--algorithm", "k_quant", "--mixed", "widths"),
-    "int4, k_quant, mixed by damage": (*INT4, "--algorithm", "k_quant", "--mixed", "damage"),
+    "int4, gptq, mixed by widths": (*INT4, *GPTQ, "--mixed", "widths"),
+    "int4, gptq, mixed by damage": (*INT4, *GPTQ, "--mixed", "damage"),
 }
 TEXT = ("gptq", "damage")
 """Cells with one of these words need a calibration text."""

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from dispc.model.config import DecoderConfig
 from dispc.passes.base import RewritePass
-from dispc.passes.rounding import Integers, pack, round_weight
+from dispc.passes.rounding import Integers, inverse_factor, pack, round_weight
 from dispc.quantisation import Quantisation, product_of
 from dispc.support.errors import CompileError
 from dispc.support.graph import HEAD, MICROSOFT, add_initializer, make_node, replace_node
@@ -211,11 +211,10 @@ class QuantisedWeight:
         inputs, outputs = weight.shape
         step = max(1, PIECE // inputs)
         kernel_dtype = np.float16 if stored.dtype == np.float16 else np.float32
+        spread = None if self.hessian is None else inverse_factor(self.hessian)
         pieces = [
             quantise(
-                np.ascontiguousarray(weight[:, start : start + step], dtype=kernel_dtype),
-                self.quantisation,
-                self.hessian,
+                np.ascontiguousarray(weight[:, start : start + step], dtype=kernel_dtype), self.quantisation, spread
             )
             for start in range(0, outputs, step)
         ]
@@ -226,13 +225,13 @@ class QuantisedWeight:
         return parts if self.quantisation.symmetric else parts | {"zero_points": zero_points}
 
 
-def quantise(weight: Array, quantisation: Quantisation, hessian: Array | None = None) -> tuple[Array, Array, Array]:
+def quantise(weight: Array, quantisation: Quantisation, spread: Array | None = None) -> tuple[Array, Array, Array]:
     """ONNX Runtime's own quantiser, or one of its algorithms, on [K,N], float32 or float16, contiguous.
 
     Returns integers uint8 [N, k, block bytes], scales [N,k] of the weight's dtype, zero points uint8 [N, bytes].
     """
-    if quantisation.algorithm != "rtn" and (hessian is not None or quantisation.algorithm != "gptq"):
-        return _packed(round_weight(weight, quantisation, hessian), quantisation.bits)
+    if quantisation.algorithm != "rtn" and (spread is not None or quantisation.algorithm != "gptq"):
+        return _packed(round_weight(weight, quantisation, spread), quantisation.bits)
     from onnxruntime.capi import _pybind_state
 
     bits, size = quantisation.bits, quantisation.block_size

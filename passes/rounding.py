@@ -1,4 +1,4 @@
-"""The algorithms that round weights better than to the nearest integer, all of them ONNX Runtime's own code.
+"""The algorithms that round weights better than to the nearest integer: ONNX Runtime's own code, but for GPTQ.
 
 Every algorithm takes a weight [K,N] and gives `Integers`: what MatMulNBits multiplies by is
 (integers - zero points) * scales, block by block along K.
@@ -35,12 +35,12 @@ class Integers:
     zero_points: Array
 
 
-def round_weight(weight: Array, quantisation: Quantisation, hessian: Array | None = None) -> Integers:
+def round_weight(weight: Array, quantisation: Quantisation, spread: Array | None = None) -> Integers:
     """Round [K,N], float32 or float16 and contiguous, by the algorithm of `quantisation`.
 
-    `hessian` [K,K] is the sum of x x^T over the inputs x that the weight is multiplied with, for GPTQ.
+    `spread` [K,K] is the `inverse_factor` of the sum of x x^T over the inputs x that the weight is multiplied with.
     """
-    return ALGORITHMS[quantisation.algorithm](weight, quantisation, hessian)
+    return ALGORITHMS[quantisation.algorithm](weight, quantisation, spread)
 
 
 def _k_quant(weight: Array, quantisation: Quantisation, _: Array | None) -> Integers:
@@ -68,43 +68,60 @@ def _hqq(weight: Array, quantisation: Quantisation, _: Array | None) -> Integers
     return _integers(blocks, weight.dtype, values, scales, zero_points)
 
 
-def _gptq(weight: Array, quantisation: Quantisation, hessian: Array | None) -> Integers:
-    """Column after column, the error of one spread over those that follow, by what the inputs are like.
+def inverse_factor(hessian: Array) -> Array:
+    """Upper triangle U [K,K], float32, with U^T U the inverse of the damped Hessian: GPTQ's Cholesky form.
 
-    ONNX Runtime 1.31 takes the wrong triangle of the factor that says how, and spreads nothing.
+    Row i says how an error in input i is made good by the inputs behind it (arXiv 2210.17323, section 3.3).
     """
-    from onnxruntime.quantization.neural_compressor.weight_only import gptq
+    damped = hessian.astype(np.float64)
+    diagonal = damped.diagonal().copy()
+    damped[np.diag_indices_from(damped)] += DAMPING * diagonal.mean() + (diagonal == 0)  # inputs that are always zero
+    factor: Array = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+    return factor
 
-    if hessian is None:
+
+def _gptq(weight: Array, quantisation: Quantisation, spread: Array | None) -> Integers:
+    """GPTQ (arXiv 2210.17323, algorithm 1): input after input, the error of one spread over those behind it.
+
+    Ours, because ONNX Runtime's `gptq` (1.31) multiplies by the empty triangle of the factor and spreads nothing.
+    """
+    if spread is None:
         raise CompileError("--algorithm gptq rounds by the inputs of a product, and none were recorded for one of them")
-    size, bits = quantisation.block_size, quantisation.bits
-    scheme = "sym" if quantisation.symmetric else "asym"
-    rounded = gptq(
-        weight.astype(np.float32), hessian.astype(np.float64), bits, size, scheme, percdamp=DAMPING
-    )  # of every column, dead ones included: a weight [K,N]
-    return read_integers(_blocks(rounded.astype(np.float32), size), bits, quantisation.symmetric, weight.dtype)
+    inputs, outputs = weight.shape
+    size, top = quantisation.block_size, 2**quantisation.bits - 1
+    left = np.ascontiguousarray(weight.T, dtype=np.float32)
+    values = np.zeros((outputs, -(-inputs // size) * size), dtype=np.uint8)
+    grids = []
+    for start in range(0, inputs, size):
+        stop = min(start + size, inputs)
+        scale, zero_point = _grid(left[:, start:stop], quantisation, weight.dtype)
+        errors = np.empty((outputs, stop - start), dtype=np.float32)
+        for index in range(start, stop):
+            column = left[:, index]
+            rounded = np.clip(np.round(column / scale) + zero_point, 0, top)
+            values[:, index] = rounded
+            error = (column - (rounded - zero_point) * scale) / spread[index, index]
+            left[:, index:stop] -= error[:, None] * spread[index, index:stop]
+            errors[:, index - start] = error
+        left[:, stop:] -= errors @ spread[start:stop, stop:]
+        grids.append((scale, zero_point))
+    scales, zero_points = (np.stack(parts, axis=-1) for parts in zip(*grids, strict=True))
+    return _integers(values.reshape(outputs, -1, size), weight.dtype, values, scales, zero_points)
 
 
-def read_integers(blocks: Array, bits: int, symmetric: bool, dtype: Any) -> Integers:
-    """The integers of [N, k, b] float32 whose values are multiples of an unknown scale in each block.
-
-    The scale is the largest of which all values are multiples by integers in reach of a zero point.
-    """
-    top = 2**bits - 1
-    high, low = blocks.max(-1, keepdims=True).clip(0), blocks.min(-1, keepdims=True).clip(None, 0)
-    reach = high - low
-    scales, found = np.ones_like(reach), reach == 0
-    for steps in range(1, top + 1):
-        scale = np.where(reach == 0, 1, reach / steps)
-        multiples = blocks / scale
-        fits = (np.abs(multiples - np.round(multiples)).max(-1, keepdims=True) < 1e-2) & ~found
-        if symmetric:
-            fits &= (np.round(high / scale) < (top + 1) / 2) & (np.round(-low / scale) <= (top + 1) / 2)
-        scales, found = np.where(fits, scale, scales), found | fits
-    if not found.all():
-        raise CompileError("GPTQ rounded a block of weights to what no integers with one scale stand for")
-    zero_points = np.full_like(scales, (top + 1) / 2) if symmetric else np.round(-low / scales)
-    return _integers(blocks, dtype, np.round(blocks / scales) + zero_points, scales, zero_points)
+def _grid(block: Array, quantisation: Quantisation, dtype: Any) -> tuple[Array, Array]:
+    """Scale, as it is stored, and zero point of each row of [N,b], by the rule of dispc.reference.quantised."""
+    high, low = block.max(-1), block.min(-1)
+    if quantisation.symmetric:
+        middle = 2 ** (quantisation.bits - 1)
+        scale = np.where(np.abs(high) > np.abs(low), high, low) / -middle
+    else:
+        high, low = high.clip(0), low.clip(None, 0)
+        scale = (high - low) / (2**quantisation.bits - 1)
+    scale = np.where(scale == 0, 1, scale).astype(dtype).astype(np.float32)
+    if quantisation.symmetric:
+        return scale, np.full_like(scale, middle)
+    return scale, np.round(-low / scale)
 
 
 ALGORITHMS: Mapping[str, Callable[[Array, Quantisation, Array | None], Integers]] = {

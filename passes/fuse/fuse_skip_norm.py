@@ -1,7 +1,7 @@
 """The residual add and the norm behind it as one node."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 from onnxscript.rewriter import RewriteRule, RewriteRuleClassBase
@@ -13,47 +13,50 @@ from dispc.support.graph import MICROSOFT
 
 
 class _SkipNorm(RewriteRuleClassBase):  # type: ignore[misc]
+    """The operator of a norm, and that of the same norm of a sum."""
+
+    norm: ClassVar[str]
+    skip: ClassVar[str]
+
+    def of_sum(self, op: Any, stream: Any, update: Any, *weights: Any) -> Any:
+        total = op.Add(stream, update)
+        return getattr(op, self.norm)(total, *weights, _allow_other_attributes=True, _outputs=["normed"]), total
+
     def check(self, context: Any, normed: ir.Value, **_: Any) -> bool:
         norm = normed.producer()
         return norm is not None and _reads_a_write(norm)
 
+    def rewrite(
+        self,
+        op: Any,
+        stream: ir.Value,
+        update: ir.Value,
+        gamma: ir.Value,
+        normed: ir.Value,
+        beta: ir.Value | None = None,
+    ) -> Any:
+        weights = (gamma,) if beta is None else (gamma, beta)
+        make = getattr(op, self.skip)
+        outputs = make(stream, update, *weights, epsilon=_epsilon(normed), _domain=MICROSOFT, _outputs=4)
+        return outputs[0], outputs[3]
+
 
 class _SkipRms(_SkipNorm):
+    norm, skip = "RMSNormalization", "SkipSimplifiedLayerNormalization"
+
     def pattern(self, op: Any, stream: Any, update: Any, gamma: Any) -> Any:
-        total = op.Add(stream, update)
-        return op.RMSNormalization(total, gamma, _allow_other_attributes=True, _outputs=["normed"]), total
-
-    def rewrite(self, op: Any, stream: ir.Value, update: ir.Value, gamma: ir.Value, normed: ir.Value) -> Any:
-        outputs = op.SkipSimplifiedLayerNormalization(
-            stream, update, gamma, epsilon=_epsilon(normed), _domain=MICROSOFT, _outputs=4
-        )
-        return outputs[0], outputs[3]
+        return self.of_sum(op, stream, update, gamma)
 
 
-class _SkipLayerWithoutBias(_SkipNorm):
-    def pattern(self, op: Any, stream: Any, update: Any, gamma: Any) -> Any:
-        total = op.Add(stream, update)
-        return op.LayerNormalization(total, gamma, _allow_other_attributes=True, _outputs=["normed"]), total
-
-    def rewrite(self, op: Any, stream: ir.Value, update: ir.Value, gamma: ir.Value, normed: ir.Value) -> Any:
-        outputs = op.SkipLayerNormalization(
-            stream, update, gamma, epsilon=_epsilon(normed), _domain=MICROSOFT, _outputs=4
-        )
-        return outputs[0], outputs[3]
+class _SkipLayerWithoutBias(_SkipRms):
+    norm, skip = "LayerNormalization", "SkipLayerNormalization"
 
 
 class _SkipLayer(_SkipNorm):
-    def pattern(self, op: Any, stream: Any, update: Any, gamma: Any, beta: Any) -> Any:
-        total = op.Add(stream, update)
-        return op.LayerNormalization(total, gamma, beta, _allow_other_attributes=True, _outputs=["normed"]), total
+    norm, skip = "LayerNormalization", "SkipLayerNormalization"
 
-    def rewrite(
-        self, op: Any, stream: ir.Value, update: ir.Value, gamma: ir.Value, beta: ir.Value, normed: ir.Value
-    ) -> Any:
-        outputs = op.SkipLayerNormalization(
-            stream, update, gamma, beta, epsilon=_epsilon(normed), _domain=MICROSOFT, _outputs=4
-        )
-        return outputs[0], outputs[3]
+    def pattern(self, op: Any, stream: Any, update: Any, gamma: Any, beta: Any) -> Any:
+        return self.of_sum(op, stream, update, gamma, beta)
 
 
 def _reads_a_write(norm: ir.Node) -> bool:

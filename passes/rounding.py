@@ -112,16 +112,14 @@ def _gptq(weight: Array, quantisation: Quantisation, spread: Array | None) -> In
 def _grid(block: Array, quantisation: Quantisation, dtype: Any) -> tuple[Array, Array]:
     """Scale, as it is stored, and zero point of each row of [N,b], by the rule of dispc.reference.quantised."""
     high, low = block.max(-1), block.min(-1)
+    middle, top = 2 ** (quantisation.bits - 1), 2**quantisation.bits - 1
     if quantisation.symmetric:
-        middle = 2 ** (quantisation.bits - 1)
         scale = np.where(np.abs(high) > np.abs(low), high, low) / -middle
     else:
         high, low = high.clip(0), low.clip(None, 0)
-        scale = (high - low) / (2**quantisation.bits - 1)
+        scale = (high - low) / top
     scale = np.where(scale == 0, 1, scale).astype(dtype).astype(np.float32)
-    if quantisation.symmetric:
-        return scale, np.full_like(scale, middle)
-    return scale, np.round(-low / scale)
+    return scale, np.full_like(scale, middle) if quantisation.symmetric else np.round(-low / scale)
 
 
 ALGORITHMS: Mapping[str, Callable[[Array, Quantisation, Array | None], Integers]] = {

@@ -7,9 +7,8 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn.functional import cross_entropy
 
-from dispc.evaluate.perplexity import text_windows
+from dispc.evaluate.perplexity import negative_log_likelihood, text_windows
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.config import DecoderConfig
@@ -154,7 +153,7 @@ class _Text:
             hidden = self.blocks.run(index, hidden, self.entered)
         hidden = self.blocks.leave(self.tokens, 0, _as_it_is, hidden)
         logits = self.blocks.logits(hidden, _as_it_is)
-        return float(cross_entropy(logits[:-1], torch.from_numpy(self.tokens[1:])))
+        return float(negative_log_likelihood(logits[:-1].numpy(), self.tokens[1:]).mean())
 
 
 def _as_it_is(weight: torch.Tensor) -> torch.Tensor:

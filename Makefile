@@ -9,6 +9,7 @@ SHELL := bash
 VENV := .venv
 VENV5 := .venv-transformers5
 JAVASCRIPT := examples/javascript
+MYPY := $(CURDIR)/$(VENV)/bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -84,10 +85,11 @@ lint: setup ## ruff: rules and format
 	$(VENV)/bin/ruff format --check .
 
 # mypy does not follow the folder mapping of pyproject.toml, so it is shown the package as a wheel would lay it out.
-types: setup ## mypy --strict on the package
+types: setup ## mypy --strict on the package and the benchmarks
 	@rm -rf build/types && mkdir -p build/types/dispc
 	@ln -s $(CURDIR)/dispc/* $(CURDIR)/passes $(CURDIR)/export $(CURDIR)/validate build/types/dispc/
-	cd build/types && $(CURDIR)/$(VENV)/bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p dispc
+	cd build/types && $(MYPY) -p dispc
+	cd build/types && MYPYPATH=.:$(CURDIR)/benchmarks:$(CURDIR)/tests/shared $(MYPY) $(CURDIR)/benchmarks/*.py
 
 check: lint types test ## lint, types and test
 

@@ -30,6 +30,9 @@ class Algorithm1(nn.Module):
         ValueError: for other families, and for biases.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(
         self, checkpoint: Checkpoint, masks: Masks, dtype: torch.dtype, device: str, *, last_logits: bool = False
     ) -> None:
@@ -52,9 +55,9 @@ class Algorithm1(nn.Module):
         self.embedding = _fixed(weights("model.embed_tokens.weight"))
         self.norm = _fixed(weights("model.norm.weight"))
         self.head = self.embedding if config.tied else _fixed(weights("lm_head.weight"))
-        self.blocks = nn.ModuleList()
+        self.parts = nn.ModuleList()
         for number, block in enumerate(masks.blocks):
-            self.blocks.append(_block(block, f"model.layers.{number}", weights, masks.norm_scope, self))
+            self.parts.extend(_block(block, f"model.layers.{number}", weights, masks.norm_scope, self))
         positions = torch.arange(config.max_positions, device=device)[None]
         rotary = LlamaRotaryEmbedding(config=checkpoint.pretrained_config).to(device)
         cos, sin = rotary(torch.zeros(1, dtype=dtype, device=device), positions)
@@ -70,9 +73,8 @@ class Algorithm1(nn.Module):
         """
         x_BSC = F.embedding(ids, self.embedding)
         turn = self.cos[positions][None], self.sin[positions][None]
-        for block in self.blocks:
-            for part in block:
-                x_BSC = part(x_BSC, turn, positions, total)
+        for part in self.parts:
+            x_BSC = part(x_BSC, turn, positions, total)
         if self.last_logits:
             x_BSC = x_BSC[:, -1:]
         return F.linear(F.rms_norm(x_BSC, self.norm.shape, self.norm, self.epsilon), self.head)
@@ -125,8 +127,16 @@ class TorchStep:
         return found
 
 
+def _heads(x_BSP: Tensor, size: int) -> Tensor:
+    """[B,S,H*D] -> [B,H,S,D]."""
+    return x_BSP.view(*x_BSP.shape[:2], -1, size).transpose(1, 2)
+
+
 class ReadWrite(nn.Module):
     """The part that both sub-layers share: norm and selection, and the addition into the stream."""
+
+    read: Tensor | None
+    write: Tensor | None
 
     def __init__(self, sets: SubLayer, norm: Tensor, norm_scope: NormScope, model: Algorithm1) -> None:
         super().__init__()
@@ -150,6 +160,9 @@ class ReadWrite(nn.Module):
 
 
 class Attention(ReadWrite):
+    keys: Tensor
+    values: Tensor
+
     def __init__(
         self, sets: SubLayer, name: str, weights: Weights, norm: Tensor, norm_scope: NormScope, model: Algorithm1
     ) -> None:
@@ -166,8 +179,7 @@ class Attention(ReadWrite):
     def forward(self, x_BSC: Tensor, turn: tuple[Tensor, Tensor], positions: Tensor, total: int) -> Tensor:
         h_BSR = self.normalise(x_BSC)
         q_BHSD, k_BKSD, v_BKSD = (
-            F.linear(h_BSR, weight).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for weight in (self.query, self.key, self.value)
+            _heads(F.linear(h_BSR, weight), self.head_dim) for weight in (self.query, self.key, self.value)
         )
         q_BHSD, k_BKSD = apply_rotary_pos_emb(q_BHSD, k_BKSD, *turn)
         self.keys.index_copy_(2, positions, k_BKSD)

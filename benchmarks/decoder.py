@@ -139,9 +139,9 @@ class Decoder:
                     rows = int(first.shape.numpy()[node.attributes["perm"].as_ints()[0]])
                 tables[node.outputs[0]] = size, rows
                 continue
-            for index, value in enumerate(node.inputs):
-                if value in tables:
-                    size, rows = tables[value]
+            for index, read in enumerate(node.inputs):
+                if read in tables:
+                    size, rows = tables[read]
                     by_row = index in BY_ROW.get(node.op_type, ())
                     total += batch * size // rows if by_row else size
         caches = [dtype.itemsize for name, dtype in self.types.items() if name.startswith("past_key_values.")]

@@ -36,6 +36,8 @@ from gpu_prepare import VARIANTS, Preparation, as_argument
 from gpu_stages import HERE, SIZES, SMOKE_SIZES, STAGES, Run
 from machine import environment
 
+ALL_STAGES = ",".join(stage.name for stage in STAGES)
+
 
 @contextmanager
 def preparing(run: Run) -> Iterator[None]:
@@ -87,7 +89,7 @@ def tables(result: Record) -> str:
 
 def main(
     minutes: Annotated[float, typer.Option(help="For everything; stages share it as in their table.")] = 9.0,
-    stages: Annotated[str, typer.Option(help="Which to run.")] = ",".join(stage.name for stage in STAGES),
+    stages: Annotated[str, typer.Option(help="Which to run.")] = ALL_STAGES,
     prepared: Annotated[Path | None, typer.Option(help="Artifacts of `gpu_right.py prepare`.")] = None,
     model: Annotated[Path | None, typer.Option(help="Real weights, for learning.")] = None,
     data: Annotated[Path | None, typer.Option(help="Text, for learning.")] = None,

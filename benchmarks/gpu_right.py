@@ -82,14 +82,15 @@ def make_models(directory: Path) -> None:
     sys.path.insert(0, str(REPOSITORY / "tests" / "shared"))
     import tiny
 
-    from dispc.masks import Masks
+    from dispc.masks import Masks, NormScope
     from dispc.model.checkpoint import Checkpoint
 
     for variant in sorted({artifact.variant for artifact in artifacts()}):
         model = tiny.make_model(variant, directory / variant)
         config = Checkpoint(model).config
-        for scope in ("full", "selected"):
-            masks = Masks.random(config, 0.6, seed=1, norm_scope=scope)  # type: ignore[arg-type]
+        scopes: tuple[NormScope, ...] = ("full", "selected")
+        for scope in scopes:
+            masks = Masks.random(config, 0.6, seed=1, norm_scope=scope)
             masks.save(model / f"{scope}.safetensors", config)
 
 

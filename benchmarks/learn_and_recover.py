@@ -174,7 +174,7 @@ def perplexities(run: Run, model: Any, *, quick: bool = False) -> dict[str, floa
         length, count = (64, 2) if run.smoke else (length, count)
         rows = windows(load_tokens(str(run.text / text), run.model), length, text)[:count]
         total = torch.zeros((), dtype=torch.float64, device=run.device)
-        for row in torch.from_numpy(rows).long().to(run.device).split(4):
+        for row in torch.from_numpy(rows).long().to(run.device).tensor_split(-(-len(rows) // 4)):
             logits = model(input_ids=row, use_cache=False).logits[:, :-1].float()
             total += functional.cross_entropy(logits.flatten(0, 1), row[:, 1:].flatten(), reduction="sum").double()
         found[name] = round(math.exp(float(total) / (len(rows) * (length - 1))), 3)

@@ -83,9 +83,9 @@ KERNELS = (
     Kernel(
         op_type="LayerNormalization",
         domain="",
-        onnxruntime="1.24",
+        onnxruntime="1.19",
         when=lambda node: not _takes(2)(node),
-        because="1.18 crashed on Cohere's, without a bias (1.19 to 1.23: untried)",
+        because="crashed where there is no bias",
     ),
     Kernel(op_type=SIMPLIFIED_NORM, domain="", onnxruntime=OLDEST),
     Kernel(op_type="SkipSimplifiedLayerNormalization", onnxruntime=OLDEST),
@@ -97,9 +97,7 @@ KERNELS = (
     Kernel(op_type="FusedMatMul", onnxruntime=OLDEST),
     Kernel(op_type="ArrayFeatureExtractor", domain=MACHINE_LEARNING, onnxruntime=OLDEST),
     Kernel(op_type="GroupQueryAttention", onnxruntime=OLDEST),
-    Kernel(
-        op_type="GroupQueryAttention", onnxruntime="1.21", when=_capped, because="1.19 had no softcap (1.20: untried)"
-    ),
+    Kernel(op_type="GroupQueryAttention", onnxruntime="1.20", when=_capped, because="had no softcap"),
     Kernel(op_type="GroupQueryAttention", onnxruntime="1.22", when=_takes(10), because="had no attention_bias"),
     Kernel(op_type="GroupQueryAttention", onnxruntime="1.24", when=_windowed, because="saw past the window, silently"),
     Kernel(op_type="MatMulNBits", onnxruntime=OLDEST),

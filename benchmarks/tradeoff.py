@@ -1,12 +1,14 @@
 """Perplexity against milliseconds per token and against megabytes: dense and pruned SmolLM2 in several formats.
 
-    .venv/bin/python benchmarks/tradeoff.py make MODEL --masks DIR --adapters DIR --work WORK --builder-python PYTHON
+    .venv/bin/python benchmarks/tradeoff.py make MODEL --masks DIR --adapters DIR --data wiki.valid.raw --work WORK \\
+        --builder-python PYTHON
     .venv/bin/python benchmarks/tradeoff.py judge --work WORK --test wiki.test.raw --windows 16
     .venv/bin/python benchmarks/tradeoff.py clock --work WORK
     .venv/bin/python benchmarks/tradeoff.py page
 
 `make` compiles the missing graphs: every model (dense; pruned by DIR/masks-RATIO.safetensors; with adapter-RATIO/ also
-recovered) in every format, and with --builder-python the dense graphs of onnxruntime-genai's builder. `judge` measures
+recovered) in every format, and with --builder-python the dense graphs of onnxruntime-genai's builder. GPTQ is
+calibrated on --data. `judge` measures
 the missing perplexities, and `clock` times all graphs alternately in one run; both write
 benchmarks/results/tradeoff.json. `page` writes docs/tradeoff.md and docs/tradeoff.png. Perplexities of float32
 artifacts are those of their references, which learn_and_recover.py measured (benchmarks/results/recovery.json).
@@ -14,6 +16,7 @@ artifacts are those of their references, which learn_and_recover.py measured (be
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,11 +38,12 @@ from dispc.runtime.timing import alternate
 RESULTS = REPOSITORY / "benchmarks" / "results"
 FILE = RESULTS / "tradeoff.json"
 HEAD = ("--quantize-head", "--quantize-embedding")
+INT4 = ("--quantize", "int4", *HEAD, "--int8-activations")
 FORMATS: dict[str, tuple[str, ...]] = {
     "float32": (),
     "int8": ("--quantize", "int8", *HEAD),
-    "int4": ("--quantize", "int4", *HEAD, "--int8-activations"),
-    "mixed int4": ("--quantize", "int4", "--mixed", "widths", *HEAD, "--int8-activations"),
+    "int4": INT4,
+    "GPTQ int4": (*INT4, "--algorithm", "gptq", "--asymmetric", "--mixed", "widths"),
 }
 BUILDER = {"float32": "fp32", "int4": "int4"}
 PAST, THREADS = 64, 2
@@ -59,7 +63,7 @@ class Point:
     @property
     def name(self) -> str:
         kind = f"{'recovered' if self.recovered else 'pruned'}-{self.ratio}" if self.ratio else "dense"
-        return f"{self.compiler}-{kind}-{self.format.replace(' ', '-')}"
+        return f"{self.compiler}-{kind}-{self.format.lower().replace(' ', '-')}"
 
     @property
     def key(self) -> dict[str, Any]:
@@ -83,6 +87,7 @@ def note(point: str, **facts: Any) -> None:
 def make(
     model: Annotated[Path, typer.Argument(help="The dense model.")],
     masks: Annotated[Path, typer.Option(help="Directory of masks-RATIO.safetensors.")],
+    data: Annotated[Path, typer.Option(help="Calibration text of GPTQ; not the test text.")],
     work: WorkOption,
     adapters: Annotated[Path | None, typer.Option(help="Directory of adapter-RATIO/.")] = None,
     ratios: Annotated[str, typer.Option(help="Per cent, by commas.")] = "20,30,40,50",
@@ -100,19 +105,20 @@ def make(
                 write_pruned(Checkpoint(model), Masks.load(masks / f"masks-{ratio}.safetensors"), adapter, source)
         for format in formats.split(","):
             point = Point(ratio, format, recovered=bool(ratio and adapters))
-            options = (*FORMATS[format], *(() if ratio else ("--dense",)))
-            compile_point(point, source, work / point.name, options)
+            options = [*FORMATS[format], *(() if ratio else ("--dense",))]
+            compile_point(point, source, work / point.name, options, data)
     if builder_python is not None:
         for format, precision in BUILDER.items():
             build_point(Point(0, format, compiler="builder"), model, work, builder_python, precision)
 
 
-def compile_point(point: Point, source: Path, out: Path, options: tuple[str, ...]) -> None:
+def compile_point(point: Point, source: Path, out: Path, options: Sequence[str], data: Path) -> None:
     """Compile an artifact and note its size."""
+    text = ("--data", str(data)) if "gptq" in options else ()
     if not out.exists():
         console.print(f"{point.name} ...", highlight=False)
-        run(dispc("compile", source, "--target", "onnx-cpu", "-o", out, "--no-validate", *options))
-    command = " ".join(["dispc compile", source.name, "--target onnx-cpu", *options])
+        run(dispc("compile", source, "--target", "onnx-cpu", "-o", out, "--no-validate", *options, *text))
+    command = " ".join(["dispc compile", source.name, "--target onnx-cpu", *options, *(Path(one).name for one in text)])
     note(point.name, **point.key, bytes=size(out), command=command)
 
 

@@ -40,6 +40,11 @@ def test_what_it_makes_goes_through_compile_validate_and_eval(tmp_path: Path, mo
     assert outcome.code == 0, outcome.out
     outcome = run("eval", made, "--data", text("train.txt", 3000, 2), "--sequence-length", "32", "--max-windows", "2")
     assert outcome.code == 0, outcome.err
+    before = (made / "model.safetensors").read_bytes()
+    (made / "thesis.tex").touch()
+    outcome = run(*arguments(tmp_path, "--force", *more))
+    assert outcome.code == 2 and "thesis.tex" in outcome.err, outcome.err
+    assert (made / "thesis.tex").exists() and (made / "model.safetensors").read_bytes() == before
 
 
 def test_a_run_that_gains_nothing_says_so(tmp_path: Path) -> None:

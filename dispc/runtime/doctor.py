@@ -7,16 +7,15 @@ import mmap
 import platform
 import re
 import struct
-import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dispc.runtime.build import Build, builds, fault, has_gpu_build, mend, unusable
 from dispc.support.errors import first_line
+from dispc.support.version import versions
 
 REMEDIES = (
     (r"libcuda\.so", "install the NVIDIA driver"),
@@ -67,8 +66,7 @@ class Diagnosis:
 
 def examine() -> Diagnosis:
     """Look at the files of ONNX Runtime, its build, the libraries that its CUDA provider needs, and a CUDA session."""
-    versions = {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
-    known = {name: number for name, number in versions.items() if number}
+    known = {"python": platform.python_version()} | versions(*PACKAGES)
     findings = [_files(builds())]
     if unusable() is None:
         findings.append(_providers())
@@ -215,10 +213,3 @@ def _loads(library: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""

@@ -4,7 +4,6 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
@@ -34,11 +33,12 @@ from dispc.support.directories import check_output, staged_directory
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError, CompileError
 from dispc.support.files import write_json
-from dispc.support.version import __version__
+from dispc.support.version import __version__, versions
 from dispc.validate.checks.verify import make_verifier
 from dispc.validate.judge import check
 from dispc.validate.report.report import Report
 
+PACKAGES = ("torch", "transformers", "onnx", "onnx-ir")
 Progress = Callable[[str, int, int], None]
 """progress(what, bytes done, bytes in all)"""
 
@@ -234,11 +234,10 @@ def load_masks(checkpoint: Checkpoint, options: CompileOptions) -> Masks:
 def describe(checkpoint: Checkpoint, masks: Masks, plan: Plan, model: ir.Model, records: list[PassRecord]) -> Manifest:
     """Everything about an artifact that a reader may want to know later, but its size in bytes."""
     config = checkpoint.config
-    dense = config.block_parameters * config.num_hidden_layers
-    packages = ("torch", "transformers", "onnx", "onnx-ir")
+    dense = config.all_block_parameters
     return Manifest(
         dispc=__version__,
-        versions={"python": platform.python_version()} | {package: version(package) for package in packages},
+        versions={"python": platform.python_version()} | versions(*PACKAGES),
         model_type=config.family.model_type,
         target=plan.target.name,
         dtype=plan.dtype,
@@ -257,7 +256,7 @@ def describe(checkpoint: Checkpoint, masks: Masks, plan: Plan, model: ir.Model, 
         masks_sha256=masks.sha256(),
         config_sha256=checkpoint.config_sha256,
         block_parameters=BlockParameters(dense=dense, kept=masks.kept_parameters(config)),
-        cache_layers=sum(block.attention.alive for block in masks.blocks),
+        cache_layers=masks.cache_layers,
         widths=tuple({name: len(indices) for name, indices in block.sets().items()} for block in masks.blocks),
         nodes=model.graph.num_nodes(),
         needs=needs(model),

@@ -10,11 +10,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dispc.model.config import DecoderConfig
+from dispc.model.family import HEAD
 from dispc.passes.base import RewritePass
 from dispc.passes.rounding import Integers, inverse_factor, pack, round_weight
 from dispc.quantisation import Quantisation, product_of
 from dispc.support.errors import CompileError
-from dispc.support.graph import HEAD, MICROSOFT, add_initializer, make_node, replace_node
+from dispc.support.graph import MICROSOFT, add_initializer, make_node, replace_node
 
 INT8_ACTIVATIONS = 4
 """The `accuracy_level` that lets kernels round activations to int8."""

@@ -154,10 +154,3 @@ def pack(values: Array, bits: int) -> Array:
         values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
     packed: Array = values[..., ::2] | (values[..., 1::2] << 4)
     return packed
-
-
-def unpack(packed: Array, bits: int) -> Array:
-    """The inverse of `pack`."""
-    if bits == 8:
-        return packed
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)

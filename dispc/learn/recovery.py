@@ -52,7 +52,7 @@ def recover(
     recovery.go_to_best()
     weights = gathered(dict(recovery.model.named_parameters()))
     if processes.main:
-        write_recovered(options, checkpoint, masks, recovery.wrapped, weights, vars(outcome), force=force or resume)
+        write_recovered(options, checkpoint, masks, recovery.wrapped, weights, outcome, force=force or resume)
     processes.wait()
     return outcome, processes.main
 

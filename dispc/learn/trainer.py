@@ -81,7 +81,7 @@ class Trainer(Run[LearnOptions]):
     ) -> None:
         super().__init__(options, processes, inputs)
         self.checkpoint, self.config, self.budget = checkpoint, checkpoint.config, budget
-        self.dense = self.config.block_parameters * self.config.num_hidden_layers
+        self.dense = self.config.all_block_parameters
         model = load_reference(checkpoint, None, self.frozen)
         self.gated = GatedModel(
             model,

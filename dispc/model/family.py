@@ -6,6 +6,8 @@ from typing import Any
 
 from dispc.model.norms import RMS, Norm
 
+HEAD = "lm_head.weight"
+"""The LM head in every graph, and in most checkpoints; a tied one is cut from the embedding under this name."""
 Refusal = tuple[Callable[[Mapping[str, Any]], bool], str]
 """A test of the raw config.json, and the reason given when it holds."""
 

@@ -64,7 +64,7 @@ def copy_speed_of_cpu(threads: int) -> float:
     return _fastest(lambda: target.copy_(source))
 
 
-def copy_speed_of_gpu(threads: int) -> float:
+def copy_speed_of_gpu() -> float:
     """The same in the memory of the GPU.
 
     An Identity node between two buffers: ONNX Runtime copies, and torch need not know CUDA.

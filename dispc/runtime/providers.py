@@ -94,7 +94,7 @@ CUDA = Provider(
     problem=lambda: doctor.cuda_problem(),
     preload=doctor.preload,
     processor=devices.gpu_name,
-    copy_speed=devices.copy_speed_of_gpu,
+    copy_speed=lambda threads: devices.copy_speed_of_gpu(),
     peak_bytes=devices.gpu_bytes,
 )
 

@@ -23,8 +23,6 @@ SIMPLIFIED_NORM = "SimplifiedLayerNormalization"
 """ONNX Runtime's RMS norm, which it keeps in the standard's own domain."""
 PROTOBUF_BYTES = 2**31
 """A protobuf message is no larger."""
-HEAD = "lm_head.weight"
-"""The LM head in every family; a tied one is cut from the embedding under this name."""
 WINDOW = "dispc.window"
 """Metadata key of Attention nodes: the sliding window in tokens, 0 for none."""
 READS, WRITES = "dispc.reads", "dispc.writes"

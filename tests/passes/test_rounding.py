@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dispc.passes.rounding import ALGORITHMS, Integers, inverse_factor, pack, round_weight, unpack
+from dispc.passes.rounding import ALGORITHMS, Integers, inverse_factor, pack, round_weight
 from dispc.quantisation import Quantisation, make_quantisation
 from dispc.support.errors import CompileError
 
@@ -50,10 +50,16 @@ def test_gptq_without_inputs_is_refused() -> None:
         round_weight(WEIGHT, replace(INT4, algorithm="gptq"))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_unpacking_undoes_packing(bits: int) -> None:
-    values = RNG.integers(0, 2**bits, (3, 16)).astype(np.uint8)
-    np.testing.assert_array_equal(unpack(pack(values, bits), bits), values)
+def test_the_first_of_two_integers_of_4_bits_is_the_lower_half_of_a_byte() -> None:
+    values = RNG.integers(0, 16, (3, 16)).astype(np.uint8)
+    packed = pack(values, 4)
+    np.testing.assert_array_equal(packed & 15, values[:, 0::2])
+    np.testing.assert_array_equal(packed >> 4, values[:, 1::2])
+
+
+def test_integers_of_8_bits_are_bytes() -> None:
+    values = RNG.integers(0, 256, (3, 16)).astype(np.uint8)
+    np.testing.assert_array_equal(pack(values, 8), values)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def recomputed(comparison: Comparison, graph: ir.Model) -> dict[str, Any]:
     """The facts of dispc.json, by name, from everything but dispc.json."""
     checkpoint, masks, config = comparison.checkpoint, comparison.masks, comparison.checkpoint.config
     operators = Counter(node.op_type for node in graph.graph)
-    dense = config.block_parameters * config.num_hidden_layers
+    dense = config.all_block_parameters
     logits = next(value for value in graph.graph.outputs if value.name == "logits")
     facts: dict[str, Any] = {
         "model_type": config.family.model_type,
@@ -71,7 +71,7 @@ def recomputed(comparison: Comparison, graph: ir.Model) -> dict[str, Any]:
         "stop_tokens": checkpoint.stop_tokens,
         "norm_scope": masks.norm_scope,
         "block_parameters": {"dense": dense, "kept": masks.kept_parameters(config)},
-        "cache_layers": sum(block.attention.alive for block in masks.blocks),
+        "cache_layers": masks.cache_layers,
         "widths": [{name: len(indices) for name, indices in block.sets().items()} for block in masks.blocks],
         "nodes": len(graph.graph),
         "bytes": sum(file.stat().st_size for file in comparison.directory.glob("model.onnx*")),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dispc.lowerings import READS, WRITES
 from dispc.runtime.bound import BoundDecoder
 from dispc.runtime.profile import OperatorTime, bytes_read, operator_times, shares_buffer
 from dispc.runtime.providers import PROVIDERS, Provider
@@ -21,10 +22,10 @@ from dispc.runtime.session import Artifact, Tokens
 from dispc.runtime.timing import alternate
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError, DispcError
-from dispc.support.graph import EXTRACTOR
 from dispc.support.typed_json import OPTIONAL, from_json, to_json
 
-GATHERS = ("Gather", "GatherElements", "GatherND", "ScatterND", "ScatterElements", EXTRACTOR)
+SELECTING = READS | WRITES - {"Add"}
+"""The operators that gather and scatter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +150,7 @@ def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provide
         copy_bytes_per_second=copy,
         peak_bytes=peak,
         operators=tuple(operators),
-        gather_scatter_share=sum(entry.share for entry in operators if entry.operator in GATHERS),
+        gather_scatter_share=sum(entry.share for entry in operators if entry.operator in SELECTING),
         provider=provider.name,
         threads=options.threads or os.cpu_count(),
         threads_chosen_by="option" if options.threads else "ONNX Runtime",

@@ -18,7 +18,7 @@ from dispc.validate.checks.files import SHOWN, differences
 from dispc.validate.comparison import Comparison
 
 NAME = "dispc.json"
-SCATTERS = {name: row.scatter for name, row in LOWERINGS.items() if row.scatter}
+SCATTERS = {name: row.writes_by for name, row in LOWERINGS.items() if not row.adds}
 """Lowering -> the operator by which it is known; the others have none of these."""
 SURELY_SCATTERED = 0.8
 """A write set that keeps less than this share is never filled up with zeros instead."""

@@ -7,6 +7,7 @@ from dispc.model.family import Family
 from dispc.support.errors import CompileError
 from dispc.support.rows import find_row
 from dispc.support.typed_json import to_json
+from dispc.targets import TARGETS, names_of
 
 BITS = {"int4": 4, "int8": 8}
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -125,15 +126,19 @@ def make_quantisation(
     size = 32 if block_size is None else block_size
     if size not in BLOCK_SIZES:
         raise CompileError(f"block size {size} has no kernels; block sizes are {', '.join(map(str, BLOCK_SIZES))}")
-    if int8_activations and target != "onnx-cpu":
-        raise CompileError(f"target {target} has no kernels for int8 activations; they are for --target onnx-cpu")
+    has_int8 = target in TARGETS and TARGETS[target].int8_activations
+    if int8_activations and not has_int8:
+        raise CompileError(
+            f"target {target} has no kernels for int8 activations; they are for --target "
+            f"{names_of(lambda other: other.int8_activations)}"
+        )
     for option, value, known in (("algorithm", algorithm, ALGORITHMS), ("mixed", mixed, MIXED)):
         if value is not None and value not in known:
             raise CompileError(f"--{option} {value!r} is not known; it is one of {', '.join(known)}")
         if value not in (None, "rtn") and name != "int4":
             raise CompileError(f"--{option} {value} is for --quantize int4: int8 loses next to nothing as it is")
     if int8_activations is None:
-        int8_activations = (name == "int8" or mixed is not None) and target == "onnx-cpu"
+        int8_activations = (name == "int8" or mixed is not None) and has_int8
     return Quantisation(
         bits=bits,
         block_size=size,

@@ -13,10 +13,11 @@ import tiny
 
 from dispc.export.companions import genai_config
 from dispc.model.checkpoint import Checkpoint
-from dispc.plan import TARGETS, Choices, make_plan
+from dispc.plan import Choices, make_plan
 from dispc.quantisation import Quantisation
 from dispc.runtime.providers import PROVIDERS
 from dispc.support.errors import CompileError
+from dispc.targets import TARGETS
 
 INT4 = Quantisation(bits=4, block_size=32, symmetric=True, head=False, embedding=False)
 CUDA_GRAPH, NO_CUDA_GRAPH = [{"cuda": {"enable_cuda_graph": "1"}}], [{"cuda": {}}]

@@ -47,6 +47,7 @@ class Family:
     `rotary` says that queries and keys are rotated by their positions: by the frequencies of base `rope_theta` over the
     first `rotary_share` of each head, where config.json does not say it; `local_rope_theta` is the base of sliding
     blocks in families that have two. `attention` names the implementation of transformers that the reference uses.
+    `optimum_reads_heads` says whether optimum reads the number of key/value heads off config.json.
     `ignored` are keys of config.json that change nothing in this family.
     """
 
@@ -75,6 +76,7 @@ class Family:
     rotary_share: float = 1.0
     local_rope_theta: float | None = None
     attention: str = "sdpa"
+    optimum_reads_heads: bool = True
     ignored: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
 

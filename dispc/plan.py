@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def fills(self) -> bool:
-        """Sets that are not worth an index list become zeros; integers are of what is kept, not of zeros between it."""
+        """Sets not worth an index list become zeros; never if quantised: blocks hold kept weights only."""
         return self.lowering.fills and "fill-zeros" in self.fusions and self.quantisation is None
 
     @property
@@ -116,7 +116,7 @@ def make_plan(target: str, choices: Choices = Choices()) -> Plan:
     fusions = row.fusions + (row.quantised_fusions if choices.quantisation else ())
     if choices.quantisation and not lowering.quantised:
         raise CompileError(
-            f"--quantize rounds what is kept, not the zeros between it of --lowering {lowering.name}; "
+            f"--quantize does not go with --lowering {lowering.name}, whose zeros would be quantised too; "
             f"use --lowering {row.lowering}"
         )
     return Plan(

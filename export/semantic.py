@@ -158,9 +158,28 @@ class Recorder:
         return output.reshape(*output.shape[:2], heads, head_dim), None
 
     def attend_scaled(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, **_: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> Tensor:
-        """In the place of torch's `scaled_dot_product_attention`, whose result is [B,H,S,D]; the mask is ours."""
+        """In the place of torch's `scaled_dot_product_attention`, whose result is [B,H,S,D]; the mask is ours.
+
+        `enable_gqa` is not read: the operator repeats keys and values as the heads ask for it.
+
+        Raises:
+            CompileError: for a mask of the model's own, for dropout, and for attention that sees later tokens.
+        """
+        if attn_mask is not None or dropout_p or not is_causal:
+            raise CompileError(
+                "scaled_dot_product_attention is called in a way that the trace does not know: "
+                f"is_causal={is_causal}, dropout_p={dropout_p}{'' if attn_mask is None else ', with a mask'}"
+            )
         return self.attend(None, query, key, value, None, scale)[0].transpose(1, 2)
 
 

@@ -1,9 +1,10 @@
 """The semantic trace: a transformers model, shallow and without weights, becomes a standard ONNX graph.
 
 The model is built with one block per distinct kind of block, under fake tensors, and exported with torch.export.
-Attention, rotary embedding and RMS norm are single operators of ours during the trace, so the graph has one node for
-each, and the remaining ATen operators are few enough to translate with the table below. The result is an ordinary ONNX
-model (opset 23) that computes what the dense model computes; its initializers are lazy references to the checkpoint.
+Attention, rotary embedding and norms are single operators of ours during the trace, so the graph has one node for
+each, and the remaining ATen operators are few enough to translate with the table in `export/operators.py`. The result
+is an ordinary ONNX model (opset 23) that computes what the dense model computes; its initializers are lazy references
+to the checkpoint.
 
     input_ids, attention_mask, position_ids, past_key_values.{i}.key/value -> logits, present.{i}.key/value
 """
@@ -67,7 +68,7 @@ def semantic_model(config: Any, decoder: DecoderConfig, dtype: torch.dtype) -> I
 
 
 def trace(checkpoint: Checkpoint, dtype: torch.dtype) -> ir.Model:
-    """The dense model of `checkpoint` in `dtype` as ONNX, with one block for each kind (passes.unroll makes the rest).
+    """The dense model of `checkpoint` in `dtype` as ONNX, with one block for each kind: `unroll` makes the rest.
 
     Raises:
         CompileError: when the model's code uses an operator that has no row in the translation table.

@@ -44,7 +44,7 @@ def check(
         baseline: an earlier report; no figure may be worse than there by more than the share `max_regression`.
         max_regression: that share.
         say: gets the name of each check before it runs.
-        thresholds: what is allowed; None: what the documentation says.
+        thresholds: what is allowed; None: the defaults of `Thresholds`.
         device: judge where the artifact is meant to run (`target`), on the `cpu`, or there where the target's provider
             is not `available`.
         quick: only what a compilation ends with.

@@ -57,7 +57,7 @@ def evaluate(arguments: EvalArguments, as_json: JsonFlag = False) -> None:
     report = evaluate(options, lambda what: count_progress(err, what))
     unused = options.path / "masks.safetensors"
     if options.masks is None and unused.is_file() and not (options.path / MANIFEST).is_file():
-        note = f"note: judged is the dense model; --masks {unused} judges the pruned one"
+        note = f"note: this is the dense model; --masks {unused} measures the pruned one"
         err.print(escape(note), highlight=False, soft_wrap=True)
     if as_json:
         print_json(report.as_dict())

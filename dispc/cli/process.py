@@ -11,19 +11,19 @@ from dispc.support.signals import ENDING
 
 
 class Notes(logging.Handler):
-    """What dispc warns of, kept until the command is done: an error is one line, and nothing in front of it."""
+    """Collects dispc's warnings until the command ends, so that an error stays the only line."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.said: dict[str, None] = {}
+        self.messages: dict[str, None] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said[record.getMessage()] = None
+        self.messages[record.getMessage()] = None
 
     def taken(self) -> list[str]:
-        """All that was said, each once, and from then on forgotten."""
-        said, self.said = list(self.said), {}
-        return said
+        """All messages so far, each once; they are dropped."""
+        messages, self.messages = list(self.messages), {}
+        return messages
 
 
 NOTES = Notes()
@@ -42,7 +42,7 @@ SETTINGS = Settings()
 def own_the_process(*, debug: bool) -> None:
     """Environment, signals and the garbage collector of the `dispc` command."""
     SETTINGS.debug = debug
-    # What its warnings would tell of configs and weights, dispc refuses; those about tokenizers are handed on.
+    # transformers warns of configs and weights that dispc refuses anyway; its warnings about tokenizers are passed on.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("dispc").addHandler(NOTES)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -93,9 +93,9 @@ def count_progress(console: Console, what: str) -> Iterator[Callable[[int, int],
 
 @contextmanager
 def learn_progress(console: Console, *, shown: bool = True) -> Iterator[Callable[[Mapping[str, float], int], None]]:
-    """Loss, share pruned (of `learn`), speed and time left; a line every hundredth of the way where is no terminal.
+    """Loss, share pruned (of `learn`), speed and time left.
 
-    Of several processes one has it `shown`.
+    Where there is no terminal, a line after each hundredth of the steps. Of several processes one has it `shown`.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:

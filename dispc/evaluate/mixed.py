@@ -21,7 +21,7 @@ from dispc.reference.quantised import products, round_weight, untie
 from dispc.support.errors import CompileError
 
 BUDGET = 0.14
-"""What 8 bits may add to the bytes of the artifact in 4 bits; its scales, norms and graph are the rest of 15 %."""
+"""Share of the 4-bit artifact's bytes that 8-bit products may add; scales, norms and graph make it 15 % at most."""
 SCALE_BYTES = 4
 WINDOW, WINDOWS, DAMAGE_WINDOWS = 512, 32, 2
 """Tokens of a window of the text; windows that GPTQ reads, and that each product's damage is measured on."""

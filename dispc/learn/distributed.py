@@ -51,7 +51,7 @@ class Processes:
     def place(self, model: Any, config: DecoderConfig) -> None:
         """Put the frozen weights on the device; several processes share them by FSDP2, block by block.
 
-        A block is whole on a device only while it is split, and later while it runs: the model may be larger than one.
+        Only one block at a time is whole on a device, so the model may be larger than its memory.
         """
         if self.count > 1:
             self._shard(model, config)

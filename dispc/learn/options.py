@@ -59,9 +59,9 @@ class RunOptions:
     )
     """Options that may differ when a run is resumed.
 
-    They do not change what a step computes (except `steps` and `minutes` where the rate falls), or repair a failed run:
-    the learning rate where the loss is no number. The content of model and data must be the same, whose digests the
-    checkpoint has; the path may differ.
+    They do not change what a step computes (`steps` and `minutes` do where the rate falls); the learning rate may
+    change to repair a run whose loss is no number. Model and data may move, but their content must match the
+    checkpoint's digests.
     """
 
     model: Path

@@ -145,10 +145,10 @@ class Checkpoint:
 
     @property
     def notes(self) -> list[str]:
-        """What the directory holds that changes the text of other programs, and that no artifact has."""
-        said = []
+        """Settings and adapters in the directory that other programs apply and an artifact does not contain."""
+        notes = []
         if left_out := self.generation.left_out:
-            said.append(
+            notes.append(
                 f"generation_config.json sets {', '.join(left_out)}, which genai_config.json cannot say; "
                 "an application that wants it must see to it"
             )
@@ -156,8 +156,8 @@ class Checkpoint:
         if not recovered and (
             adapters := sorted(path.parent.name for path in self.directory.glob("*/adapter_config.json"))
         ):
-            said.append(f"the adapter in {', '.join(adapters)} is no part of the model that is compiled")
-        return said
+            notes.append(f"the adapter in {', '.join(adapters)} is no part of the model that is compiled")
+        return notes
 
     @property
     def own_masks(self) -> Masks | None:

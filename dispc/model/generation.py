@@ -32,12 +32,12 @@ NOTHING: dict[str, Any] = {
     "early_stopping": False,
     "renormalize_logits": False,
 }
-"""Values of others by which nothing is switched on."""
+"""Values of other keys that switch nothing on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """Token ids and sampling, checked; ids that are not told are None, and `stops` is empty then.
+    """Token ids and sampling, checked; ids that neither file names are None, and `stops` is then empty.
 
     `penalties` has those of `PENALTIES` that change something. `left_out` are the keys of generation_config.json that
     change tokens and that no runtime is told.
@@ -55,18 +55,18 @@ class Generation:
 
     @staticmethod
     def of(generation: Mapping[str, Any], raw: Mapping[str, Any], vocabulary: int) -> "Generation":
-        """Read both files of a model with so many words. A top_k of 0 is "all tokens", here and for runtimes.
+        """Read both files; `vocabulary` is the number of token ids. A top_k of 0 means all tokens, here too.
 
         Raises:
-            CheckpointError: for an id that is no word, or a figure that is none.
+            CheckpointError: for an id that is no token, or a figure that is no number.
         """
 
         def ids(key: str) -> list[int]:
-            told = generation.get(key, raw.get(key))
-            listed = told if isinstance(told, list) else [] if told is None else [told]
+            value = generation.get(key, raw.get(key))
+            listed = value if isinstance(value, list) else [] if value is None else [value]
             for value in listed:
                 if type(value) is not int or not 0 <= value < vocabulary:
-                    raise CheckpointError(f"{key} is {told!r}; ids from 0 to {vocabulary - 1} are expected")
+                    raise CheckpointError(f"{key} is {value!r}; ids from 0 to {vocabulary - 1} are expected")
             return listed
 
         def one(key: str) -> int | None:

@@ -31,8 +31,8 @@ LOADERS = {
     ".json": "json",
     ".parquet": "parquet",
 }
-"""Suffix to what reads the file, text or a loader of `datasets`. Files with others are read as text; where there is no
-file, a name with one of these is that of a missing file, any other that of a dataset.
+"""File suffix -> reader. Other files are read as text. A source that is no file is a dataset, unless its name ends in
+one of these: then a file is missing.
 """
 SEPARATOR = "\n\n"
 READER = b"2"

@@ -44,7 +44,7 @@ LOADING = (60.0, 4 * 2**30)
 TEMPLATE = (10.0, 512 * 2**20)
 """The same for a chat template."""
 SECONDS_PER_BYTE, BYTES_PER_BYTE = 1 / 50_000, 1000
-"""What a text, or its tokens, may take besides; a hundred times of what they do."""
+"""Additional seconds and bytes for each byte of text or its tokens: a hundred times what is needed."""
 
 
 class Tokenizer:
@@ -182,33 +182,33 @@ def check_files(directory: Path) -> None:
             regular(directory / name, DataError, LARGEST)
     if not any((directory / name).exists() for name in FILES):
         raise DataError(f"{directory}: no tokenizer; one of {', '.join(FILES)} is needed")
-    told = _object(directory / "tokenizer_config.json")
+    settings = _object(directory / "tokenizer_config.json")
     config = _object(directory / "config.json")
-    path = directory / ("tokenizer_config.json" if told.get("tokenizer_class") is not None else "config.json")
-    kind = told.get("tokenizer_class") or config.get("tokenizer_class")
+    path = directory / ("tokenizer_config.json" if settings.get("tokenizer_class") is not None else "config.json")
+    kind = settings.get("tokenizer_class") or config.get("tokenizer_class")
     if kind is not None and kind not in CLASSES:
         raise DataError(f"{path}: tokenizer_class is {kind!r}; dispc loads those of decoder models only")
     if kind is None and (model_type := config.get("model_type")) not in FAMILIES:
         raise DataError(
             f"{directory / 'config.json'}: model_type is {model_type!r}, whose tokenizer dispc does not load"
         )
-    _check_told(directory / "tokenizer_config.json", told, kind)
+    _check_settings(directory / "tokenizer_config.json", settings, kind)
 
 
 def _object(path: Path) -> dict[str, Any]:
     return read_object(path, DataError) if path.exists() else {}
 
 
-def _check_told(path: Path, told: Mapping[str, Any], kind: object) -> None:
+def _check_settings(path: Path, settings: Mapping[str, Any], kind: object) -> None:
     import transformers
 
-    if odd := next((key for key in _keys(told) if printable(key) != key), None):
+    if odd := next((key for key in _keys(settings) if printable(key) != key), None):
         raise DataError(f"{path}: the key {printable(odd)} holds control characters; tokenizers would print them")
-    if named := next((key for key, value in told.items() if NAMES_A_FILE.fullmatch(key) and value), None):
+    if named := next((key for key, value in settings.items() if NAMES_A_FILE.fullmatch(key) and value), None):
         raise DataError(
-            f"{path}: {named} is {told[named]!r}; a tokenizer reads the files beside it only, remove the key"
+            f"{path}: {named} is {settings[named]!r}; a tokenizer reads the files beside it only, remove the key"
         )
-    newer = kind in RELEASE5 or isinstance(told.get("extra_special_tokens"), list)
+    newer = kind in RELEASE5 or isinstance(settings.get("extra_special_tokens"), list)
     if newer and transformers.__version__.startswith("4."):
         raise DataError(
             f"{path}: was written by transformers 5, and {transformers.__version__} cannot read it: "

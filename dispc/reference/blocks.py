@@ -39,7 +39,7 @@ class Entered:
 class Blocks:
     """`model` (a causal language model in float32), one block at a time.
 
-    `load` gives the parameters of block `index` their values; those of all that is outside of the blocks are there.
+    `load(index)` reads the parameters of that block; those outside of the blocks are loaded already.
     """
 
     def __init__(self, model: Any, config: DecoderConfig, load: Callable[[int], None] = lambda index: None) -> None:
@@ -134,7 +134,7 @@ class Blocks:
     def _through(self, tokens: npt.NDArray[np.int64], offset: int, cast: Cast, forwards: list[Any]) -> Any:
         """Run the decoder with `forwards` in the place of its blocks.
 
-        It sees the table of the tokens that occur, numbered anew: a whole one in float64 would be the largest thing.
+        The embedding is cut to the tokens that occur, renumbered: in float64 the whole would be the largest tensor.
         """
         for block, forward in zip(self.blocks, forwards, strict=True):
             block.forward = forward

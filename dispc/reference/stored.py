@@ -71,7 +71,7 @@ class Storage:
     def round(self, part: Any, index: int | None, dtype: torch.dtype) -> None:
         """Round, in place, what is stored in `dtype`: weights, cosines and sines, and multipliers that are nodes.
 
-        What is left when such an artifact computes in float32 is float32's own error.
+        A widened artifact then differs from this reference by the rounding of float32 only.
         """
         arithmetic = self.arithmetic(part, index)
         blocks = f"{self.config.family.layers}."
@@ -90,7 +90,7 @@ class Storage:
 
 
 def _round_multiplier(module: nn.Module, multiplier: float, dtype: torch.dtype) -> None:
-    """Let the outputs of a module be multiplied, by what the model does later, as if that was rounded."""
+    """Scale a module's outputs, so that the model's later multiplication acts as if its multiplier were rounded."""
     ratio = float(torch.tensor(multiplier).to(dtype)) / multiplier
     if ratio != 1.0:
         module.register_forward_hook(lambda m, x, y: y * ratio)

@@ -96,7 +96,7 @@ class Piece:
 
 
 class Answers:
-    """The outputs of the reference for texts; those of a text that begins another are taken from that one."""
+    """The outputs of the reference for texts; a text that is a prefix of another shares that one's outputs."""
 
     def __init__(self, blocks: Blocks, readings: Mapping[Text, Sequence[Reading]], dtype: str) -> None:
         self.blocks, self.readings, self.dtype = blocks, readings, dtype

@@ -30,9 +30,8 @@ class Artifact:
     """A loaded artifact, on one provider.
 
     bfloat16 graphs, and float16 graphs with ScatterND(add), have no CPU kernels, and the CPU's float16 kernels round
-    otherwise than CUDA's: on the CPU such artifacts are run with every weight widened to float32 (`widened` says so);
-    that keeps the rounding of the weights, not that of the arithmetic. `widened` says whether to do so; None leaves it
-    to what the provider can run.
+    otherwise than CUDA's: on the CPU such artifacts run with every weight widened to float32, which keeps the rounding
+    of the weights, not that of the arithmetic. `widened` forces or forbids that; None: as the provider needs.
     `edit` may change the graph before it is loaded (the drill adds outputs); the files stay as they are. `exact` loads
     the graph that can be compared closely at every position: without int8 activations, and with all logits.
 

@@ -99,15 +99,15 @@ def _send(writing: int, message: dict[str, Any]) -> None:
 
 def _receive(reading: int, end: float | None = None) -> dict[str, Any] | None:
     """The next message; None when the other side is gone. TimeoutError when it is not there at the time `end`."""
-    said = bytearray()
-    while len(said) < SIZE or len(said) < SIZE + int.from_bytes(said[:SIZE], "little"):
+    received = bytearray()
+    while len(received) < SIZE or len(received) < SIZE + int.from_bytes(received[:SIZE], "little"):
         if end is not None and not select.select([reading], [], [], max(0.0, end - time.monotonic()))[0]:
             raise TimeoutError
         piece = os.read(reading, 2**20)
         if not piece:
             return None
-        said += piece
-    message: dict[str, Any] = json.loads(said[SIZE:])
+        received += piece
+    message: dict[str, Any] = json.loads(received[SIZE:])
     return message
 
 
@@ -122,8 +122,8 @@ def _serve(start: Callable[[], Answer], reading: int, writing: int, seconds: flo
         answer, message = _tried(start, seconds, memory)
         _send(writing, message)
         while "error" not in message and (request := _receive(reading)) is not None:
-            _, told = _tried(lambda: answer(request["question"]), request["seconds"], request["memory"])
-            _send(writing, told)
+            _, message = _tried(lambda: answer(request["question"]), request["seconds"], request["memory"])
+            _send(writing, message)
     finally:
         os._exit(0)
 

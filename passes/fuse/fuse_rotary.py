@@ -35,23 +35,23 @@ class FuseRotaryPass(BlockPass):
 
     def expected(self, model: ir.Model) -> int:
         """One for every attention that is left, in a family that rotates, where the kernels can."""
-        return self._rotations() if self._possible(model.graph) else 0
+        return 0 if self._impossible(model.graph) else self._rotations()
 
-    def _possible(self, graph: ir.Graph) -> bool:
+    def _impossible(self, graph: ir.Graph) -> str:
+        """Why the kernels cannot rotate in this model; empty where they can, or nothing rotates."""
         if not self._rotations():
-            return False
+            return ""
         caches = [value.const_value for name, value in graph.initializers.items() if name.startswith("cos_cache")]
         widths = {int(cache.shape.numpy()[1]) for cache in caches if cache is not None}
         if not widths:
             raise CompileError(f"pass {self.name}: a {self.config.family.model_type} model has no cos_cache")
         possible = self.config.head_dim % HEAD_MULTIPLE == 0 and all(width % CACHE_MULTIPLE == 0 for width in widths)
-        if not possible:
-            self.leave(
-                "every attention",
-                f"head size {self.config.head_dim}, of which {2 * max(widths)} rotate; the kernels "
-                f"rotate multiples of {HEAD_MULTIPLE} and of {2 * CACHE_MULTIPLE}",
-            )
-        return possible
+        return (
+            ""
+            if possible
+            else f"head size {self.config.head_dim}, of which {2 * max(widths)} rotate; the kernels "
+            f"rotate multiples of {HEAD_MULTIPLE} and of {2 * CACHE_MULTIPLE}"
+        )
 
     def _rotations(self) -> int:
         """Attentions that are left and rotate."""
@@ -60,7 +60,8 @@ class FuseRotaryPass(BlockPass):
 
     def rewrite(self, model: ir.Model) -> int:
         graph, count = model.graph, 0
-        if not self.expected(model):
+        if reason := self._impossible(graph):
+            self.leave("every attention", reason)
             return 0
         for kernel in [node for node in graph if node.op_type == "GroupQueryAttention"]:
             rotated = [value.producer() if value is not None else None for value in kernel.inputs[:2]]

@@ -30,8 +30,8 @@ class PruneBlocksPass(BlockPass):
         r -> Gather(read) -> norm [read] -> MatMul [read,mid] -> ...
 
     A norm behind the sub-layer (Gemma 2 and 3, OLMo 2) stands between the last MatMul and the ScatterND, and runs over
-    the written positions. With `full`, its weight and epsilon are such that it gives what it would over all d with
-    zeros elsewhere (`recount`).
+    the written positions. With `full`, `recount` rescales its weight and epsilon to give what the norm over
+    all d would give.
 
     1. A full read set has no Gather; a full write set is a plain Add.
     2. A sub-layer with an empty set is removed; a removed attention takes its cache with it, and the remaining caches

@@ -220,7 +220,7 @@ def test_masks_beside_a_model_that_is_judged_dense_are_pointed_out(judged: Path,
     assert run(*arguments).err == ""
     shutil.copy(judged / "masks.safetensors", model)
     outcome = run(*arguments)
-    assert outcome.code == 0 and outcome.err.startswith("note: judged is the dense model")
+    assert outcome.code == 0 and outcome.err.startswith("note: this is the dense model")
     assert f"--masks {model}/masks.safetensors " in outcome.err and len(outcome.err.splitlines()) == 1
     assert run(*arguments, "--masks", model / "masks.safetensors").err == ""
     assert run("eval", judged / "out", "--data", judged / "text.txt", "--max-windows", 1).err == ""

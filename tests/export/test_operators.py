@@ -1,6 +1,7 @@
 """Operators are spelled with every argument that changes the result; what is not read is refused."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dispc.export.operators import SPELLINGS
+from dispc.export.semantic import Recorder
 from dispc.support.errors import CompileError
 
 X, IDS, TABLE = torch.ones(2, 8), torch.zeros(1, 3, dtype=torch.int64), torch.ones(4, 8)
@@ -71,3 +73,26 @@ def test_a_spelling_names_arguments_that_torch_has() -> None:
         library, operator, overload = name.split(".")
         schema = getattr(getattr(getattr(torch.ops, library), operator), overload)._schema
         assert set(spelling.reads.split()) <= {argument.name for argument in schema.arguments}, name
+
+
+QUERY = torch.ones(1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(attn_mask=torch.zeros(3, 3), is_causal=True), "with a mask"),
+        (dict(is_causal=False), "is_causal=False"),
+        (dict(is_causal=True, dropout_p=0.1), r"dropout_p=0\.1"),
+    ],
+    ids=str,
+)
+def test_attention_of_another_kind_is_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(CompileError, match=says):
+        Recorder().attend_scaled(QUERY, QUERY, QUERY, **options)
+
+
+@pytest.mark.parametrize("options", [dict(sinks=QUERY), dict(is_causal=False), dict(position_bias=1.0)], ids=str)
+def test_an_option_of_attention_that_nobody_reads_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(CompileError, match=next(iter(options))):
+        Recorder().attend(None, QUERY, QUERY, QUERY, None, **options)

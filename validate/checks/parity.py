@@ -85,7 +85,7 @@ class Distance:
 def measure(rows: Sequence[Row], answers: Answers, name: str = "logits") -> list[Distance]:
     """The distance of each row's output `name`; both are compared a few positions at a time, and not kept.
 
-    The own error of a position counts as no less than nine of ten have: less is chance.
+    `own` is at least the 90th percentile of the own errors; smaller ones are chance.
     """
     by_source: dict[Text, list[int]] = {}
     for number, row in enumerate(rows):

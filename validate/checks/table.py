@@ -11,7 +11,8 @@ from dispc.validate.comparison import Comparison
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One check, by the name that reports give it. `run` yields nothing where it was not asked for.
+    """A group of checks: `name` is printed while it runs, reports list the checks that `run` yields (none where it was
+    not asked for).
 
     `quick` ones run at the end of every compilation too. Every stored validation has those that are `always` given.
     """

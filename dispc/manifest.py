@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dispc.masks import Masks
-from dispc.quantisation import Quantisation
+from dispc.quantisation import ALGORITHMS, Quantisation
 from dispc.selection import SelectionCosts
 from dispc.support.dtypes import ARTIFACT_DTYPES
 from dispc.support.errors import ArtifactError, MasksError
@@ -207,6 +207,8 @@ def read_manifest(artifact: Path) -> Manifest:
     manifest = from_json(Manifest, content, path, ArtifactError)
     if manifest.dtype not in ARTIFACT_DTYPES:
         raise ArtifactError(f"{path}: unknown dtype {manifest.dtype!r}")
+    if manifest.quantisation and manifest.quantisation.algorithm not in ALGORITHMS:
+        raise ArtifactError(f"{path}: unknown algorithm {manifest.quantisation.algorithm!r}")
     return manifest
 
 

@@ -84,7 +84,7 @@ class Plan:
     @property
     def rounds_by_inputs(self) -> bool:
         """The weights are rounded by what they are multiplied with."""
-        return self.quantisation is not None and self.quantisation.algorithm == "gptq"
+        return self.quantisation is not None and self.quantisation.rounding.reads_text
 
     @property
     def group_query(self) -> bool:

@@ -13,7 +13,7 @@ from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.config import DecoderConfig
 from dispc.plan import Plan
-from dispc.quantisation import HEAD_PRODUCT, Quantisation
+from dispc.quantisation import ALGORITHMS, HEAD_PRODUCT, NEAREST, Quantisation
 from dispc.reference.blocks import Blocks
 from dispc.reference.integers import Part
 from dispc.reference.masked import load_reference
@@ -39,7 +39,8 @@ def settle_quantisation(
     """
     quantisation, config = plan.quantisation, checkpoint.config
     if (quantisation is not None and quantisation.wants_text) != (data is not None):
-        wanted = "--algorithm gptq and --mixed damage"
+        readers = "/".join(row.name for row in ALGORITHMS.values() if row.reads_text)
+        wanted = f"--algorithm {readers} and --mixed damage"
         raise CompileError(f"--data is for {wanted}; leave it out" if data else f"{wanted} look at a text: --data FILE")
     windows = np.zeros((0, 0), dtype=np.int64)
     if data is not None:
@@ -102,7 +103,7 @@ def by_damage(
     weights = weights_of(masks, config, quantisation)
     model = load_reference(checkpoint, masks)
     untie(model)
-    plain = replace(quantisation, mixed=None, int8=(), algorithm="rtn")
+    plain = replace(quantisation, mixed=None, int8=(), algorithm=NEAREST)
     with torch.no_grad():
         parts, damage = products(model, config.family, masks), {}
         blocks = Blocks(model, config)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dispc.passes.rounding import ALGORITHMS, Integers, inverse_factor, pack, round_weight, unpack
-from dispc.quantisation import Quantisation, make_quantisation
+from dispc.passes.rounding import ROUNDING, Integers, inverse_factor, pack, round_weight, unpack
+from dispc.quantisation import ALGORITHMS, Quantisation, make_quantisation
 from dispc.support.errors import CompileError
 
 INT4 = Quantisation(bits=4, block_size=16, symmetric=False, head=False, embedding=False)
@@ -19,14 +19,19 @@ WEIGHT = RNG.standard_normal((40, 6)).astype(np.float32)
 
 def value(integers: Integers, inputs: int) -> np.ndarray:
     """[K,N] that a rounded weight of K inputs stands for."""
-    blocks = (integers.values.astype(float) - integers.zero_points[..., None]) * integers.scales[..., None]
+    zero_points = unpack(integers.zero_points, 4)[:, : integers.values.shape[1], None]
+    blocks = (unpack(integers.values, 4).astype(float) - zero_points) * integers.scales[..., None]
     return np.asarray(blocks.reshape(len(blocks), -1)[:, :inputs].T)
+
+
+def test_every_algorithm_has_its_code() -> None:
+    assert ROUNDING.keys() == ALGORITHMS.keys()
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_integers_stand_for_the_weight(algorithm: str) -> None:
     integers = round_weight(WEIGHT, replace(INT4, algorithm=algorithm), inverse_factor(INPUTS.T @ INPUTS))
-    assert integers.values.shape == (6, 3, 16) and integers.values.max() <= 15 and integers.zero_points.max() <= 15
+    assert (integers.values.shape, integers.zero_points.shape) == ((6, 3, 8), (6, 2))
     assert np.linalg.norm(value(integers, len(WEIGHT)) - WEIGHT) < 0.3 * np.linalg.norm(WEIGHT)
 
 

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from dispc.plan import Plan
 from dispc.runtime.providers import PROVIDERS
 from dispc.runtime.session import open_session
 from dispc.runtime.timing import alternate
 from dispc.selection import SelectionCosts
+from dispc.support.dtypes import DTYPES
 from dispc.support.graph import MACHINE_LEARNING
 
 CHAIN_BYTES, LINKS = 2**26, 32
@@ -113,8 +114,8 @@ def _selections(links: int) -> int:
 
 
 def _chain(links: int, width: int, middle: int, selected: int | None, plan: Plan) -> Any:
-    dtype = TensorProto.FLOAT16 if plan.dtype == "float16" else TensorProto.FLOAT
-    kind = np.float16 if dtype == TensorProto.FLOAT16 else np.float32
+    kind = np.dtype(DTYPES[plan.dtype].numpy)
+    dtype = helper.np_dtype_to_tensor_dtype(kind)
     rng = np.random.default_rng(0)
     selections = [] if selected is None else [selected] * (_selections(links) - 1) + [width]
     # the last selection of a narrow link takes elements more than once: products stay as wide as in the other chains
@@ -141,6 +142,6 @@ def _chain(links: int, width: int, middle: int, selected: int | None, plan: Plan
 
 def _time(sessions: Chains, width: int, plan: Plan, tokens: int) -> Times:
     """Milliseconds of each counted run of each chain."""
-    x = np.ones((1, tokens, width), dtype=np.float16 if plan.dtype == "float16" else np.float32)
+    x = np.ones((1, tokens, width), dtype=DTYPES[plan.dtype].numpy)
     runs = {name: partial(session.run, None, {"x": x}) for name, session in sessions.items()}
     return alternate(runs, ROUNDS, warmup_rounds=WARM, warmup_calls=0)

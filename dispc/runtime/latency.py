@@ -21,6 +21,7 @@ from dispc.runtime.providers import PROVIDERS, Provider
 from dispc.runtime.session import Artifact, Tokens
 from dispc.runtime.timing import alternate
 from dispc.support.check import Check
+from dispc.support.dtypes import BY_ORT
 from dispc.support.errors import ArtifactError, DispcError
 from dispc.support.typed_json import OPTIONAL, from_json, to_json
 
@@ -189,9 +190,8 @@ class TimedArtifact:
     def step_bytes(self, batch: int, past: int) -> int:
         """Weights once, and the caches of `past` positions."""
         caches = [self.artifact.runner.inputs[name] for name in self.artifact.runner.caches]
-        size = 2 if caches and "16" in caches[0].type else 4
-        positions = sum(value.shape[1] * value.shape[3] for value in caches)
-        return int(self.weights + batch * past * positions * size)
+        position = sum(value.shape[1] * value.shape[3] * BY_ORT[value.type].bytes for value in caches)
+        return int(self.weights + batch * past * position)
 
     def _decoder(self, batch: int, capacity: int) -> BoundDecoder:
         room = min(self.artifact.positions, capacity)

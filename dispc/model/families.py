@@ -56,7 +56,7 @@ FAMILIES: dict[str, Family] = {
         Family(model_type="llama", title="LLaMA, LLaMA-2, LLaMA-3, SmolLM2"),
         Family(model_type="mistral", title="Mistral"),
         Family(model_type="qwen2", title="Qwen2, Qwen2.5"),
-        Family(model_type="qwen3", title="Qwen3"),
+        Family(model_type="qwen3", title="Qwen3", head_norms=True),
         Family(
             model_type="phi",
             title="Phi-1.5, Phi-2",
@@ -183,6 +183,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="olmo2",
             title="OLMo 2",
+            head_norms=True,
             optimum_reads_heads=False,
             attention_norm=None,
             attention_post_norm="post_attention_layernorm",
@@ -205,6 +206,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="gemma3_text",
             title="Gemma 3 (text)",
+            head_norms=True,
             rope_theta=1_000_000.0,
             local_rope_theta=10_000.0,
             ignored=("hidden_act", *WINDOW_PATTERN),

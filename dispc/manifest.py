@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dispc.algorithms import ALGORITHMS
 from dispc.masks import Masks
-from dispc.quantisation import ALGORITHMS, Quantisation
+from dispc.quantisation import Quantisation
 from dispc.selection import SelectionCosts
 from dispc.support.dtypes import ARTIFACT_DTYPES
 from dispc.support.errors import ArtifactError, MasksError

@@ -1,4 +1,4 @@
-"""The algorithms that round weights, a function for each row of `dispc.quantisation`: ONNX Runtime's own, but for GPTQ.
+"""The algorithms that round weights, a function for each row of `dispc.algorithms`: ONNX Runtime's own, but for GPTQ.
 
 Every algorithm takes a weight [K,N] and gives `Integers`: what MatMulNBits multiplies by is
 (integers - zero points) * scales, block by block along K.
@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dispc.quantisation import NEAREST, Quantisation
+from dispc.algorithms import NEAREST
+from dispc.quantisation import Quantisation
 from dispc.support.errors import CompileError
 
 Array = npt.NDArray[Any]

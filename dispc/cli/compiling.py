@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from dispc.algorithms import ALGORITHMS, NEAREST
 from dispc.cli.arguments import fill
 from dispc.cli.process import SETTINGS, import_transformers
 from dispc.cli.tables import JsonFlag, err, out, print_error, print_json
 from dispc.lowerings import LOWERINGS
-from dispc.quantisation import ALGORITHMS, NEAREST
 
 if TYPE_CHECKING:
     from dispc.compiler import CompileOptions

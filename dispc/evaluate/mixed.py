@@ -8,12 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dispc.algorithms import ALGORITHMS, NEAREST
 from dispc.evaluate.perplexity import negative_log_likelihood, text_windows
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.config import DecoderConfig
 from dispc.plan import Plan
-from dispc.quantisation import ALGORITHMS, HEAD_PRODUCT, NEAREST, Quantisation
+from dispc.quantisation import HEAD_PRODUCT, Quantisation
 from dispc.reference.blocks import Blocks
 from dispc.reference.integers import Part
 from dispc.reference.masked import load_reference

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dispc.algorithms import ALGORITHMS
 from dispc.passes.rounding import ROUNDING, Integers, inverse_factor, pack, round_weight, unpack
-from dispc.quantisation import ALGORITHMS, Quantisation, make_quantisation
+from dispc.quantisation import Quantisation, make_quantisation
 from dispc.support.errors import CompileError
 
 INT4 = Quantisation(bits=4, block_size=16, symmetric=False, head=False, embedding=False)

@@ -131,7 +131,7 @@ def readme(options: RecoverOptions, checkpoint: Checkpoint, masks: Masks, outcom
 
 Pruned to {masks.kept_parameters(config):,} of {dense:,} block parameters by `masks.safetensors` (DISP-LLM), and trained
 by dispc {__version__} under these masks: {kind}; loss `{options.loss}`, {outcome["steps"]} steps of
-{options.batch_size * options.accumulate} sequences of {options.sequence_length} tokens.
+{options.sequences} sequences of {options.sequence_length} tokens.
 Written are the weights of step {outcome["best_step"]}.
 
 | on held-out text (nats) | before | after |

@@ -97,5 +97,5 @@ TARGETS: dict[str, Target] = {
 
 
 def names_of(wanted: Callable[[Target], bool]) -> str:
-    """The targets that are `wanted`, as messages name them: `onnx-cuda or onnx-cpu`."""
-    return " or ".join(target.name for target in TARGETS.values() if wanted(target))
+    """The targets that are `wanted`, as messages name them: `onnx-cpu or onnx-cuda`."""
+    return " or ".join(sorted(target.name for target in TARGETS.values() if wanted(target)))

@@ -26,8 +26,8 @@ from contenders import (
 )
 from machine import environment, load
 
-from dispc.plan import TARGETS
 from dispc.runtime.timing import alternate
+from dispc.targets import TARGETS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,10 +73,8 @@ def build_pipeline(
         ),
         (plan.last_logits, lambda: LastLogitsPass(plan.padding)),
         *([(True, lambda: QuantisePass(quantisation, config, tied=tied, hessians=hessians))] if quantisation else []),
-        (  # last: it sees what the others have made
-            True,
-            lambda: LowerOpsetPass(respell=plan.group_query, rotations=target.name != "onnx-cuda"),
-        ),
+        # last: it sees what the others have made
+        (True, lambda: LowerOpsetPass(respell=plan.group_query, rotations=target.rotates_apart)),
     )
     return [make() for wanted, make in rows if wanted]
 

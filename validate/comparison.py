@@ -13,7 +13,6 @@ from dispc.manifest import Manifest, read_manifest
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
-from dispc.plan import TARGETS
 from dispc.reference.blocks import Blocks, read_lazily
 from dispc.reference.masked import load_reference
 from dispc.reference.quantised import match_quantisation, quantise_block, quantise_tables, read_integers
@@ -30,6 +29,7 @@ from dispc.support.check import Check
 from dispc.support.dtypes import DTYPES, name_of
 from dispc.support.errors import ArtifactError, MasksError
 from dispc.support.version import __version__, versions
+from dispc.targets import TARGETS
 from dispc.validate.checks import parity
 from dispc.validate.checks.parity import Distance, Thresholds, measure
 from dispc.validate.checks.scenarios import SCENARIOS, ScenarioRun, run_scenario

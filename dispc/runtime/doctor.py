@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dispc.lowerings import CPU, CUDA
 from dispc.runtime.build import Build, builds, fault, has_gpu_build, mend, unusable
 from dispc.support.errors import first_line
 from dispc.support.version import versions
@@ -165,7 +166,7 @@ def _providers() -> Finding:
     from dispc.runtime.ort import ort
 
     providers = ort.get_available_providers()
-    ok = "CUDAExecutionProvider" in providers
+    ok = CUDA in providers
     detail, remedy = f"onnxruntime {ort.__version__} has {', '.join(providers)}", ""
     if not ok and has_gpu_build():
         detail, remedy = f"{detail}, no CUDA", mend(builds())
@@ -194,7 +195,7 @@ def _session() -> Finding:
         session = ort.InferenceSession(
             model.SerializeToString(),
             options,
-            providers=["CUDAExecutionProvider", "CPUExecutionProvider"],
+            providers=[CUDA, CPU],
             enable_fallback=0,  # falling back prints to standard output, and loses the reason
         )
     except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -202,7 +203,7 @@ def _session() -> Finding:
         return Finding(name="CUDA session", ok=False, detail=reason, remedy=driver_remedy(reason))
     finally:
         ort.set_default_logger_severity(2)
-    if "CUDAExecutionProvider" not in session.get_providers():
+    if CUDA not in session.get_providers():
         return Finding(name="CUDA session", ok=False, detail="ONNX Runtime fell back to the CPU")
     return Finding(name="CUDA session", ok=True, detail="created, with the CUDA provider")
 

@@ -13,12 +13,13 @@ from dispc.runtime.edits import load_graph
 from dispc.support.check import Check
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError
+from dispc.support.graph import LAST
 from dispc.support.version import __version__
 from dispc.validate.checks.files import SHOWN, differences
 from dispc.validate.comparison import Comparison
 
 NAME = "dispc.json"
-SCATTERS = {name: row.scatter for name, row in LOWERINGS.items() if row.scatter}
+SCATTERS = {name: row.writes_by for name, row in LOWERINGS.items() if not row.adds}
 """Lowering -> the operator by which it is known; the others have none of these."""
 SURELY_SCATTERED = 0.8
 """A write set that keeps less than this share is never filled up with zeros instead."""
@@ -65,7 +66,7 @@ def recomputed(comparison: Comparison, graph: ir.Model) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "model_type": config.family.model_type,
         "dtype": next((name for name, row in DTYPES.items() if row.onnx == logits.dtype), "unknown"),
-        "logits": "last" if any((node.name or "").startswith("/last/") for node in graph.graph) else "all",
+        "logits": "last" if any((node.name or "").startswith(LAST) for node in graph.graph) else "all",
         "attention": "GroupQueryAttention" if operators["GroupQueryAttention"] else "Attention",
         "positions": config.max_positions,
         "stop_tokens": checkpoint.stop_tokens,

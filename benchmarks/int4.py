@@ -13,19 +13,17 @@ it must not be the test text.
 import json
 import statistics
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from common import console, dispc, remove, run, write_result
 from decoder import Decoder, perplexity
 from machine import REPOSITORY, environment
+from turns import time_steps
 
 from dispc.evaluate.perplexity import text_windows
 from dispc.model.checkpoint import Checkpoint
-from dispc.runtime.timing import alternate
 
 FILE = REPOSITORY / "benchmarks" / "results" / "int4.json"
 HEAD = ("--quantize-head", "--quantize-embedding")
@@ -124,18 +122,14 @@ def clock(
     calls: Annotated[int, typer.Option(help="Counted tokens per round and graph.")] = 8,
 ) -> None:
     """Time a decoding step of all graphs with 64 tokens in the caches, alternately."""
-    known, steps = read(), {}
-    config = Checkpoint(directory(work, "float32", "dense")).config
-    for name, facts in known["cells"].items():
-        for which in facts:
-            graph = Decoder(directory(work, name, which) / "model.onnx", config, threads=THREADS)
-            graph.allocate(1, PAST + 1)
-            steps[name, which] = partial(graph.bind(np.array([[7]]), PAST).run)
-    labels = {f"{name}, {which}": step for (name, which), step in steps.items()}
-    times = dict(zip(steps, alternate(labels, rounds, calls).values(), strict=True))
-    for (name, which), values in times.items():
-        known["cells"][name][which]["milliseconds"] = round(statistics.median(values), 3)
-        console.print(f"{name}, {which}: {statistics.median(values):.2f} ms", highlight=False)
+    known = read()
+    cells = {f"{name}, {which}": facts for name, both in known["cells"].items() for which, facts in both.items()}
+    graphs = {label: directory(work, *label.rsplit(", ", 1)) / "model.onnx" for label in cells}
+    config = directory(work, "float32", "dense")
+    times = time_steps(graphs, config, past=PAST, threads=THREADS, rounds=rounds, calls=calls)
+    for label, values in times.items():
+        cells[label]["milliseconds"] = round(statistics.median(values), 3)
+        console.print(f"{label}: {statistics.median(values):.2f} ms", highlight=False)
     known |= {"environment": environment(), "threads": THREADS, "past": PAST, "rounds": rounds, "calls": calls}
     write_result(FILE, known)
 

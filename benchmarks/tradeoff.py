@@ -18,22 +18,20 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from common import console, dispc, json_report, remove, run, write_result
 from decoder import Decoder, perplexity
 from machine import REPOSITORY, environment
 from tradeoff_page import write_tradeoff
+from turns import time_steps
 
 from dispc.evaluate.perplexity import text_windows
 from dispc.learn.recovered import write_pruned
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
-from dispc.runtime.timing import alternate
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 FILE = RESULTS / "tradeoff.json"
@@ -187,13 +185,9 @@ def clock(
         facts.pop("milliseconds", None)
         chosen = not formats or facts["format"] in formats.split(",")
         names += [name] if chosen and (work / name / "model.onnx").exists() else []
-    config = Checkpoint(work / names[0]).config
-    steps = {}
-    for name in names:
-        graph = Decoder(work / name / "model.onnx", config, threads=THREADS)
-        graph.allocate(1, PAST + 1)
-        steps[name] = partial(graph.bind(np.array([[7]]), PAST).run)
-    times = alternate(steps, rounds, calls)
+    graphs = {name: work / name / "model.onnx" for name in names}
+    config = work / Point(0, "float32").name
+    times = time_steps(graphs, config, past=PAST, threads=THREADS, rounds=rounds, calls=calls)
     for name, values in times.items():
         known["points"][name]["milliseconds"] = round(statistics.median(values), 3)
         known["points"][name]["rounds"] = [round(value, 3) for value in values]

@@ -18,10 +18,15 @@ INPUTS = RNG.standard_normal((200, 8)) @ RNG.standard_normal((8, 40)) + 0.1 * RN
 WEIGHT = RNG.standard_normal((40, 6)).astype(np.float32)
 
 
+def unpacked(values: np.ndarray) -> np.ndarray:
+    """[..., n / 2] of two integers of 4 bits each -> [..., n]."""
+    return np.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], -1)
+
+
 def value(integers: Integers, inputs: int) -> np.ndarray:
     """[K,N] that a rounded weight of K inputs stands for."""
-    zero_points = unpack(integers.zero_points, 4)[:, : integers.values.shape[1], None]
-    blocks = (unpack(integers.values, 4).astype(float) - zero_points) * integers.scales[..., None]
+    zero_points = unpacked(integers.zero_points)[:, : integers.values.shape[1], None]
+    blocks = (unpacked(integers.values).astype(float) - zero_points) * integers.scales[..., None]
     return np.asarray(blocks.reshape(len(blocks), -1)[:, :inputs].T)
 
 

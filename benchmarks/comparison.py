@@ -26,8 +26,8 @@ from contenders import (
 )
 from machine import environment, load
 
-from dispc.plan import TARGETS
 from dispc.runtime.timing import alternate
+from dispc.targets import TARGETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ def describe(measurement: Measurement, options: Options) -> dict[str, Any]:
 def describe_model(contenders: Contenders, options: Options) -> dict[str, Any]:
     """Model, masks, the share of block parameters kept, and the differences of logits."""
     config = contenders.checkpoint.config
-    kept = contenders.masks.kept_parameters(config) / (config.block_parameters * config.num_hidden_layers)
+    kept = contenders.masks.kept_parameters(config) / config.all_block_parameters
     return {
         "model": options.shape or contenders.checkpoint.directory.name,
         "masks": options.masks.name if options.masks else "random",

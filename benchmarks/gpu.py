@@ -161,7 +161,7 @@ def draw_masks(model: Path, percent: int, file: Path) -> float:
     config = open_checkpoint(model).config
     masks = learned_like(config, 1 - percent / 100, seed=0)
     masks.save(file, config)
-    return round(masks.kept_parameters(config) / (config.block_parameters * config.num_hidden_layers), 4)
+    return round(masks.kept_parameters(config) / config.all_block_parameters, 4)
 
 
 def run_job(job: Job, timeout: float, work: Path, common: Record, record: Callable[[Record], None]) -> None:

@@ -55,9 +55,9 @@ def main(
     checkpoint = open_checkpoint(model)
     processes = Processes.join(device)
     cuda = processes.device.type == "cuda"
-    ids = torch.from_numpy(
-        np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, (batch_size, sequence_length))
-    ).to(processes.device)
+    words, shape = checkpoint.config.vocab_size, (batch_size, sequence_length)
+    rows = np.random.default_rng(0).integers(0, words, shape).astype(np.int32)
+    ids = processes.share(rows)
     result: dict[str, Any] = {
         "benchmark": "learn_step",
         "environment": environment(),
@@ -73,7 +73,7 @@ def main(
             device=processes.device.type,
         ).settled(processes.device)
         precision = str(options.precision)
-        trainer = Trainer(options, checkpoint, block_budget(checkpoint, 0.5, "blocks"), processes)
+        trainer = Trainer(options, checkpoint, block_budget(checkpoint, 0.5, "blocks"), processes, {})
         dense = load_reference(checkpoint, None, DTYPES[precision].torch)
         dense.requires_grad_(False).to(processes.device)
 
@@ -84,7 +84,7 @@ def main(
             next_token_loss(logits, ids).backward()  # type: ignore[no-untyped-call]
 
         def learning_step() -> None:
-            trainer.advance(ids)
+            trainer.advance(rows)
 
         runs = {"dense": synchronised(dense_step, cuda), "learning": synchronised(learning_step, cuda)}
         times = alternate(runs, rounds, warmup_calls=0)
@@ -104,8 +104,8 @@ def main(
     }
     goal = f"a learning step takes {ratio:.2f} times the dense pass (goal {GOAL:.2f})"
     result["goals"] = {goal: ratio <= GOAL}
-    rows = [[name, f"{statistics.median(values):.3f}"] for name, values in seconds.items()]
-    report(f"{model.name}, {batch_size} x {sequence_length} tokens", ("step", "seconds"), rows, result["goals"])
+    table = [[name, f"{statistics.median(values):.3f}"] for name, values in seconds.items()]
+    report(f"{model.name}, {batch_size} x {sequence_length} tokens", ("step", "seconds"), table, result["goals"])
     console.print(f"ratio of pairs: {min(pairs):.2f} to {max(pairs):.2f}", highlight=False)
     write_result(json_file, result)
 

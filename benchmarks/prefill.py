@@ -54,7 +54,7 @@ def start(model: Contender, length: int) -> Callable[[], None]:
 def operations(config: DecoderConfig, masks: Masks, length: int, last_logits: bool) -> int:
     """Floating-point operations of a prefill of `length` tokens, without those of norms and activations."""
     head = config.vocab_size * config.hidden_size * (1 if last_logits else length)
-    attentions = sum(block.attention.alive for block in masks.blocks)
+    attentions = masks.cache_layers
     pairs = length * (length + 1) // 2
     return 2 * (masks.kept_parameters(config) * length + head) + 4 * attentions * config.query_size * pairs
 

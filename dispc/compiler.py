@@ -2,15 +2,14 @@
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
 
+from dispc.evaluate.mixed import settle_quantisation
 from dispc.export.card import write_card
 from dispc.export.companions import write_companions
 from dispc.export.trace import trace
@@ -23,9 +22,10 @@ from dispc.model.published import open_checkpoint
 from dispc.model.rope import unreached_positions
 from dispc.model.weights import surface_weight_errors
 from dispc.passes.common.versions import needs
-from dispc.passes.pipeline import build_pipeline, pipeline_line, run_pipeline
+from dispc.passes.pipeline import Hessians, build_pipeline, pipeline_line, run_pipeline
 from dispc.plan import Choices, Plan, make_plan
 from dispc.runtime.calibrate import calibrate
+from dispc.runtime.memory import require_memory_for_reference
 from dispc.runtime.providers import PROVIDERS
 from dispc.runtime.tune import tune
 from dispc.selection import sets_to_fill
@@ -33,11 +33,12 @@ from dispc.support.directories import check_output, staged_directory
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError, CompileError
 from dispc.support.files import write_json
-from dispc.support.version import __version__
+from dispc.support.version import __version__, versions
+from dispc.validate.checks.verify import make_verifier
+from dispc.validate.judge import check
+from dispc.validate.report.report import Report
 
-if TYPE_CHECKING:
-    from dispc.validate.report.report import Report
-
+PACKAGES = ("torch", "transformers", "onnx", "onnx-ir")
 Progress = Callable[[str, int, int], None]
 """progress(what, bytes done, bytes in all)"""
 
@@ -66,7 +67,7 @@ class CompileOptions(Choices):
 class ParityFailure(ArtifactError):
     """The artifact was made and does not compute what the reference computes; it is not kept."""
 
-    def __init__(self, report: "Report") -> None:
+    def __init__(self, report: Report) -> None:
         super().__init__("the artifact fails validation and was not kept; --no-validate keeps it for inspection")
         self.report = report
 
@@ -81,35 +82,17 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
         DispcError: for every problem with the input, the options or the output; nothing is left behind.
     """
     started = time.perf_counter()
-    check_output(options.output, options.force, foreign=foreign_content)
-    for path in (options.model, options.masks, options.dump_ir):
-        if path and path.resolve().is_relative_to(options.output.resolve()):
-            raise ArtifactError(f"{path}: lies in {options.output}, which would be replaced; choose another -o")
+    _check_paths(options)
     checkpoint = open_checkpoint(options.model)
     plan = make_plan(options.target, options)
     masks = load_masks(checkpoint, options)
-    if options.data or (plan.quantisation and (plan.quantisation.mixed or plan.quantisation.wants_text)):
-        from dispc.evaluate.mixed import settle_quantisation
-
-        plan, windows = settle_quantisation(checkpoint, masks, plan, options.data, progress)
-    tuned: Tuning | None = None
-    if options.tune:
-        progress("timing lowerings", 0, 1)
-        choices = replace(options, quantisation=plan.quantisation)
-        plan, tuned = tune(checkpoint, masks, options.target, choices, build_artifact)
+    plan, windows = settle_quantisation(checkpoint, masks, plan, options.data, progress)
+    plan, tuned = _tuned(checkpoint, masks, plan, options, progress)
     hessians = calibrate(checkpoint, masks, windows, build_artifact) if plan.rounds_by_inputs else None
     if options.validate or options.verify_each:
-        from dispc.runtime.memory import require_memory_for_reference
-
         require_memory_for_reference(checkpoint, whole=options.verify_each)
     if options.verify_each:
-        from dispc.validate.checks.verify import make_verifier
-
-        # The passes do not look at dtypes: their float32 graphs are compared, whatever the target's dtype is.
-        verifier = make_verifier(checkpoint, masks, plan.quantisation)
-        passes = build_pipeline(plan.exact, checkpoint, masks, hessians)
-        run_pipeline(trace(checkpoint, torch.float32), passes, verifier)
-
+        _verify_each(checkpoint, masks, plan, hessians)
     with staged_directory(options.output, options.force, foreign=foreign_content) as stage:
         manifest = build_artifact(checkpoint, masks, plan, stage, progress, options.dump_ir, hessians)
         manifest = replace(
@@ -119,26 +102,63 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
         )
         write_json(stage / MANIFEST, manifest.to_json())
         if options.validate:
-            from dispc.validate.judge import check
-
-            progress("validating", 0, 1)
-            begun = time.perf_counter()
-            report = check(
-                stage,
-                options.model,
-                quick=True,
-                device="available",
-                masks=stage / "masks.safetensors",
-                say=lambda what: progress(f"validating: {what}", 0, 1),
-            )
-            named = replace(report, artifact=options.output.name, reference=options.model.resolve().name)
-            manifest = replace(
-                manifest, validation_seconds=round(time.perf_counter() - begun, 3), validation=named.as_dict()
-            )
-            write_json(stage / MANIFEST, manifest.to_json())
-            if not report.passed:
-                raise ParityFailure(named)
+            manifest = _validated(manifest, stage, options, progress)
         write_card(checkpoint, masks, manifest, PROVIDERS[plan.target.provider].genai_build, stage)
+    return manifest
+
+
+def _check_paths(options: CompileOptions) -> None:
+    """Raise ArtifactError unless the output may be written, and replaces nothing that is read or written elsewhere."""
+    check_output(options.output, options.force, foreign=foreign_content)
+    for path in (options.model, options.masks, options.dump_ir):
+        if path and path.resolve().is_relative_to(options.output.resolve()):
+            raise ArtifactError(f"{path}: lies in {options.output}, which would be replaced; choose another -o")
+
+
+def _tuned(
+    checkpoint: Checkpoint, masks: Masks, plan: Plan, options: CompileOptions, progress: Progress
+) -> tuple[Plan, Tuning | None]:
+    """The plan with the lowering that is fastest on this machine, and what was timed, where `--tune` asks for it."""
+    if not options.tune:
+        return plan, None
+    progress("timing lowerings", 0, 1)
+    choices = replace(options, quantisation=plan.quantisation)
+    return tune(checkpoint, masks, options.target, choices, build_artifact)
+
+
+def _verify_each(checkpoint: Checkpoint, masks: Masks, plan: Plan, hessians: Hessians | None) -> None:
+    """Compare the graph with the reference after every pass.
+
+    The passes do not look at dtypes: their float32 graphs are compared, whatever the target's dtype is.
+
+    Raises:
+        CompileError: naming the pass behind which they differ.
+    """
+    verifier = make_verifier(checkpoint, masks, plan.quantisation)
+    run_pipeline(trace(checkpoint, torch.float32), build_pipeline(plan.exact, checkpoint, masks, hessians), verifier)
+
+
+def _validated(manifest: Manifest, stage: Path, options: CompileOptions, progress: Progress) -> Manifest:
+    """The manifest with the report on the artifact in `stage`, where it is written too.
+
+    Raises:
+        ParityFailure: when a check failed.
+    """
+    progress("validating", 0, 1)
+    begun = time.perf_counter()
+    report = check(
+        stage,
+        options.model,
+        quick=True,
+        device="available",
+        masks=stage / "masks.safetensors",
+        say=lambda what: progress(f"validating: {what}", 0, 1),
+    )
+    named = replace(report, artifact=options.output.name, reference=options.model.resolve().name)
+    manifest = replace(manifest, validation_seconds=round(time.perf_counter() - begun, 3), validation=named.as_dict())
+    write_json(stage / MANIFEST, manifest.to_json())
+    if not report.passed:
+        raise ParityFailure(named)
     return manifest
 
 
@@ -149,7 +169,7 @@ def build_artifact(
     stage: Path,
     progress: Progress = lambda what, done, total: None,
     dump_ir: Path | None = None,
-    hessians: Mapping[str, Any] | None = None,
+    hessians: Hessians | None = None,
 ) -> Manifest:
     """Trace, rewrite and write everything but the model card into the empty directory `stage`; the manifest.
 
@@ -214,11 +234,10 @@ def load_masks(checkpoint: Checkpoint, options: CompileOptions) -> Masks:
 def describe(checkpoint: Checkpoint, masks: Masks, plan: Plan, model: ir.Model, records: list[PassRecord]) -> Manifest:
     """Everything about an artifact that a reader may want to know later, but its size in bytes."""
     config = checkpoint.config
-    dense = config.block_parameters * config.num_hidden_layers
-    packages = ("torch", "transformers", "onnx", "onnx-ir")
+    dense = config.all_block_parameters
     return Manifest(
         dispc=__version__,
-        versions={"python": platform.python_version()} | {package: version(package) for package in packages},
+        versions={"python": platform.python_version()} | versions(*PACKAGES),
         model_type=config.family.model_type,
         target=plan.target.name,
         dtype=plan.dtype,
@@ -237,7 +256,7 @@ def describe(checkpoint: Checkpoint, masks: Masks, plan: Plan, model: ir.Model, 
         masks_sha256=masks.sha256(),
         config_sha256=checkpoint.config_sha256,
         block_parameters=BlockParameters(dense=dense, kept=masks.kept_parameters(config)),
-        cache_layers=sum(block.attention.alive for block in masks.blocks),
+        cache_layers=masks.cache_layers,
         widths=tuple({name: len(indices) for name, indices in block.sets().items()} for block in masks.blocks),
         nodes=model.graph.num_nodes(),
         needs=needs(model),

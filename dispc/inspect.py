@@ -120,7 +120,7 @@ def _model(path: Path) -> Inspection:
         "vocabulary": f"{config.vocab_size:,}, embeddings {'tied' if config.tied else 'not tied'}",
         "positions": f"{config.max_positions:,}",
         "parameters": f"{sum(math.prod(tensor.shape) for tensor in tensors):,}",
-        "block parameters": f"{config.block_parameters * config.num_hidden_layers:,}",
+        "block parameters": f"{config.all_block_parameters:,}",
         "bytes": f"{sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors):,}",
         "dtypes": ", ".join(f"{name} ({count} tensors)" for name, count in dtypes.items()),
     }

@@ -1,10 +1,12 @@
 """The lowerings: how an artifact reads parts of the residual stream and adds into parts of it. One row each."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from dispc.support.dtypes import ARTIFACT_DTYPES
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-EVERY = ("float32", "float16", "bfloat16")
+"""What ONNX Runtime calls its execution providers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,36 +16,42 @@ class Lowering:
     Args:
         name: What `--lowering` calls it.
         label: How it reads and writes, for the help of `--lowering`.
-        operator: The operator it stands on, beside Gather and Add.
-        domain: That operator's domain; the empty one is what every build of ONNX Runtime has.
-        kernels: The dtypes in which ONNX Runtime runs `operator`, by provider.
+        reads_by: The operator that reads a part of the stream.
+        writes_by: The operator that adds into it: a scatter, or the Add behind a read by the inverse index.
+        domain: The domain of `reads_by`; the empty one is what every build of ONNX Runtime has.
+        dtypes: The dtypes in which providers run both operators ...
+        exceptions: ... and those of the providers that are known to run others.
         passes: The passes that make it of the canonical form, in order: modules of `dispc.passes.lower`.
         fills: Whether sets that are not worth an index list become zeros in the weights.
+        unfilled: The lowering that it is where no set becomes zeros; empty where it is another one even then.
         quantised: Whether the weights may be integers.
     """
 
     name: str
     label: str
-    operator: str
+    reads_by: str = "Gather"
+    writes_by: str = "Add"
     domain: str = ""
-    kernels: Mapping[str, tuple[str, ...]]
+    dtypes: tuple[str, ...]
+    exceptions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     passes: tuple[str, ...]
     fills: bool = False
+    unfilled: str = ""
     quantised: bool = True
 
     @property
     def adds(self) -> bool:
         """Whether every write ends in an Add, which can be fused with the next norm."""
-        return "inverse-gather" in self.passes
+        return self.writes_by == "Add"
 
     @property
-    def scatter(self) -> str:
-        """The operator type that adds into a part of the stream; empty for lowerings that gather and add."""
-        return self.operator.removesuffix("(add)") if self.operator.endswith("(add)") else ""
+    def operator(self) -> str:
+        """The operator that decides where it runs."""
+        return self.reads_by if self.adds else f"{self.writes_by}(add)"
 
     def runs(self, provider: str, dtype: str) -> bool:
         """Whether ONNX Runtime has the kernels."""
-        return dtype in self.kernels.get(provider, ())
+        return dtype in self.exceptions.get(provider, self.dtypes)
 
 
 LOWERINGS: dict[str, Lowering] = {
@@ -52,41 +60,46 @@ LOWERINGS: dict[str, Lowering] = {
         Lowering(
             name="inverse-gather",
             label="Gather",
-            operator="Gather",
-            kernels={CPU: EVERY, CUDA: EVERY},
+            dtypes=ARTIFACT_DTYPES,
             passes=("inverse-gather",),
         ),
         Lowering(
             name="canonical",
             label="writes by ScatterND",
-            operator="ScatterND(add)",
-            kernels={CPU: ("float32",), CUDA: ("float32", "float16")},
+            writes_by="ScatterND",
+            dtypes=("float32",),
+            exceptions={CUDA: ("float32", "float16")},
             passes=(),
         ),
         Lowering(
             name="scatter-elements",
             label="writes by ScatterElements",
-            operator="ScatterElements(add)",
-            kernels={CPU: ("float32",), CUDA: ("float32", "float16")},
+            writes_by="ScatterElements",
+            dtypes=("float32",),
+            exceptions={CUDA: ("float32", "float16")},
             passes=("scatter-elements",),
         ),
         Lowering(
             name="zero-filled",
             label="Gather; zeros in the weights for sets not worth an index list",
-            operator="Gather",
-            kernels={CPU: EVERY, CUDA: EVERY},
+            dtypes=ARTIFACT_DTYPES,
             passes=("inverse-gather",),
             fills=True,
+            unfilled="inverse-gather",
             quantised=False,
         ),
         Lowering(
             name="feature-extractor",
             label="ArrayFeatureExtractor, with such zeros",
-            operator="ArrayFeatureExtractor",
+            reads_by="ArrayFeatureExtractor",
             domain="ai.onnx.ml",
-            kernels={CPU: ("float32",)},
+            dtypes=(),
+            exceptions={CPU: ("float32",)},
             passes=("inverse-gather", "feature-extractor"),
             fills=True,
         ),
     )
 }
+READS = frozenset(row.reads_by for row in LOWERINGS.values())
+WRITES = frozenset(row.writes_by for row in LOWERINGS.values())
+"""The operators by which artifacts read a part of the stream, and add to it."""

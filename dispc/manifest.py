@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dispc.algorithms import ALGORITHMS
 from dispc.masks import Masks
 from dispc.quantisation import Quantisation
 from dispc.selection import SelectionCosts
@@ -207,6 +208,8 @@ def read_manifest(artifact: Path) -> Manifest:
     manifest = from_json(Manifest, content, path, ArtifactError)
     if manifest.dtype not in ARTIFACT_DTYPES:
         raise ArtifactError(f"{path}: unknown dtype {manifest.dtype!r}")
+    if manifest.quantisation and manifest.quantisation.algorithm not in ALGORITHMS:
+        raise ArtifactError(f"{path}: unknown algorithm {manifest.quantisation.algorithm!r}")
     return manifest
 
 

@@ -150,6 +150,11 @@ class Masks:
 
     # Figures
 
+    @property
+    def cache_layers(self) -> int:
+        """Blocks whose attention is left, and with it a KV cache."""
+        return sum(block.attention.alive for block in self.blocks)
+
     def kept_parameters(self, config: DecoderConfig) -> int:
         """Block parameters that remain (T in the paper): projection weights of the living sub-layers."""
         total = 0

@@ -1,4 +1,4 @@
-"""The targets, and what may be chosen for each: dtype, padding, lowering, quantisation. A `Plan` has it all settled.
+"""What may be chosen for a target: dtype, padding, lowering, quantisation. A `Plan` has it all settled.
 
 Knows nothing of graphs.
 """
@@ -6,91 +6,15 @@ Knows nothing of graphs.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dispc.lowerings import CPU, CUDA, LOWERINGS, Lowering
+from dispc.lowerings import LOWERINGS, Lowering
 from dispc.manifest import Manifest
 from dispc.quantisation import Quantisation
 from dispc.selection import DEFAULT_COSTS, SelectionCosts
 from dispc.support.errors import CompileError
 from dispc.support.rows import find_row
+from dispc.targets import FUSIONS, TARGETS, Target, names_of
 
 Padding = Literal["left", "right"]
-FUSIONS = (
-    "fill-zeros",
-    "fuse-rotary",
-    "fuse-qkv",
-    "fuse-gate-up",
-    "fuse-activations",
-    "fuse-skip-norm",
-    "tie-embeddings",
-)
-"""The passes that a compilation can do without: they change how fast the artifact is, not what it computes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """One row of the table. The first dtype is the default.
-
-    `group_query` lists the dtypes for which ONNX Runtime has a GroupQueryAttention kernel on this provider (opset 23's
-    Attention serves the others). `lowering` names the default (a row of `LOWERINGS`), which must run in every dtype.
-    `contrib` says whether operators outside ONNX's own domain may be used, `fusions` which passes pay,
-    `quantised_fusions` which others do with quantised weights. Written widths are padded to `write_multiple`, read and
-    mid widths to `half_align` in half precision and to `int4_align` where weights have four bits, by
-    default. `cuda_graph` says whether a run can be captured.
-    """
-
-    name: str
-    provider: str
-    dtypes: tuple[str, ...]
-    group_query: tuple[str, ...]
-    lowering: str
-    contrib: bool
-    fusions: tuple[str, ...]
-    write_multiple: int
-    quantised_fusions: tuple[str, ...] = ()
-    cuda_graph: bool = False
-    half_align: int = 1
-    int4_align: int = 1
-
-
-TARGETS: dict[str, Target] = {
-    target.name: target
-    for target in (
-        Target(
-            name="onnx-cuda",
-            provider=CUDA,
-            dtypes=("float16", "bfloat16", "float32"),
-            group_query=("float16", "bfloat16"),
-            lowering="inverse-gather",
-            contrib=True,
-            fusions=FUSIONS,
-            write_multiple=8,
-            cuda_graph=True,
-            half_align=8,  # cuBLAS reads 16 bytes at a time where rows begin on them ...
-            int4_align=32,  # ... and MatMulNBits' fast kernels take whole blocks of 32 weights only
-        ),
-        Target(
-            name="onnx-cpu",
-            provider=CPU,
-            dtypes=("float32",),
-            group_query=("float32",),
-            lowering="feature-extractor",
-            contrib=True,
-            fusions=tuple(name for name in FUSIONS if name != "fuse-gate-up"),  # its Split costs more than it saves ...
-            quantised_fusions=("fuse-gate-up",),  # ... but for integers, where each MatMulNBits has a fixed cost
-            write_multiple=1,
-        ),
-        Target(
-            name="onnx",
-            provider=CPU,
-            dtypes=("float32", "float16", "bfloat16"),
-            group_query=(),
-            lowering="inverse-gather",
-            contrib=False,
-            fusions=("fill-zeros", "tie-embeddings"),
-            write_multiple=1,
-        ),
-    )
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +84,7 @@ class Plan:
     @property
     def rounds_by_inputs(self) -> bool:
         """The weights are rounded by what they are multiplied with."""
-        return self.quantisation is not None and self.quantisation.algorithm == "gptq"
+        return self.quantisation is not None and self.quantisation.rounding.reads_text
 
     @property
     def group_query(self) -> bool:
@@ -185,7 +109,7 @@ def make_plan(target: str, choices: Choices = Choices()) -> Plan:
     if choices.quantisation and not row.contrib:
         raise CompileError(
             f"target {target} has standard operators only, and quantised weights need MatMulNBits; "
-            "use --target onnx-cpu or onnx-cuda"
+            f"use --target {names_of(lambda other: other.contrib)}"
         )
     padding = _padding(row, dtype, choices.padding)
     lowering, reason = _lowering(row, dtype, choices.lowering)

@@ -3,22 +3,16 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dispc.algorithms import ALGORITHMS, NEAREST, Algorithm
 from dispc.model.family import Family
 from dispc.support.errors import CompileError
 from dispc.support.rows import find_row
 from dispc.support.typed_json import to_json
+from dispc.targets import TARGETS, names_of
 
 BITS = {"int4": 4, "int8": 8}
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """What MatMulNBits and GatherBlockQuantized take (256 without the CUDA kernels for single tokens)."""
-ALGORITHMS = {
-    "rtn": "to the nearest integer",
-    "k_quant": "the scale and the minimum that lose least (llama.cpp)",
-    "hqq": "half-quadratic, without data",
-    "gptq": "by the inputs of each product, from text",
-}
-"""How weights are rounded to 4 bits; all but the first are asymmetric, or may be."""
-ASYMMETRIC = ("k_quant", "hqq")
 MIXED = ("widths", "damage")
 """How `--mixed` chooses the products that keep 8 bits: by a rule, or by the loss that each adds on a text."""
 
@@ -59,7 +53,7 @@ class Quantisation:
     head: bool
     embedding: bool
     int8_activations: bool = False
-    algorithm: str = "rtn"
+    algorithm: str = NEAREST
     mixed: str | None = None
     int8: tuple[str, ...] = ()
 
@@ -67,14 +61,28 @@ class Quantisation:
         object.__setattr__(self, "int8", tuple(self.int8))  # a list would make it unequal, and not hashable
 
     @property
+    def rounding(self) -> Algorithm:
+        """The row of its algorithm.
+
+        Raises:
+            CompileError: when there is none of that name.
+        """
+        return find_row(ALGORITHMS, self.algorithm, "algorithm")
+
+    @property
+    def without_text(self) -> "Quantisation":
+        """How a weight is rounded whose inputs are not known: to the nearest, if the algorithm looks at them."""
+        return replace(self, algorithm=NEAREST) if self.rounding.reads_text else self
+
+    @property
     def wide(self) -> "Quantisation":
         """What the products in `int8` are rounded by."""
-        return replace(self, bits=8, symmetric=True, algorithm="rtn")
+        return replace(self, bits=8, symmetric=True, algorithm=NEAREST)
 
     @property
     def wants_text(self) -> bool:
         """It cannot be done without a text."""
-        return self.algorithm == "gptq" or self.mixed == "damage"
+        return self.rounding.reads_text or self.mixed == "damage"
 
     def of(self, product: str) -> "Quantisation":
         """What the product called so is rounded by."""
@@ -89,7 +97,7 @@ class Quantisation:
         parts = ["blocks", *(["LM head"] if self.head else []), *(["embedding"] if self.embedding else [])]
         kind = "symmetric" if self.symmetric else "asymmetric"
         activations = ", int8 activations" if self.int8_activations else ""
-        algorithm = "" if self.algorithm == "rtn" else f", {self.algorithm}"
+        algorithm = "" if self.algorithm == NEAREST else f", {self.algorithm}"
         mixed = f", {len(self.int8)} products in int8 by {self.mixed}" if self.mixed else ""
         return (
             f"int{self.bits}, {kind}, block size {self.block_size}{algorithm}{activations}{mixed}: {', '.join(parts)}"
@@ -125,22 +133,26 @@ def make_quantisation(
     size = 32 if block_size is None else block_size
     if size not in BLOCK_SIZES:
         raise CompileError(f"block size {size} has no kernels; block sizes are {', '.join(map(str, BLOCK_SIZES))}")
-    if int8_activations and target != "onnx-cpu":
-        raise CompileError(f"target {target} has no kernels for int8 activations; they are for --target onnx-cpu")
+    has_int8 = target in TARGETS and TARGETS[target].int8_activations
+    if int8_activations and not has_int8:
+        raise CompileError(
+            f"target {target} has no kernels for int8 activations; they are for --target "
+            f"{names_of(lambda other: other.int8_activations)}"
+        )
     for option, value, known in (("algorithm", algorithm, ALGORITHMS), ("mixed", mixed, MIXED)):
         if value is not None and value not in known:
             raise CompileError(f"--{option} {value!r} is not known; it is one of {', '.join(known)}")
-        if value not in (None, "rtn") and name != "int4":
+        if value not in (None, NEAREST) and name != "int4":
             raise CompileError(f"--{option} {value} is for --quantize int4: int8 loses next to nothing as it is")
     if int8_activations is None:
-        int8_activations = (name == "int8" or mixed is not None) and target == "onnx-cpu"
+        int8_activations = (name == "int8" or mixed is not None) and has_int8
     return Quantisation(
         bits=bits,
         block_size=size,
-        symmetric=not asymmetric and algorithm not in ASYMMETRIC,
+        symmetric=not asymmetric and not ALGORITHMS[algorithm or NEAREST].asymmetric,
         head=head,
         embedding=embedding,
         int8_activations=int8_activations,
-        algorithm=algorithm or "rtn",
+        algorithm=algorithm or NEAREST,
         mixed=mixed,
     )

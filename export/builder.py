@@ -10,9 +10,10 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 
 from dispc.export.semantic import RotaryTables
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.family import HEAD
 from dispc.model.weights import LazyWeight
 from dispc.support.dtypes import name_of
-from dispc.support.graph import HEAD, add_initializer, make_node, scope
+from dispc.support.graph import add_initializer, make_node, scope
 
 OPSET = 23
 Node = Any

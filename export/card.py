@@ -14,18 +14,17 @@ from dispc.manifest import LICENCE_FILES, Manifest
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.config import DecoderConfig
-from dispc.plan import TARGETS
 from dispc.support.errors import CheckpointError
 from dispc.support.files import write_text
 from dispc.support.inputs import contents
 from dispc.support.printable import printable
+from dispc.targets import TARGETS
 
 CARRIED = ("license", "license_name", "license_link", "language")
 """What the front matter of the base model's card says that is true of the artifact as well."""
 TAGS = ["onnx", "onnxruntime", "onnxruntime-genai", "dispc", "disp-llm"]
 ENTITIES = str.maketrans({character: f"&#{ord(character)};" for character in "&<|\\"})
 MASK_FACTS = ("method", "data", "pruning_ratio", "ratio_of", "steps", "seed")
-CUDA = "CUDAExecutionProvider"
 PAPER = "DISP-LLM ([arXiv 2410.11988](https://arxiv.org/abs/2410.11988))"
 
 CARD = """\
@@ -89,10 +88,13 @@ from optimum.onnxruntime import ORTModelForCausalLM
 model = ORTModelForCausalLM.from_pretrained(".", provider="{provider}")
 {optimum_fix}```"""
 """How applications load it that are not ONNX Runtime alone."""
-IN_BFLOAT16 = (
-    "ONNX Runtime multiplies bfloat16 matrices on CUDA only; neither onnxruntime-genai nor optimum was seen running "
-    "such an artifact (`dispc compile --dtype float16` makes one that they take)."
-)
+OTHERS_IN = {
+    "bfloat16": (
+        "ONNX Runtime multiplies bfloat16 matrices on CUDA only; neither onnxruntime-genai nor optimum was seen "
+        "running such an artifact (`dispc compile --dtype float16` makes one that they take)."
+    )
+}
+"""What stands there instead, by dtype."""
 OPTIMUM_BATCHES = {
     "left": 'batches are padded on the left (`padding_side="left"` of the tokenizer)',
     "right": (
@@ -105,8 +107,6 @@ OPTIMUM_HEAD_SIZE = (
     "model.embed_size_per_head = {size}  # optimum-onnx 0.1.0 takes hidden_size / heads, which is wrong here\n"
 )
 OPTIMUM_HEADS = "model.num_key_value_heads = {heads}  # optimum-onnx 0.1.0 takes all heads, which is wrong here\n"
-COUNTED_WRONGLY = ("gemma2", "olmo2", "phi", "phi3", "starcoder2")
-"""Families whose key/value heads optimum does not read."""
 
 
 def write_card(checkpoint: Checkpoint, masks: Masks, manifest: Manifest, genai_build: str, directory: Path) -> None:
@@ -118,8 +118,7 @@ def write_card(checkpoint: Checkpoint, masks: Masks, manifest: Manifest, genai_b
     for file in licence_files(model):
         (directory / file).write_bytes(contents(model / file, CheckpointError))
     name = hub_name(model) or model.resolve().name
-    bfloat16 = manifest.dtype == "bfloat16"
-    provider = CUDA if bfloat16 else TARGETS[manifest.target].provider
+    provider = TARGETS[manifest.target].provider_of(manifest.dtype)
     blocks = manifest.block_parameters
     pruned = (
         f"Pruned in the way of {PAPER}: every attention and MLP reads from, works in and adds into its own subset of "
@@ -157,7 +156,7 @@ def write_card(checkpoint: Checkpoint, masks: Masks, manifest: Manifest, genai_b
         facts=_table(("", ""), facts.items()),
         provider=provider,
         padding=manifest.padding,
-        others=IN_BFLOAT16 if bfloat16 else others,
+        others=OTHERS_IN.get(manifest.dtype, others),
         masks=_masks(masks),
         parity=_parity(manifest.validation),
         widths=_table(("block", *full), widths),
@@ -171,7 +170,7 @@ def optimum_fix(config: DecoderConfig) -> str:
     lines = ""
     if config.head_dim != config.hidden_size // config.num_attention_heads:
         lines += OPTIMUM_HEAD_SIZE.format(size=config.head_dim)
-    if config.family.model_type in COUNTED_WRONGLY and config.num_key_value_heads != config.num_attention_heads:
+    if not config.family.optimum_reads_heads and config.num_key_value_heads != config.num_attention_heads:
         lines += OPTIMUM_HEADS.format(heads=config.num_key_value_heads)
     return lines
 

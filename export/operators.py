@@ -156,13 +156,6 @@ def _attention(t: GraphBuilder, node: Node) -> Emitted:
     return outputs
 
 
-POSITION_WISE = (
-    *("aten.linear", "aten.add", "aten.mul", "aten.div", "aten.square", "aten.tanh", "aten.relu"),
-    *("aten.gelu", "aten.silu", "aten.dropout", "aten.to.", "dispc.norm"),
-)
-"""Operators that treat every position alike: they read [B*S,d] and [B,S,d] the same way."""
-
-
 @dataclass(frozen=True)
 class Spelling:
     """How an operator of torch is spelled in ONNX.
@@ -171,12 +164,14 @@ class Spelling:
     reads: the arguments that it uses, by the names of torch's schema.
     ignores: arguments that change nothing here: no gradients, no training, and results are read off the trace.
     neutral: the values of further arguments that change nothing, where that is not their default.
+    position_wise: it treats every position alike, so that it reads [B*S,d] and [B,S,d] the same way.
     """
 
     handle: Handler
     reads: str
     ignores: str = ""
     neutral: Mapping[str, object] = field(default_factory=dict)
+    position_wise: bool = False
 
     def refuse_unread(self, node: Node, module: str) -> None:
         """Raise CompileError for an argument that would change the result and that `handle` does not read."""
@@ -193,30 +188,32 @@ SAME = "size dtype layout device pin_memory non_blocking copy memory_format"
 """Arguments whose effect is read off the traced shapes and dtypes."""
 
 SPELLINGS: dict[str, Spelling] = {
-    "aten.linear.default": Spelling(_linear, "input weight bias"),
+    "aten.linear.default": Spelling(_linear, "input weight bias", position_wise=True),
     "aten.embedding.default": Spelling(_embedding, "weight indices", "padding_idx scale_grad_by_freq sparse"),
-    "dispc.norm.default": Spelling(_norm, "x weight bias epsilon layer offset"),
+    "dispc.norm.default": Spelling(_norm, "x weight bias epsilon layer offset", position_wise=True),
     "dispc.rotary.default": Spelling(_rotary, "x heads table"),
     "dispc.attention.default": Spelling(_attention, "q k v past_k past_v scale window softcap"),
-    "aten.add.Tensor": Spelling(_binary("Add"), "self other"),
-    "aten.mul.Tensor": Spelling(_scaled("Mul"), "self other"),
-    "aten.div.Tensor": Spelling(_scaled("Div"), "self other"),
-    "aten.square.default": Spelling(lambda t, node: t.emit(node, "Mul", [t.values[node.args[0]]] * 2), "self"),
-    "aten.tanh.default": Spelling(_unary("Tanh"), "self"),
-    "aten.silu.default": Spelling(_silu, "self"),
-    "aten.gelu.default": Spelling(_gelu, "self approximate"),
-    "aten.relu.default": Spelling(_unary("Relu"), "self"),
+    "aten.add.Tensor": Spelling(_binary("Add"), "self other", position_wise=True),
+    "aten.mul.Tensor": Spelling(_scaled("Mul"), "self other", position_wise=True),
+    "aten.div.Tensor": Spelling(_scaled("Div"), "self other", position_wise=True),
+    "aten.square.default": Spelling(
+        lambda t, node: t.emit(node, "Mul", [t.values[node.args[0]]] * 2), "self", position_wise=True
+    ),
+    "aten.tanh.default": Spelling(_unary("Tanh"), "self", position_wise=True),
+    "aten.silu.default": Spelling(_silu, "self", position_wise=True),
+    "aten.gelu.default": Spelling(_gelu, "self approximate", position_wise=True),
+    "aten.relu.default": Spelling(_unary("Relu"), "self", position_wise=True),
     "aten.transpose.int": Spelling(_transpose, "self dim0 dim1"),
     "aten.view.default": Spelling(_reshape, "self", SAME),
     "aten.reshape.default": Spelling(_reshape, "self", "shape"),
     "aten.slice.Tensor": Spelling(_slice, "self dim start end"),
     "aten.cat.default": Spelling(_concat, "tensors dim"),
-    "aten.dropout.default": Spelling(_alias, "input", "p", {"train": False}),
+    "aten.dropout.default": Spelling(_alias, "input", "p", {"train": False}, position_wise=True),
     "aten.contiguous.default": Spelling(_alias, "self", SAME),
     "aten.lift_fresh_copy.default": Spelling(_alias, "self"),
     "aten.detach_.default": Spelling(_alias, "self"),
-    "aten.to.dtype": Spelling(_to, "self", SAME),
-    "aten.to.device": Spelling(_to, "self", SAME),
-    "aten.to.dtype_layout": Spelling(_to, "self", SAME),
+    "aten.to.dtype": Spelling(_to, "self", SAME, position_wise=True),
+    "aten.to.device": Spelling(_to, "self", SAME, position_wise=True),
+    "aten.to.dtype_layout": Spelling(_to, "self", SAME, position_wise=True),
 }
-"""FX operator -> its spelling. A new one takes a row, and its place in POSITION_WISE if it treats positions alike."""
+"""FX operator -> its spelling."""

@@ -13,7 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dispc.export.builder import Emitted, GraphBuilder, Node
-from dispc.export.operators import POSITION_WISE, SPELLINGS
+from dispc.export.operators import RESHAPES, SPELLINGS
 from dispc.export.semantic import RotaryTables
 from dispc.model.checkpoint import Checkpoint
 from dispc.support.errors import CompileError
@@ -63,9 +63,9 @@ def _translate(builder: GraphBuilder, node: Node) -> Emitted:
     if spelling is None:
         raise CompileError(f"{module}: operator {name} of the model's code is not known to the trace")
     flattened = any(source in builder.flat for source in node.all_input_nodes)
-    if flattened and name.startswith(POSITION_WISE):
+    if flattened and spelling.position_wise:
         builder.flat.add(node)
-    elif flattened and "view" not in name and "reshape" not in name:
+    elif flattened and name not in RESHAPES:
         raise CompileError(f"{module}: operator {name} on a flattened batch is not known to the trace")
     spelling.refuse_unread(node, module)
     return spelling.handle(builder, node)

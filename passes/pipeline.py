@@ -4,8 +4,9 @@ import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from dispc.manifest import PassRecord
@@ -31,9 +32,12 @@ from dispc.passes.quantise import QuantisePass
 from dispc.plan import Plan
 from dispc.selection import fill, sets_to_fill
 
+Hessians = Mapping[str, npt.NDArray[np.float32]]
+"""Product -> sum of x x^T over its inputs x, [K,K]."""
+
 
 def build_pipeline(
-    plan: Plan, checkpoint: Checkpoint, masks: Masks, hessians: Mapping[str, Any] | None = None
+    plan: Plan, checkpoint: Checkpoint, masks: Masks, hessians: Hessians | None = None
 ) -> list[RewritePass]:
     """The passes from the traced graph to the target's graph; `hessians` of the products are for GPTQ."""
     config, target = checkpoint.config, plan.target
@@ -69,10 +73,8 @@ def build_pipeline(
         ),
         (plan.last_logits, lambda: LastLogitsPass(plan.padding)),
         *([(True, lambda: QuantisePass(quantisation, config, tied=tied, hessians=hessians))] if quantisation else []),
-        (  # last: it sees what the others have made
-            True,
-            lambda: LowerOpsetPass(respell=plan.group_query, rotations=target.name != "onnx-cuda"),
-        ),
+        # last: it sees what the others have made
+        (True, lambda: LowerOpsetPass(respell=plan.group_query, rotations=target.rotates_apart)),
     )
     return [make() for wanted, make in rows if wanted]
 

@@ -10,11 +10,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dispc.model.config import DecoderConfig
+from dispc.model.family import HEAD
 from dispc.passes.base import RewritePass
-from dispc.passes.rounding import Integers, inverse_factor, pack, round_weight
+from dispc.passes.rounding import inverse_factor, round_weight
 from dispc.quantisation import Quantisation, product_of
 from dispc.support.errors import CompileError
-from dispc.support.graph import HEAD, MICROSOFT, add_initializer, make_node, replace_node
+from dispc.support.graph import MICROSOFT, add_initializer, make_node, replace_node
 
 INT8_ACTIVATIONS = 4
 """The `accuracy_level` that lets kernels round activations to int8."""
@@ -158,7 +159,9 @@ class QuantisedWeight:
     Args:
         weight: [K,N], or with `rows` [N,K]; float32, float16 or bfloat16.
         quantisation: bits, block size, symmetry.
-        hessian: [K,K] of the inputs that the weight is multiplied with, for GPTQ.
+        hessian: [K,K] of the inputs that the weight is multiplied with, for GPTQ; without one, rounding is to the
+            nearest instead. So it is for an embedding that is not the head's, which is multiplied with nothing, and
+            for all weights of `--tune`, which only times them.
         rows: Blocks run along the last axis, and the integers are stored without blocks: [N, K * bits / 8].
     """
 
@@ -167,7 +170,7 @@ class QuantisedWeight:
     ) -> None:
         self.weight = weight
         self.hessian = hessian
-        self.quantisation = quantisation
+        self.quantisation = quantisation.without_text if hessian is None else quantisation
         self.rows = rows
         self.waiting: dict[str, Array] = {}
         self.lock = threading.Lock()  # tensors are written by several threads
@@ -211,42 +214,21 @@ class QuantisedWeight:
         inputs, outputs = weight.shape
         step = max(1, PIECE // inputs)
         kernel_dtype = np.float16 if stored.dtype == np.float16 else np.float32
-        spread = None if self.hessian is None else inverse_factor(self.hessian)
+        reads = self.quantisation.rounding.reads_text
+        spread = inverse_factor(self.hessian) if reads and self.hessian is not None else None
         pieces = [
-            quantise(
+            round_weight(
                 np.ascontiguousarray(weight[:, start : start + step], dtype=kernel_dtype), self.quantisation, spread
             )
             for start in range(0, outputs, step)
         ]
-        integers, scales, zero_points = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        integers = np.concatenate([piece.values for piece in pieces])
+        scales = np.concatenate([piece.scales for piece in pieces])
+        zero_points = np.concatenate([piece.zero_points for piece in pieces])
         if self.rows:
             integers = np.ascontiguousarray(integers.reshape(outputs, -1)[:, : inputs * self.quantisation.bits // 8])
         parts = {"quantised": integers, "scales": scales.astype(stored.dtype, copy=False)}
         return parts if self.quantisation.symmetric else parts | {"zero_points": zero_points}
-
-
-def quantise(weight: Array, quantisation: Quantisation, spread: Array | None = None) -> tuple[Array, Array, Array]:
-    """ONNX Runtime's own quantiser, or one of its algorithms, on [K,N], float32 or float16, contiguous.
-
-    Returns integers uint8 [N, k, block bytes], scales [N,k] of the weight's dtype, zero points uint8 [N, bytes].
-    """
-    if quantisation.algorithm != "rtn" and (spread is not None or quantisation.algorithm != "gptq"):
-        return _packed(round_weight(weight, quantisation, spread), quantisation.bits)
-    from onnxruntime.capi import _pybind_state
-
-    bits, size = quantisation.bits, quantisation.block_size
-    inputs, outputs = weight.shape
-    blocks = -(-inputs // size)
-    integers = np.zeros((outputs, blocks, size * bits // 8), dtype=np.uint8)
-    scales = np.zeros((outputs, blocks), dtype=weight.dtype)
-    zero_points = np.zeros((outputs, -(-blocks * bits // 8)), dtype=np.uint8)
-    kernel = {4: _pybind_state.quantize_matmul_4bits, 8: _pybind_state.quantize_matmul_8bits}[bits]
-    kernel(integers, weight, scales, zero_points, size, outputs, inputs, quantisation.symmetric)
-    return integers, scales, zero_points
-
-
-def _packed(integers: Integers, bits: int) -> tuple[Array, Array, Array]:
-    return pack(integers.values, bits), integers.scales, pack(integers.zero_points, bits)
 
 
 def _attributes(quantisation: Quantisation) -> dict[str, int]:

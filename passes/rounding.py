@@ -1,4 +1,4 @@
-"""The algorithms that round weights better than to the nearest integer: ONNX Runtime's own code, but for GPTQ.
+"""The algorithms that round weights, a function for each row of `dispc.algorithms`: ONNX Runtime's own, but for GPTQ.
 
 Every algorithm takes a weight [K,N] and gives `Integers`: what MatMulNBits multiplies by is
 (integers - zero points) * scales, block by block along K.
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dispc.algorithms import NEAREST
 from dispc.quantisation import Quantisation
 from dispc.support.errors import CompileError
 
@@ -22,12 +23,12 @@ DAMPING = 0.01
 
 @dataclass(frozen=True)
 class Integers:
-    """A rounded weight of N outputs, in k blocks of b inputs, the last one filled up with zeros.
+    """A rounded weight of N outputs, in k blocks of b inputs, the last one filled up with zeros; packed (see `pack`).
 
     Args:
-        values: uint8 [N, k, b], each below 2^bits.
+        values: uint8 [N, k, b * bits / 8].
         scales: [N, k], of the weight's dtype.
-        zero_points: uint8 [N, k].
+        zero_points: uint8 [N, ceil(k * bits / 8)]; they say nothing where the weight is symmetric.
     """
 
     values: Array
@@ -40,7 +41,22 @@ def round_weight(weight: Array, quantisation: Quantisation, spread: Array | None
 
     `spread` [K,K] is the `inverse_factor` of the sum of x x^T over the inputs x that the weight is multiplied with.
     """
-    return ALGORITHMS[quantisation.algorithm](weight, quantisation, spread)
+    return ROUNDING[quantisation.algorithm](weight, quantisation, spread)
+
+
+def _nearest(weight: Array, quantisation: Quantisation, _: Array | None) -> Integers:
+    """ONNX Runtime's own quantiser, whose rule is in `dispc.reference.quantised`."""
+    from onnxruntime.capi import _pybind_state
+
+    bits, size = quantisation.bits, quantisation.block_size
+    inputs, outputs = weight.shape
+    blocks = -(-inputs // size)
+    values = np.zeros((outputs, blocks, size * bits // 8), dtype=np.uint8)
+    scales = np.zeros((outputs, blocks), dtype=weight.dtype)
+    zero_points = np.zeros((outputs, -(-blocks * bits // 8)), dtype=np.uint8)
+    kernel = {4: _pybind_state.quantize_matmul_4bits, 8: _pybind_state.quantize_matmul_8bits}[bits]
+    kernel(values, weight, scales, zero_points, size, outputs, inputs, quantisation.symmetric)
+    return Integers(values, scales, zero_points)
 
 
 def _k_quant(weight: Array, quantisation: Quantisation, _: Array | None) -> Integers:
@@ -50,7 +66,7 @@ def _k_quant(weight: Array, quantisation: Quantisation, _: Array | None) -> Inte
     blocks = _blocks(weight, quantisation.block_size)
     with np.errstate(divide="ignore", invalid="ignore"):  # blocks of equal weights, which it then leaves as they were
         found = quant_tensor_k_quant_cpu(blocks, quantisation.bits, quantisation.block_size)
-    return _integers(blocks, weight.dtype, *found)
+    return _integers(blocks, weight.dtype, quantisation.bits, *found)
 
 
 def _hqq(weight: Array, quantisation: Quantisation, _: Array | None) -> Integers:
@@ -65,7 +81,7 @@ def _hqq(weight: Array, quantisation: Quantisation, _: Array | None) -> Integers
     )
     scales, zero_points = scale.numpy()[..., None], np.clip(np.round(zero.numpy()), 0, 2**bits - 1)[..., None]
     values = np.clip(np.round(blocks / scales + zero_points), 0, 2**bits - 1)
-    return _integers(blocks, weight.dtype, values, scales, zero_points)
+    return _integers(blocks, weight.dtype, bits, values, scales, zero_points)
 
 
 def inverse_factor(hessian: Array) -> Array:
@@ -106,7 +122,8 @@ def _gptq(weight: Array, quantisation: Quantisation, spread: Array | None) -> In
         left[:, stop:] -= errors @ spread[start:stop, stop:]
         grids.append((scale, zero_point))
     scales, zero_points = (np.stack(parts, axis=-1) for parts in zip(*grids, strict=True))
-    return _integers(values.reshape(outputs, -1, size), weight.dtype, values, scales, zero_points)
+    blocks = values.reshape(outputs, -1, size)
+    return _integers(blocks, weight.dtype, quantisation.bits, values, scales, zero_points)
 
 
 def _grid(block: Array, quantisation: Quantisation, dtype: Any) -> tuple[Array, Array]:
@@ -122,7 +139,8 @@ def _grid(block: Array, quantisation: Quantisation, dtype: Any) -> tuple[Array, 
     return scale, np.full_like(scale, middle) if quantisation.symmetric else np.round(-low / scale)
 
 
-ALGORITHMS: Mapping[str, Callable[[Array, Quantisation, Array | None], Integers]] = {
+ROUNDING: Mapping[str, Callable[[Array, Quantisation, Array | None], Integers]] = {
+    NEAREST: _nearest,
     "k_quant": _k_quant,
     "hqq": _hqq,
     "gptq": _gptq,
@@ -137,12 +155,12 @@ def _blocks(weight: Array, size: int) -> Array:
     return padded.reshape(outputs, -1, size)
 
 
-def _integers(blocks: Array, dtype: Any, values: Array, scales: Array, zero_points: Array) -> Integers:
+def _integers(blocks: Array, dtype: Any, bits: int, values: Array, scales: Array, zero_points: Array) -> Integers:
     shape = blocks.shape[:2]
     return Integers(
-        values.reshape(blocks.shape).astype(np.uint8),
+        pack(values.reshape(blocks.shape).astype(np.uint8), bits),
         scales.reshape(shape).astype(dtype),
-        zero_points.reshape(shape).astype(np.uint8),
+        pack(zero_points.reshape(shape).astype(np.uint8), bits),
     )
 
 
@@ -154,10 +172,3 @@ def pack(values: Array, bits: int) -> Array:
         values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
     packed: Array = values[..., ::2] | (values[..., 1::2] << 4)
     return packed
-
-
-def unpack(packed: Array, bits: int) -> Array:
-    """The inverse of `pack`."""
-    if bits == 8:
-        return packed
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)

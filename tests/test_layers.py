@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"dispc": "dispc", "passes": "dispc.passes", "export": "dispc.export", "validate": "dispc.validate"}
-FACTS = {"model", "masks", "lowerings", "selection", "quantisation", "plan", "manifest"}
+FACTS = {"model", "masks", "algorithms", "lowerings", "targets", "selection", "quantisation", "plan", "manifest"}
 
 ALLOWED: dict[str, set[str]] = {
     # the public names, which are imported when asked for

@@ -13,10 +13,11 @@ import tiny
 
 from dispc.export.companions import genai_config
 from dispc.model.checkpoint import Checkpoint
-from dispc.plan import TARGETS, Choices, make_plan
+from dispc.plan import Choices, make_plan
 from dispc.quantisation import Quantisation
 from dispc.runtime.providers import PROVIDERS
 from dispc.support.errors import CompileError
+from dispc.targets import TARGETS
 
 INT4 = Quantisation(bits=4, block_size=32, symmetric=True, head=False, embedding=False)
 CUDA_GRAPH, NO_CUDA_GRAPH = [{"cuda": {"enable_cuda_graph": "1"}}], [{"cuda": {}}]
@@ -111,6 +112,19 @@ def test_the_default_lowering_of_a_target_runs_in_every_dtype_quantised_too() ->
             make_plan(target.name, Choices(dtype=dtype, lowering=target.lowering))
             if target.contrib:
                 make_plan(target.name, Choices(dtype=dtype, quantisation=INT4))
+
+
+def test_a_target_of_a_new_provider_takes_the_lowerings_that_run_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row of LOWERINGS names it; artifacts name their lowering, so that it is asked for by name as well."""
+    row = replace(TARGETS["onnx-cuda"], name="onnx-new", provider="NewExecutionProvider")
+    monkeypatch.setitem(TARGETS, row.name, row)
+    for dtype in row.dtypes:
+        assert make_plan(row.name, Choices(dtype=dtype)).lowering.name == row.lowering
+        assert make_plan(row.name, Choices(dtype=dtype, lowering=row.lowering)).lowering.name == row.lowering
+    assert make_plan(row.name, Choices(dtype="float32", lowering="canonical")).lowering.writes_by == "ScatterND"
+    for lowering in ("canonical", "feature-extractor"):
+        with pytest.raises(CompileError, match="ONNX Runtime cannot run"):
+            make_plan(row.name, Choices(dtype="float16", lowering=lowering))
 
 
 def test_a_default_lowering_is_a_column_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,6 @@ from dispc.manifest import Manifest, read_manifest
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
-from dispc.plan import TARGETS
 from dispc.reference.blocks import Blocks, read_lazily
 from dispc.reference.masked import load_reference
 from dispc.reference.quantised import match_quantisation, quantise_block, quantise_tables, read_integers
@@ -30,7 +28,8 @@ from dispc.runtime.session import Artifact
 from dispc.support.check import Check
 from dispc.support.dtypes import DTYPES, name_of
 from dispc.support.errors import ArtifactError, MasksError
-from dispc.support.version import __version__
+from dispc.support.version import __version__, versions
+from dispc.targets import TARGETS
 from dispc.validate.checks import parity
 from dispc.validate.checks.parity import Distance, Thresholds, measure
 from dispc.validate.checks.scenarios import SCENARIOS, ScenarioRun, run_scenario
@@ -241,7 +240,7 @@ class Comparison:
             "device": artifact.provider.processor(),
             "versions": {"dispc": __version__}
             | {build.name: build.version for build in builds()}
-            | {name: version(name) for name in PACKAGES},
+            | versions(*PACKAGES),
             "bytes": self.manifest.bytes,
             "widths": tuple({name: len(v) for name, v in block.sets().items()} for block in masks.blocks),
             "full_widths": {name: set_width(name, masks.hidden_size, masks.intermediate_size) for name in SETS},

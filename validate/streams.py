@@ -2,6 +2,7 @@
 
 import onnx_ir as ir
 
+from dispc.lowerings import WRITES
 from dispc.support.errors import ArtifactError
 from dispc.support.graph import consumers
 
@@ -44,7 +45,7 @@ def first_stream(model: ir.Model) -> ir.Value:
 def _next(stream: ir.Value) -> ir.Value | None:
     """The stream after the next sub-layer has been added to `stream`; None at the end."""
     for node in consumers(stream):
-        if node.op_type in ("Add", "ScatterElements"):
+        if node.op_type in WRITES:
             return node.outputs[0]
         if node.op_type in SKIP_NORMS:
             if len(node.outputs) < 4:
@@ -53,7 +54,7 @@ def _next(stream: ir.Value) -> ir.Value | None:
                 value.name = value.name or (f"{node.name}_output_3" if number == 3 else "")
             return node.outputs[3]
         if node.op_type == "Transpose":
-            scatter = next((n for n in consumers(node.outputs[0]) if n.op_type == "ScatterND"), None)
+            scatter = next((n for n in consumers(node.outputs[0]) if n.op_type in WRITES), None)
             if scatter is not None:
                 return consumers(scatter.outputs[0])[0].outputs[0]
     return None

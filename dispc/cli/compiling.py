@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from dispc.algorithms import ALGORITHMS, NEAREST
 from dispc.cli.arguments import fill
 from dispc.cli.process import SETTINGS, import_transformers
 from dispc.cli.tables import JsonFlag, err, out, print_error, print_json
@@ -36,8 +37,10 @@ class QuantisationArguments:
     algorithm: Annotated[
         str | None,
         typer.Option(
-            help="How int4 weights are rounded: rtn, k_quant, hqq, or gptq (as rtn in ONNX Runtime 1.31).",
-            show_default="rtn",
+            help="How int4 weights are rounded: "
+            + "; ".join(f"{row.name} ({row.label})" for row in ALGORITHMS.values())
+            + ".",
+            show_default=NEAREST,
         ),
     ] = None
     mixed: Annotated[

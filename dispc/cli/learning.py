@@ -211,7 +211,7 @@ def report_masks(file: Path, model: Path, as_json: bool) -> None:
     from dispc.model.published import open_checkpoint
 
     masks, config = Masks.load(file), open_checkpoint(model).config
-    kept, dense = masks.kept_parameters(config), config.block_parameters * config.num_hidden_layers
+    kept, dense = masks.kept_parameters(config), config.all_block_parameters
     facts: dict[str, Any] = {"masks": str(file), "sha256": masks.sha256(), "kept": kept, "dense": dense}
     if as_json:
         print_json(facts | {"metadata": dict(masks.metadata)})

@@ -1,7 +1,6 @@
 """The demo: real SmolLM2-135M-Instruct weights on this machine's CPU, dense against what a user would deploy."""
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from dispc.demo.model import pruned_model, recovers, shipped_digest, shipped_mas
 from dispc.evaluate.perplexity import ArtifactScorer, logits_of, negative_log_likelihood
 from dispc.manifest import MANIFEST, read_manifest
 from dispc.model.published import open_checkpoint
+from dispc.model.text import cache_folder
 from dispc.model.tokenizer import Tokenizer
 from dispc.passes.pipeline import build_pipeline
 from dispc.plan import make_plan
@@ -72,7 +72,7 @@ def run_demo(directory: Path | None, prompt: str, say: Say, pruning_ratio: float
         DispcError: when a package is missing, no masks ship for the ratio, or an artifact fails validation.
     """
     shipped_masks(pruning_ratio)
-    directory = directory or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dispc" / "demo"
+    directory = directory or cache_folder() / "demo"
     contenders = make_contenders(directory, pruning_ratio, say)
     artifacts = {one.name: directory / one.name.replace(" % ", "-").replace(" ", "-") for one in contenders}
     for one in contenders:

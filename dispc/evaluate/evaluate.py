@@ -10,7 +10,6 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from dispc.model.published import open_checkpoint
 from dispc.support.errors import DataError, Interrupted
 from dispc.support.files import refuse_inputs, write_json
 from dispc.support.typed_json import OPTIONAL, to_json
-from dispc.support.version import __version__
+from dispc.support.version import __version__, versions
 
 PACKAGES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime", "lm-eval")
 Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
@@ -151,18 +150,8 @@ def _head(options: EvalOptions, scorer: Scorer) -> EvalReport:
         masks=str(options.masks) if options.masks else None,
         dtype=facts["dtype"],
         device=facts["device"],
-        versions={"dispc": __version__, "python": platform.python_version()} | _versions(),
+        versions={"dispc": __version__, "python": platform.python_version()} | versions(*PACKAGES),
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _write(options: EvalOptions, report: EvalReport) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dispc.algorithms import ALGORITHMS, NEAREST
 from dispc.evaluate.perplexity import negative_log_likelihood, text_windows
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
@@ -39,7 +40,8 @@ def settle_quantisation(
     """
     quantisation, config = plan.quantisation, checkpoint.config
     if (quantisation is not None and quantisation.wants_text) != (data is not None):
-        wanted = "--algorithm gptq and --mixed damage"
+        readers = "/".join(row.name for row in ALGORITHMS.values() if row.reads_text)
+        wanted = f"--algorithm {readers} and --mixed damage"
         raise CompileError(f"--data is for {wanted}; leave it out" if data else f"{wanted} look at a text: --data FILE")
     windows = np.zeros((0, 0), dtype=np.int64)
     if data is not None:
@@ -102,7 +104,7 @@ def by_damage(
     weights = weights_of(masks, config, quantisation)
     model = load_reference(checkpoint, masks)
     untie(model)
-    plain = replace(quantisation, mixed=None, int8=(), algorithm="rtn")
+    plain = replace(quantisation, mixed=None, int8=(), algorithm=NEAREST)
     with torch.no_grad():
         parts, damage = products(model, config.family, masks), {}
         blocks = Blocks(model, config)

@@ -1,7 +1,7 @@
 """Low-rank adapters on all projections: made by peft for recovery, merged into a checkpoint's weights without it."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +74,27 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
         scale = settings["lora_alpha"] / settings["r"]
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        for name, delta in _products(tensors):
-            weight = model.get_parameter(f"{name}.weight")
-            weight.data += (scale * delta).to(weight)
+        for name, down in tensors.items():
+            if name.endswith(".lora_A.weight"):
+                up = tensors[name.replace(".lora_A.", ".lora_B.")]
+                weight = model.get_parameter(f"{name.removeprefix(PREFIX).removesuffix('.lora_A.weight')}.weight")
+                weight.data += _change(scale, up, down).to(weight)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: no adapter of this model ({first_line(error)})") from error
 
 
-def _products(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Every adapted module's name and the product of its two matrices, float32 [out, in]."""
-    for name, down in tensors.items():
-        if name.endswith(".lora_A.weight"):
-            up = tensors[name.replace(".lora_A.", ".lora_B.")]
-            yield name.removeprefix(PREFIX).removesuffix(".lora_A.weight"), up.float() @ down.float()
+def without_adapter(name: str, weights: Mapping[str, Tensor], settings: Any) -> Tensor:
+    """The weight called `name` in a model without adapters, float32: of trained `weights`, by peft's `settings`."""
+    if name in weights:
+        return weights[name].float()
+    module, _, kind = name.rpartition(".")
+    base = weights[f"{module}.base_layer.{kind}"].float()
+    down = weights.get(f"{module}.lora_A.{ADAPTER}.weight")
+    if kind != "weight" or down is None:
+        return base
+    return base + _change(settings.lora_alpha / settings.r, weights[f"{module}.lora_B.{ADAPTER}.weight"], down)
+
+
+def _change(scale: float, up: Tensor, down: Tensor) -> Tensor:
+    """What an adapter's two matrices [out, rank], [rank, in] add to a weight, float32 [out, in]."""
+    return scale * (up.float() @ down.float())

@@ -12,6 +12,7 @@ from torch import Tensor
 from dispc.masks import SETS, Masks, NormScope, set_widths
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.config import DecoderConfig
+from dispc.model.family import HEAD
 from dispc.support.errors import MasksError
 
 RatioOf = Literal["blocks", "model"]
@@ -30,7 +31,7 @@ def block_budget(checkpoint: Checkpoint, ratio: float, ratio_of: RatioOf) -> int
         raise MasksError(f"ratio_of is {ratio_of!r}; choose one of {', '.join(get_args(RatioOf))}")
     if not 0.0 < ratio < 1.0:
         raise MasksError(f"the pruning ratio is {ratio:g}; it must lie between 0 and 1, both excluded")
-    blocks = checkpoint.config.block_parameters * checkpoint.config.num_hidden_layers
+    blocks = checkpoint.config.all_block_parameters
     if ratio_of == "blocks":
         return round((1.0 - ratio) * blocks)
     total = model_parameters(checkpoint)
@@ -62,7 +63,7 @@ def _nothing_fits(budget: int) -> MasksError:
 def budget_facts(masks: Masks, checkpoint: Checkpoint, ratio_of: RatioOf) -> dict[str, str]:
     """The metadata that says what masks keep, and which share of `ratio_of` they prune."""
     config = checkpoint.config
-    kept, blocks = masks.kept_parameters(config), config.block_parameters * config.num_hidden_layers
+    kept, blocks = masks.kept_parameters(config), config.all_block_parameters
     whole = blocks if ratio_of == "blocks" else model_parameters(checkpoint)
     reached = f"{(blocks - kept) / whole:.6f}"
     return {"ratio_of": ratio_of, "ratio_reached": reached, "kept_parameters": str(kept)}
@@ -71,7 +72,7 @@ def budget_facts(masks: Masks, checkpoint: Checkpoint, ratio_of: RatioOf) -> dic
 def model_parameters(checkpoint: Checkpoint) -> int:
     """Parameters of the whole model; a tied embedding counts once."""
     tensors = checkpoint.tensors.items()
-    tied = {f"{checkpoint.family.head}.weight", "lm_head.weight"} if checkpoint.config.tied else set()
+    tied = {f"{checkpoint.family.head}.weight", HEAD} if checkpoint.config.tied else set()
     return sum(math.prod(t.shape) for name, t in tensors if name not in tied)
 
 

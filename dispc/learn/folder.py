@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class RunFolder:
                 shutil.rmtree(self.path / BOARD)
         write_json(self.path / OPTIONS, self.options.as_dict())
 
-    def save(self, state: dict[str, Any], inputs: dict[str, str]) -> None:
+    def save(self, state: dict[str, Any], inputs: Mapping[str, str]) -> None:
         """Write the checkpoint; the older one stays until this one is whole and on the disk.
 
         `inputs` names what is learned on, with digests of the content.
@@ -65,15 +66,15 @@ class RunFolder:
         """
         try:
             with whole(self.checkpoint) as partial, open(partial, "wb") as file:
-                torch.save({"version": FORMAT_VERSION, "inputs": inputs} | state, file)
+                torch.save({"version": FORMAT_VERSION, "inputs": dict(inputs)} | state, file)
                 file.flush()
                 os.fsync(file.fileno())
         except RuntimeError as error:  # torch's zip writer does not report a full disk
             message = f"{self.checkpoint}: cannot be written ({first_line(error)}); is the disk full?"
             raise LearnError(message) from error
 
-    def load(self, device: torch.device, inputs: dict[str, str]) -> dict[str, Any] | None:
-        """What `save` wrote last; None where it has not yet.
+    def load(self, inputs: Mapping[str, str]) -> dict[str, Any] | None:
+        """What `save` wrote last, with tensors on the CPU; None where it has not yet.
 
         Raises:
             LearnError: when it is damaged, of another version, or of other inputs.
@@ -81,7 +82,7 @@ class RunFolder:
         if not self.checkpoint.is_file():
             return None
         try:
-            state: Any = torch.load(self.checkpoint, map_location=device, weights_only=True)
+            state: Any = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise LearnError(f"{self.checkpoint}: is no checkpoint of a run ({first_line(error)})") from error
         version, theirs = (state.get("version"), state.get("inputs")) if isinstance(state, dict) else (None, None)

@@ -106,6 +106,11 @@ class RunOptions:
         raise NotImplementedError
 
     @property
+    def sequences(self) -> int:
+        """How many sequences a step reads."""
+        return self.batch_size
+
+    @property
     def falling(self) -> bool:
         """Whether the learning rate depends on how much of the run is done."""
         raise NotImplementedError
@@ -127,6 +132,10 @@ class RunOptions:
         """The share of the run, 0 to 1, that is done after `step` steps and so many seconds in all of them."""
         share = step / self.steps
         return share if self.minutes is None else min(1.0, max(share, seconds / (60.0 * self.minutes)))
+
+    def rate(self, step: int, seconds: float) -> float:
+        """The learning rate of step number `step`, counted from 0, after so many seconds in all steps before it."""
+        raise NotImplementedError
 
     def check_same(self, recorded: dict[str, Any]) -> None:
         """Raise LearnError naming the first option in which a recorded run differs from this one."""

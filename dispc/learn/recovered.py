@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dispc.learn.adapter import ADAPTER, merge_adapter, save_adapter
+from dispc.learn.adapter import ADAPTER, merge_adapter, save_adapter, without_adapter
 from dispc.learn.recovery_options import MARKER, RecoverOptions, foreign_content
+from dispc.learn.recovery_run import Recovered
 from dispc.manifest import COPIED
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
@@ -23,8 +25,6 @@ from dispc.support.files import write_json, write_text
 from dispc.support.inputs import contents
 from dispc.support.version import __version__
 
-LORA = "lora_"
-
 
 def write_recovered(
     options: RecoverOptions,
@@ -32,7 +32,7 @@ def write_recovered(
     masks: Masks,
     wrapped: Any,
     weights: Mapping[str, Tensor],
-    outcome: Mapping[str, Any],
+    outcome: Recovered,
     *,
     force: bool,
 ) -> None:
@@ -42,14 +42,15 @@ def write_recovered(
     where there are any. Names, shapes and dtypes of the tensors are those of the checkpoint.
     """
     model = load_reference(checkpoint, None)
+    settings = None if wrapped is None else wrapped.peft_config[ADAPTER]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(_merged(name, weights, wrapped))
+            parameter.copy_(without_adapter(name, weights, settings))
     with staged_directory(options.output, force, MARKER, foreign_content) as stage:
         _write_model(model, checkpoint, masks, stage)
         if wrapped is not None:
-            save_adapter(weights, wrapped.peft_config[ADAPTER], stage / "adapter")
-        write_json(stage / MARKER, {"dispc": __version__, "options": options.as_dict()} | dict(outcome))
+            save_adapter(weights, settings, stage / "adapter")
+        write_json(stage / MARKER, {"dispc": __version__, "options": options.as_dict()} | asdict(outcome))
         write_text(stage / "README.md", readme(options, checkpoint, masks, outcome))
 
 
@@ -101,26 +102,11 @@ def _fill(parameter: Tensor, name: str, separate: Mapping[str, Tensor], config: 
     parameter.copy_(separate[name])
 
 
-def _merged(name: str, weights: Mapping[str, Tensor], wrapped: Any) -> Tensor:
-    """The trained weight called `name` in a model without adapters."""
-    if name in weights:
-        return weights[name].float()
-    module, _, kind = name.rpartition(".")
-    base = weights[f"{module}.base_layer.{kind}"].float()
-    down = weights.get(f"{module}.{LORA}A.{ADAPTER}.weight")
-    if kind != "weight" or down is None:
-        return base
-    settings = wrapped.peft_config[ADAPTER]
-    up = weights[f"{module}.{LORA}B.{ADAPTER}.weight"]
-    delta: Tensor = settings.lora_alpha / settings.r * (up.float() @ down.float())
-    return base + delta
-
-
-def readme(options: RecoverOptions, checkpoint: Checkpoint, masks: Masks, outcome: Mapping[str, Any]) -> str:
+def readme(options: RecoverOptions, checkpoint: Checkpoint, masks: Masks, outcome: Recovered) -> str:
     """The README: what was done, for readers of the directory."""
     config = checkpoint.config
-    dense = config.block_parameters * config.num_hidden_layers
-    begin, best = outcome["begin"], outcome["best"]
+    dense = config.all_block_parameters
+    begin, best = outcome.begin, outcome.best
     kind = f"adapters of rank {options.lora}, merged (and in adapter/)" if options.lora else "all weights of the blocks"
     plain = (
         "transformers and what builds on it loads it as the pruned model: the zeros alone compute it."
@@ -130,9 +116,9 @@ def readme(options: RecoverOptions, checkpoint: Checkpoint, masks: Masks, outcom
     return f"""# {checkpoint.directory.resolve().name}, pruned and recovered
 
 Pruned to {masks.kept_parameters(config):,} of {dense:,} block parameters by `masks.safetensors` (DISP-LLM), and trained
-by dispc {__version__} under these masks: {kind}; loss `{options.loss}`, {outcome["steps"]} steps of
-{options.batch_size * options.accumulate} sequences of {options.sequence_length} tokens.
-Written are the weights of step {outcome["best_step"]}.
+by dispc {__version__} under these masks: {kind}; loss `{options.loss}`, {outcome.steps} steps of
+{options.sequences} sequences of {options.sequence_length} tokens.
+Written are the weights of step {outcome.best_step}.
 
 | on held-out text (nats) | before | after |
 |---|---|---|

@@ -1,18 +1,17 @@
 """Recovery after pruning: the kept weights are trained, nothing else. What is trained is the masked reference."""
 
 import hashlib
-import signal
 
-from dispc.learn.distributed import Processes, gathered
-from dispc.learn.folder import RunFolder
+from dispc.learn.distributed import gathered
 from dispc.learn.recovered import write_recovered
 from dispc.learn.recovery_options import RecoverOptions
-from dispc.learn.recovery_run import Progress, Recovered, Recovery
+from dispc.learn.recovery_run import Recovered, Recovery
+from dispc.learn.run import Progress, begin
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
 from dispc.model.text import Tokens, load_tokens, windows
-from dispc.support.errors import Interrupted, LearnError
+from dispc.support.errors import LearnError
 
 HELD_OUT = 16
 """Windows that a run is judged by, at most: of the text's end where no text is given for it."""
@@ -37,13 +36,8 @@ def recover(
     checkpoint, masks = open_checkpoint(options.model), Masks.load(options.masks)
     masks.check(checkpoint.config, options.masks)
     teacher = check_teacher(checkpoint, options)
-    processes = Processes.join(options.device)
-    options = options.settled(processes.device)
-    if options.batch_size % processes.count:
-        raise LearnError(f"batch_size {options.batch_size} cannot be shared by {processes.count} processes")
-    if processes.main:
-        RunFolder(options).check(resume=resume, force=force)
-    rows, held_out = texts(options, checkpoint)
+    options, processes = begin(options, checkpoint, resume=resume, force=force)
+    rows, held_out = texts(options)
     inputs = {
         "the model's configurations": checkpoint.config_sha256,
         "the model's weights": checkpoint.weights_sha256,
@@ -51,23 +45,14 @@ def recover(
         "the masks": masks.sha256(),
         "the tokens of the texts": hashlib.sha256(rows.tobytes() + held_out.tobytes()).hexdigest(),
     }
-    recovery = Recovery(options, checkpoint, teacher, masks, processes, inputs)
-    if resume:
-        recovery.restore()
-    if processes.main:  # from here on an earlier run is replaced, or resumed
-        recovery.folder.prepare(resume=resume)
-        recovery.folder.cut_metrics(recovery.step)
-    processes.wait()
-    try:
-        recovery.run(rows, held_out, progress)
-    except KeyboardInterrupt:  # the second one, which does not wait for the step
-        message = f"interrupted in step {recovery.step + 1}; go on from the latest checkpoint with --resume"
-        raise Interrupted(message, signal.SIGINT) from None
+    recovery = Recovery(options, checkpoint, teacher, masks, processes, held_out, inputs)
+    recovery.start(resume=resume)
+    recovery.run(rows, progress)
     outcome = recovery.outcome()
     recovery.go_to_best()
     weights = gathered(dict(recovery.model.named_parameters()))
     if processes.main:
-        write_recovered(options, checkpoint, masks, recovery.wrapped, weights, vars(outcome), force=force or resume)
+        write_recovered(options, checkpoint, masks, recovery.wrapped, weights, outcome, force=force or resume)
     processes.wait()
     return outcome, processes.main
 
@@ -93,14 +78,9 @@ def check_teacher(student: Checkpoint, options: RecoverOptions) -> Checkpoint:
     return teacher
 
 
-def texts(options: RecoverOptions, checkpoint: Checkpoint) -> tuple[Tokens, Tokens]:
+def texts(options: RecoverOptions) -> tuple[Tokens, Tokens]:
     """Windows to learn on, and windows to be judged by: of `held_out`, or cut off the end of the text."""
     length = options.sequence_length
-    if length > checkpoint.config.max_positions:
-        raise LearnError(
-            f"sequence_length is {length}, {options.model} has {checkpoint.config.max_positions} positions; "
-            "choose --sequence-length"
-        )
     rows = windows(load_tokens(options.data, options.model), length, options.data)
     if options.held_out is not None:
         return rows, windows(load_tokens(options.held_out, options.model), length, options.held_out)[:HELD_OUT]

@@ -29,7 +29,7 @@ class RecoverOptions(RunOptions):
     """Options of `dispc recover`; `output` is the model directory that is made, the run's folder stands beside it.
 
     `lora` is the rank of the adapters; 0 trains all weights of the blocks. `teacher` None is the model itself, dense.
-    A step reads `batch_size` times `accumulate` sequences. `patience` counts judgements without a gain.
+    `patience` counts judgements without a gain.
     """
 
     CHANGEABLE: ClassVar = (*RunOptions.CHANGEABLE, "masks", "teacher", "held_out")
@@ -66,6 +66,10 @@ class RecoverOptions(RunOptions):
     def folder(self) -> Path:
         """`recovered.recover` beside `recovered/`."""
         return self.output.with_name(f"{self.output.name}.recover")
+
+    @property
+    def sequences(self) -> int:
+        return self.batch_size * self.accumulate
 
     @property
     def falling(self) -> bool:

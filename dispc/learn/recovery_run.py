@@ -1,16 +1,9 @@
-"""One run of recovery: the masked model is trained step by step, judged by held-out text, and saved.
+"""One run of recovery: the masked model is trained step by step, and judged by held-out text."""
 
-Data of a step are a function of the seed and the step's number alone: that is all the random state there is.
-"""
-
-import json
 import math
-import signal
-import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,21 +11,16 @@ from torch import Tensor, nn
 
 from dispc.learn.adapter import add_adapters, trained_parameters
 from dispc.learn.distributed import Processes, fill, gathered, like
-from dispc.learn.folder import RunFolder
 from dispc.learn.objective import checkpoint_block, divergence, next_token_loss
 from dispc.learn.recovery_options import LOSSES, RecoverOptions
+from dispc.learn.run import Run
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.text import Tokens, batch
+from dispc.model.text import Tokens
 from dispc.reference.masked import apply_masks, load_reference, zero_outside
-from dispc.support.dtypes import DTYPES
-from dispc.support.errors import Interrupted, LearnError, first_line
-from dispc.support.signals import note_signals
 
 CLIP = 1.0
 """Largest norm of a step's gradient."""
-Progress = Callable[[Mapping[str, float], int], None]
-"""Called after every step with its record (step, loss, distil, text, tokens_per_second) and the steps in all."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +38,8 @@ class Recovered:
         return self.best_step > 0
 
 
-class Recovery:
-    """One run: the masked model and its teacher, the optimiser, the step it is at, and the best weights so far."""
+class Recovery(Run[RecoverOptions]):
+    """One run: the masked model and its teacher, the optimiser, and the weights that `held_out` found best so far."""
 
     def __init__(
         self,
@@ -60,18 +48,15 @@ class Recovery:
         teacher: Checkpoint,
         masks: Masks,
         processes: Processes,
-        inputs: dict[str, str],
+        held_out: Tokens,
+        inputs: Mapping[str, str],
     ) -> None:
-        self.options, self.processes, self.inputs = options, processes, inputs
-        self.folder = RunFolder(options)
+        super().__init__(options, processes, inputs)
+        self.held_out = held_out
         config, family = checkpoint.config, checkpoint.config.family
-        assert options.precision is not None, "options are settled before a run has them"
-        precision = DTYPES[options.precision].torch
-        frozen = precision if processes.device.type == "cuda" else torch.float32
-        self.autocast = None if precision is torch.float32 else precision
         self.weights = LOSSES[options.loss]
-        self.teacher = load_reference(teacher, None, frozen).requires_grad_(False)
-        self.model = load_reference(checkpoint, None, frozen if options.lora else torch.float32)
+        self.teacher = load_reference(teacher, None, self.frozen).requires_grad_(False)
+        self.model = load_reference(checkpoint, None, self.frozen if options.lora else torch.float32)
         self.model.requires_grad_(False)
         zero_outside(self.model, family, masks)
         self.wrapped = add_adapters(self.model, config, options.lora, options.seed) if options.lora else None
@@ -88,53 +73,15 @@ class Recovery:
         self.optimiser = torch.optim.AdamW(
             self.trained.values(), lr=options.learning_rate, weight_decay=options.weight_decay
         )
-        self.step, self.seconds, self.taken = 0, 0.0, 0.0
         self.judgements: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
-        self.ended = ""
-        self.noted: Callable[[], int | None] = lambda: None
-        self.stopping = False
 
     @property
     def best_judgement(self) -> dict[str, float]:
         return min(self.judgements, key=lambda one: one["loss"])  # the first of equal ones
 
-    def run(self, rows: Tokens, held_out: Tokens, progress: Progress) -> None:
-        """All remaining steps, with judgements and checkpoints in between.
-
-        Raises:
-            Interrupted: after Ctrl-C or SIGTERM, at the end of the step; nothing is lost.
-        """
-        options, main = self.options, self.processes.main
-        with ExitStack() as stack:
-            log = stack.enter_context(open(self.folder.metrics, "ab", buffering=0)) if main else None
-            self.noted = stack.enter_context(note_signals())
-            if not self.judgements:
-                self._write(log, {"step": 0} | self.judge(held_out))
-            while not self.ended and options.done(self.step, self.seconds) < 1.0:
-                start = time.perf_counter()
-                record = self.advance(batch(rows, self.step, options.batch_size * options.accumulate, options.seed))
-                if record is None:
-                    self.ended = f"step {self.step + 1}: the loss or its gradient is not a number"
-                    break
-                seconds = time.perf_counter() - start
-                size = options.batch_size * options.accumulate * options.sequence_length
-                record["tokens_per_second"] = size / seconds
-                over = options.done(self.step, self.seconds) >= 1.0
-                if self.step % options.evaluate_every == 0 or over:
-                    record |= self.judge(held_out)
-                self.taken += time.perf_counter() - start
-                self._write(log, record)
-                if main:
-                    progress(record, options.steps)
-                if self.stopping or self.step % options.checkpoint_every == 0 or over:
-                    self.save()
-                if self.stopping and not over:
-                    message = f"stopped after step {self.step}; go on with --resume" if main else ""
-                    raise Interrupted(message, self.noted() or signal.SIGTERM)
-
     def advance(self, rows: Tokens) -> dict[str, float] | None:
-        """One step on all processes' sequences rows [B,S]; its record, None where it has no finite gradient."""
+        """One step on all processes' sequences rows [B,S]; its record, None where its loss or gradient is no number."""
         options, size = self.options, self.options.batch_size
         self.optimiser.zero_grad(set_to_none=True)
         losses = torch.zeros(2, device=self.processes.device)
@@ -142,17 +89,15 @@ class Recovery:
             parts = self.losses(self.processes.share(rows[start : start + size]))
             self.total(parts / options.accumulate).backward()  # type: ignore[no-untyped-call]
             losses += parts.detach() / options.accumulate
-        noted = torch.tensor([float(self.noted() is not None), self.taken], device=losses.device)
+        told = losses.new_tensor(self.to_agree_on())
         norm = gathered(nn.utils.clip_grad_norm_(self.trained.values(), CLIP))
-        distil, text, stopping, self.seconds = self.processes.mean(torch.cat([losses, noted])).tolist()
-        self.stopping = stopping > 0
+        distil, text, *agreed = self.processes.mean(torch.cat([losses, told])).tolist()
+        self.agree_on(*agreed)
         loss = self.weights[0] * distil + self.weights[1] * text
         if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
+            self.ended = f"step {self.step + 1}: the loss or its gradient is not a number"
             return None
-        for group in self.optimiser.param_groups:
-            group["lr"] = options.rate(self.step, self.seconds)
-        self.optimiser.step()
-        self.step += 1
+        self.update()
         return {"step": self.step, "loss": loss, "distil": distil, "text": text}
 
     def losses(self, ids: Tensor) -> Tensor:
@@ -170,12 +115,15 @@ class Recovery:
         """The loss that is minimised, of `losses`."""
         return (losses * losses.new_tensor(self.weights)).sum()
 
+    def judged(self) -> dict[str, float]:
+        return self.judge() if self.over or self.step % self.options.evaluate_every == 0 else {}
+
     @torch.no_grad()
-    def judge(self, held_out: Tokens) -> dict[str, float]:
+    def judge(self) -> dict[str, float]:
         """Judge the weights as they are by the held-out windows, and keep them where they are the best so far."""
         count = self.processes.count
-        rows = -(-len(held_out) // count) * count  # some twice, so that all processes have equally many
-        mine = self.processes.share(np.resize(held_out, (rows, held_out.shape[1])))
+        rows = -(-len(self.held_out) // count) * count  # some twice, so that all processes have equally many
+        mine = self.processes.share(np.resize(self.held_out, (rows, self.held_out.shape[1])))
         size = max(1, self.options.batch_size // count)
         sums = torch.zeros(2, device=mine.device)
         for start in range(0, len(mine), size):
@@ -201,46 +149,16 @@ class Recovery:
         for name, parameter in self.trained.items():
             fill(parameter, self.best[name])
 
-    def save(self) -> None:
-        """Write the checkpoint, on the main process."""
-        optimiser = gathered(self.optimiser.state_dict())
-        state = {
-            "step": self.step,
-            "seconds": self.seconds,
+    def state(self) -> dict[str, Any]:
+        return {
             "judgements": self.judgements,
             "best": self.best,
             "ended": self.ended,
             "trained": gathered(self.trained),
-            "optimiser": optimiser,
+            "optimiser": gathered(self.optimiser.state_dict()),
         }
-        if self.processes.main:
-            self.folder.save(state, self.inputs)
 
-    def restore(self) -> None:
-        """Resume from the checkpoint, or start at the beginning where there is none.
-
-        Raises:
-            LearnError: when it is damaged, of another run, or not the same for every process.
-        """
-        state = self.folder.load(torch.device("cpu"), self.inputs)
-        if state is not None:
-            try:
-                self._restore(state)
-            except (RuntimeError, KeyError, ValueError, TypeError) as error:
-                message = f"{self.folder.checkpoint}: is no checkpoint of this run ({first_line(error)})"
-                raise LearnError(message) from error
-        if not self.processes.agree(self.step):
-            raise LearnError(
-                f"{self.folder.checkpoint}: not every process reads the same; "
-                "the run's folder must be on a disk that all nodes share"
-            )
-        if self.step > self.options.steps:
-            raise LearnError(
-                f"{self.folder.checkpoint}: is of step {self.step}, steps is {self.options.steps}; "
-                f"resume with --steps {self.step} or more"
-            )
-
-    def _restore(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any]) -> None:
         for name, parameter in self.trained.items():
             fill(parameter, state["trained"][name])
         optimiser = state["optimiser"]
@@ -251,14 +169,4 @@ class Recovery:
                 for key, value in moments.items()
             }
         self.optimiser.load_state_dict(optimiser)
-        self.step, self.judgements, self.best = state["step"], state["judgements"], state["best"]
-        self.seconds = self.taken = state["seconds"]
-        self.ended = state["ended"]
-
-    def _write(self, file: BinaryIO | None, record: dict[str, float]) -> None:
-        if file is None:
-            return
-        try:
-            file.write(f"{json.dumps(record)}\n".encode())
-        except OSError as error:
-            raise LearnError(f"{self.folder.metrics}: cannot be written ({error.strerror})") from error
+        self.judgements, self.best, self.ended = state["judgements"], state["best"], state["ended"]

@@ -16,7 +16,7 @@ import torch
 from dispc.masks import Masks
 from dispc.model.config import DecoderConfig
 from dispc.model.families import find_family
-from dispc.model.family import Family
+from dispc.model.family import HEAD, Family
 from dispc.model.generation import Generation
 from dispc.model.packed import packed_in, take
 from dispc.model.pretrained import build_model, empty_parameters, fill, make_config
@@ -25,8 +25,6 @@ from dispc.model.storage import CheckpointTensor, Stored, list_stored
 from dispc.support.errors import CheckpointError, UnsupportedModelError
 from dispc.support.inputs import contents, naming, read_object
 
-HEAD = "lm_head.weight"
-"""The LM head in every family; a tied one is the embedding."""
 SPARE_TENSORS = re.compile(
     r"(.*\.)?rotary_emb\.inv_freq"  # computed from config.json
     r"|.*\.attention\.(bias|masked_bias)"  # the causal mask, as GPT-NeoX once stored it

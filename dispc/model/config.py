@@ -119,6 +119,11 @@ class DecoderConfig:
         attention = self.attention_parameters(self.hidden_size, self.hidden_size)
         return int(attention + self.mlp_parameters(self.hidden_size, self.intermediate_size, self.hidden_size))
 
+    @property
+    def all_block_parameters(self) -> int:
+        """T of all blocks, dense."""
+        return self.block_parameters * self.num_hidden_layers
+
     def attention_parameters(self, read: Any, write: Any) -> Any:
         """|S1| (dq + 2 dkv) + |S2| dq, of two integers or of two tensors of widths."""
         return read * (self.query_size + 2 * self.key_value_size) + write * self.query_size

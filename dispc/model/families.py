@@ -56,10 +56,11 @@ FAMILIES: dict[str, Family] = {
         Family(model_type="llama", title="LLaMA, LLaMA-2, LLaMA-3, SmolLM2"),
         Family(model_type="mistral", title="Mistral"),
         Family(model_type="qwen2", title="Qwen2, Qwen2.5"),
-        Family(model_type="qwen3", title="Qwen3"),
+        Family(model_type="qwen3", title="Qwen3", head_norms=True),
         Family(
             model_type="phi",
             title="Phi-1.5, Phi-2",
+            optimum_reads_heads=False,
             norm=LAYER,
             mlp_norm="input_layernorm",
             attention_out="self_attn.dense",
@@ -94,6 +95,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="starcoder2",
             title="StarCoder2",
+            optimum_reads_heads=False,
             ignored=(  # GPT-BigCode's, which published files still name
                 "mlp_type",
                 "norm_type",
@@ -140,6 +142,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="phi3",
             title="Phi-3, Phi-3.5, Phi-4",
+            optimum_reads_heads=False,
             packed=(
                 Packed("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
                 Packed("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
@@ -180,6 +183,8 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="olmo2",
             title="OLMo 2",
+            head_norms=True,
+            optimum_reads_heads=False,
             attention_norm=None,
             attention_post_norm="post_attention_layernorm",
             mlp_norm=None,
@@ -188,6 +193,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="gemma2",
             title="Gemma 2",
+            optimum_reads_heads=False,
             ignored=("hidden_act",),  # hidden_activation decides
             attention="eager",  # the others of transformers leave the softcap of attention out
             norm=RMS_ONE_PLUS,
@@ -200,6 +206,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="gemma3_text",
             title="Gemma 3 (text)",
+            head_norms=True,
             rope_theta=1_000_000.0,
             local_rope_theta=10_000.0,
             ignored=("hidden_act", *WINDOW_PATTERN),

@@ -6,6 +6,8 @@ from typing import Any
 
 from dispc.model.norms import RMS, Norm
 
+HEAD = "lm_head.weight"
+"""The LM head in every graph, and in most checkpoints; a tied one is cut from the embedding under this name."""
 Refusal = tuple[Callable[[Mapping[str, Any]], bool], str]
 """A test of the raw config.json, and the reason given when it holds."""
 
@@ -47,6 +49,8 @@ class Family:
     `rotary` says that queries and keys are rotated by their positions: by the frequencies of base `rope_theta` over the
     first `rotary_share` of each head, where config.json does not say it; `local_rope_theta` is the base of sliding
     blocks in families that have two. `attention` names the implementation of transformers that the reference uses.
+    `head_norms` says that queries and keys pass norms of their own in front of attention.
+    `optimum_reads_heads` says whether optimum reads the number of key/value heads off config.json.
     `ignored` are keys of config.json that change nothing in this family.
     """
 
@@ -75,12 +79,18 @@ class Family:
     rotary_share: float = 1.0
     local_rope_theta: float | None = None
     attention: str = "sdpa"
+    head_norms: bool = False
+    optimum_reads_heads: bool = True
     ignored: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
 
     def block(self, index: int) -> str:
         """Module name of block `index`, such as `model.layers.3`."""
         return f"{self.layers}.{index}"
+
+    def sub_layer(self, index: int, side: str) -> str:
+        """What the `attention` or `mlp` of block `index` is named by in graphs, whatever its modules are called."""
+        return f"{self.block(index)}.{'self_attn' if side == 'attention' else side}"
 
     @property
     def attention_names(self) -> SubLayerNames:

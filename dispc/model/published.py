@@ -83,7 +83,7 @@ def masks_of_vectors(vectors: Sequence[Any], config: DecoderConfig, source: Path
     indices = [np.flatnonzero(vector) for vector in vectors]
     blocks = [dict(zip(SETS, indices[at : at + len(SETS)], strict=True)) for at in range(0, len(indices), len(SETS))]
     masks = Masks.from_indices(blocks, config)
-    pruned = 1.0 - masks.kept_parameters(config) / (config.block_parameters * config.num_hidden_layers)
+    pruned = 1.0 - masks.kept_parameters(config) / config.all_block_parameters
     metadata = {"method": method, "imported_from": source.name, "pruning_ratio": f"{pruned:.4f}", "ratio_of": "blocks"}
     return replace(masks, metadata=metadata)
 

@@ -48,7 +48,7 @@ def match_quantisation(
 
 def read_integers(quantisation: Quantisation, graph: Callable[[], ir.Model], family: Family) -> StoredIntegers | None:
     """The integers of a graph where an algorithm made them that cannot be repeated; None where one can."""
-    return None if quantisation.algorithm == "rtn" else StoredIntegers(graph(), family)
+    return None if quantisation.rounding.repeatable else StoredIntegers(graph(), family)
 
 
 @torch.no_grad()
@@ -140,7 +140,7 @@ def round_product(
     product: str, parts: Sequence[Part], options: Quantisation, dtype: torch.dtype, integers: StoredIntegers | None
 ) -> None:
     """Round the weights of one product in place."""
-    if integers is not None and options.algorithm != "rtn":
+    if integers is not None and not options.rounding.repeatable:
         integers.put(product, parts, options)
         return
     for part in parts:

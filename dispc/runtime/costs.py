@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from dispc.plan import Plan
 from dispc.runtime.providers import PROVIDERS
 from dispc.runtime.session import open_session
 from dispc.runtime.timing import alternate
 from dispc.selection import SelectionCosts
-from dispc.support.graph import EXTRACTOR, MACHINE_LEARNING
+from dispc.support.dtypes import DTYPES
+from dispc.support.graph import MACHINE_LEARNING
 
 CHAIN_BYTES, LINKS = 2**26, 32
 """A chain is longer than the caches are wide, if that takes no more links."""
@@ -113,23 +114,20 @@ def _selections(links: int) -> int:
 
 
 def _chain(links: int, width: int, middle: int, selected: int | None, plan: Plan) -> Any:
-    dtype = TensorProto.FLOAT16 if plan.dtype == "float16" else TensorProto.FLOAT
-    kind = np.float16 if dtype == TensorProto.FLOAT16 else np.float32
+    kind = np.dtype(DTYPES[plan.dtype].numpy)
+    dtype = helper.np_dtype_to_tensor_dtype(kind)
     rng = np.random.default_rng(0)
     selections = [] if selected is None else [selected] * (_selections(links) - 1) + [width]
     # the last selection of a narrow link takes elements more than once: products stay as wide as in the other chains
     lists = {size: np.arange(size, dtype=np.int64) % (selected or 1) for size in selections}
-    extract = plan.lowering.operator == EXTRACTOR
+    row = plan.lowering
+    axis: dict[str, Any] = {"axis": -1} if row.reads_by == "Gather" else {}  # the other reads along the last one always
     nodes, weights, value = [], [numpy_helper.from_array(what, f"read{size}") for size, what in lists.items()], "x"
     for link in range(links):
         for number, size in enumerate(selections):
             result = f"selected{link}.{number}"
-            node = (
-                helper.make_node(EXTRACTOR, [value, f"read{size}"], [result], domain=MACHINE_LEARNING)
-                if extract
-                else helper.make_node("Gather", [value, f"read{size}"], [result], axis=-1)
-            )
-            nodes.append(node)
+            inputs = [value, f"read{size}"]
+            nodes.append(helper.make_node(row.reads_by, inputs, [result], domain=row.domain, **axis))
             value = result
         for name, shape in (("up", (width, middle)), ("down", (middle, width))):
             values = (rng.standard_normal(shape, dtype=np.float32) * shape[0] ** -0.5).astype(kind)
@@ -144,6 +142,6 @@ def _chain(links: int, width: int, middle: int, selected: int | None, plan: Plan
 
 def _time(sessions: Chains, width: int, plan: Plan, tokens: int) -> Times:
     """Milliseconds of each counted run of each chain."""
-    x = np.ones((1, tokens, width), dtype=np.float16 if plan.dtype == "float16" else np.float32)
+    x = np.ones((1, tokens, width), dtype=DTYPES[plan.dtype].numpy)
     runs = {name: partial(session.run, None, {"x": x}) for name, session in sessions.items()}
     return alternate(runs, ROUNDS, warmup_rounds=WARM, warmup_calls=0)

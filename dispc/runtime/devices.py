@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dispc.lowerings import CUDA
 from dispc.support.errors import DispcError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def copy_speed_of_cpu(threads: int) -> float:
     return _fastest(lambda: target.copy_(source))
 
 
-def copy_speed_of_gpu(threads: int) -> float:
+def copy_speed_of_gpu() -> float:
     """The same in the memory of the GPU.
 
     An Identity node between two buffers: ONNX Runtime copies, and torch need not know CUDA.
@@ -82,9 +83,7 @@ def copy_speed_of_gpu(threads: int) -> float:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session: Any = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CUDAExecutionProvider"], enable_fallback=0
-    )
+    session: Any = ort.InferenceSession(model.SerializeToString(), options, providers=[CUDA], enable_fallback=0)
     buffers = [ort.OrtValue.ortvalue_from_shape_and_type([size], np.float32, "cuda") for _ in range(2)]
     binding = session.io_binding()
     binding.bind_ortvalue_input("x", buffers[0])

@@ -7,16 +7,16 @@ import mmap
 import platform
 import re
 import struct
-import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dispc.lowerings import CPU, CUDA
 from dispc.runtime.build import Build, builds, fault, has_gpu_build, mend, unusable
 from dispc.support.errors import first_line
+from dispc.support.version import versions
 
 REMEDIES = (
     (r"libcuda\.so", "install the NVIDIA driver"),
@@ -67,8 +67,7 @@ class Diagnosis:
 
 def examine() -> Diagnosis:
     """Look at the files of ONNX Runtime, its build, the libraries that its CUDA provider needs, and a CUDA session."""
-    versions = {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
-    known = {name: number for name, number in versions.items() if number}
+    known = {"python": platform.python_version()} | versions(*PACKAGES)
     findings = [_files(builds())]
     if unusable() is None:
         findings.append(_providers())
@@ -167,7 +166,7 @@ def _providers() -> Finding:
     from dispc.runtime.ort import ort
 
     providers = ort.get_available_providers()
-    ok = "CUDAExecutionProvider" in providers
+    ok = CUDA in providers
     detail, remedy = f"onnxruntime {ort.__version__} has {', '.join(providers)}", ""
     if not ok and has_gpu_build():
         detail, remedy = f"{detail}, no CUDA", mend(builds())
@@ -196,7 +195,7 @@ def _session() -> Finding:
         session = ort.InferenceSession(
             model.SerializeToString(),
             options,
-            providers=["CUDAExecutionProvider", "CPUExecutionProvider"],
+            providers=[CUDA, CPU],
             enable_fallback=0,  # falling back prints to standard output, and loses the reason
         )
     except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -204,7 +203,7 @@ def _session() -> Finding:
         return Finding(name="CUDA session", ok=False, detail=reason, remedy=driver_remedy(reason))
     finally:
         ort.set_default_logger_severity(2)
-    if "CUDAExecutionProvider" not in session.get_providers():
+    if CUDA not in session.get_providers():
         return Finding(name="CUDA session", ok=False, detail="ONNX Runtime fell back to the CPU")
     return Finding(name="CUDA session", ok=True, detail="created, with the CUDA provider")
 
@@ -215,10 +214,3 @@ def _loads(library: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""

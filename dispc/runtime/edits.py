@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from dispc.support.dtypes import DTYPES, ROWS
 from dispc.support.errors import ArtifactError, first_line
-from dispc.support.graph import PROTOBUF_BYTES, require_beside
+from dispc.support.graph import LAST, PROTOBUF_BYTES, require_beside
 from dispc.support.inputs import naming, regular
 
 Edit = Callable[[ir.Model], None]
@@ -84,7 +85,7 @@ def with_float32_outputs(edit: Edit | None) -> Edit:
 
 def widen(model: ir.Model) -> ir.Model:
     """Make every half-precision tensor and type of `model` float32, in place."""
-    halves, wide = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16), ir.DataType.FLOAT
+    halves, wide = [row.onnx for row in ROWS if row.bytes == 2], DTYPES["float32"].onnx
     graph = model.graph
     for value in _values(graph):
         if value.const_value is not None and value.const_value.dtype in halves:
@@ -168,7 +169,7 @@ def _with_all_logits(model: ir.Model) -> None:
     for node in model.graph:
         for position, value in enumerate(node.inputs):
             producer = value.producer() if value is not None else None
-            if producer is not None and (producer.name or "").startswith("/last/Gather"):
+            if producer is not None and (producer.name or "").startswith(f"{LAST}Gather"):
                 node.replace_input_with(position, producer.inputs[0])
     logits = next(value for value in model.graph.outputs if value.name == "logits")
     if logits.shape is not None:

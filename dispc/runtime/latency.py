@@ -14,17 +14,19 @@ from pathlib import Path
 
 import numpy as np
 
+from dispc.lowerings import READS, WRITES
 from dispc.runtime.bound import BoundDecoder
 from dispc.runtime.profile import OperatorTime, bytes_read, operator_times, shares_buffer
 from dispc.runtime.providers import PROVIDERS, Provider
 from dispc.runtime.session import Artifact, Tokens
 from dispc.runtime.timing import alternate
 from dispc.support.check import Check
+from dispc.support.dtypes import BY_ORT
 from dispc.support.errors import ArtifactError, DispcError
-from dispc.support.graph import EXTRACTOR
 from dispc.support.typed_json import OPTIONAL, from_json, to_json
 
-GATHERS = ("Gather", "GatherElements", "GatherND", "ScatterND", "ScatterElements", EXTRACTOR)
+SELECTING = READS | WRITES - {"Add"}
+"""The operators that gather and scatter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +151,7 @@ def measure(artifact: Path, dense: Path | None, options: LatencyOptions, provide
         copy_bytes_per_second=copy,
         peak_bytes=peak,
         operators=tuple(operators),
-        gather_scatter_share=sum(entry.share for entry in operators if entry.operator in GATHERS),
+        gather_scatter_share=sum(entry.share for entry in operators if entry.operator in SELECTING),
         provider=provider.name,
         threads=options.threads or os.cpu_count(),
         threads_chosen_by="option" if options.threads else "ONNX Runtime",
@@ -188,9 +190,8 @@ class TimedArtifact:
     def step_bytes(self, batch: int, past: int) -> int:
         """Weights once, and the caches of `past` positions."""
         caches = [self.artifact.runner.inputs[name] for name in self.artifact.runner.caches]
-        size = 2 if caches and "16" in caches[0].type else 4
-        positions = sum(value.shape[1] * value.shape[3] for value in caches)
-        return int(self.weights + batch * past * positions * size)
+        position = sum(value.shape[1] * value.shape[3] * BY_ORT[value.type].bytes for value in caches)
+        return int(self.weights + batch * past * position)
 
     def _decoder(self, batch: int, capacity: int) -> BoundDecoder:
         room = min(self.artifact.positions, capacity)

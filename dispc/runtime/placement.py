@@ -14,12 +14,12 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from dispc.plan import TARGETS
 from dispc.runtime.edits import load_graph
 from dispc.runtime.providers import PROVIDERS, Provider
 from dispc.runtime.session import Artifact, open_session
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
+from dispc.targets import TARGETS
 
 NAMED = 8
 """Nodes named in a check; all of them are in the report."""

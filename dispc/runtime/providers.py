@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from dispc import lowerings
 from dispc.runtime import devices, doctor
 from dispc.support.errors import ArtifactError
 
@@ -68,7 +69,7 @@ class Provider:
 
 
 CPU = Provider(
-    name="CPUExecutionProvider",
+    name=lowerings.CPU,
     title="the CPU",
     device="cpu",
     dtypes=("float32", "float16"),
@@ -83,7 +84,7 @@ CPU = Provider(
 """Every build of ONNX Runtime has it, and puts on it what another provider leaves."""
 
 CUDA = Provider(
-    name="CUDAExecutionProvider",
+    name=lowerings.CUDA,
     title="CUDA",
     device="cuda",
     dtypes=("float32", "float16", "bfloat16"),
@@ -94,7 +95,7 @@ CUDA = Provider(
     problem=lambda: doctor.cuda_problem(),
     preload=doctor.preload,
     processor=devices.gpu_name,
-    copy_speed=devices.copy_speed_of_gpu,
+    copy_speed=lambda threads: devices.copy_speed_of_gpu(),
     peak_bytes=devices.gpu_bytes,
 )
 

@@ -12,13 +12,13 @@ import onnx_ir as ir
 
 from dispc.lowerings import LOWERINGS
 from dispc.manifest import Manifest, read_manifest
-from dispc.plan import TARGETS
 from dispc.runtime.edits import Edit, exactly_comparable, load_graph, serialise, widen, with_float32_outputs
 from dispc.runtime.ort import ort
 from dispc.runtime.providers import CPU, Provider
 from dispc.support.dtypes import BY_ORT
 from dispc.support.errors import ArtifactError, first_line
 from dispc.support.graph import read_graph, require_beside, weight_files
+from dispc.targets import TARGETS
 
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]

@@ -8,7 +8,7 @@ are loaded, and run a prompt and single tokens alternately.
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -101,8 +101,8 @@ def tune(checkpoint: Checkpoint, masks: Masks, target: str, choices: Choices, bu
             milliseconds = time_lowerings(artifacts, default, checkpoint.config.max_positions)
     except OSError as error:
         raise CompileError(f"--tune: {tempfile.gettempdir()}: {error.strerror or error}") from error
-    # Where there is nothing to fill, zero-filled is inverse-gather.
-    best, reason = choose(milliseconds, default.lowering.name if default.lowering.name in plans else "inverse-gather")
+    usual = default.lowering.name if default.lowering.name in plans else default.lowering.unfilled
+    best, reason = choose(milliseconds, usual)
     record = Tuning(
         blocks=blocks,
         threads=os.cpu_count(),
@@ -147,14 +147,11 @@ def _candidates(
 ) -> Iterator[tuple[str, Plan]]:
     """The lowerings that the target can run and that differ for these masks."""
     nothing_to_fill = not sets_to_fill(masks, config, costs)
-    for lowering in LOWERINGS:
-        if lowering == "zero-filled" and nothing_to_fill:
+    for lowering in LOWERINGS.values():
+        if lowering.unfilled and nothing_to_fill:
             continue
-        try:
-            yield lowering, replace(make_plan(target, replace(choices, lowering=lowering)), costs=costs)
-        except CompileError:
-            if lowering == "inverse-gather":  # runs everywhere: something else is wrong
-                raise
+        with suppress(CompileError):  # of the lowering: the same choices with the default one have made a plan
+            yield lowering.name, replace(make_plan(target, replace(choices, lowering=lowering.name)), costs=costs)
 
 
 def _part_widths(block: Block, hidden_size: int) -> list[int]:

@@ -69,19 +69,6 @@ class Helper:
         return message["answer"]
 
 
-def limited(work: Callable[[], Any], seconds: float, memory: int) -> Any:
-    """What `work` makes in a process of its own, of what JSON can say.
-
-    Raises:
-        DispcError: with the reason why there is nothing.
-    """
-    helper = Helper(lambda: lambda question: work(), seconds, memory)
-    try:
-        return helper.ask(None, seconds, memory)
-    finally:
-        helper.end()
-
-
 def _end(parent: int, child: int, reading: int, writing: int) -> None:
     os.close(writing)
     os.close(reading)

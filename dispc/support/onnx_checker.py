@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 from onnx.defs import OpSchema
 
+from dispc.support.dtypes import BY_ORT
 from dispc.support.graph import SIMPLIFIED_NORM
 
 
@@ -24,7 +25,7 @@ def check_model(path: Path) -> None:
 def _simplified_norm() -> Iterator[None]:
     """SimplifiedLayerNormalization(X, scale) -> Y, for as long as the body runs: the checker refuses every operator of
     the domain "" that it has no schema of, and takes those of com.microsoft unseen."""
-    floats = [f"tensor({name})" for name in ("float", "float16", "bfloat16", "double")]
+    floats = list(BY_ORT)
     kinds = {"axis": OpSchema.AttrType.INT, "epsilon": OpSchema.AttrType.FLOAT, "stash_type": OpSchema.AttrType.INT}
     schema = OpSchema(
         SIMPLIFIED_NORM,

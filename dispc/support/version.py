@@ -1,3 +1,16 @@
-"""The version of dispc."""
+"""The version of dispc, and those of the packages that it works with."""
 
 __version__ = "0.1.0"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Package -> version, of those that are installed."""
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, and every command imports this file
+
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -85,8 +85,8 @@ class BlockFinder:
             CompileError: naming the node or module that is missing, repeated or unexplained.
         """
         family, module = self.family, self.family.block(index)
-        attention = self._sub_layer(module, "self_attn", family.attention_names)
-        mlp = self._sub_layer(module, "mlp", family.mlp_names)
+        attention = self._sub_layer(index, "attention", family.attention_names)
+        mlp = self._sub_layer(index, "mlp", family.mlp_names)
         kernel = self._one(f"{module}.{family.attention_module}", "Attention")
         readers: dict[ir.Value, list[ir.Node]] = {}
         for part in (attention, mlp):
@@ -124,9 +124,10 @@ class BlockFinder:
     def _norm(self, block: str, name: str | None) -> ir.Node | None:
         return self._one(f"{block}.{name}", "RMSNormalization", "LayerNormalization") if name else None
 
-    def _sub_layer(self, block: str, name: str, names: SubLayerNames) -> SubLayerParts:
+    def _sub_layer(self, index: int, side: str, names: SubLayerNames) -> SubLayerParts:
+        block = self.family.block(index)
         return SubLayerParts(
-            f"{block}.{name}",
+            self.family.sub_layer(index, side),
             self._norm(block, names.before),
             tuple(self._projection(f"{block}.{read}") for read in names.reads),
             self._projection(f"{block}.{names.write}"),

@@ -10,7 +10,7 @@ from dispc.model.config import DecoderConfig
 from dispc.model.weights import LazyWeight, rebind, weight_of
 from dispc.passes.common.norms import recount
 from dispc.support.errors import CompileError
-from dispc.support.graph import consumers, remove_dead
+from dispc.support.graph import READ, WRITE, consumers, remove_dead
 
 
 def part_reads(masks: Masks) -> int:
@@ -29,7 +29,7 @@ def _alive(masks: Masks) -> Iterator[SubLayer]:
 
 def find_selections(graph: ir.Graph) -> list[ir.Node]:
     """Every Gather of a read set, and every one by an inverse index that stands for a write set, in order."""
-    names = ("/read/Gather", "/write/Gather")
+    names = (f"{READ}Gather", f"{WRITE}Gather")
     return [node for node in graph if node.op_type == "Gather" and (node.name or "").endswith(names)]
 
 

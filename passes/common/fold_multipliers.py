@@ -4,10 +4,11 @@ import numpy as np
 import onnx_ir as ir
 
 from dispc.model.config import DecoderConfig
+from dispc.model.family import HEAD
 from dispc.model.weights import rebind, weight_of
 from dispc.passes.base import RewritePass
 from dispc.passes.common.packing import projection_of
-from dispc.support.graph import HEAD, add_initializer, make_node, remove_dead
+from dispc.support.graph import add_initializer, make_node, remove_dead
 
 
 class FoldMultipliersPass(RewritePass):

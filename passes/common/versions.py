@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from dispc.manifest import Needs
+from dispc.support.dtypes import type_string
 from dispc.support.errors import CompileError
 from dispc.support.graph import MACHINE_LEARNING, MICROSOFT, SIMPLIFIED_NORM
 
@@ -125,12 +126,8 @@ def _fits(node: ir.Node, opset: int) -> bool:
     constraints = {constraint.type_param_str: constraint.allowed_type_strs for constraint in schema.type_constraints}
     for value, formal in zip(node.inputs, schema.inputs, strict=False):
         if value is not None and value.dtype is not None and formal.type_str in constraints:
-            fits = fits and f"tensor({_type_name(value.dtype)})" in constraints[formal.type_str]
+            fits = fits and type_string(value.dtype) in constraints[formal.type_str]
     return fits
-
-
-def _type_name(dtype: ir.DataType) -> str:
-    return {ir.DataType.FLOAT: "float", ir.DataType.DOUBLE: "double"}.get(dtype, dtype.name.lower())
 
 
 def needs(model: ir.Model) -> Needs:

@@ -7,9 +7,6 @@ from dispc.passes.common.packing import pack, projection_of
 from dispc.support.errors import CompileError
 from dispc.support.graph import remove_dead
 
-HEAD_NORMS = ("q_norm.weight", "k_norm.weight")
-"""Weights of norms that queries and keys pass through, whatever family they are in."""
-
 
 class FuseQkvPass(BlockPass):
     """The three projections in front of GroupQueryAttention become one, whose output the operator takes packed.
@@ -37,17 +34,10 @@ class FuseQkvPass(BlockPass):
         kernels = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
         if len(kernels) != len(numbers):
             raise CompileError(f"pass {self.name}: {len(kernels)} attentions where {len(numbers)} are left")
-        weights = model.graph.initializers
-        normed = {
-            number
-            for number in numbers
-            if any(
-                name.startswith(f"{self.config.family.block(number)}.") and name.endswith(HEAD_NORMS)
-                for name in weights
-            )
-        }
+        if self.config.family.head_norms:
+            return 0
         return sum(
-            number not in normed and ("do_rotary" in kernel.attributes or not self.config.rotates(number))
+            "do_rotary" in kernel.attributes or not self.config.rotates(number)
             for number, kernel in zip(numbers, kernels, strict=True)
         )
 

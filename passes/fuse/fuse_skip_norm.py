@@ -9,7 +9,7 @@ from onnxscript.rewriter import RewriteRule, RewriteRuleClassBase
 from dispc.masks import Masks
 from dispc.model.config import DecoderConfig
 from dispc.passes.common.patterns import PatternPass
-from dispc.support.graph import MICROSOFT
+from dispc.support.graph import MICROSOFT, WRITE
 
 
 class _SkipNorm(RewriteRuleClassBase):  # type: ignore[misc]
@@ -62,7 +62,7 @@ class _SkipLayer(_SkipNorm):
 def _reads_a_write(norm: ir.Node) -> bool:
     """Whether a norm reads the add of a sub-layer's output (not that of OPT's positions, in front of all blocks)."""
     add = norm.inputs[0].producer() if norm.inputs[0] is not None else None
-    return add is not None and (add.name or "").endswith("/write/Add")
+    return add is not None and (add.name or "").endswith(f"{WRITE}Add")
 
 
 def _epsilon(normed: ir.Value) -> float:

@@ -2,9 +2,10 @@
 
 import onnx_ir as ir
 
+from dispc.model.family import HEAD
 from dispc.passes.base import RewritePass
 from dispc.support.errors import CompileError
-from dispc.support.graph import HEAD, MICROSOFT, make_node, replace_node
+from dispc.support.graph import MICROSOFT, make_node, replace_node
 
 
 class TieEmbeddingsPass(RewritePass):

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from dispc.passes.base import RewritePass
 from dispc.support.errors import CompileError
-from dispc.support.graph import add_initializer, make_node
+from dispc.support.graph import LAST, add_initializer, make_node
 
 
 class LastLogitsPass(RewritePass):
@@ -49,7 +49,7 @@ class LastLogitsPass(RewritePass):
         nodes: list[ir.Node] = []
 
         def op(op_type: str, inputs: list[ir.Value | None], suffix: str = "", **attributes: object) -> ir.Value:
-            nodes.append(make_node(op_type, inputs, f"/last/{op_type}{suffix}", attributes=attributes))
+            nodes.append(make_node(op_type, inputs, f"{LAST}{op_type}{suffix}", attributes=attributes))
             return nodes[-1].outputs[0]
 
         def constant(name: str, value: list[int] | int) -> ir.Value:

@@ -8,7 +8,7 @@ from dispc.model.config import DecoderConfig
 from dispc.model.weights import rebind, weight_of
 from dispc.passes.base import BlockPass
 from dispc.passes.common.canonical import reads_of_projections
-from dispc.support.graph import add_initializer, consumers
+from dispc.support.graph import READ, add_initializer, consumers
 
 
 class AlignWidthsPass(BlockPass):
@@ -43,7 +43,7 @@ class AlignWidthsPass(BlockPass):
         return [
             node
             for node in graph
-            if (node.name or "").endswith("/read/Gather")
+            if (node.name or "").endswith(f"{READ}Gather")
             and _size(node.inputs[1], 0) % self.multiple
             and all(reader.op_type == "MatMul" for reader in consumers(node.outputs[0]))
         ]

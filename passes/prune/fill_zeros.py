@@ -58,5 +58,5 @@ class FillZerosPass(BlockPass):
 
     def _place(self, number: int, name: str) -> str:
         """The node names of block `number`'s set `name` begin with this."""
-        module, side = name.split(".")
-        return f"{scope(self.config.family.block(number))}/{'self_attn' if module == 'attention' else module}/{side}"
+        part, side = name.split(".")
+        return f"{scope(self.config.family.sub_layer(number, part))}/{side}"

@@ -11,7 +11,7 @@ from dispc.passes.base import BlockPass, ConditionError
 from dispc.passes.common.blocks import BlockFinder, BlockParts, Projection, SubLayerParts
 from dispc.passes.common.norms import recount
 from dispc.support.errors import CompileError
-from dispc.support.graph import READS, WRITES, add_initializer, make_node, remove_dead, scope
+from dispc.support.graph import READ, READS, WRITE, WRITES, add_initializer, make_node, remove_dead, scope
 
 
 class PruneBlocksPass(BlockPass):
@@ -119,7 +119,7 @@ class _BlockPruner:
         elif self.norm_scope == "selected" and not full:
             selected = self._gather(stream, parts, read, anchor)
             inputs = [selected, *(self._narrow_norm(parts, value, read) for value in norm.inputs[1:])]
-            made = make_node(norm.op_type, inputs, f"{name}/read/{norm.op_type}", attributes=norm.attributes)
+            made = make_node(norm.op_type, inputs, f"{name}{READ}{norm.op_type}", attributes=norm.attributes)
             self.graph.insert_before(anchor, made)
             source = made.outputs[0]
         else:
@@ -131,7 +131,7 @@ class _BlockPruner:
 
     def _gather(self, source: ir.Value, parts: SubLayerParts, read: Indices, anchor: ir.Node) -> ir.Value:
         indices = add_initializer(self.graph, f"{parts.module}.read", read.astype(np.int32))
-        node = make_node("Gather", [source, indices], f"{scope(parts.module)}/read/Gather", attributes={"axis": -1})
+        node = make_node("Gather", [source, indices], f"{scope(parts.module)}{READ}Gather", attributes={"axis": -1})
         self.graph.insert_before(anchor, node)
         return node.outputs[0]
 
@@ -157,7 +157,7 @@ class _BlockPruner:
         nodes: list[ir.Node] = []
 
         def op(op_type: str, inputs: list[ir.Value | None], suffix: str = "", **attributes: object) -> ir.Value:
-            nodes.append(make_node(op_type, inputs, f"{name}/write/{op_type}{suffix}", attributes=attributes))
+            nodes.append(make_node(op_type, inputs, f"{name}{WRITE}{op_type}{suffix}", attributes=attributes))
             return nodes[-1].outputs[0]
 
         if len(write) == self.width:

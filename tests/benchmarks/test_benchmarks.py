@@ -18,7 +18,7 @@ from common import BenchmarkError
 from measured import decoder_config, smoke
 
 from dispc.masks import Masks
-from dispc.plan import TARGETS
+from dispc.targets import TARGETS
 
 
 def test_cpu_decode_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

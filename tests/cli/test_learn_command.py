@@ -8,13 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from command import assert_refused, run
 from student import student, text
 
 from dispc.learn.trainer import Trainer
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.text import Tokens
 
 pytestmark = [
     pytest.mark.xdist_group("learn"),  # one worker, so that the student is taught once
@@ -41,9 +41,9 @@ class TestTheCommand:
         """The command turns the collector off for its imports; thousands of steps leave cycles behind."""
         advance, enabled = Trainer.advance, []
 
-        def spied(self: Trainer, ids: torch.Tensor) -> dict[str, float]:
+        def spied(self: Trainer, rows: Tokens) -> dict[str, float]:
             enabled.append(gc.isenabled())
-            return advance(self, ids)
+            return advance(self, rows)
 
         monkeypatch.setattr(Trainer, "advance", spied)
         assert run(*self.arguments(tmp_path)).code == 0

@@ -146,6 +146,17 @@ def test_cuda_is_used_for_an_artifact_or_said_to_be_missing(judged: Path, monkey
     assert opened == [CUDA, CPU]
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_of_two_providers_of_a_device_the_one_of_the_target_is_used(
+    judged: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    other = replace(CPU, name="OtherExecutionProvider")
+    rows = (CPU, other) if first else (other, CPU)
+    monkeypatch.setattr(perplexity, "PROVIDERS", {provider.name: provider for provider in rows})
+    monkeypatch.setattr(perplexity, "ArtifactScorer", lambda path, provider: provider)
+    assert open_scorer(judged / "out") is CPU
+
+
 def test_the_report_says_what_was_judged_and_where(judged: Path) -> None:
     masks = judged / "masks.safetensors"
     arguments = ("eval", judged / "model", "--masks", masks, "--data", judged / "text.txt", "--max-windows", 1)

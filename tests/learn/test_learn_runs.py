@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -18,10 +19,11 @@ from command import run
 from student import arguments, options, steps_of, student
 
 from dispc.learn import trainer
-from dispc.learn.folder import CHECKPOINT, METRICS, OPTIONS
+from dispc.learn.folder import CHECKPOINT, METRICS, OPTIONS, RunFolder
 from dispc.learn.trainer import Trainer, learn
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.text import Tokens
 from dispc.support.errors import LearnError
 from dispc.support.signals import ENDING
 
@@ -135,7 +137,7 @@ def test_tensorboard_gets_every_step_once(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(trainer, "need", Mock())
     chosen = options(tmp_path, steps=7, checkpoint_every=5, tensorboard=True)
 
-    def stop_at_step_6(record: dict[str, float], steps: int) -> None:
+    def stop_at_step_6(record: Mapping[str, float], steps: int) -> None:
         if record["step"] == 6:
             shown[6] = -1.0  # was written before the kill, and is behind the checkpoint
             raise InterruptedError
@@ -148,7 +150,7 @@ def test_tensorboard_gets_every_step_once(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_metrics_that_cannot_be_written_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer.RunFolder, "cut_metrics", lambda folder, step: folder.metrics.symlink_to("/dev/full"))
+    monkeypatch.setattr(RunFolder, "cut_metrics", lambda folder, step: folder.metrics.symlink_to("/dev/full"))
     with pytest.raises(LearnError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
         learn(options(tmp_path, steps=2))
 
@@ -158,10 +160,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_checkpoint(
 ) -> None:
     advance = Trainer.advance
 
-    def poisoned(self: Trainer, ids: torch.Tensor) -> dict[str, float]:
+    def poisoned(self: Trainer, rows: Tokens) -> dict[str, float]:
         if self.step == 7:
             next(self.gated.model.parameters()).data.fill_(float("nan"))
-        return advance(self, ids)
+        return advance(self, rows)
 
     monkeypatch.setattr(Trainer, "advance", poisoned)
     with pytest.raises(LearnError, match=r"step 8: .*checkpoint\.pt with --resume and a --learning-rate below 0\.01"):
@@ -177,9 +179,9 @@ def test_a_gradient_that_is_no_number_reaches_no_weight(tmp_path: Path, monkeypa
     seen: list[Trainer] = []
     advance = Trainer.advance
 
-    def spied(self: Trainer, ids: torch.Tensor) -> dict[str, float]:
+    def spied(self: Trainer, rows: Tokens) -> dict[str, float]:
         seen.append(self)
-        return advance(self, ids)
+        return advance(self, rows)
 
     monkeypatch.setattr(Trainer, "advance", spied)
     monkeypatch.setattr(trainer, "regulariser", lambda kept, budget: (kept - kept.detach()).abs().sqrt())
@@ -242,10 +244,10 @@ def test_a_signal_ends_the_run_behind_its_step_and_nothing_is_lost(
     whole, _ = learn(options(tmp_path / "whole"))
     advance = Trainer.advance
 
-    def struck(self: Trainer, ids: torch.Tensor) -> dict[str, float]:
+    def struck(self: Trainer, rows: Tokens) -> dict[str, float]:
         if self.step == 3:
             os.kill(os.getpid(), number)
-        return advance(self, ids)
+        return advance(self, rows)
 
     monkeypatch.setattr(Trainer, "advance", struck)
     outcome = run(*arguments(tmp_path / "parts"))
@@ -262,7 +264,7 @@ def test_a_signal_ends_the_run_behind_its_step_and_nothing_is_lost(
 def test_a_second_interrupt_does_not_wait_and_says_where_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def struck(self: Trainer, ids: torch.Tensor) -> dict[str, float]:
+    def struck(self: Trainer, rows: Tokens) -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the second one ends the step")

@@ -61,6 +61,7 @@ def test_a_row_names_every_norm_of_a_block_and_the_embedding(variant: str) -> No
     names = {family.attention_norm, family.attention_post_norm, family.mlp_norm, family.mlp_post_norm} - {None}
     head_norms = {m for n, m in block.named_modules() if n.endswith(("q_norm", "k_norm"))}  # OLMo 2's are as wide
     assert {block.get_submodule(str(name)) for name in names} == wide - head_norms
+    assert family.head_norms == bool(head_norms)
     assert all(family.norm.describes(module) for module in wide)
     assert model.get_submodule(family.embedding) is model.get_input_embeddings()
 

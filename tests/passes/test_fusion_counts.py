@@ -20,11 +20,12 @@ from dispc.passes.fuse.fuse_activations import FuseActivationsPass
 from dispc.passes.fuse.fuse_qkv import FuseQkvPass
 from dispc.passes.fuse.fuse_skip_norm import FuseSkipNormPass
 from dispc.passes.pipeline import build_pipeline, run_pipeline
-from dispc.plan import FUSIONS, TARGETS, Choices, make_plan
+from dispc.plan import Choices, make_plan
 from dispc.quantisation import Quantisation
 from dispc.runtime.session import Runner, open_session
 from dispc.support.errors import CompileError
 from dispc.support.graph import add_initializer, make_node
+from dispc.targets import FUSIONS, TARGETS
 from dispc.validate.checks.parity import logit_error
 
 MLP = "/model/layers.1/mlp"

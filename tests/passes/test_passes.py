@@ -20,10 +20,11 @@ from dispc.passes.lower.inverse_gather import inverse_index
 from dispc.passes.lower.lower_attention import LowerAttentionPass
 from dispc.passes.pipeline import build_pipeline, pipeline_line, run_pipeline
 from dispc.passes.prune.prune_blocks import PruneBlocksPass
-from dispc.plan import FUSIONS, Choices, make_plan
+from dispc.plan import Choices, make_plan
 from dispc.quantisation import Quantisation
 from dispc.support.errors import CompileError
 from dispc.support.graph import consumers
+from dispc.targets import FUSIONS
 from dispc.validate.checks import verify
 from dispc.validate.checks.parity import LIMITS, logit_error
 from dispc.validate.checks.verify import make_verifier

@@ -20,7 +20,7 @@ from sets import widths
 from dispc.compiler import CompileOptions, compile_model
 from dispc.manifest import Manifest, read_manifest
 from dispc.masks import Masks
-from dispc.passes import quantise
+from dispc.passes import quantise, rounding
 from dispc.passes.pipeline import build_pipeline, run_pipeline
 from dispc.passes.quantise import QuantisedWeight, QuantisePass
 from dispc.plan import Choices, make_plan
@@ -279,13 +279,13 @@ def test_the_unrounded_reference_would_not_do() -> None:
 
 
 def test_verify_each_names_quantisation_when_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = quantise.quantise
+    honest = rounding.round_weight
 
-    def faulty(weight: harness.Array, quantisation: Quantisation, hessian: None) -> tuple[harness.Array, ...]:
-        integers, scales, zero_points = honest(weight, quantisation, hessian)
-        return integers, scales * np.float32(1.01), zero_points
+    def faulty(weight: harness.Array, quantisation: Quantisation, spread: None) -> rounding.Integers:
+        integers = honest(weight, quantisation, spread)
+        return replace(integers, scales=integers.scales * np.float32(1.01))
 
-    monkeypatch.setattr(quantise, "quantise", faulty)
+    monkeypatch.setattr(quantise, "round_weight", faulty)
     checkpoint = harness.checkpoint("llama")
     masks = Masks.random(checkpoint.config, 0.5, 2)
     passes = build_pipeline(make_plan("onnx-cpu", Choices(quantisation=INT4)), checkpoint, masks)

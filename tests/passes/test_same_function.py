@@ -16,8 +16,9 @@ from dispc.export.trace import trace
 from dispc.lowerings import LOWERINGS
 from dispc.masks import Masks
 from dispc.passes.pipeline import build_pipeline, run_pipeline
-from dispc.plan import FUSIONS, Choices, make_plan
+from dispc.plan import Choices, make_plan
 from dispc.reference.masked import load_reference
+from dispc.targets import FUSIONS
 from dispc.validate.checks.parity import DEFAULTS, logit_error
 
 COUNTED_BY_MASKS = (

@@ -13,11 +13,11 @@ from onnx import helper
 from dispc.manifest import Needs
 from dispc.masks import Masks
 from dispc.passes.common.versions import KERNELS, RELEASES, lowest_opset, needs, version_key
-from dispc.plan import TARGETS
 from dispc.quantisation import Quantisation, make_quantisation
 from dispc.support.errors import CompileError
 from dispc.support.graph import MICROSOFT, make_node
 from dispc.support.onnx_checker import check_model
+from dispc.targets import TARGETS
 
 INT4 = Quantisation(bits=4, block_size=16, symmetric=True, head=False, embedding=False)
 

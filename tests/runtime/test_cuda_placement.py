@@ -21,10 +21,11 @@ from dispc.export.trace import trace
 from dispc.lowerings import LOWERINGS
 from dispc.masks import Masks
 from dispc.passes.pipeline import build_pipeline, run_pipeline
-from dispc.plan import TARGETS, Choices, Plan, make_plan
+from dispc.plan import Choices, Plan, make_plan
 from dispc.quantisation import Quantisation
 from dispc.runtime.placement import check_placement
 from dispc.support.errors import CompileError
+from dispc.targets import TARGETS
 
 SHAPE_NODES = ("/lengths/Cast_total", "Squeeze_total", "Squeeze_new", "/Sub")
 """total_sequence_length, which GroupQueryAttention wants on the CPU, and the bounds of the mask's ranges."""

@@ -16,10 +16,11 @@ from sets import masks_of
 
 from dispc.compiler import build_artifact
 from dispc.masks import Masks
-from dispc.plan import TARGETS, Choices, Plan
+from dispc.plan import Choices, Plan
 from dispc.quantisation import Quantisation
 from dispc.runtime import doctor, tune
 from dispc.support.errors import CompileError
+from dispc.targets import TARGETS
 
 LOWERINGS = {"inverse-gather", "canonical", "scatter-elements", "zero-filled", "feature-extractor"}
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dispc.lowerings import LOWERINGS
 from dispc.masks import SETS, Masks, set_width
-from dispc.plan import TARGETS
+from dispc.targets import TARGETS
 
 
 def masks_of(variant: str) -> Masks:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dispc.support.errors import DispcError
-from dispc.support.limits import Helper, limited
+from dispc.support.limits import Helper
 
 MIB = 2**20
 
@@ -44,8 +44,10 @@ def end(number: int) -> None:
     ],
 )
 def test_what_goes_wrong_is_one_error(work: Callable[[], Any], says: str) -> None:
+    helper = Helper(lambda: lambda question: work(), 0.5, 256 * MIB)
     with pytest.raises(DispcError, match=says):
-        limited(work, 0.5, 256 * MIB)
+        helper.ask(None, 0.5, 256 * MIB)
+    helper.end()
 
 
 def test_answers_of_any_size_come_in_turn_and_the_process_ends_with_its_object() -> None:

@@ -13,12 +13,13 @@ from dispc.runtime.edits import load_graph
 from dispc.support.check import Check
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError
+from dispc.support.graph import LAST
 from dispc.support.version import __version__
 from dispc.validate.checks.files import SHOWN, differences
 from dispc.validate.comparison import Comparison
 
 NAME = "dispc.json"
-SCATTERS = {name: row.scatter for name, row in LOWERINGS.items() if row.scatter}
+SCATTERS = {name: row.writes_by for name, row in LOWERINGS.items() if not row.adds}
 """Lowering -> the operator by which it is known; the others have none of these."""
 SURELY_SCATTERED = 0.8
 """A write set that keeps less than this share is never filled up with zeros instead."""
@@ -60,18 +61,18 @@ def recomputed(comparison: Comparison, graph: ir.Model) -> dict[str, Any]:
     """The facts of dispc.json, by name, from everything but dispc.json."""
     checkpoint, masks, config = comparison.checkpoint, comparison.masks, comparison.checkpoint.config
     operators = Counter(node.op_type for node in graph.graph)
-    dense = config.block_parameters * config.num_hidden_layers
+    dense = config.all_block_parameters
     logits = next(value for value in graph.graph.outputs if value.name == "logits")
     facts: dict[str, Any] = {
         "model_type": config.family.model_type,
         "dtype": next((name for name, row in DTYPES.items() if row.onnx == logits.dtype), "unknown"),
-        "logits": "last" if any((node.name or "").startswith("/last/") for node in graph.graph) else "all",
+        "logits": "last" if any((node.name or "").startswith(LAST) for node in graph.graph) else "all",
         "attention": "GroupQueryAttention" if operators["GroupQueryAttention"] else "Attention",
         "positions": config.max_positions,
         "stop_tokens": checkpoint.stop_tokens,
         "norm_scope": masks.norm_scope,
         "block_parameters": {"dense": dense, "kept": masks.kept_parameters(config)},
-        "cache_layers": sum(block.attention.alive for block in masks.blocks),
+        "cache_layers": masks.cache_layers,
         "widths": [{name: len(indices) for name, indices in block.sets().items()} for block in masks.blocks],
         "nodes": len(graph.graph),
         "bytes": sum(file.stat().st_size for file in comparison.directory.glob("model.onnx*")),

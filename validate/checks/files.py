@@ -124,9 +124,8 @@ def _genai(comparison: Comparison) -> Iterator[str]:
         yield f"dispc.json: no choices that a compilation takes ({error})"
         return
     inputs = [value.name for value in comparison.artifact.session.get_inputs()]
-    caches = sum(block.attention.alive for block in comparison.masks.blocks)
     options = PROVIDERS[plan.target.provider].genai_options(graph=plan.cuda_graph, dtype=plan.dtype)
-    wanted = genai_config(comparison.checkpoint, plan, caches, inputs, options)
+    wanted = genai_config(comparison.checkpoint, plan, comparison.masks.cache_layers, inputs, options)
     try:
         found = read_object(comparison.directory / "genai_config.json", ArtifactError)
     except (ArtifactError, OSError) as error:

@@ -39,7 +39,7 @@ def judge_rotary(comparison: Comparison) -> Iterator[Check]:
     except ArtifactError as error:
         yield Check.failed(NAME, "parity", str(error))
         return
-    if not comparison.checkpoint.family.rotary or not any(block.attention.alive for block in masks.blocks):
+    if not comparison.checkpoint.family.rotary or not masks.cache_layers:
         if tables:
             yield Check.failed(NAME, "parity", "the graph has them, the reference has no rotary positions")
         else:

@@ -11,11 +11,11 @@ from dispc.support.check import Check
 from dispc.support.errors import ArtifactError, first_line
 from dispc.support.graph import MACHINE_LEARNING, MICROSOFT, without_links
 from dispc.support.onnx_checker import check_model
+from dispc.targets import TARGETS
 from dispc.validate.comparison import Comparison
 
-DOMAINS = {"onnx": {""}}
-"""Target -> the operator domains that its runtimes know; other targets are for ONNX Runtime."""
 ONNX_RUNTIME = {"", MICROSOFT, MACHINE_LEARNING}
+"""The operator domains that ONNX Runtime knows."""
 
 
 def judge_file(comparison: Comparison) -> Iterator[Check]:
@@ -32,7 +32,8 @@ def check_file(path: Path, target: str) -> Check:
         return Check.failed("onnx.checker", "static", f"refuses the model: {first_line(error)}")
     operators = Counter(f"{node.domain}.{node.op_type}".removeprefix(".") for node in model.graph.node)
     opsets = {entry.domain: entry.version for entry in model.opset_import}
-    unknown = sorted({node.domain for node in model.graph.node} - DOMAINS.get(target, ONNX_RUNTIME))
+    known = ONNX_RUNTIME if target not in TARGETS or TARGETS[target].contrib else {""}
+    unknown = sorted({node.domain for node in model.graph.node} - known)
     unlisted = sorted({node.domain for node in model.graph.node} - set(opsets))
     spelled = ", ".join(f"{domain or 'ai.onnx'} {number}" for domain, number in opsets.items())
     detail = f"IR {model.ir_version}; opsets {spelled}; {len(model.graph.node)} nodes"

@@ -1,0 +1,35 @@
+"""The algorithms that round weights to 4 bits: one row each. Their code is in `dispc.passes.rounding`."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """One way to round weights to 4 bits.
+
+    Args:
+        name: What `--algorithm` calls it.
+        label: How it rounds, for the help of `--algorithm`.
+        asymmetric: Its blocks have zero points, asked for or not.
+        reads_text: It looks at the inputs of each product, which a text gives.
+        repeatable: The reference rounds by its rule (`dispc.reference.quantised`), instead of reading the integers.
+    """
+
+    name: str
+    label: str
+    asymmetric: bool = False
+    reads_text: bool = False
+    repeatable: bool = False
+
+
+NEAREST = "rtn"
+"""The algorithm that is used where no other is asked for, or can be."""
+ALGORITHMS: dict[str, Algorithm] = {
+    row.name: row
+    for row in (
+        Algorithm(name=NEAREST, label="to the nearest integer", repeatable=True),
+        Algorithm(name="k_quant", label="scale and minimum that lose least, as in llama.cpp", asymmetric=True),
+        Algorithm(name="hqq", label="half-quadratic, without data", asymmetric=True),
+        Algorithm(name="gptq", label="by the inputs of each product, from the text of --data", reads_text=True),
+    )
+}

@@ -162,7 +162,7 @@ def setup(measurement: Measurement, options: Options, work: Path) -> Setup:
 def measure(measurement: Measurement, contenders: Contenders, size: int, options: Options) -> dict[str, Any]:
     """Times, work and speed-up of every contender at one size, over the faster dense graph; and the goals.
 
-    The graphs take turns; PyTorch comes after them. Its threads spin for a while behind each call: in turns with it the
+    The graphs take turns; PyTorch comes after them. Its threads spin for a while after each call: in turns with it the
     pruned graph took 17 ms for a token, without it 14.
     """
     runs = {name: measurement.start(model, size) for name, model in contenders.models.items()}

@@ -156,7 +156,7 @@ def require_memory(graphs: Mapping[str, Path]) -> None:
 
 
 def difference(first: Contender, second: Contender, vocabulary: int) -> float:
-    """Largest difference of logits over their range: of a prompt, and of a token behind it.
+    """Largest difference of logits over their range: of a prompt, and of a token after it.
 
     Compare only models with the same weights: rounding them to 4 bits moves the logits of a small model by a third of
     their range.

@@ -8,7 +8,7 @@
 
 SMOLLM2_DIR is a Hugging Face directory of SmolLM2-135M; `7b-4` is four blocks of LLaMA-2-7B with random weights, and
 needs about 16 GB of memory; OTHER_VENV has transformers 5 and onnxruntime-genai, which the builder needs. The rows run
-in one process with the same session options and threads; the graphs are timed alternately, PyTorch behind them:
+in one process with the same session options and threads; the graphs are timed alternately, PyTorch after them:
 
 - builder, dense: the graph of `python -m onnxruntime_genai.models.builder -p fp32 -e cpu` (int4 with --quantize)
 - dispc, dense and dispc, pruned: `dispc compile` for onnx-cpu

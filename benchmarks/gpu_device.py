@@ -44,4 +44,4 @@ def describe_device(device: str) -> dict[str, Any]:
         facts = torch.cuda.get_device_properties(0)
         found = {"name": facts.name, "memory_gib": round(facts.total_memory / GIB, 1), "cuda": torch.version.cuda}
     found["copy_gb_per_second"] = round(copy_rate(device), 1)
-    return {"device": found | {"graphics_cards": graphics_cards()}}  # their clocks right behind the copies, not idle
+    return {"device": found | {"graphics_cards": graphics_cards()}}  # their clocks right after the copies, not idle

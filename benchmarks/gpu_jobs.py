@@ -65,7 +65,7 @@ def run_jobs(jobs: Sequence[Job], seconds: float, work: Path, record: Callable[[
     """Run jobs of gpu_cells.py in one process; `record` is called with the number of the job and each record of it.
 
     Cells of the last job that began are recorded as errors when the process did not print them. Returns the number of
-    that job: behind it, nothing has been measured.
+    that job: after it, nothing has been measured.
     """
     measured: list[list[Record]] = [[] for _ in jobs]
     begun = 0

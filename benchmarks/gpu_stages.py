@@ -26,7 +26,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What is timed: one token behind `past`, at batch 1 and at `batch`, and a prompt of `prefill` tokens."""
+    """What is timed: one token after `past`, at batch 1 and at `batch`, and a prompt of `prefill` tokens."""
 
     rounds: int
     past: int
@@ -86,7 +86,7 @@ class Run:
     def measure(self, jobs: Sequence[tuple[Job, str | None]]) -> None:
         """Run jobs of gpu_cells.py, each with the name of its lowering, in one process.
 
-        A CUDA error spoils a process: when one dies, the jobs behind the one that killed it go on in another process.
+        A CUDA error spoils a process: when one dies, the jobs after the one that killed it go on in another process.
         """
         pending = list(jobs)
         while pending:

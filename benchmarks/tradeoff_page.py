@@ -100,7 +100,7 @@ def page(rows: Sequence[Mapping[str, Any]], known: Mapping[str, Any], recovery: 
     timed = ": sizes; the graphs have not been timed on a quiet machine yet"
     if "environment" in known:
         timed = (
-            f" on {known['environment']['cpu']}, {known['threads']} threads: one token behind {known['past']}, medians "
+            f" on {known['environment']['cpu']}, {known['threads']} threads: one token after {known['past']}, medians "
             f"of {known['round_count']} rounds in which all graphs take turns"
         )
     fronts = {axis: {row["name"] for row in frontier(rows, axis)} for axis, _ in AXES}

@@ -132,7 +132,7 @@ def _verify_each(checkpoint: Checkpoint, masks: Masks, plan: Plan, hessians: Hes
     The passes do not look at dtypes: their float32 graphs are compared, whatever the target's dtype is.
 
     Raises:
-        CompileError: naming the pass behind which they differ.
+        CompileError: naming the pass after which they differ.
     """
     verifier = make_verifier(checkpoint, masks, plan.quantisation)
     run_pipeline(trace(checkpoint, torch.float32), build_pipeline(plan.exact, checkpoint, masks, hessians), verifier)

@@ -17,7 +17,7 @@ class Lowering:
         name: What `--lowering` calls it.
         label: How it reads and writes, for the help of `--lowering`.
         reads_by: The operator that reads a part of the stream.
-        writes_by: The operator that adds into it: a scatter, or the Add behind a read by the inverse index.
+        writes_by: The operator that adds into it: a scatter, or the Add after a read by the inverse index.
         domain: The domain of `reads_by`; the empty one is what every build of ONNX Runtime has.
         dtypes: The dtypes in which providers run both operators ...
         exceptions: ... and those of the providers that are known to run others.

@@ -66,7 +66,7 @@ class Block:
 class Masks:
     """All sets of a model.
 
-    `norm_scope` says what the norms in front of the read sets see: `full` normalises the whole residual stream and
+    `norm_scope` says what the norms before the read sets see: `full` normalises the whole residual stream and
     selects afterwards (the published code), `selected` selects first (the paper's Algorithm 1).
     """
 

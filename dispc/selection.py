@@ -72,7 +72,7 @@ class Side:
 
 
 def sides(masks: Masks, config: DecoderConfig) -> Iterator[Side]:
-    """The sets of living sub-layers that can be filled. A read in front of a norm (norm scope `selected`) cannot: the
+    """The sets of living sub-layers that can be filled. A read before a norm (norm scope `selected`) cannot: the
     norm is over the read set."""
     family = config.family
     for number, block in enumerate(masks.blocks):

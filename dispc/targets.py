@@ -27,7 +27,7 @@ class Target:
     `quantised_fusions` which others do with quantised weights. Written widths are padded to `write_multiple`, read and
     mid widths to `half_align` in half precision and to `int4_align` where weights have four bits, by
     default. `cuda_graph` says whether a run can be captured, `rotates_apart` whether ONNX Runtime leaves a
-    com.microsoft.RotaryEmbedding in front of GroupQueryAttention as it is, `int8_activations` whether it can round what
+    com.microsoft.RotaryEmbedding before GroupQueryAttention as it is, `int8_activations` whether it can round what
     integer weights are multiplied with to int8. Artifacts of a dtype in `elsewhere` run on the provider named there.
     """
 

@@ -16,7 +16,7 @@ DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def generate(artifact: Path, prompt: list[int], max_new_tokens: int, device: str = "cpu") -> Iterator[int]:
-    """Yield the likeliest token behind `prompt` again and again, until a stop token, the limit or the context's end.
+    """Yield the likeliest token after `prompt` again and again, until a stop token, the limit or the context's end.
 
     Where the artifact allows it, past and present of a cache are one buffer, into which ONNX Runtime writes in place.
     Elsewhere each run makes the next, longer cache.

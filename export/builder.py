@@ -147,7 +147,7 @@ class GraphBuilder:
             if existing.outputs[0].name == output:
                 return existing.outputs[0]
         prefix = output.removesuffix("/And_output")
-        first = self.graph[0]  # in front of everything: the blocks share it
+        first = self.graph[0]  # before everything: the blocks share it
 
         def op(op_type: str, inputs: list[ir.Value | None], suffix: str = "", **attributes: object) -> ir.Value:
             made = make_node(op_type, inputs, f"{prefix}/{op_type}{suffix}", attributes=attributes)

@@ -84,7 +84,7 @@ def run_pipeline(
     passes: Sequence[RewritePass],
     after: Callable[[int, str, ir.Model], None] = lambda number, name, model: None,
 ) -> list[PassRecord]:
-    """Run `passes` in order; `after(number, name, model)` sees the graph behind each of them."""
+    """Run `passes` in order; `after(number, name, model)` sees the graph after each of them."""
     # A collection walks everything that torch has imported, and costs as much as a pass; passes make little garbage.
     collecting = gc.isenabled()
     gc.disable()

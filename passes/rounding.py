@@ -87,7 +87,7 @@ def _hqq(weight: Array, quantisation: Quantisation, _: Array | None) -> Integers
 def inverse_factor(hessian: Array) -> Array:
     """Upper triangle U [K,K], float32, with U^T U the inverse of the damped Hessian: GPTQ's Cholesky form.
 
-    Row i says how an error in input i is made good by the inputs behind it (arXiv 2210.17323, section 3.3).
+    Row i says how an error in input i is made good by the inputs after it (arXiv 2210.17323, section 3.3).
     """
     damped = hessian.astype(np.float64)
     diagonal = damped.diagonal().copy()
@@ -97,7 +97,7 @@ def inverse_factor(hessian: Array) -> Array:
 
 
 def _gptq(weight: Array, quantisation: Quantisation, spread: Array | None) -> Integers:
-    """GPTQ (arXiv 2210.17323, algorithm 1): input after input, the error of one spread over those behind it.
+    """GPTQ (arXiv 2210.17323, algorithm 1): input after input, the error of one spread over those after it.
 
     Ours, because ONNX Runtime's `gptq` (1.31) multiplies by the empty triangle of the factor and spreads nothing.
     """

@@ -145,7 +145,7 @@ def rms(x: Tensor, weight: Tensor, epsilon: float, count: int) -> Tensor:
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("variant", ["gemma2", "gemma3", "olmo2"])
 def test_the_norm_behind_a_sub_layer_runs_over_all_or_over_the_written_positions(variant: str, scope: str) -> None:
-    """The definition, with index selection: rows are selected in front of the norm, nothing is added elsewhere."""
+    """The definition, with index selection: rows are selected before the norm, nothing is added elsewhere."""
     checkpoint = harness.checkpoint(variant)
     family, d = checkpoint.family, checkpoint.config.hidden_size
     masks = half(variant, scope, seed=11)
@@ -167,8 +167,8 @@ def test_the_norm_behind_a_sub_layer_runs_over_all_or_over_the_written_positions
     mlp = dense.mlp
     h = mlp.act_fn(h @ mlp.gate_proj.weight[mid][:, read].T) * (h @ mlp.up_proj.weight[mid][:, read].T)
     y = h @ mlp.down_proj.weight[write][:, mid].T
-    behind = dense.post_feedforward_layernorm
-    y = rms(y, weight(behind)[write], family.norm.epsilon_of(behind), d if scope == "full" else len(write))
+    after = dense.post_feedforward_layernorm
+    y = rms(y, weight(after)[write], family.norm.epsilon_of(after), d if scope == "full" else len(write))
     expected = torch.zeros_like(x).index_add(-1, write, y)
 
     entering = masked.get_submodule(family.mlp_norm)(x) if family.mlp_norm else x

@@ -54,8 +54,8 @@ class Client:
         """Tokens of the longest run: all positions, or at least LONG and, up to REACH, more than a window holds."""
         if self.limit <= REACH:
             return self.limit
-        behind = self.window if self.window <= REACH else 0
-        return min(self.limit, max(LONG, behind) + self.draw("longest", 32, SPREAD))
+        after = self.window if self.window <= REACH else 0
+        return min(self.limit, max(LONG, after) + self.draw("longest", 32, SPREAD))
 
     def draw(self, what: str, low: int, high: int) -> int:
         """A number from `low` to `high`, drawn by the seed and by the name of its purpose."""
@@ -103,7 +103,7 @@ class Batch:
         return self
 
     def extend(self, count: int = 1) -> "Batch":
-        """Feed the next `count` tokens of each row behind what the caches hold."""
+        """Feed the next `count` tokens of each row after what the caches hold."""
         ids = np.stack([tokens[at : at + count] for tokens, at in zip(self.rows, self.fed, strict=True)])
         positions = self.fed[:, None] + np.arange(count) + self.offset
         self.fed = self.fed + count

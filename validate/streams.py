@@ -1,4 +1,4 @@
-"""The residual stream of a graph: in front of the first sub-layer and behind each one, whatever nodes are called."""
+"""The residual stream of a graph: before the first sub-layer and after each one, whatever nodes are called."""
 
 import onnx_ir as ir
 
@@ -12,7 +12,7 @@ SKIP_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 
 
 def find_streams(model: ir.Model) -> list[ir.Value]:
-    """The residual stream in front of the first sub-layer, and behind each one, in order.
+    """The residual stream before the first sub-layer, and after each one, in order.
 
     Followed through the graph, whatever nodes are called: a stream enters a norm (or the Gather of a selected norm) and
     an Add, a ScatterElements, a ScatterND between two Transposes, or the fourth output of a norm fused with the add.
@@ -27,7 +27,7 @@ def find_streams(model: ir.Model) -> list[ir.Value]:
 
 
 def first_stream(model: ir.Model) -> ir.Value:
-    """The residual stream in front of the first sub-layer: the embeddings.
+    """The residual stream before the first sub-layer: the embeddings.
 
     Raises:
         ArtifactError: when it cannot be found.

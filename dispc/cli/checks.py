@@ -58,7 +58,7 @@ def latency_tables(latency: "Latency | None", device: str) -> list[RenderableTyp
 
     if latency is None:
         return []
-    facts = f"{latency.threads} threads, {latency.rounds} runs behind {latency.warmup}"
+    facts = f"{latency.threads} threads, {latency.rounds} runs after {latency.warmup}"
     if latency.peak_bytes:
         facts += f", peak memory {latency.peak_bytes / 2**20:,.0f} MiB"
     facts += f", a copy moves {latency.copy_bytes_per_second / 1e9:.1f} GB/s"

@@ -1,4 +1,4 @@
-"""Lines of progress where no progress bar can be shown: in CI, in a log, behind a pipe."""
+"""Lines of progress where no progress bar can be shown: in CI, in a log, in a pipe."""
 
 import threading
 import time

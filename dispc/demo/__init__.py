@@ -77,7 +77,7 @@ def run_demo(directory: Path | None, prompt: str, say: Say, pruning_ratio: float
     artifacts = {one.name: directory / one.name.replace(" % ", "-").replace(" ", "-") for one in contenders}
     for one in contenders:
         compile_once(one, artifacts[one.name], say)
-    say(f"timing them, {ROUNDS} alternating rounds of {TIMED_TOKENS} tokens behind {PROMPT_TOKENS}")
+    say(f"timing them, {ROUNDS} alternating rounds of {TIMED_TOKENS} tokens after {PROMPT_TOKENS}")
     milliseconds = time_alternately(artifacts)
     say(f"scoring {SCORED} answers that the dense model gives")
     models = {}

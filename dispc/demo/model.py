@@ -103,7 +103,7 @@ def unpack_gguf(model: Path) -> None:
 def gguf_tokenizer(source: Path) -> Any:
     """SmolLM2's tokenizer from the vocabulary and merges in the GGUF.
 
-    transformers takes it for a LLaMA-1 tokenizer: it would split digits and spaces differently, put a token in front of
+    transformers takes it for a LLaMA-1 tokenizer: it would split digits and spaces differently, put a token before
     every text, and take `<|im_start|>` for the end of one. SmolLM2 uses byte-level BPE with single digits.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -149,7 +149,7 @@ class _Text:
             self.streams.append(blocks.run(index, self.streams[-1], self.entered))
 
     def loss(self, first: int) -> float:
-        """Mean loss per token, blocks from `first` on run again: what is in front of a rounded weight stays."""
+        """Mean loss per token, blocks from `first` on run again: what is before a rounded weight stays."""
         hidden = self.streams[first]
         for index in range(first, len(self.blocks)):
             hidden = self.blocks.run(index, hidden, self.entered)

@@ -17,7 +17,7 @@ from dispc.support.extras import need
 ADAPTER = "default"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-"""What peft puts in front of the names of modules."""
+"""What peft puts before the names of modules."""
 SCALE = 2.0
 """What the product of an adapter's two matrices is multiplied with (peft: lora_alpha / r)."""
 

@@ -97,7 +97,7 @@ class RunFolder:
         return checkpoint
 
     def cut_metrics(self, step: int) -> None:
-        """Drop the metrics of steps behind `step`, and half a line that a killed run left."""
+        """Drop the metrics of steps after `step`, and half a line that a killed run left."""
         if self.metrics.exists():
             lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             write_text(self.metrics, "".join(line for line in lines if _step_of(line) <= step))

@@ -19,7 +19,7 @@ class DecoderConfig:
 
     `layer_kinds` has one entry per block; blocks of the same kind differ only in weights. Embeddings are multiplied by
     `embedding_multiplier`, the outputs of sub-layers by `residual_multiplier`, those of the LM head by
-    `logits_multiplier` (in front of a softcap, if any).
+    `logits_multiplier` (before a softcap, if any).
     """
 
     family: Family

@@ -17,13 +17,13 @@ class SubLayerNames:
     """Modules of one sub-layer, by their names in its block.
 
     `before` is the norm whose output the `reads` see (None: they see the residual stream), `write` the projection whose
-    rows are written, `behind` the norm between it and the residual add (None: there is none).
+    rows are written, `after` the norm between it and the residual add (None: there is none).
     """
 
     before: str | None
     reads: tuple[str, ...]
     write: str
-    behind: str | None
+    after: str | None
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Packed:
 class Family:
     """Where a decoder family keeps its parts. Names are those of the transformers implementation.
 
-    The norms in front of the sub-layers are `attention_norm` and `mlp_norm`, those behind them `attention_post_norm`
+    The norms before the sub-layers are `attention_norm` and `mlp_norm`, those after them `attention_post_norm`
     and `mlp_post_norm`; None says that there is none. With `scaled_embedding` the embeddings are multiplied by the root
     of their width. What `packed` holds goes by the names of its parts everywhere else (`dispc.model.packed`).
 
     `rotary` says that queries and keys are rotated by their positions: by the frequencies of base `rope_theta` over the
     first `rotary_share` of each head, where config.json does not say it; `local_rope_theta` is the base of sliding
     blocks in families that have two. `attention` names the implementation of transformers that the reference uses.
-    `head_norms` says that queries and keys pass norms of their own in front of attention.
+    `head_norms` says that queries and keys pass norms of their own before attention.
     `optimum_reads_heads` says whether optimum reads the number of key/value heads off config.json.
     `ignored` are keys of config.json that change nothing in this family.
     """

@@ -162,7 +162,7 @@ def _read_cache(path: Path) -> Tokens | None:
 
 
 def tokenise(text: str, model: Path) -> Tokens:
-    """The whole text as one run of tokens, with what the tokenizer puts in front of a text, if anything."""
+    """The whole text as one run of tokens, with what the tokenizer puts before a text, if anything."""
     return np.array(Tokenizer(model).encode(text), dtype=np.int32)
 
 

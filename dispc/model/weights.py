@@ -34,7 +34,7 @@ class Recipe:
 
     The arithmetic is `(value + offset) * factor`, in float32 or wider.
 
-    `pad_rows` and `pad_columns` count zeros behind what is kept; where `fill_rows` or `fill_columns` is set, what was
+    `pad_rows` and `pad_columns` count zeros after what is kept; where `fill_rows` or `fill_columns` is set, what was
     not kept is zero instead of gone.
     """
 
@@ -112,7 +112,7 @@ class LazyWeight(ir.LazyTensor):
         return self if kept is None else self._with(**{f"fill_{stored}": True, f"pad_{stored}": 0})
 
     def add(self, offset: float) -> "LazyWeight":
-        """Add a number, in front of all multiplications."""
+        """Add a number, before all multiplications."""
         return self._with(offset=self.recipe.offset + offset) if offset else self
 
     def multiply(self, factor: float) -> "LazyWeight":

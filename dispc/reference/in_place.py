@@ -15,7 +15,7 @@ def apply_masks(model: Any, masks: Masks) -> Any:
     Every block then reads, works in and adds to the positions of `masks` only, and no gradient reaches a weight outside
     of the sets. Such weights are set to zero, and stay so under any optimiser: what `model.save_pretrained` writes is
     what `dispc.recover` writes, ready for `dispc compile` with the same masks beside it. Call it once, before or after
-    moving the model to a device, and behind peft's `get_peft_model`, whose adapters are then masked too.
+    moving the model to a device, and after peft's `get_peft_model`, whose adapters are then masked too.
 
     Args:
         model: a causal language model of a supported family, in any floating dtype, on any device; or peft's around it.

@@ -92,7 +92,7 @@ KINDS = ("quantised", "scales", "zero_points")
 
 
 def _array(value: ir.Value | None) -> Tensor:
-    """The tensor of an initializer, perhaps behind a Reshape."""
+    """The tensor of an initializer, perhaps after a Reshape."""
     producer = value.producer() if value is not None else None
     if producer is not None:
         value = producer.inputs[0]

@@ -120,9 +120,9 @@ def apply_gates(
     Per sub-layer, with x the residual stream and gate vectors read, mid, write (0/1, or on the way there when learnt)::
 
         h = before(x) * read
-        x + behind(write * out(mid * inner(h)))
+        x + after(write * out(mid * inner(h)))
 
-    `before` and `behind` are norms, or nothing where the family has none there. With norm_scope full they run over all
+    `before` and `after` are norms, or nothing where the family has none there. With norm_scope full they run over all
     positions, with selected over the read and the written ones only.
     """
     for index in range(blocks):
@@ -147,9 +147,9 @@ def apply_gates(
                 mid = partial(gate, index, "mlp.mid")
                 writer.register_forward_pre_hook(lambda m, x, mid=mid: (x[0] * mid().to(x[0]),))
             writer.register_forward_hook(lambda m, x, y, write=write: y * write().to(y))
-            if names.behind and norm_scope == "selected":
-                behind = block.get_submodule(names.behind)
-                behind.forward = lambda y, m=behind, write=write: normalise(family.norm, m, y, write())
+            if names.after and norm_scope == "selected":
+                after = block.get_submodule(names.after)
+                after.forward = lambda y, m=after, write=write: normalise(family.norm, m, y, write())
 
 
 def _select(x: Tensor, read: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What an artifact stores of each weight, so that the reference can round the same numbers.
 
-Some weights are stored after arithmetic: norms that add 1, projections with a folded multiplier, norms behind
+Some weights are stored after arithmetic: norms that add 1, projections with a folded multiplier, norms after
 sub-layers that run over another number of positions. `((w + offset) * factor)` is rounded there.
 """
 
@@ -54,13 +54,13 @@ class Storage:
             names = getattr(family, f"{sub_layer}_names")
             folded = Arithmetic(factor=self.config.residual_multiplier)
             found |= {f"{names.write}.weight": folded, f"{names.write}.bias": folded}
-            if names.behind:
-                width = self.norm_widths.get(f"{family.block(index)}.{names.behind}.weight", 0)
+            if names.after:
+                width = self.norm_widths.get(f"{family.block(index)}.{names.after}.weight", 0)
                 counted = self.masks.hidden_size
                 if self.masks.norm_scope == "selected":
                     counted = len(getattr(self.masks.blocks[index], sub_layer).write)
                 share = counted / width if width and counted else 1.0
-                found[f"{names.behind}.weight"] = Arithmetic(family.norm.offset, math.sqrt(share))
+                found[f"{names.after}.weight"] = Arithmetic(family.norm.offset, math.sqrt(share))
         return found
 
     def _head(self, model: Any) -> dict[str, Arithmetic]:

@@ -142,7 +142,7 @@ def truth_dtype(wanted: str | None) -> torch.dtype:
 def ask(blocks: Blocks, texts: Sequence[Text], truth: torch.dtype, dtype: str, *, streams: bool = False) -> Answers:
     """Read `texts`, once for the truth and several times in `dtype` where the truth is finer than that.
 
-    With `streams` there are also the residual stream in front of the first block (`stream.0`) and behind each
+    With `streams` there are also the residual stream before the first block (`stream.0`) and after each
     sub-layer, two for each block. The weights of the blocks are consumed.
     """
     readings: dict[Text, list[Reading]] = {text: [] for text in sources(texts)}
@@ -196,7 +196,7 @@ def _run_block(blocks: Blocks, index: int, readings: Sequence[Reading], *, strea
     handles: list[Any] = []
     if streams:
         names, factor = blocks.config.family.attention_names, blocks.config.residual_multiplier
-        last = blocks[index].get_submodule(names.behind or names.write)
+        last = blocks[index].get_submodule(names.after or names.write)
         handles.append(last.register_forward_hook(lambda module, args, output: written.append(factor * output)))
     try:
         for precision in dict.fromkeys(reading.precision for reading in readings):

@@ -91,7 +91,7 @@ def every(times: Times, start: int, step: int) -> dict[str, float]:
 
 
 def _chains(width: int) -> Iterator[tuple[str, int, int | None]]:
-    """Name, middle width, and elements of the selections in front of each link."""
+    """Name, middle width, and elements of the selections before each link."""
     middle = 2 * width
     yield "whole", middle, None
     yield "less", middle - width // 2, None
@@ -109,7 +109,7 @@ def _solve(nanoseconds: dict[str, float], width: int, links: int) -> _Price:
 
 
 def _selections(links: int) -> int:
-    """In front of each link."""
+    """Before each link."""
     return max(2, SELECTIONS // links)
 
 

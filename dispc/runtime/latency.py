@@ -33,7 +33,7 @@ SELECTING = READS | WRITES - {"Add"}
 class LatencyOptions:
     """What to time: every batch with every prompt length (time to first token) and every past length (one token).
 
-    `threads` 0 leaves their number to ONNX Runtime. `rounds` counts timed runs behind `warmup` others.
+    `threads` 0 leaves their number to ONNX Runtime. `rounds` counts timed runs after `warmup` others.
     """
 
     batches: tuple[int, ...] = (1,)
@@ -51,7 +51,7 @@ class LatencyOptions:
         """Raise ArtifactError when the artifact of `path` has not the `positions` that are to be timed."""
         longest = max(*self.prompts, *self.pasts)
         if longest >= positions:
-            raise ArtifactError(f"{path}: latency behind {longest} tokens, the model takes {positions}")
+            raise ArtifactError(f"{path}: latency after {longest} tokens, the model takes {positions}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +181,7 @@ class TimedArtifact:
         return decoder.run
 
     def step(self, batch: int, past: int) -> Callable[[], None]:
-        """A call that runs one token behind `past` others, always the same one."""
+        """A call that runs one token after `past` others, always the same one."""
         decoder = self._decoder(batch, past + 1)
         decoder.feed(self._tokens(batch, past))
         decoder.prepare(self._tokens(batch, 1))
@@ -213,7 +213,7 @@ def _graphs(path: Path, provider: Provider) -> tuple[bool, ...]:
 def time_case(
     loaded: Mapping[str, list[TimedArtifact]], kind: str, batch: int, length: int, options: LatencyOptions
 ) -> list[LatencyRow]:
-    """Time one case (`first token` of a prompt, or `one token` behind others) on all sessions, alternately."""
+    """Time one case (`first token` of a prompt, or `one token` after others) on all sessions, alternately."""
     cases: list[tuple[str, str, TimedArtifact, Callable[[], None]]] = []
     for name, sessions in loaded.items():
         for session in sessions:

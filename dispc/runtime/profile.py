@@ -46,7 +46,7 @@ class OperatorTime:
 def operator_times(
     path: Path, provider: Provider, *, threads: int, batch: int, past: int, rounds: int
 ) -> list[OperatorTime]:
-    """Time by operator type over `rounds` single steps behind `past` tokens, by ONNX Runtime's profiler."""
+    """Time by operator type over `rounds` single steps after `past` tokens, by ONNX Runtime's profiler."""
     with tempfile.TemporaryDirectory(prefix="dispc-profile-") as scratch:
         prefix = Path(scratch) / "profile"
         artifact = Artifact(path, threads, provider=provider, profile=prefix)

@@ -98,7 +98,7 @@ class Artifact:
         return logits[np.arange(len(prompts)), last], state
 
     def step(self, tokens: Tokens, state: "State") -> tuple[Array, "State"]:
-        """Feed one token [B] per row behind `state`; logits [B,V] and the next state."""
+        """Feed one token [B] per row after `state`; logits [B,V] and the next state."""
         lengths = state.lengths + 1
         if self.padding == "left":
             mask = np.concatenate([state.mask, np.ones((len(tokens), 1), dtype=np.int64)], axis=1)
@@ -194,7 +194,7 @@ def refuse_left_padding(mask: Tokens) -> None:
     rows = np.flatnonzero((mask[:, 1:] > mask[:, :-1]).any(axis=1))
     if len(rows):
         raise ArtifactError(
-            f"attention_mask: row {rows[0]} has a zero in front of a one; this artifact takes padding on the right "
+            f"attention_mask: row {rows[0]} has a zero before a one; this artifact takes padding on the right "
             "(compile with --padding left for the other side)"
         )
 
@@ -220,7 +220,7 @@ def open_session(
     optimised_model: Path | None = None,
     edit: Edit | None = None,
 ) -> Any:
-    """An ONNX Runtime session on one provider, with the CPU behind it for what that provider leaves.
+    """An ONNX Runtime session on one provider, with the CPU after it for what that provider leaves.
 
     `config` are session config entries; `profile` is the prefix of a profile, `optimised_model` the file for the graph
     that is run. With `edit`, the changed graph is loaded from memory and its weights from where they lie.

@@ -76,7 +76,7 @@ def tune(checkpoint: Checkpoint, masks: Masks, target: str, choices: Choices, bu
 
     The plan's `costs` are those of this machine, unless the weights are integers, which are never filled with zeros.
     The record has `blocks` (those that were timed), `device`, `threads` and `milliseconds`: for each lowering the
-    median of a prompt of 128 tokens (`first_token`) and of a token behind 64 (`one_token`, with a CUDA graph where the
+    median of a prompt of 128 tokens (`first_token`) and of a token after 64 (`one_token`, with a CUDA graph where the
     artifact asks for one), or of half the model's positions where that is less.
 
     Raises:

@@ -31,7 +31,7 @@ def staged_directory(out: Path, force: bool, marker: str = ARTIFACT, foreign: Fo
     """A temporary sibling of `out` that takes its place when the body succeeds, and vanishes when it does not.
 
     An older `out` is exchanged for it in one step, where the system has one. What a process that was killed left
-    behind is cleared up by the next one that writes `out`.
+    after is cleared up by the next one that writes `out`.
 
     Raises:
         ArtifactError: when `out` may not be replaced (`check_output`) or cannot be written.

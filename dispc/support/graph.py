@@ -26,7 +26,7 @@ PROTOBUF_BYTES = 2**31
 WINDOW = "dispc.window"
 """Metadata key of Attention nodes: the sliding window in tokens, 0 for none."""
 READ, WRITE, LAST = "/read/", "/write/", "/last/"
-"""Parts of node names: what selects the read set of a sub-layer, what adds into its write set (both behind the scope of
+"""Parts of node names: what selects the read set of a sub-layer, what adds into its write set (both after the scope of
 the sub-layer), and what takes the last token of each row (at the beginning)."""
 READS, WRITES = "dispc.reads", "dispc.writes"
 """Metadata keys of projections: how much of each side is left, such as `288 of 576`."""

@@ -14,7 +14,7 @@ from typing import Any
 from dispc.support.errors import DispcError, first_line
 
 SIZE = 8
-"""Bytes in front of a message that say how long it is."""
+"""Bytes before a message that say how long it is."""
 Answer = Callable[[Any], Any]
 """From a question to its answer, both of what JSON can say."""
 

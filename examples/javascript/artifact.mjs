@@ -5,7 +5,7 @@ import { Tokenizer } from "@huggingface/tokenizers";
 const Half = globalThis.Float16Array ?? Uint16Array; // where there are no half floats, their bits
 const CACHE_ARRAYS = { float32: Float32Array, float16: Half };
 
-/** Yield greedy tokens behind `prompt` (token ids) until a stop token, the limit, or the end of the context. */
+/** Yield greedy tokens after `prompt` (token ids) until a stop token, the limit, or the end of the context. */
 export async function* generate(ort, session, manifest, prompt, maxNewTokens) {
   const integers = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
   const limit = Math.min(maxNewTokens, manifest.positions - prompt.length);

@@ -28,13 +28,13 @@ class Projection:
 
 @dataclass(frozen=True)
 class SubLayerParts:
-    """One sub-layer: the norm before it, the projections that read, the one that writes, the norm behind it."""
+    """One sub-layer: the norm before it, the projections that read, the one that writes, the norm after it."""
 
     module: str
     norm: ir.Node | None
     reads: tuple[Projection, ...]
     write: Projection
-    behind: ir.Node | None
+    after: ir.Node | None
 
     @property
     def entrance(self) -> ir.Value:
@@ -51,7 +51,7 @@ class SubLayerParts:
     @property
     def update(self) -> ir.Value:
         """What is added to the residual stream."""
-        return self.behind.outputs[0] if self.behind else self.write.output
+        return self.after.outputs[0] if self.after else self.write.output
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class BlockFinder:
             for read in part.reads:
                 if read.matmul.inputs[0] is not source:
                     raise CompileError(f"{read.matmul.name} must read {source.name} directly")
-            if part.behind and (part.behind.inputs[0] is not part.write.output or len(part.write.output.uses()) != 1):
-                raise CompileError(f"{part.behind.name} must read {part.write.output.name}, and nothing else may")
+            if part.after and (part.after.inputs[0] is not part.write.output or len(part.write.output.uses()) != 1):
+                raise CompileError(f"{part.after.name} must read {part.write.output.name}, and nothing else may")
         for norm in dict.fromkeys(part.norm for part in (attention, mlp) if part.norm):
             for reader in consumers(norm.outputs[0]):
                 if reader not in readers[norm.outputs[0]]:
@@ -131,7 +131,7 @@ class BlockFinder:
             self._norm(block, names.before),
             tuple(self._projection(f"{block}.{read}") for read in names.reads),
             self._projection(f"{block}.{names.write}"),
-            self._norm(block, names.behind),
+            self._norm(block, names.after),
         )
 
 

@@ -38,7 +38,7 @@ class Write:
     """Transpose, ScatterND(add), Transpose: `update` [B,S,w] is added into positions `indices` [w] of `stream` [B,S,d].
 
     `parameters` are what makes the update, each with w as its last axis: a weight, perhaps a bias, and the weight of
-    the `norm` behind the sub-layer if it has one.
+    the `norm` after the sub-layer if it has one.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Write:
 
 
 def reads_of_projections(config: DecoderConfig, masks: Masks) -> list[Indices]:
-    """The read sets of living sub-layers whose projections they stand directly in front of; others are a norm's."""
+    """The read sets of living sub-layers whose projections they stand directly before; others are a norm's."""
     parts = [
         (layer, names)
         for block in masks.blocks
@@ -97,7 +97,7 @@ def _write(scatter: ir.Node) -> Write:
     update, indices = second.inputs[0], scatter.inputs[1]
     if first.inputs[0] is None or update is None or indices is None or indices.const_value is None:
         raise CompileError(f"{scatter.name}: an input is missing, so this is no canonical write")
-    behind = update.producer()
+    after = update.producer()
     parameters, made = list[ir.Value](), update
     while (producer := _before(scatter, made, "MatMul", "Add", "RMSNormalization")).op_type != "MatMul":
         parameters += [value for value in producer.inputs if value is not None and value.is_initializer()]
@@ -109,7 +109,7 @@ def _write(scatter: ir.Node) -> Write:
         update=update,
         indices=indices.const_value.numpy()[:, 0],
         parameters=tuple(parameters),
-        norm=behind if behind is not None and behind.op_type == "RMSNormalization" else None,
+        norm=after if after is not None and after.op_type == "RMSNormalization" else None,
         last=consumers(scatter.outputs[0])[0],
     )
 

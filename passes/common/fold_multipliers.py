@@ -12,7 +12,7 @@ from dispc.support.graph import add_initializer, make_node, remove_dead
 
 
 class FoldMultipliersPass(RewritePass):
-    """Constants behind projections (Granite's residual and logits, Cohere's logits) go into the weights.
+    """Constants after projections (Granite's residual and logits, Cohere's logits) go into the weights.
 
     Before::
 

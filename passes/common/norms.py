@@ -19,7 +19,7 @@ def recount(norm: ir.Node, before: int, after: int) -> None:
         CompileError: for another norm, whose mean would move.
     """
     if norm.op_type != "RMSNormalization":
-        raise CompileError(f"{norm.name}: a {norm.op_type} behind a sub-layer cannot run over some of the positions")
+        raise CompileError(f"{norm.name}: a {norm.op_type} after a sub-layer cannot run over some of the positions")
     share = before / after
     rebind(norm.inputs[1], weight_of(norm.inputs[1]).multiply(math.sqrt(share)))
     norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", norm.attributes["epsilon"].as_float() * share)

@@ -1,7 +1,7 @@
 """Which versions a graph needs: the lowest opset that spells it, and the first ONNX Runtime that runs it.
 
 The opset is read off ONNX's own schemas. What a graph needs beyond it is in `KERNELS`, a row for each operator, tried
-with the versions named here and those in front of them (`make test-runtimes`).
+with the versions named here and those before them (`make test-runtimes`).
 """
 
 from collections.abc import Callable, Iterable

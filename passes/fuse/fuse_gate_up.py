@@ -55,9 +55,9 @@ class FuseGateUpPass(BlockPass):
                 attributes={"axis": -1, "num_outputs": 2},
                 outputs=2,
             )
-            behind = packed.producer()
-            assert behind is not None
-            graph.insert_after(behind, split)
+            after = packed.producer()
+            assert after is not None
+            graph.insert_after(after, split)
             for old, new in zip((gate, up), split.outputs, strict=True):
                 producer = old.producer()
                 ir.convenience.replace_all_uses_with(old, new)

@@ -9,7 +9,7 @@ from dispc.support.graph import remove_dead
 
 
 class FuseQkvPass(BlockPass):
-    """The three projections in front of GroupQueryAttention become one, whose output the operator takes packed.
+    """The three projections before GroupQueryAttention become one, whose output the operator takes packed.
 
     Before (S1 is the read set that all three share)::
 
@@ -22,7 +22,7 @@ class FuseQkvPass(BlockPass):
         h [S1] -> MatMul [S1, dq + 2 dkv] (-> Add bias) -> GroupQueryAttention(packed)
 
     1. A scaling of the queries by a constant (OPT) moves into the operator's `scale`.
-    2. Queries and keys that something stands in front of (the norms of Qwen3's heads, a RotaryEmbedding that could not
+    2. Queries and keys that something stands before (the norms of Qwen3's heads, a RotaryEmbedding that could not
        be fused) stay three projections.
     """
 
@@ -48,9 +48,9 @@ class FuseQkvPass(BlockPass):
             found = [projection_of(value) for value in (query, *kernel.inputs[1:3])]
             projections = [projection for projection in found if projection is not None]
             if len(projections) < 3:
-                behind = next(v for v, p in zip((query, *kernel.inputs[1:3]), found, strict=True) if p is None)
-                producer = behind.producer() if behind is not None else None
-                self.leave(kernel.name, f"{producer.op_type if producer else 'nothing'} stands behind a projection")
+                after = next(v for v, p in zip((query, *kernel.inputs[1:3]), found, strict=True) if p is None)
+                producer = after.producer() if after is not None else None
+                self.leave(kernel.name, f"{producer.op_type if producer else 'nothing'} stands after a projection")
                 continue
             module = (projections[0].matmul.inputs[1].name or "").removesuffix(".weight").rpartition(".")[0]  # type: ignore[union-attr]
             old = [value.producer() for value in kernel.inputs[:3] if value is not None]

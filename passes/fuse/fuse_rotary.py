@@ -11,7 +11,7 @@ HEAD_MULTIPLE, CACHE_MULTIPLE = 16, 8
 
 
 class FuseRotaryPass(BlockPass):
-    """RotaryEmbedding nodes in front of GroupQueryAttention become its attribute `do_rotary`.
+    """RotaryEmbedding nodes before GroupQueryAttention become its attribute `do_rotary`.
 
     Before (cos and sin are [positions, rotary dimensions / 2], with rope scaling in them)::
 

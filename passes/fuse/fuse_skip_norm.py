@@ -1,4 +1,4 @@
-"""The residual add and the norm behind it as one node."""
+"""The residual add and the norm after it as one node."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
@@ -60,7 +60,7 @@ class _SkipLayer(_SkipNorm):
 
 
 def _reads_a_write(norm: ir.Node) -> bool:
-    """Whether a norm reads the add of a sub-layer's output (not that of OPT's positions, in front of all blocks)."""
+    """Whether a norm reads the add of a sub-layer's output (not that of OPT's positions, before all blocks)."""
     add = norm.inputs[0].producer() if norm.inputs[0] is not None else None
     return add is not None and (add.name or "").endswith(f"{WRITE}Add")
 
@@ -84,7 +84,7 @@ class FuseSkipNormPass(PatternPass):
         stream, update -> SkipSimplifiedLayerNormalization -> normed, sum
                                                                sum -> the next sub-layer's add
 
-    1. The parallel block (Phi) adds twice in front of one norm: the second add is fused, the first stays. Where two
+    1. The parallel block (Phi) adds twice before one norm: the second add is fused, the first stays. Where two
        norms read one sum (Pythia), the add is fused with one of them.
     2. Nothing to fuse where a norm reads a gathered part of the stream (norm scope `selected`), or where ScatterND or
        ScatterElements makes the sum.

@@ -26,7 +26,7 @@ class LastLogitsPass(RewritePass):
         ReduceSum(attention_mask) - 1 -> Min(., S - 1) -> index [B,1,1]
         h -> norm -> GatherND(index, batch_dims=1) -> LM head -> logits [B,1,V]
 
-    1. Min covers tokens behind a cache: there S is smaller than the row's length, and either S is 1 or B is.
+    1. Min covers tokens after a cache: there S is smaller than the row's length, and either S is 1 or B is.
     2. S is counted from the ids, on their device: a Shape would be computed on the CPU and copied.
     """
 

@@ -25,7 +25,7 @@ class AlignWidthsPass(BlockPass):
 
     1. The positions added to a read set repeat its last one: their weights are zero.
     2. act(0) meets zero rows, whatever the activation is.
-    3. Write widths are padded where the write is lowered. A read in front of a norm (norm scope `selected`) stays as it
+    3. Write widths are padded where the write is lowered. A read before a norm (norm scope `selected`) stays as it
        is: the norm counts its positions.
     """
 
@@ -56,7 +56,7 @@ class AlignWidthsPass(BlockPass):
         return [module for module, down in downs if down is not None and _size(down, 0) % self.multiple]
 
     def expected(self, model: ir.Model) -> int:
-        """Every read set in front of projections and every mid set whose width is no multiple."""
+        """Every read set before projections and every mid set whose width is no multiple."""
         masks, layers = self.masks, [layer for b in self.masks.blocks for layer in (b.attention, b.mlp) if layer.alive]
         gathered = [read for read in reads_of_projections(self.config, masks) if len(read) < masks.hidden_size]
         mids = [layer.mid for layer in layers if layer.mid is not None]

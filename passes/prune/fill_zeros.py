@@ -24,7 +24,7 @@ class FillZerosPass(BlockPass):
 
     1. Rows that were not read and columns that were not written are zero, so nothing changes but the work.
     2. Positions that align-widths repeated are not kept twice.
-    3. A read in front of a norm (norm scope `selected`) cannot be chosen: the norm is over the read set.
+    3. A read before a norm (norm scope `selected`) cannot be chosen: the norm is over the read set.
     """
 
     name = "fill-zeros"

@@ -29,7 +29,7 @@ class PruneBlocksPass(BlockPass):
 
         r -> Gather(read) -> norm [read] -> MatMul [read,mid] -> ...
 
-    A norm behind the sub-layer (Gemma 2 and 3, OLMo 2) stands between the last MatMul and the ScatterND, and runs over
+    A norm after the sub-layer (Gemma 2 and 3, OLMo 2) stands between the last MatMul and the ScatterND, and runs over
     the written positions. With `full`, `recount` rescales its weight and epsilon to give what the norm over
     all d would give.
 
@@ -91,7 +91,7 @@ class _BlockPruner:
         self.width = masks.hidden_size
 
     def prune(self, entering: ir.Value) -> tuple[ir.Value, int]:
-        """Prune the block that reads the stream `entering`; returns the stream behind it and the rewrites made."""
+        """Prune the block that reads the stream `entering`; returns the stream after it and the rewrites made."""
         block, sets = self.block, self.sets
         stream, count = entering, 0
         for part, part_sets in ((block.attention, sets.attention), (block.mlp, sets.mlp)):
@@ -145,11 +145,11 @@ class _BlockPruner:
         for projection in parts.reads:
             _slice(projection, rows=sets.read, columns=sets.mid)
         _slice(parts.write, rows=sets.mid, columns=sets.write)
-        if parts.behind and len(sets.write) < self.width:
-            weight = parts.behind.inputs[1]
+        if parts.after and len(sets.write) < self.width:
+            weight = parts.after.inputs[1]
             rebind(weight, weight_of(weight).select(0, sets.write))
             if self.norm_scope == "full":
-                recount(parts.behind, self.width, len(sets.write))
+                recount(parts.after, self.width, len(sets.write))
 
     def _write(self, parts: SubLayerParts, write: Indices, stream: ir.Value) -> ir.Value:
         """Add the sub-layer's output into its write set of the stream; returns the new stream."""
@@ -167,7 +167,7 @@ class _BlockPruner:
             turned = [op("Transpose", [v], s, perm=[2, 0, 1]) for v, s in ((stream, "_stream"), (update, "_update"))]
             added = op("ScatterND", [turned[0], indices, turned[1]], reduction="add")
             result = op("Transpose", [added], perm=[1, 2, 0])
-        # The parallel block's first add stands behind both sub-layers; a sequential one's directly behind its update.
+        # The parallel block's first add stands after both sub-layers; a sequential one's directly after its update.
         anchor = update.producer()
         assert anchor is not None
         for node in nodes:

@@ -23,7 +23,7 @@ from dispc.validate.checks.parity import LIMITS, logit_error
 
 
 def logits_in_two_runs(model: Any, tokens: Any) -> Any:
-    """Logits [S,V] of a prompt and, behind it, of one token."""
+    """Logits [S,V] of a prompt and, after it, of one token."""
     model.allocate(1, len(tokens) + 3)
     found = []
     for part, past in ((tokens[:-1], 0), (tokens[-1:], len(tokens) - 1)):

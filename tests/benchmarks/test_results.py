@@ -1,4 +1,4 @@
-"""The scripts behind docs/results.md: the text, the tasks, and a page that holds what the cells hold."""
+"""The scripts that write docs/results.md: the text, the tasks, and a page that holds what the cells hold."""
 
 import json
 from pathlib import Path

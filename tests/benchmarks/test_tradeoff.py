@@ -1,4 +1,4 @@
-"""The scripts behind docs/tradeoff.md and the texts of learning: frontiers, sentences, prompts."""
+"""The scripts that write docs/tradeoff.md and the texts of learning: frontiers, sentences, prompts."""
 
 import json
 from pathlib import Path

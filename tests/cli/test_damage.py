@@ -42,7 +42,7 @@ def written(name: str, content: bytes) -> Callable[[Path], None]:
 
 
 def indexed(content: bytes) -> Callable[[Path], None]:
-    """Make the weights a shard behind an index of that content."""
+    """Make the weights a shard of an index with that content."""
 
     def damage(model: Path) -> None:
         (model / "model.safetensors").rename(model / "shard.safetensors")
@@ -77,7 +77,7 @@ def with_value(name: str, value: float) -> Callable[[Path], None]:
 
 
 def sharded(shard: str | None = None, **more: str) -> Callable[[Path], None]:
-    """Make the weights one shard behind an index that names it, or `shard`, and the tensors in `more` too."""
+    """Make the weights one shard after an index that names it, or `shard`, and the tensors in `more` too."""
 
     def damage(model: Path) -> None:
         (model / "model.safetensors").rename(model / "shard.safetensors")

@@ -14,7 +14,7 @@ from dispc.reference.masked import load_reference
 @pytest.mark.parametrize("variant", ["llama", "phi", "gemma2"])
 @torch.no_grad()
 def test_a_loss_with_blocks_run_again_is_that_of_the_whole_model(variant: str) -> None:
-    """Whichever block changes: what was kept of those in front of it is what they still give."""
+    """Whichever block changes: what was kept of those before it is what they still give."""
     checkpoint = harness.checkpoint(variant)
     config = checkpoint.config
     model = load_reference(checkpoint, Masks.random(config, 0.3, 1))

@@ -16,7 +16,7 @@ STEPS = 8
 
 
 def generated(model: Any, prompts: list[list[int]]) -> list[list[int]]:
-    """What `model` says behind each of the prompts, in one batch padded on the left."""
+    """What `model` says after each of the prompts, in one batch padded on the left."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])

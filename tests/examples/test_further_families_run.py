@@ -49,7 +49,7 @@ def expected(variant: str) -> list[int]:
 
 
 def until_stop(tokens: list[int], variant: str) -> list[int]:
-    """The tokens in front of one that ends a generation."""
+    """The tokens before one that ends a generation."""
     stops = harness.checkpoint(variant).stop_tokens
     ends = [place for place, token in enumerate(tokens) if place >= len(PROMPT) and token in stops]
     return tokens[: ends[0]] if ends else tokens

@@ -50,7 +50,7 @@ def split(text: str) -> tuple[dict[str, Any], str]:
 
 
 def table(text: str, heading: str) -> list[list[str]]:
-    """The cells of the first table behind `heading`, without its rule."""
+    """The cells of the first table after `heading`, without its rule."""
     lines = text.split(heading, 1)[1].split("\n\n")
     rows = next(part for part in lines if part.startswith("|")).splitlines()
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]

@@ -139,7 +139,7 @@ def test_tensorboard_gets_every_step_once(tmp_path: Path, monkeypatch: pytest.Mo
 
     def stop_at_step_6(record: Mapping[str, float], steps: int) -> None:
         if record["step"] == 6:
-            shown[6] = -1.0  # was written before the kill, and is behind the checkpoint
+            shown[6] = -1.0  # was written before the kill, and is after the checkpoint
             raise InterruptedError
 
     with pytest.raises(InterruptedError):

@@ -36,7 +36,7 @@ KERNEL = "/model/layers.1/self_attn/GroupQueryAttention"
 def before(
     name: str, variant: str = "llama", masks: Masks | None = None, target: str = "onnx-cuda", **choices: object
 ) -> tuple[ir.Model, RewritePass]:
-    """The graph in front of the pass called `name`, and the pass."""
+    """The graph before the pass called `name`, and the pass."""
     masks = masks or half(variant)
     passes = build_pipeline(make_plan(target, Choices(**choices)), harness.checkpoint(variant), masks)  # type: ignore[arg-type]
     place = [item.name for item in passes].index(name)
@@ -125,7 +125,7 @@ MISSED: list[tuple[str, dict[str, Any], Callable[[ir.Model], object], str]] = [
     ("fuse-activations", {}, apart(f"{MLP}/act_fn/Mul", 1), "made 2 rewrites where 3 were"),
     ("quantise", {"quantisation": INT4}, apart(f"{MLP}/down_proj/MatMul", 1), "made 11 rewrites where 12 were"),
 ]
-"""Pass, the choices that make it run, a node that is renamed or broken in front of it, and its error."""
+"""Pass, the choices that make it run, a node that is renamed or broken before it, and its error."""
 NAMED: list[tuple[str, str, Callable[[ir.Model], object], str]] = [
     ("unroll", "llama", rename("/model/layers.0/mlp/down_proj/MatMul"), "one value must leave the block"),
     (
@@ -187,7 +187,7 @@ def test_a_pass_that_does_not_find_what_the_masks_promise_fails(
 @pytest.mark.parametrize(
     ("name", "variant", "choices", "says"),
     [
-        ("fuse-qkv", "qwen3", {}, "GroupQueryAttention: Reshape stands behind a projection"),
+        ("fuse-qkv", "qwen3", {}, "GroupQueryAttention: Reshape stands after a projection"),
         ("fuse-rotary", "phi", {}, "every attention: head size 16, of which 8 rotate"),
         ("fuse-skip-norm", "llama", {}, "/model/layers.0/input_layernorm/RMSNormalization: reads what /model/embed"),
         ("fill-zeros", "llama", {"lowering": "zero-filled"}, "0.attention.read: "),

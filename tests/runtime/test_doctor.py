@@ -157,7 +157,7 @@ def test_with_stand_ins_validation_runs_on_cuda_and_places_every_node_there(
     assert checks["placement"]["status"] == "passed", checks["placement"]
     assert report["placement"]["nodes"]["CUDAExecutionProvider"] > 30
     assert checks["CUDA graph replay"]["status"] == "failed"
-    assert graphs(log) == [48 + 36]  # captured once, behind the first prompt; every step launches it
+    assert graphs(log) == [48 + 36]  # captured once, after the first prompt; every step launches it
 
 
 def graphs(log: Path) -> list[int]:
@@ -179,7 +179,7 @@ def test_every_length_is_timed_with_a_cuda_graph_of_its_own(
     assert rows == [f"one token, batch 1, past {past}, CUDA graph" for past in (8, 32)]
     launched = sorted(graphs(log))
     assert len(launched) == 4  # the replay check, the warm-up of the longest, and the two that were timed
-    assert launched[1] == launched[2] == 6  # 3 runs behind 3
+    assert launched[1] == launched[2] == 6  # 3 runs after 3
 
 
 def test_a_device_that_does_not_answer_is_told_with_the_reason(cuda_artifact: Path, cuda_stub: Path) -> None:

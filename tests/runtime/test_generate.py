@@ -29,7 +29,7 @@ LOGITS = arrays.arrays(np.float32, st.integers(1, 40), elements=st.integers(-300
 TEMPLATE = "{% for m in messages %}<u>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 TRICKY = range(len(SPECIAL) + len(ASCII), len(SPECIAL) + len(ASCII) + len(HALVES))
 PUNCTUATION = [len(SPECIAL) + ASCII.index(letter) for letter in ".,'?!snt"]
-"""Tokens in front of which some tokenizers remove a space."""
+"""Tokens before which some tokenizers remove a space."""
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def test_every_case_is_timed_beside_a_dense_artifact_built_for_it(artifact: Path
 
 
 def test_a_past_beyond_the_model_is_refused(artifact: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"behind 999 tokens, the model takes 160"):
+    with pytest.raises(ArtifactError, match=r"after 999 tokens, the model takes 160"):
         measure(artifact, None, LatencyOptions(pasts=(999,), prompts=(4,), rounds=1, warmup=0), CPU)
     with pytest.raises(ArtifactError, match="1 or more"):
         LatencyOptions(batches=(0,))

@@ -43,7 +43,7 @@ ARTIFACTS: dict[str, tuple[str, dict[str, Any]]] = {
     "onnx-cpu, softcaps and windows": ("gemma2", {"target": "onnx-cpu"}),
     "onnx-cpu, two rotary bases": ("gemma3", {"target": "onnx-cpu"}),
     "onnx-cpu, interleaved rotary": ("cohere", {"target": "onnx-cpu"}),
-    "onnx-cpu, norms behind sub-layers": ("olmo2", {"target": "onnx-cpu"}),
+    "onnx-cpu, norms after sub-layers": ("olmo2", {"target": "onnx-cpu"}),
     "onnx-cpu, norms that add one": ("nemotron", {"target": "onnx-cpu"}),
     "onnx, softcaps and windows": ("gemma2", {"target": "onnx"}),
     "onnx-cuda float16": ("llama", {"target": "onnx-cuda"}),

@@ -63,7 +63,7 @@ def tables(model: ir.Model) -> Iterator[tuple[ir.Node, int]]:
 
 
 def rotary_row(model: ir.Model, place: Place) -> None:
-    """One cosine or sine far behind is off, in the table of a single operator, under another name."""
+    """One cosine or sine of a late position is off, in the table of a single operator, under another name."""
     node, position = one(list(tables(model)), place)
     shared = stored(node, position)
     assert shared.const_value is not None

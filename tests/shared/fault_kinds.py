@@ -99,8 +99,8 @@ KINDS: dict[str, Kind] = {
     "update: in one row": Kind(distort(compare("Equal", "row", lambda p: p.row))),
     "update: in batches above 4": Kind(distort(compare("Greater", "batch", lambda p: 4))),
     "update: in calls of many tokens": Kind(distort(compare("Greater", "new", lambda p: p.token)), quick=False),
-    "update: behind any past": Kind(distort(compare("Greater", "past", lambda p: 0))),
-    "update: behind a long past": Kind(distort(compare("Greater", "past", lambda p: p.token - 8)), quick=False),
+    "update: after any past": Kind(distort(compare("Greater", "past", lambda p: 0))),
+    "update: after a long past": Kind(distort(compare("Greater", "past", lambda p: p.token - 8)), quick=False),
     "head: a column 1 % off": Kind(head, named=HEAD),
     "head: final norm": Kind(final_norm, named=HEAD),
     "head: from a token on": Kind(

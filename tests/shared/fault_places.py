@@ -23,7 +23,7 @@ MODULES = {
 }
 """Modules of a block, by the sub-layer that they are of in every family."""
 TURNING = "post_attention_layernorm"
-"""Stands behind the attention where a block has a norm behind its MLP too, else in front of the MLP."""
+"""Stands after the attention where a block has a norm after its MLP too, else before the MLP."""
 PROJECTIONS = ("MatMul", "MatMulNBits")
 
 
@@ -60,7 +60,7 @@ def nodes(model: ir.Model, place: Place, *op_types: str) -> list[ir.Node]:
     inside = f"layers.{place.block}/"
     found = [node for node in model.graph if inside in (node.name or "")]
     names = {*MODULES[place.part]}
-    if (place.part == "attention") == norms_behind(model):
+    if (place.part == "attention") == norms_after(model):
         names.add(TURNING)
     return [
         node
@@ -69,8 +69,8 @@ def nodes(model: ir.Model, place: Place, *op_types: str) -> list[ir.Node]:
     ]
 
 
-def norms_behind(model: ir.Model) -> bool:
-    """Whether norms stand behind the sub-layers."""
+def norms_after(model: ir.Model) -> bool:
+    """Whether norms stand after the sub-layers."""
     return any("/post_feedforward_layernorm/" in (node.name or "") for node in model.graph)
 
 

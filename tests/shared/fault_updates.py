@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from fault_places import NORMS, PROJECTIONS, NotHere, Place, constant, nodes, norms_behind, producer
+from fault_places import NORMS, PROJECTIONS, NotHere, Place, constant, nodes, norms_after, producer
 
 
 def update(model: ir.Model, place: Place) -> ir.Value:
-    """The output of the sub-layer's last projection, with its bias, and with the norm behind it, if any."""
-    last = nodes(model, place, *PROJECTIONS, *(NORMS if norms_behind(model) else ()))
+    """The output of the sub-layer's last projection, with its bias, and with the norm after it, if any."""
+    last = nodes(model, place, *PROJECTIONS, *(NORMS if norms_after(model) else ()))
     if not last:
         raise NotHere
     value = last[-1].outputs[0]
@@ -18,7 +18,7 @@ def update(model: ir.Model, place: Place) -> ir.Value:
     return adds[0].outputs[0] if adds and any(v and v.const_value is not None for v in adds[0].inputs) else value
 
 
-def behind(model: ir.Model, value: ir.Value, made: list[ir.Node]) -> None:
+def after(model: ir.Model, value: ir.Value, made: list[ir.Node]) -> None:
     """Let everything that reads `value` read the output of the last node of `made` instead."""
     readers = [use for use in value.uses() if use.node not in made]
     output = made[-1].outputs[0]
@@ -91,6 +91,6 @@ def distort(
             made.append(cast)
             scaled = ir.node("Mul", [value, cast.outputs[0]], name="fault/Mul")
             made += [scaled, ir.node("Where", [flags, scaled.outputs[0], value], name="fault/Where")]
-        behind(model, value, made)
+        after(model, value, made)
 
     return plant

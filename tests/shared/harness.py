@@ -58,14 +58,14 @@ def traced(variant: str) -> ir.Model:
 
 
 def graph_of(model: Checkpoint, masks: Masks, target: str = "onnx-cpu", **options: Any) -> ir.Model:
-    """The float32 graph of any checkpoint behind the whole pipeline."""
+    """The float32 graph of any checkpoint after the whole pipeline."""
     graph = trace(model, torch.float32)
     run_pipeline(graph, build_pipeline(make_plan(target, Choices(**options)), model, masks))
     return graph
 
 
 def rewritten(variant: str, masks: Masks, target: str = "onnx-cpu", **options: Any) -> ir.Model:
-    """The variant's graph behind the whole pipeline, its trace made once."""
+    """The variant's graph after the whole pipeline, its trace made once."""
     model = traced(variant)
     run_pipeline(model, build_pipeline(make_plan(target, Choices(**options)), checkpoint(variant), masks))
     return model
@@ -128,7 +128,7 @@ def rows_of(model: Any, rows: Sequence[Array]) -> list[Array]:
 
 
 def model_logits(model: ir.Model, tokens: Array = TOKENS, *, optimise: bool = False) -> Array:
-    """Logits [S,V] of a graph in ONNX Runtime: one run for the first tokens, one for the rest behind the cache."""
+    """Logits [S,V] of a graph in ONNX Runtime: one run for the first tokens, one for the rest after the cache."""
     with tempfile.TemporaryDirectory(dir=scratch()) as directory:
         path = Path(directory) / "model.onnx"
         ir.save(model, path, external_data="model.onnx.data")
@@ -142,7 +142,7 @@ def model_logits(model: ir.Model, tokens: Array = TOKENS, *, optimise: bool = Fa
 
 
 def batch_logits(model: ir.Model, rows: Sequence[Array], padding: str) -> list[Array]:
-    """Logits [S,V] of each row of a batch: all but its last token in a padded prompt, that one behind the cache."""
+    """Logits [S,V] of each row of a batch: all but its last token in a padded prompt, that one after the cache."""
     with tempfile.TemporaryDirectory(dir=scratch()) as directory:
         path = Path(directory) / "model.onnx"
         ir.save(model, path, external_data="model.onnx.data")

@@ -9,7 +9,7 @@ from run_ort import PROMPTS, STEPS
 
 
 def decode(artifact: str) -> list[list[int]]:
-    """The greedy tokens behind each prompt, fed by itself."""
+    """The greedy tokens after each prompt, fed by itself."""
     model, found = og.Model(artifact), []
     for prompt in PROMPTS:
         parameters = og.GeneratorParams(model)

@@ -18,7 +18,7 @@ DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def decode(artifact: Path) -> list[list[float]]:
-    """Logits of each row's last token, behind the padded prompts and behind each greedy step: a list for each."""
+    """Logits of each row's last token, after the padded prompts and after each greedy step: a list for each."""
     manifest = json.loads((artifact / "dispc.json").read_text())
     left, options = manifest["padding"] == "left", ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4

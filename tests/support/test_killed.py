@@ -64,7 +64,7 @@ def in_child(work: Callable[[], None], kill_after: float | None = None) -> int:
 
 
 def kill_at(number: int, place: Path) -> Callable[[str, tuple[Any, ...]], None]:
-    """An audit hook that kills the process in front of its change `number` of files in `place` (never with 0)."""
+    """An audit hook that kills the process before its change `number` of files in `place` (never with 0)."""
     seen = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -131,7 +131,7 @@ def test_a_kill_at_every_change_of_a_file_loses_nothing(
         assert [path.name for path in out.parent.iterdir()] == ["out"]  # nothing is left behind
         found.append(whole(out))
     assert {"old", "new"} == {"old" if "old" in content else "new" for content in found}
-    print(f"{changes} kills, one in front of every change of a file: 0 artifacts lost")
+    print(f"{changes} kills, one before every change of a file: 0 artifacts lost")
 
 
 def lasting(out: Path) -> dict[str, str]:

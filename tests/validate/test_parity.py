@@ -150,7 +150,7 @@ def test_a_graph_whose_stream_cannot_be_followed_is_still_judged(tmp_path: Path)
 
 
 def fuse_adds_into_norms(model: ir.Model) -> None:
-    """Every residual Add and the norm behind it as one node, as ONNX Runtime spells it."""
+    """Every residual Add and the norm after it as one node, as ONNX Runtime spells it."""
     for add in [node for node in model.graph if (node.name or "").endswith("/write/Add")]:
         stream, update = add.inputs
         (norm,) = [use.node for use in add.outputs[0].uses() if use.node.op_type == "SimplifiedLayerNormalization"]

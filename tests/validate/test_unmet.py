@@ -1,4 +1,4 @@
-"""What random prompts do not meet: rows of tables, tokens behind a sliding window, and the files beside the graph."""
+"""What random prompts do not meet: rows of tables, tokens after a sliding window, and the files beside the graph."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Where an artifact goes wrong: the residual stream behind every sub-layer, against the reference's.
+"""Where an artifact goes wrong: the residual stream after every sub-layer, against the reference's.
 
 Sub-layers depend on each other through the stream alone, so the first place at which it is off by more than its budget
 is the first sub-layer that computes something else.

@@ -24,7 +24,7 @@ UNITS = 2.0
 
 
 def judge_embeddings(comparison: Comparison) -> Iterator[Check]:
-    """Every token and, where positions are learned, every position: the stream in front of the first sub-layer.
+    """Every token and, where positions are learned, every position: the stream before the first sub-layer.
 
     The graph is cut off there and run on the CPU.
     """
@@ -40,7 +40,7 @@ def judge_embeddings(comparison: Comparison) -> Iterator[Check]:
 
 
 def cut_behind_embeddings(model: ir.Model) -> None:
-    """Leave the stream in front of the first sub-layer as the only output, and the nodes that it takes."""
+    """Leave the stream before the first sub-layer as the only output, and the nodes that it takes."""
     stream = first_stream(model)
     cast = ir.node("Cast", [stream], {"to": ir.DataType.FLOAT}, name=f"{OUTPUT}/Cast")
     cast.outputs[0].name, cast.outputs[0].dtype = OUTPUT, ir.DataType.FLOAT

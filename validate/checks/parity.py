@@ -31,7 +31,7 @@ class Thresholds:
 
     `error` and `kl` are factors of what the dtype itself costs, `top1` and `greedy` shares of positions at which
     another token is chosen for more than a tie within the error budget, `perplexity` a relative difference.
-    A divergence grows with the square of the error behind it, so its factor is the square of the other.
+    A divergence grows with the square of the error after it, so its factor is the square of the other.
     """
 
     error: float = 4.0

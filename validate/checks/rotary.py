@@ -75,7 +75,7 @@ def find_tables(model: ir.Model) -> dict[ir.Value, tuple[int, str]]:
     for node in model.graph:
         for kind, position in enumerate(TABLES.get((node.op_type, node.domain), ())):
             value = node.inputs[position] if position < len(node.inputs) else None
-            if value is None:  # GroupQueryAttention behind nodes that rotate
+            if value is None:  # GroupQueryAttention after nodes that rotate
                 continue
             table = _stored(value)
             if table is None:
@@ -86,7 +86,7 @@ def find_tables(model: ir.Model) -> dict[ir.Value, tuple[int, str]]:
 
 
 def _stored(value: ir.Value) -> ir.Value | None:
-    """The initializer that a value is, behind casts that change nothing."""
+    """The initializer that a value is, after casts that change nothing."""
     producer = value.producer()
     while producer is not None and producer.op_type in ("Identity", "Cast") and producer.inputs[0] is not None:
         value, producer = producer.inputs[0], producer.inputs[0].producer()

@@ -151,7 +151,7 @@ def other_side(client: Client) -> Result:
     if client.artifact.padding == "right":
         detail += " (ONNX Runtime computes something else without an error; dispc's own loop refuses it)"
     elif client.window:
-        detail += " (padding behind a prompt takes up room in the sliding window)"
+        detail += " (padding after a prompt takes up room in the sliding window)"
     return rows, detail
 
 
@@ -164,7 +164,7 @@ def shared_buffer(client: Client) -> Result:
 
 
 def graph_replay(client: Client) -> Result:
-    """A CUDA graph is captured behind one prompt and replayed behind another of a different length."""
+    """A CUDA graph is captured after one prompt and replayed after another of a different length."""
     provider = client.artifact.provider
     if provider.graph_options is None:
         raise Skip(f"CUDA graphs need a CUDA device; judged on {provider.title}")
@@ -173,7 +173,7 @@ def graph_replay(client: Client) -> Result:
     decoder = _shared_decoder(client, artifact, graph=True)
     first, second = client.length // 3, client.length // 2
     rows = [_decode_shared(client, decoder, prompt) for prompt in (first, second)]
-    return rows, f"captured behind {first} tokens, replayed behind {second}"
+    return rows, f"captured after {first} tokens, replayed after {second}"
 
 
 def _shared_decoder(client: Client, artifact: Artifact, *, graph: bool) -> BoundDecoder:

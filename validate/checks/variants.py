@@ -19,7 +19,7 @@ SHIPPED_LENGTHS, SHIPPED_STEPS = (17, 5, 9), 4
 def judge_shipped(comparison: Comparison) -> Iterator[Check]:
     """The artifact as it is against the graph that the other checks ran (`Artifact`, exact): each row's last token.
 
-    A prefill, and SHIPPED_STEPS steps behind it.
+    A prefill, and SHIPPED_STEPS steps after it.
     """
     exact, client = comparison.artifact, comparison.client
     if not (exact.last_logits or exact.int8_activations):
@@ -44,7 +44,7 @@ def judge_shipped(comparison: Comparison) -> Iterator[Check]:
 
 
 def judge_bits(comparison: Comparison) -> Iterator[Check]:
-    """The same prompt, and a step behind it, run twice, gives the same bits."""
+    """The same prompt, and a step after it, run twice, gives the same bits."""
     yield same_bits(comparison.client)
 
 

@@ -1,7 +1,7 @@
-"""--verify-each: run the model behind every pass and name the first pass that changed the result.
+"""--verify-each: run the model after every pass and name the first pass that changed the result.
 
 Up to the unrolled graph the result must be the dense reference's, from the pruned graph on the masked reference's, and
-behind quantisation that of the masked reference with its weights rounded likewise.
+after quantisation that of the masked reference with its weights rounded likewise.
 """
 
 import tempfile
@@ -34,23 +34,23 @@ def make_verifier(
 ) -> Callable[[int, str, ir.Model], None]:
     """A callback for `run_pipeline` that raises CompileError naming the pass whose graph computes something else.
 
-    Runs in float32 without ONNX Runtime's own optimisations: a prefill, and a second run behind its cache.
+    Runs in float32 without ONNX Runtime's own optimisations: a prefill, and a second run after its cache.
     """
     tokens = np.random.default_rng(seed).integers(0, checkpoint.config.vocab_size, 10)
     with freed(load_reference(checkpoint, None)) as model:  # only its answers are needed while the passes run
         dense = _reference_logits(model, tokens)
         apply_masks(model, checkpoint.family, masks)
         masked = _reference_logits(model, tokens)
-    answers = {"behind": masked}  # what the passes behind the dense ones must give; quantisation changes it
+    answers = {"after": masked}  # what the passes after the dense ones must give; quantisation changes it
 
     def verify(number: int, name: str, graph: ir.Model) -> None:
         if name == QUANTISING_PASS and quantisation:
             with freed(load_reference(checkpoint, masks)) as model:
                 integers = read_integers(quantisation, lambda: graph, checkpoint.family)
                 quantise_reference(model, checkpoint.family, masks, quantisation, torch.float32, integers)
-                answers["behind"] = _reference_logits(model, tokens)
+                answers["after"] = _reference_logits(model, tokens)
         logits, positions = _run(graph, tokens)
-        expected = dense if name in DENSE_PASSES else answers["behind"]
+        expected = dense if name in DENSE_PASSES else answers["after"]
         error = logit_error(logits, expected[positions])
         if not error <= LIMITS["float32"]:
             raise CompileError(

@@ -74,7 +74,7 @@ def page(report: Report) -> str:
 
 
 def _blocks(report: Report) -> Chart | None:
-    """Error of the residual stream behind each sub-layer, over what the dtype costs, on a scale of powers of ten."""
+    """Error of the residual stream after each sub-layer, over what the dtype costs, on a scale of powers of ten."""
     drill = report.drill
     if not drill or not drill.stages:
         return None
@@ -109,7 +109,7 @@ def _widths(report: Report) -> Iterable[tuple[str, float, Chart]]:
 
 def _timing(latency: Latency) -> str:
     facts = f"{latency.provider}, {latency.threads} threads (chosen by {latency.threads_chosen_by}), "
-    facts += f"{latency.rounds} runs behind {latency.warmup} others"
+    facts += f"{latency.rounds} runs after {latency.warmup} others"
     if latency.peak_bytes:
         facts += f", peak memory {latency.peak_bytes / 2**20:,.0f} MiB"
     return facts
@@ -161,7 +161,7 @@ def _upright(
 
 
 def _lying(bars: Sequence[tuple[str, float, str]], spell: Callable[[float], str]) -> Chart:
-    """Lying bars: (name, value, class) each, with the value behind the bar."""
+    """Lying bars: (name, value, class) each, with the value after the bar."""
     left, right, tall = 240, 80, 20
     largest = max((value for _, value, _ in bars), default=0) or 1
     drawn, labels = [], []

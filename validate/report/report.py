@@ -16,7 +16,7 @@ from dispc.support.typed_json import OPTIONAL, from_json, to_json
 
 @dataclass(frozen=True, kw_only=True)
 class StreamError:
-    """The residual stream behind one sub-layer (or behind the embedding, or the logits): largest errors over all rows.
+    """The residual stream after one sub-layer (or after the embedding, or the logits): largest errors over all rows.
 
     `ratio` is the error over its own: what the dtype costs by itself. Sub-layers have their block, part and widths.
     """

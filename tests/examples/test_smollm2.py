@@ -176,7 +176,8 @@ def test_the_demo_compares_the_dense_model_with_what_a_user_would_take(demo_fold
     assert "Paris" in dense.text
     answers = ["".join(generate_text(Path(pruned.artifact), one, 64, Sampler())) for one in QUESTIONS]
     assert answers[0] == pruned.text
-    assert sum(loops(one) for one in answers) <= 2, answers  # the sea and the moon, when this was written
+    # Where this was written only the moon loops; the int8 kernels of another CPU round otherwise.
+    assert sum(loops(one) for one in answers) <= 2, answers
     assert all(entry.passed for entry in result.models.values())
     assert pruned.bytes < dense_int8.bytes < dense.bytes
     assert dense.perplexity < pruned.perplexity < 3 * dense.perplexity

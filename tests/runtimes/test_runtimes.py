@@ -64,7 +64,7 @@ TOLERANCES = {"float16": 5e-3, "int8 activations": 1e-2}
 FOR_GENAI = [name for name, (_, options) in ARTIFACTS.items() if options["target"] != "onnx-cuda"]
 """The others ask onnxruntime-genai for its CUDA build."""
 FIRST_GENAI = {"onnx-cpu, one position of logits": "0.13"}
-"""Artifacts that older ones refuse, which want logits of every position of a prompt (0.12 was not tried)."""
+"""Artifacts that older ones refuse, which want logits of every position of a prompt."""
 
 
 def versions(package: str) -> list[str]:

@@ -39,7 +39,7 @@ HEAD = ("--quantize-head", "--quantize-embedding")
 INT4 = ("--quantize", "int4", *HEAD, "--int8-activations")
 FORMATS: dict[str, tuple[str, ...]] = {
     "float32": (),
-    "int8": ("--quantize", "int8", "--block-size", "64", *HEAD),
+    "int8": ("--quantize", "int8", *HEAD),
     "int4": INT4,
     "GPTQ int4": (*INT4, "--algorithm", "gptq", "--asymmetric", "--mixed", "widths"),
 }

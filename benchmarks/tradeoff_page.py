@@ -10,6 +10,7 @@ from pages import table
 WINDOWS = "16 of 1024"
 GPU_WINDOWS = "wiki.test, 16 of 1024"
 COLORS = {"float32": "tab:blue", "int8": "tab:orange", "int4": "tab:green", "GPTQ int4": "tab:red"}
+MIXED = " GPTQ int4 keeps the value and down projections of some blocks in 8 bits (`--mixed widths`)."
 AXES = (("milliseconds", "milliseconds per token"), ("megabytes", "megabytes (model.onnx and weights)"))
 
 
@@ -116,8 +117,8 @@ def page(rows: Sequence[Mapping[str, Any]], known: Mapping[str, Any], recovery: 
         f"SmolLM2-135M-Instruct{timed}. Perplexity on "
         "WikiText-2 test, the first 16 windows of 1,024 tokens, and all 148 of 2,048 where it was measured; of float32 "
         "artifacts it is their reference's, measured on a GPU, of the others their own. The grey line joins those that "
-        "no other is both smaller (faster) and better than. GPTQ int4 keeps the value and down projections of some "
-        "blocks in 8 bits (`--mixed widths`).",
+        "no other is both smaller (faster) and better than."
+        + (MIXED if any(row["format"] == "GPTQ int4" for row in rows) else ""),
         table(("model", "perplexity", "whole test split", "ms a token", "MB", "on the frontier of"), shown),
         *verdicts(rows),
         "The recovered models were trained on WikiText-2's train split for half a million tokens, the dense model was "

@@ -109,8 +109,8 @@ def _serve(start: Callable[[], Answer], reading: int, writing: int, seconds: flo
         answer, message = _tried(start, seconds, memory)
         _send(writing, message)
         while "error" not in message and (request := _receive(reading)) is not None:
-            _, message = _tried(lambda: answer(request["question"]), request["seconds"], request["memory"])
-            _send(writing, message)
+            _, reply = _tried(lambda: answer(request["question"]), request["seconds"], request["memory"])
+            _send(writing, reply)
     finally:
         os._exit(0)
 

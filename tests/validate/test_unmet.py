@@ -22,7 +22,9 @@ from dispc.model.checkpoint import Checkpoint
 from dispc.quantisation import Quantisation
 from dispc.validate import check
 from dispc.validate.checks.facts import NAME as FACTS
-from dispc.validate.checks.files import COMPANIONS, first_difference
+from dispc.validate.checks.files import COMPANIONS, first_difference, judge_companions
+from dispc.validate.checks.static import INTERFACE, judge_interface
+from dispc.validate.comparison import Comparison, Options
 
 TOKENS, PLACES = "model.embed_tokens.weight", "model.decoder.embed_positions.weight"
 LONG = {"long prompt", "long prompt in pieces"}
@@ -147,6 +149,10 @@ DECODER, SEARCH = ("genai_config.json", "model", "decoder"), ("genai_config.json
         (edit_json(*SEARCH, "temperature", value=0.1), COMPANIONS, "temperature is 0.1"),
         (lambda out: (out / "chat_template.jinja").write_text("{{ x }}"), COMPANIONS, "the reference has none"),
         (lambda out: (out / "modeling.py").write_text("x"), COMPANIONS, "modeling.py: no file of an artifact"),
+        (lambda out: (out / "model.ort").write_text("x"), COMPANIONS, "model.ort: no file of an artifact"),
+        (lambda out: (out / "tekken.json").write_text("{}"), COMPANIONS, "tekken.json: no file of an artifact"),
+        (lambda out: (out / "onnx").mkdir(), COMPANIONS, "onnx: no file of an artifact"),
+        (lambda out: (out / "LICENSE").write_text("free"), COMPANIONS, "LICENSE: not the reference's"),
         (edit_json("dispc.json", "stop_tokens", value=[77]), FACTS, r"stop_tokens is \[77\], it should be \[2\]"),
         (edit_json("dispc.json", "widths", value=[]), FACTS, r"widths is \[\], it should be "),
         (edit_json("dispc.json", "bytes", value=1), FACTS, "bytes is 1, it should be"),
@@ -168,6 +174,84 @@ def test_files_beside_the_model_are_those_of_the_reference_and_tell_the_truth(
     report = check(out, harness.checkpoint("llama").directory)
     assert check_name in failed(report) <= {COMPANIONS, FACTS}
     assert re.search(says, next(each.detail for each in report.checks if each.name == check_name))
+
+
+def loaded(out: Path, variant: str) -> Comparison:
+    return Comparison(out, harness.checkpoint(variant).directory, Options(device="cpu"))
+
+
+def test_reports_and_hidden_files_may_lie_beside_the_model(tmp_path: Path) -> None:
+    out = shutil.copytree(artifact("llama"), tmp_path / "out")
+    for name in ("report.json", "report.xml", "summary.md", "report.html", ".gitattributes"):
+        (out / name).write_text("x")
+    assert [each.status for each in judge_companions(loaded(out, "llama"))] == ["passed"]
+
+
+def add_an_output(model: ir.Model) -> None:
+    node = ir.node("Identity", [model.graph.inputs[0]], name="fault/Identity")
+    leaked = node.outputs[0]
+    leaked.name, leaked.dtype, leaked.shape = "leaked", ir.DataType.INT64, ir.Shape(["batch", "sequence"])
+    model.graph.append(node)
+    model.graph.outputs.append(leaked)
+
+
+def add_an_input(model: ir.Model) -> None:
+    unread = ir.Value(
+        name="token_type_ids", shape=ir.Shape(["batch", "sequence"]), type=ir.TensorType(ir.DataType.INT64)
+    )
+    model.graph.inputs.append(unread)
+
+
+def spoil_where(name: str, number: int) -> faults.Fault:
+    """Other logits at every token whose id, or position, is `number`: one that no scenario need feed."""
+
+    def spoil(model: ir.Model) -> None:
+        source = next(value for value in model.graph.inputs if value.name == name)
+        wanted = ir.Value(name="fault.number", const_value=ir.tensor([number], name="fault.number"))
+        model.graph.register_initializer(wanted)
+        equal = ir.node("Equal", [source, wanted], name="fault/Equal")
+        share = ir.node("Cast", [equal.outputs[0]], {"to": ir.DataType.FLOAT}, name="fault/Cast")
+        last = ir.Value(name="fault.axis", const_value=ir.tensor([-1], name="fault.axis"))
+        model.graph.register_initializer(last)
+        column = ir.node("Unsqueeze", [share.outputs[0], last], name="fault/Unsqueeze")
+        model.graph.extend([equal, share, column])
+        faults.behind_logits(model, lambda logits: ir.node("Add", [logits, column.outputs[0]], name="fault/Add"))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("fault", "options", "says"),
+    [
+        (add_an_output, {}, "an output leaked"),
+        (add_an_input, {}, "an input token_type_ids"),
+        (spoil_where("input_ids", 130), {}, "logits depends on input_ids otherwise than"),
+        (spoil_where("position_ids", 9), {"target": "onnx"}, "logits depends on position_ids otherwise than"),
+    ],
+)
+def test_a_graph_of_another_interface_or_with_other_uses_of_it_is_found(
+    fault: faults.Fault, options: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    broken = faults.plant(fault, artifact("llama", **options), tmp_path / "broken")
+    (found,) = judge_interface(loaded(broken, "llama"))
+    assert found.name == INTERFACE and found.status == "failed" and says in found.detail
+
+
+INTERFACES: list[tuple[str, str, dict[str, Any]]] = [
+    ("phi", "onnx-cpu", {}),
+    ("opt", "onnx", {"last_logits": True}),
+    ("opt", "onnx-cpu", {"last_logits": True}),
+    ("llama", "onnx", {}),
+    ("llama", "onnx-cuda", {"dtype": "bfloat16"}),
+    ("llama", "onnx-cpu", {"padding": "left", "last_logits": True}),
+    ("mistral-window", "onnx", {}),
+]
+
+
+@pytest.mark.parametrize(("variant", "target", "options"), INTERFACES, ids=str)
+def test_interfaces_of_every_kind_pass(variant: str, target: str, options: dict[str, Any]) -> None:
+    model = loaded(artifact(variant, target, **options), variant)
+    assert [each.status for each in judge_interface(model)] == ["passed"]
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,15 @@ With wrong ones, a correct graph prunes the wrong positions, stops at the wrong 
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dispc.export.companions import genai_config
-from dispc.manifest import COPIED
+from dispc.manifest import COPIED, LICENCE_FILES, WRITTEN
 from dispc.masks import Masks
 from dispc.plan import choices_of, make_plan
 from dispc.runtime.providers import PROVIDERS
@@ -21,29 +22,10 @@ from dispc.support.inputs import contents, read_object
 from dispc.validate.comparison import Comparison
 
 COMPANIONS = "files beside the model"
-READ_BY_OTHERS = (
-    "*.py",
-    "*.so",
-    "*.dll",
-    "*.jinja",
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "added_tokens*",
-    "special_tokens*",
-    "*.tiktoken",
-    "spiece*",
-    "*generation_config*",
-    "*processor_config*",
-    "adapter_*",
-    "additional_chat_templates",
-    "custom_generate",
-    "config*.json",
-    "*.onnx",
-    "*.safetensors",
-)
-"""Names that runtimes and tokenizers look for: a file of such a name changes what they do."""
-OURS = ("model.onnx", "masks.safetensors", "genai_config.json")
+REPORTS = (".xml", ".html", ".md")
+"""Endings of what `dispc validate` writes, which may lie beside an artifact: no runtime reads such a file."""
+REPORT = re.compile(r"report[\w-]*\.json")
+"""Names under which a report may lie there as JSON; runtimes look for some others."""
 SHOWN = 6
 """Differences that are named."""
 ABSENT = "nothing"
@@ -110,10 +92,18 @@ def _copied(comparison: Comparison) -> Iterator[str]:
 
 
 def _foreign(comparison: Comparison) -> Iterator[str]:
+    """What no compilation writes. Allowed are reports and hidden files (.git, .gitattributes, .cache)."""
     for path in sorted(comparison.directory.iterdir()):
-        known = path.name in (*COPIED, *OURS)
-        if not known and any(fnmatch(path.name.lower(), pattern) for pattern in READ_BY_OTHERS):
+        if LICENCE_FILES.fullmatch(path.name):
+            theirs = comparison.checkpoint.directory / path.name
+            if not theirs.is_file() or contents(path, ArtifactError) != contents(theirs, ArtifactError):
+                yield f"{path.name}: not the reference's"
+        elif path.name not in WRITTEN and not path.name.startswith(".") and not _is_report(path):
             yield f"{path.name}: no file of an artifact, and others may read it"
+
+
+def _is_report(path: Path) -> bool:
+    return path.is_file() and (path.suffix in REPORTS or REPORT.fullmatch(path.name) is not None)
 
 
 def _genai(comparison: Comparison) -> Iterator[str]:

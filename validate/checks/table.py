@@ -58,6 +58,7 @@ def judge_facts(comparison: Comparison) -> Iterator[Check]:
 
 CHECKS: tuple[CheckRow, ...] = (
     CheckRow("onnx.checker", static.judge_file),
+    CheckRow(static.INTERFACE, static.judge_interface),
     CheckRow("masks", files.judge_masks),
     CheckRow("files beside the model", files.judge_companions),
     CheckRow("dispc.json", judge_facts),

@@ -1,6 +1,7 @@
 """The whole compiler, read from top to bottom: checkpoint and masks in, artifact out."""
 
 import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,13 +33,16 @@ from dispc.selection import sets_to_fill
 from dispc.support.directories import check_output, staged_directory
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError, CompileError
-from dispc.support.files import write_json
+from dispc.support.files import whole, write_json, write_text
+from dispc.support.inputs import regular
 from dispc.support.version import __version__, versions
 from dispc.validate.checks.verify import make_verifier
 from dispc.validate.judge import check
 from dispc.validate.report.report import Report
 
 PACKAGES = ("torch", "transformers", "onnx", "onnx-ir")
+DUMPED = re.compile(r"\d\d-[a-z0-9-]+\.(onnx|txt)|not-rewritten\.txt")
+"""What `--dump-ir` writes."""
 Progress = Callable[[str, int, int], None]
 """progress(what, bytes done, bytes in all)"""
 
@@ -113,6 +117,22 @@ def _check_paths(options: CompileOptions) -> None:
     for path in (options.model, options.masks, options.dump_ir):
         if path and path.resolve().is_relative_to(options.output.resolve()):
             raise ArtifactError(f"{path}: lies in {options.output}, which would be replaced; choose another -o")
+    if options.dump_ir:
+        _check_dump(options.dump_ir, options.force)
+
+
+def _check_dump(directory: Path, force: bool) -> None:
+    """Raise ArtifactError unless graphs may be written into `directory`: over what is there with `force` only."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise ArtifactError(f"--dump-ir {directory}: is not a directory")
+    older = sorted(path for path in directory.iterdir() if DUMPED.fullmatch(path.name))
+    if older and not force:
+        raise ArtifactError(f"{older[0]}: exists already; use --force to replace it, or choose another --dump-ir")
+    for path in older:
+        if path.exists():  # a link may lead nowhere
+            regular(path, ArtifactError)
 
 
 def _tuned(
@@ -192,7 +212,7 @@ def build_artifact(
     )
     if dump_ir:
         lines = "".join(f"{line}\n" for line in manifest.not_rewritten)
-        (dump_ir / "not-rewritten.txt").write_text(lines, encoding="utf-8")
+        write_text(dump_ir / "not-rewritten.txt", lines)
     model.metadata_props.update(
         {
             "dispc.version": __version__,
@@ -275,11 +295,11 @@ def _lowering(plan: Plan, masks: Masks, config: DecoderConfig) -> LoweringChoice
 
 def dump_graph(model: ir.Model, path: Path) -> None:
     """Write the graph without weight values: they stay in the checkpoint, the file only shows their shapes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with surface_weight_errors():
         proto = ir.to_proto(_without_values(model))
-    path.write_bytes(proto.SerializeToString())
-    path.with_suffix(".txt").write_text(str(model) + "\n", encoding="utf-8")
+    with whole(path) as partial:
+        partial.write_bytes(proto.SerializeToString())
+    write_text(path.with_suffix(".txt"), str(model) + "\n")
 
 
 def _without_values(model: ir.Model) -> ir.Model:

@@ -1,6 +1,8 @@
 """The compiler end to end: every family, norm scope and target against the masked torch reference."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from dispc.compiler import CompileOptions, ParityFailure, compile_model
 from dispc.manifest import Manifest
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
+from dispc.support.errors import ArtifactError
 from dispc.validate.checks.parity import LIMITS, Thresholds, logit_error
 from dispc.validate.checks.table import CHECKS
 
@@ -196,6 +199,27 @@ def test_dumped_graphs_are_one_per_pass_and_load(tmp_path: Path) -> None:
     assert sorted(path.stem for path in (tmp_path / "ir").glob("*.onnx")) == ["00-trace", *names]
     canonical = onnx.load(tmp_path / "ir" / "02-prune-blocks.onnx")
     assert [node.op_type for node in canonical.graph.node].count("ScatterND") == 6
+
+
+@pytest.mark.parametrize(
+    ("make", "force", "says"),
+    [
+        (lambda place: (place / "00-trace.onnx").write_text("mine"), False, "00-trace.onnx: exists already"),
+        (lambda place: os.mkfifo(place / "00-trace.onnx"), True, "00-trace.onnx: is no regular file"),
+        (lambda place: os.mkfifo(place / "not-rewritten.txt"), True, "not-rewritten.txt: is no regular file"),
+        (lambda place: (place.rmdir(), place.write_text("mine")), True, "is not a directory"),
+    ],
+    ids=["older", "pipe", "pipe of reasons", "file"],
+)
+def test_a_dump_replaces_files_by_force_only_and_waits_for_no_pipe(
+    make: Callable[[Path], Any], force: bool, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "ir").mkdir()
+    make(tmp_path / "ir")
+    masks, before = Masks.random(harness.checkpoint("llama").config, 0.5, 1), sorted(tmp_path.rglob("*"))
+    with pytest.raises(ArtifactError, match=says):
+        compile_variant("llama", masks, tmp_path, "onnx-cpu", validate=False, dump_ir=tmp_path / "ir", force=force)
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "masks.safetensors"])
 
 
 def test_the_manifest_describes_the_artifact(tmp_path: Path) -> None:

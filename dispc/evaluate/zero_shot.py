@@ -12,6 +12,7 @@ from dispc.model.text import quiet_datasets
 from dispc.model.tokenizer import Tokenizer
 from dispc.support.errors import DataError, first_line
 from dispc.support.extras import need
+from dispc.support.inputs import regular
 
 METRICS = ("acc_norm", "acc", "exact_match")
 """The first of these that a task reports is its figure."""
@@ -33,6 +34,9 @@ def find_tasks(tasks: list[str], include: Path | None = None) -> Any:
 
     if include is not None and not include.is_dir():
         raise DataError(f"--include {include}: no such directory")
+    for path in include.rglob("*") if include else ():  # lm-eval would wait for a pipe
+        if path.exists() and not path.is_dir():
+            regular(path, DataError)
     folder = str(include) if include else None
     manager = TaskManager(include_path=folder, include_defaults=False)
     if not set(tasks) <= set(manager.all_tasks):  # reading lm-eval's own thousands of definitions takes a while

@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import pickle
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,19 @@ import torch
 
 from dispc.learn.options import RunOptions
 from dispc.support.errors import LearnError, first_line
-from dispc.support.files import whole, write_json, write_text
+from dispc.support.files import clear_up, whole, write_json, write_text
+from dispc.support.inputs import contents, read_object, regular
+from dispc.support.torch_files import load_torch
 
 CHECKPOINT, METRICS, OPTIONS, BOARD = "checkpoint.pt", "metrics.jsonl", "options.json", "tensorboard"
 PICTURES = LEARNING, WIDTHS, RECOVERY = "learning.png", "widths.png", "recovery.png"
+FILES = (OPTIONS, CHECKPOINT, METRICS, *PICTURES)
+MOVE = "move its folder away, or choose another -o"
+EVENTS = "events.out.tfevents.*"
+"""What TensorBoard calls the files that are written for it."""
 FORMAT_VERSION = 2
+METRICS_BYTES = 2**30
+"""A step's line has some 150 bytes; runs of millions of steps come near."""
 
 
 class RunFolder:
@@ -29,13 +35,14 @@ class RunFolder:
         self.checkpoint, self.metrics = self.path / CHECKPOINT, self.path / METRICS
 
     def check(self, *, resume: bool, force: bool) -> None:
-        """Raise DispcError unless the run can `resume`, or start without losing an earlier one (or with `force`)."""
-        recorded = self.path / OPTIONS
+        """Raise DispcError unless the run can `resume`, or start without losing an earlier one (or with `force`).
+
+        Neither writes into a folder in which somebody else has files of these names.
+        """
         self.options.check_output(force=True)
-        if resume and recorded.is_file():
-            self.options.check_same(_read_options(recorded))
-        elif resume and self.checkpoint.exists():
-            raise LearnError(f"{recorded}: is missing, and with it what the checkpoint is of; start anew with --force")
+        recorded = self._recorded() if resume or force else None
+        if resume and recorded is not None:
+            self.options.check_same(recorded)
         elif not resume and not force and self.path.exists():
             raise LearnError(f"{self.path}: exists; go on with --resume, or replace it with --force")
         else:
@@ -47,14 +54,33 @@ class RunFolder:
         Nothing is removed but what a run writes: the folder may hold other things, or be a link.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        for partial in self.path.glob("*.partial"):  # of a run that was killed while it wrote
-            partial.unlink()
+        had_board = (self._recorded() or {}).get("tensorboard") is True
+        for name in FILES:
+            clear_up(self.path / name)
         if not resume:
-            for name in (CHECKPOINT, METRICS, OPTIONS, *PICTURES):
+            for name in FILES[1:]:  # the options are replaced below: a run killed here is still known as dispc's
                 (self.path / name).unlink(missing_ok=True)
-            if (self.path / BOARD).exists():
-                shutil.rmtree(self.path / BOARD)
-        write_json(self.path / OPTIONS, self.options.as_dict())
+            for events in (self.path / BOARD).glob(EVENTS) if had_board else ():
+                events.unlink()
+        kept = {"tensorboard": True} if resume and had_board else {}
+        write_json(self.path / OPTIONS, self.options.as_dict() | kept)
+
+    def _recorded(self) -> dict[str, Any] | None:
+        """The options of the run in the folder; None where nothing in it has a name that a run writes to.
+
+        Raises:
+            LearnError: when something has, and no run of dispc did it, or it is no regular file.
+        """
+        found = [self.path / name for name in FILES if (self.path / name).exists()]
+        for path in found:
+            regular(path, LearnError)
+        if self.path / OPTIONS in found:
+            return _read_options(self.path / OPTIONS)
+        if (self.path / BOARD).exists():
+            found.append(self.path / BOARD)
+        if found:
+            raise LearnError(f"{found[0]}: stands there without the {OPTIONS} of a run of dispc; {MOVE}")
+        return None
 
     def save(self, state: dict[str, Any], inputs: Mapping[str, str]) -> None:
         """Write the checkpoint; the older one stays until this one is whole and on the disk.
@@ -79,12 +105,9 @@ class RunFolder:
         Raises:
             LearnError: when it is damaged, of another version, or of other inputs.
         """
-        if not self.checkpoint.is_file():
+        if not self.checkpoint.exists():
             return None
-        try:
-            state: Any = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise LearnError(f"{self.checkpoint}: is no checkpoint of a run ({first_line(error)})") from error
+        state = load_torch(self.checkpoint, LearnError, "is no checkpoint of a run")
         version, theirs = (state.get("version"), state.get("inputs")) if isinstance(state, dict) else (None, None)
         if not isinstance(theirs, dict):
             raise LearnError(f"{self.checkpoint}: is no checkpoint of a run; start anew with --force")
@@ -99,22 +122,43 @@ class RunFolder:
     def cut_metrics(self, step: int) -> None:
         """Drop the metrics of steps after `step`, and half a line that a killed run left."""
         if self.metrics.exists():
-            lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            write_text(self.metrics, "".join(line for line in lines if _step_of(line) <= step))
+            lines = _lines(self.metrics)
+            write_text(self.metrics, "".join(line for line in lines if _record(line).get("step", math.inf) <= step))
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The figures of each step in a `metrics.jsonl`; lines that are not a step's are passed over.
+
+    Raises:
+        LearnError, OSError: when the file cannot be read.
+    """
+    return [record for record in map(_record, _lines(path)) if "step" in record]
+
+
+def _lines(path: Path) -> list[str]:
+    content = contents(path, LearnError, METRICS_BYTES)
+    return content.decode("utf-8", errors="replace").splitlines(keepends=True)
+
+
+def _record(line: str) -> dict[str, float]:
+    """The numbers in a line of metrics by name; empty for half a line, and for what is none."""
+    try:
+        content = json.loads(line)
+        return {name: float(value) for name, value in content.items() if isinstance(value, int | float)}
+    except (ValueError, AttributeError, OverflowError, RecursionError):
+        return {}
 
 
 def _read_options(path: Path) -> dict[str, Any]:
+    """The options of a run.
+
+    Raises:
+        LearnError: when that is not what is in the file.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LearnError(f"{path}: cannot be read ({first_line(error)}); start anew with --force") from error
-    if not isinstance(content, dict):
-        raise LearnError(f"{path}: does not hold the options of a run; start anew with --force")
+        content = read_object(path, LearnError)
+    except LearnError as error:
+        raise LearnError(f"{error}; {MOVE}") from error
+    if not {"model", "data", "output", "steps"} <= content.keys():
+        raise LearnError(f"{path}: does not hold the options of a run of dispc; {MOVE}")
     return content
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf

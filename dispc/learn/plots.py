@@ -1,13 +1,12 @@
 """Pictures of a run and of masks."""
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dispc.learn.folder import LEARNING, METRICS, RECOVERY, WIDTHS
+from dispc.learn.folder import LEARNING, METRICS, RECOVERY, WIDTHS, read_metrics
 from dispc.masks import SETS, Masks, set_width
 from dispc.support.errors import DispcError
 from dispc.support.extras import need
@@ -27,7 +26,7 @@ def plot_run(folder: Path, masks: Masks) -> None:
 
 def plot_learning(metrics: Path, file: Path) -> None:
     """Loss, its running mean, and the regulariser over the steps of a `metrics.jsonl`."""
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = [record for record in read_metrics(metrics) if {"loss", "regulariser", "pruned"} <= record.keys()]
     if not records:  # those of a finished run were removed
         return
     figure, axes = _figure(2, 1, (8, 6))
@@ -50,7 +49,7 @@ def plot_learning(metrics: Path, file: Path) -> None:
 
 def plot_recovery(folder: Path) -> None:
     """Write `recovery.png` into the run's folder: both losses of each step, and of the held-out text."""
-    records = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+    records = read_metrics(folder / METRICS)
     figure, axes = _figure(2, 1, (8, 6))
     for axis, name, label in (
         (axes[0], "distil", "divergence from the dense model (nats)"),

@@ -4,10 +4,8 @@ It saves the state of its hypernetwork (`hn-ckpt-final-0.50.pt`) and pruned mode
 Either holds five vectors per block: attention in, attention out, MLP in, MLP middle, MLP out.
 """
 
-import pickle
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +15,8 @@ from dispc.learn.hypernetwork import HyperNetwork
 from dispc.masks import Masks, set_widths
 from dispc.model.config import DecoderConfig
 from dispc.model.published import masks_of_directory, masks_of_vectors
-from dispc.support.errors import MasksError, first_line
+from dispc.support.errors import MasksError
+from dispc.support.torch_files import is_plain, load_torch
 
 RENAMED = (
     (r"^(module\.)?bi_GRU\.", "gru."),
@@ -36,7 +35,7 @@ def import_published(source: Path, config: DecoderConfig) -> Masks:
     """
     if source.is_dir():
         return masks_of_directory(source, config)
-    if not source.is_file():
+    if not source.exists():
         raise MasksError(f"{source}: no such file or directory")
     return masks_of_hypernetwork(source, config)
 
@@ -47,10 +46,7 @@ def masks_of_hypernetwork(file: Path, config: DecoderConfig) -> Masks:
     The published code draws noise when it prunes, so one checkpoint gives it many models; here every gate takes its
     likelier value, that of the median noise.
     """
-    try:
-        state: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise MasksError(f"{file}: not a checkpoint that loads without running code ({first_line(error)})") from error
+    state = load_torch(file, MasksError, "not a checkpoint that loads without running code")
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise MasksError(f"{file}: not the state of a hypernetwork (a dictionary of tensors is expected)")
     renamed = {}
@@ -59,6 +55,8 @@ def masks_of_hypernetwork(file: Path, config: DecoderConfig) -> Masks:
             if re.match(pattern, name):
                 name = re.sub(pattern, ours, name)
                 break
+        if not (is_plain(value) and value.is_floating_point()):
+            raise MasksError(f"{file}: {name} is of {value.dtype}, {value.layout}; plain floating-point is expected")
         renamed[name] = value.float()
     if "inputs" not in renamed or renamed["inputs"].ndim < 2:
         raise MasksError(f"{file}: not the state of a published hypernetwork (it has no matrix 'inputs')")

@@ -184,10 +184,12 @@ class Run(ABC, Generic[Options]):
         state = self.folder.load(self.inputs)
         if state is not None:
             try:
+                step, seconds = state["step"], state.get("seconds", 0.0)
+                if type(step) is not int or step < 0 or type(seconds) is not float or not seconds >= 0.0:
+                    raise ValueError("its step or its time is no number")
                 self.set_state(state)
-                self.step = state["step"]
-                self.seconds = self.taken = state.get("seconds", 0.0)
-            except (RuntimeError, KeyError, ValueError, TypeError) as error:
+                self.step, self.seconds, self.taken = step, seconds, seconds
+            except Exception as error:  # whatever the code above, torch's with it, runs into where parts are missing
                 message = f"{self.folder.checkpoint}: is no checkpoint of this run ({first_line(error)})"
                 raise LearnError(message) from error
         if not self.processes.agree(self.step):

@@ -16,6 +16,7 @@ from dispc.masks import is_mask_file
 from dispc.support.dtypes import BY_SAFETENSORS, DTYPES, name_of
 from dispc.support.errors import CheckpointError, first_line
 from dispc.support.inputs import naming, read_object, regular
+from dispc.support.torch_files import is_plain, load_torch
 
 LFS_POINTER = b"version https://git-lfs."  # how every pointer file begins, by its specification
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -177,17 +178,16 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _list_torch_file(path: Path) -> Stored:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged pickle raises whatever its instructions run into
-        raise CheckpointError(f"{path}: not a torch file that can be loaded safely ({first_line(error)})") from error
+    state = load_torch(path, CheckpointError, "not a torch file that can be loaded safely", mmap=True)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a state dict")
     found = Stored()
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise CheckpointError(f"{path}: holds {name!r}, a {type(value).__name__}; tensors by name are expected")
-        if name_of(value.dtype) in DTYPES:
+        if not is_plain(value):
+            found.others[name] = f"{name_of(value.dtype)}, {value.layout} on {value.device}"
+        elif name_of(value.dtype) in DTYPES:
             found.tensors[name] = CheckpointTensor(name, tuple(value.shape), value.dtype, path, partial(_same, value))
         else:
             found.others[name] = name_of(value.dtype)

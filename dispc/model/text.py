@@ -19,7 +19,7 @@ from dispc.model.tokenizer import LARGEST, Tokenizer
 from dispc.support.errors import DataError, first_line
 from dispc.support.extras import need
 from dispc.support.files import whole
-from dispc.support.inputs import contents, naming
+from dispc.support.inputs import contents, naming, regular
 
 Tokens = npt.NDArray[np.int32]
 LOADERS = {
@@ -135,6 +135,8 @@ def load_tokens(source: str, model: Path, cache: Path | None = None) -> Tokens:
     if (cached := _read_cache(path)) is not None:
         return _within_vocabulary(cached, model)
     tokens = _within_vocabulary(tokenise(read_text(source), model), model)
+    if path.exists() and not path.is_file():  # a pipe, say, on which writing would wait
+        return tokens
     try:
         with whole(path) as partial, open(partial, "wb") as file:  # np.save would add .npy to a name
             np.save(file, tokens, allow_pickle=False)
@@ -155,8 +157,8 @@ def _within_vocabulary(tokens: Tokens, model: Path) -> Tokens:
 def _read_cache(path: Path) -> Tokens | None:
     """The tokens in a cache file; None where there is none, or a damaged one, which is then made again."""
     try:
-        tokens: Tokens = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        tokens: Tokens = np.load(regular(path, DataError), allow_pickle=False)
+    except (OSError, ValueError, EOFError, DataError):
         return None
     return tokens if tokens.ndim == 1 and tokens.dtype == np.int32 else None
 

@@ -3,6 +3,7 @@
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ ARTIFACT = "dispc.json"
 """The file by which an artifact is known."""
 PARTIAL, OLD = ".partial", ".old"
 """How the names of what is being written, and of what is being replaced, end."""
+PREFIX = "dispc-"
+"""How the part of these names that `mkdtemp` chooses begins: others make hidden directories there too."""
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 Foreign = Callable[[Path], str | None]
 """Says of a directory what in it dispc did not write; None when there is nothing like that."""
@@ -40,8 +43,8 @@ def staged_directory(out: Path, force: bool, marker: str = ARTIFACT, foreign: Fo
     check_output(out, force, marker, foreign)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        recover(out)
-        stage = Path(mkdtemp(prefix=f".{out.name}.", suffix=PARTIAL, dir=out.parent))
+        recover(out, marker, foreign)
+        stage = Path(mkdtemp(prefix=f".{out.name}.{PREFIX}", suffix=PARTIAL, dir=out.parent))
     except OSError as error:
         raise ArtifactError(f"{out}: cannot be written ({error.strerror})") from error
     lock = os.open(stage, os.O_RDONLY)  # held until this process ends, however it does
@@ -81,35 +84,46 @@ def check_output(out: Path, force: bool, marker: str = ARTIFACT, foreign: Foreig
         return
     if not force:
         raise ArtifactError(f"{out}: exists already; use --force to replace it, or choose another -o")
-    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not _wrote(out / marker)):
-        raise ArtifactError(f"{out}: holds no {marker} of dispc, so --force does not replace it; choose another -o")
-    if any(out.iterdir()) and (reason := foreign(out)):
+    if reason := _strange(out, marker, foreign):
         raise ArtifactError(f"{out}: {reason}, so --force does not replace it; choose another -o")
 
 
-def recover(out: Path) -> None:
+def _strange(directory: Path, marker: str, foreign: Foreign) -> str | None:
+    """What at this path is not dispc's; None for an empty directory, and for what dispc alone wrote."""
+    if not directory.is_dir() or directory.is_symlink():
+        return f"holds no {marker} of dispc"
+    if not any(directory.iterdir()):
+        return None
+    return foreign(directory) if _wrote(directory / marker) else f"holds no {marker} of dispc"
+
+
+def recover(out: Path, marker: str = ARTIFACT, foreign: Foreign = _nothing) -> None:
     """Clear up what killed processes left beside `out`: bring an older one back, and remove what was being written.
 
-    What a process that still runs is writing stays.
+    What a process that still runs is writing stays, and what dispc did not make.
 
     Raises:
         OSError: when that is not possible.
     """
-    for old in sorted(out.parent.glob(f".{out.name}.*{OLD}")):
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(out)
-    for stage in out.parent.glob(f".{out.name}.*{PARTIAL}"):
+    for old in _left(out, OLD):
+        if not _strange(old, marker, foreign):
+            old.rename(old.with_suffix(PARTIAL) if out.exists() else out)
+    for stage in _left(out, PARTIAL):
         try:
-            lock = os.open(stage, os.O_RDONLY)
-        except OSError:  # gone meanwhile
+            lock = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:  # gone meanwhile, or no directory
             continue
         try:
             if _lock(lock):
                 shutil.rmtree(stage, ignore_errors=True)
         finally:
             os.close(lock)
+
+
+def _left(out: Path, suffix: str) -> list[Path]:
+    """What is named as `staged_directory` names what stands beside `out` while it writes."""
+    name = re.compile(re.escape(f".{out.name}.{PREFIX}") + "[a-z0-9_]{8}" + re.escape(suffix))
+    return sorted(path for path in out.parent.iterdir() if name.fullmatch(path.name))
 
 
 def _lock(descriptor: int) -> bool:
@@ -141,10 +155,7 @@ def _swap(stage: Path, out: Path) -> None:
         out.rename(old)
         stage.rename(out)
     finally:
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(out)
+        old.rename(stage if out.exists() else out)
 
 
 def exchange(first: Path, second: Path) -> bool:

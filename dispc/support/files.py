@@ -7,10 +7,11 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from errno import EIO
 from pathlib import Path
 from typing import Any
 
-from dispc.support.errors import DispcError
+from dispc.support.errors import DispcError, first_line
 from dispc.support.printable import printable
 
 
@@ -31,10 +32,12 @@ def whole(path: Path) -> Iterator[Path]:
             yield path
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_up(target)
+        clear_up(target)
         yield partial
         partial.replace(target)
     except OSError as error:
+        if error.errno is None:  # libraries raise some with a message only
+            raise OSError(EIO, first_line(error), str(path)) from error
         if error.filename in (None, str(partial)):
             error.filename = str(path)
         raise
@@ -42,8 +45,8 @@ def whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _clear_up(target: Path) -> None:
-    """Remove what processes that are no more left of `target`."""
+def clear_up(target: Path) -> None:
+    """Remove what processes that are no more left of `target` when they wrote it (`whole`)."""
     for left in target.parent.glob(f"{glob.escape(target.name)}.*.partial"):
         number = left.name.removeprefix(f"{target.name}.").removesuffix(".partial")
         if number.isdecimal() and not _runs(int(number)):

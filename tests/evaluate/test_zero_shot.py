@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -186,7 +187,7 @@ def test_items_that_are_nonsense_are_one_line(
 
 
 @pytest.mark.extras
-@pytest.mark.parametrize("reason", ["unknown", "no data", "no directory", "no package"])
+@pytest.mark.parametrize("reason", ["unknown", "no data", "no directory", "no package", "pipe"])
 def test_tasks_that_cannot_be_had_are_refused_before_anything_is_measured(
     judged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
@@ -199,6 +200,9 @@ def test_tasks_that_cannot_be_had_are_refused_before_anything_is_measured(
     include, says = tmp_path, {"unknown": "knows no such task", "no data": "the data of sea cannot be had"}.get(reason)
     if reason == "no directory":
         include, says = tmp_path / "nowhere", "no such directory"
+    if reason == "pipe":
+        os.mkfifo(tmp_path / "lake.yaml")
+        says = "lake.yaml: is no regular file"
     if reason == "no package":
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         says = "pip install 'dispc[eval]'"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,28 +12,35 @@ from unittest.mock import Mock
 import pytest
 import torch
 from command import fingerprint
+from damage import DAMAGED_PICKLES
 from safetensors.torch import load_file, save_file
 from student import options, steps_of, student, text
 
 from dispc.learn import trainer
-from dispc.learn.folder import CHECKPOINT, METRICS, OPTIONS
+from dispc.learn.folder import BOARD, CHECKPOINT, LEARNING, METRICS, OPTIONS, read_metrics
+from dispc.learn.plots import plot_run
 from dispc.learn.trainer import learn
 from dispc.model.text import load_tokens
 from dispc.support.errors import DispcError, LearnError, MasksError
 
+NO_PROCESS = 2**22 + 1  # Linux gives no higher number than 2**22
 pytestmark = [
     pytest.mark.xdist_group("learn"),  # one worker, so that the student is taught once
     pytest.mark.usefixtures("own_cache"),
 ]
 
 
-@pytest.mark.parametrize("content", ["", '{"steps": 1', "[]", "\udcff"], ids=["empty", "half", "list", "bytes"])
+@pytest.mark.parametrize(
+    "content",
+    ["", '{"steps": 1', "[]", "\udcff", '{"steps":' + "[" * 100_000, '{"steps": 1}'],
+    ids=["empty", "half", "list", "bytes", "deep", "another's"],
+)
 def test_unreadable_options_are_named(tmp_path: Path, content: str) -> None:
     learn(options(tmp_path, steps=1))
     (tmp_path / "masks.learn" / OPTIONS).write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(LearnError, match=OPTIONS) as raised:
         learn(options(tmp_path, steps=2), resume=True)
-    assert "\n" not in str(raised.value) and "--force" in str(raised.value)
+    assert "\n" not in str(raised.value) and "choose another -o" in str(raised.value)
 
 
 def test_options_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +150,7 @@ def test_force_keeps_the_older_run_until_the_new_one_starts(
     assert fingerprint(tmp_path / "masks.learn") == before and (tmp_path / "masks.safetensors").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", *DAMAGED_PICKLES])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
     learn(options(tmp_path, steps=1))
     (tmp_path / "masks.learn" / CHECKPOINT).write_bytes(content)
@@ -155,7 +163,8 @@ def test_a_forced_run_removes_what_a_run_writes_and_nothing_else(tmp_path: Path)
     scratch.mkdir()
     folder.symlink_to(scratch)
     (scratch / "thesis.txt").write_text("mine")
-    (scratch / f"{CHECKPOINT}.1234.partial").write_text("of a run that was killed")
+    (scratch / f"{CHECKPOINT}.{NO_PROCESS}.partial").write_text("of a run that was killed")
+    (scratch / "mine.partial").write_text("mine")
     learn(options(tmp_path, steps=1), force=True)
     assert torch.load(scratch / CHECKPOINT, weights_only=True)["step"] == 1
 
@@ -165,9 +174,59 @@ def test_a_forced_run_removes_what_a_run_writes_and_nothing_else(tmp_path: Path)
     with pytest.raises(InterruptedError):
         learn(options(tmp_path, steps=2, seed=1), stop, force=True)
     assert (scratch / "thesis.txt").read_text() == "mine" and folder.is_symlink()
-    assert {path.name for path in scratch.iterdir()} == {"thesis.txt", METRICS, OPTIONS}  # no checkpoint of seed 0
+    assert {path.name for path in scratch.iterdir()} == {
+        "thesis.txt",
+        "mine.partial",
+        METRICS,
+        OPTIONS,
+    }  # no checkpoint of seed 0
     learn(options(tmp_path, steps=2, seed=1), resume=True, force=True)
     assert steps_of(scratch / METRICS) == [1, 2]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", [CHECKPOINT, METRICS, LEARNING, f"{BOARD}/events.out.tfevents.1"])
+@pytest.mark.parametrize("recorded", [None, '{"lr": 1}'], ids=["no options", "options of another tool"])
+def test_a_folder_that_no_run_of_dispc_wrote_is_left_alone(
+    tmp_path: Path, name: str, recorded: str | None, resume: bool
+) -> None:
+    file = tmp_path / "masks.learn" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    if recorded is not None:
+        (tmp_path / "masks.learn" / OPTIONS).write_text(recorded)
+    before = fingerprint(tmp_path)
+    with pytest.raises(LearnError, match="of a run of dispc; move its folder away"):
+        learn(options(tmp_path, steps=1), resume=resume, force=True)
+    assert fingerprint(tmp_path) == before
+
+
+def test_a_forced_run_keeps_the_board_of_somebody_else(tmp_path: Path) -> None:
+    learn(options(tmp_path, steps=1))
+    events = tmp_path / "masks.learn" / BOARD / "events.out.tfevents.1"
+    events.parent.mkdir()
+    events.write_text("mine")
+    learn(options(tmp_path, steps=1), force=True)
+    assert events.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [OPTIONS, CHECKPOINT, METRICS, LEARNING])
+def test_a_pipe_in_the_folder_is_refused_before_anything_waits_for_it(tmp_path: Path, name: str) -> None:
+    learn(options(tmp_path, steps=1))
+    (tmp_path / "masks.learn" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "masks.learn" / name)
+    with pytest.raises(LearnError, match=f"{name}: is no regular file"):
+        learn(options(tmp_path, steps=2), resume=True)
+
+
+def test_lines_of_metrics_that_no_step_wrote_are_passed_over(tmp_path: Path) -> None:
+    learn(options(tmp_path, steps=1))
+    metrics = tmp_path / "masks.learn" / METRICS
+    strange = ('{"step": 0}', '{"step":' + "[" * 100_000, "[]", '{"step": 0, "loss": "x"}', f'{{"step": {"9" * 400}}}')
+    metrics.write_text(metrics.read_text() + "".join(f"{line}\n" for line in strange))
+    masks, _ = learn(options(tmp_path, steps=2), resume=True)
+    plot_run(tmp_path / "masks.learn", masks)
+    assert [record["step"] for record in read_metrics(metrics)] == [1, 0, 0, 2]
 
 
 def test_a_run_goes_on_in_the_precision_that_it_had(tmp_path: Path) -> None:
@@ -185,6 +244,15 @@ def test_what_is_no_checkpoint_of_a_run_is_called_that(tmp_path: Path, content: 
     learn(options(tmp_path, steps=1))
     torch.save(content, tmp_path / "masks.learn" / CHECKPOINT)
     with pytest.raises(LearnError, match="is no checkpoint of a run; start anew with --force"):
+        learn(options(tmp_path, steps=2), resume=True)
+
+
+@pytest.mark.parametrize("changes", [{"step": "x"}, {"step": -1}, {"seconds": "x"}, {"source": 3}], ids=str)
+def test_a_checkpoint_with_parts_of_another_kind_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    learn(options(tmp_path, steps=1))
+    file = tmp_path / "masks.learn" / CHECKPOINT
+    torch.save(torch.load(file, weights_only=True) | changes, file)
+    with pytest.raises(LearnError, match="is no checkpoint of this run"):
         learn(options(tmp_path, steps=2), resume=True)
 
 

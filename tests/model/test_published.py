@@ -1,6 +1,8 @@
 """Masks from what the authors' published code writes: both forms made here, by the description of their layout."""
 
 import json
+import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from command import assert_refused, run
+from damage import DAMAGED_PICKLES
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
@@ -200,8 +203,10 @@ class Payload:
         return (print, ("executed",))
 
 
-def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_files_that_do_not_fit_are_refused(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     state, _ = hypernetwork_state()
+    with warnings.catch_warnings(action="ignore"):
+        sparse, eights = torch.eye(3).to_sparse_csr(), torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)
     narrow = state | {"linear_list_tp.3.weight": torch.zeros(7, 128)}
     for name, content, says in (
         ("code.pt", {"inputs": Payload()}, "without running code"),
@@ -210,18 +215,27 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ("flat.pt", {"inputs": torch.zeros(3)}, "no matrix 'inputs'"),
         ("numbered.pt", {0: torch.zeros(3)}, "dictionary of tensors"),
         ("nan.pt", state | {"ln_tp.weight": torch.full((128,), float("nan"))}, "are no numbers"),
+        ("complex.pt", {"inputs": torch.eye(3) * 1j}, "plain floating-point is expected"),
+        ("sparse.pt", {"inputs": sparse}, "plain floating-point is expected"),
+        ("quantised.pt", {"inputs": eights}, "plain floating-point is expected"),
+        ("empty.pt", {"inputs": torch.empty(3, 3, device="meta")}, "plain floating-point is expected"),
         ("narrow.pt", narrow, r"heads\.3\.weight is \(7, 128\), \(88, 128\) is expected"),
     ):
-        torch.save(content, tmp_path / name)
+        with warnings.catch_warnings(action="ignore"):
+            torch.save(content, tmp_path / name)
         with pytest.raises(MasksError, match=says):
             import_published(tmp_path / name, CONFIG)
+    assert not recwarn.list
 
 
-def test_a_file_of_nonsense_is_refused_without_advice_to_run_it(tmp_path: Path) -> None:
-    (tmp_path / "hn.pt").write_bytes(b"nonsense")
-    with pytest.raises(MasksError, match="dispc executes no pickles") as raised:
+@pytest.mark.parametrize("content", [b"nonsense", *DAMAGED_PICKLES, pickle.dumps({}, protocol=4)])
+def test_a_file_of_nonsense_is_one_line_without_advice_to_run_it(
+    tmp_path: Path, content: bytes, recwarn: pytest.WarningsRecorder
+) -> None:
+    (tmp_path / "hn.pt").write_bytes(content)
+    with pytest.raises(MasksError, match=r"hn\.pt: not a checkpoint that loads without running code") as raised:
         import_published(tmp_path / "hn.pt", CONFIG)
-    assert "weights_only" not in str(raised.value)
+    assert "weights_only" not in str(raised.value) and "\n" not in str(raised.value) and not recwarn.list
 
 
 def test_a_literal_that_never_ends_is_looked_through_at_once(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Texts of every kind, read as the same documents; tokens cached by what they were made of."""
 
 import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -154,6 +155,18 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, content: bytes | str) -> 
         assert again.dtype == np.int32
         np.testing.assert_array_equal(again, first)
     assert [np.load(path).dtype for path in cache.iterdir()] == [np.int32]
+
+
+def test_a_pipe_in_the_cache_is_not_waited_for(tmp_path: Path) -> None:
+    model, text, cache = tiny.make_model("llama", tmp_path / "model"), tmp_path / "a.txt", tmp_path / "cache"
+    language.make_tokenizer(model)
+    text.write_text("A text of some words.")
+    first = load_tokens(str(text), model, cache)
+    (file,) = cache.iterdir()
+    file.unlink()
+    os.mkfifo(file)
+    np.testing.assert_array_equal(load_tokens(str(text), model, cache), first)
+    assert list(cache.iterdir()) == [file] and file.is_fifo()
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:

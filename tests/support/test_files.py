@@ -71,3 +71,9 @@ def test_json_has_null_for_what_is_no_number(tmp_path: Path) -> None:
         "b": [None, {"c": None}],
         "d": [1.5, None],
     }
+
+
+def test_an_error_of_a_library_without_a_number_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="cannot seek") as raised, whole(tmp_path / "file"):
+        raise OSError("cannot seek")
+    assert raised.value.filename == str(tmp_path / "file") and raised.value.errno is not None

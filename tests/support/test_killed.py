@@ -165,6 +165,31 @@ def test_what_another_process_is_writing_is_not_cleared_up(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("out_exists", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".out.keep.old",
+        ".out.draft.partial",
+        ".out.mydrafts.partial",
+        ".out.dispc-mydrafts.old",  # named like ours, but not an artifact
+        ".out.v2.dispc-abcd_123.old",  # of another output, "out.v2"
+        ".out.v2.dispc-abcd_123.partial",
+        ".oXt.dispc-abcd_123.partial",  # of `o?t`, were the name a pattern
+    ],
+)
+def test_hidden_directories_of_others_are_not_cleared_up(name: str, out_exists: bool, tmp_path: Path) -> None:
+    out = tmp_path / ("o?t" if "X" in name else "out")
+    if out_exists:
+        write_small(out, "old")
+    (tmp_path / name).mkdir()
+    content = '{"dispc": "another"}' if "v2" in name else "mine"
+    (tmp_path / name / ("dispc.json" if "v2" in name else "thesis.tex")).write_text(content)
+    before = fingerprint(tmp_path / name)
+    write_small(out, "new")
+    assert fingerprint(tmp_path / name) == before and "new" in whole(out)
+
+
 def test_directories_change_places_in_one_step(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

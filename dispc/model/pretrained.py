@@ -53,7 +53,7 @@ def make_config(raw: Mapping[str, Any], family: Family, ropes: Mapping[str, Rope
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[family.model_type]
-    known = _parameters(config_class)
+    known, raw = _parameters(config_class), family.settle(raw)
     given = {key: _sensible(key, value) for key, value in _deciding(raw, known, family).items()}
     try:
         # No id is handed over: that of the padding would only make a row of the embedding a constant in training.

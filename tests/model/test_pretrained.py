@@ -210,6 +210,30 @@ def test_a_release_that_changes_a_value_is_refused(tmp_path: Path, monkeypatch: 
         _ = stored(raw, tmp_path / "model").config
 
 
+TANH = "gelu_pytorch_tanh"
+GEMMA: list[tuple[dict[str, Any], str]] = [
+    ({}, TANH),
+    ({"hidden_act": "gelu"}, TANH),
+    ({"hidden_act": None, "hidden_activation": None}, TANH),
+    ({"hidden_act": "gelu", "hidden_activation": TANH}, TANH),
+    ({"hidden_act": TANH, "hidden_activation": "relu"}, "relu"),
+    ({"hidden_act": "gelu", "hidden_activation": None}, TANH),
+    ({"hidden_act": "silu"}, "silu"),
+]
+"""What config.json says of Gemma's activation, and what it means (the comment on "gelu" in transformers 5)."""
+
+
+@pytest.mark.parametrize(("said", "meant"), GEMMA)
+def test_gemmas_activation_is_what_its_files_mean(said: dict[str, Any], meant: str, tmp_path: Path) -> None:
+    from transformers.activations import ACT2FN
+
+    raw = {k: v for k, v in SAVED["gemma"]["4"].items() if not k.startswith("hidden_act")}
+    with torch.device("meta"):
+        model = build_model(stored(raw | said, tmp_path / "model").pretrained_config, torch.float32, "sdpa")
+    values = torch.linspace(-4, 4, 99)
+    assert torch.equal(model.model.layers[0].mlp.act_fn(values), ACT2FN[meant](values))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_our_loading_gives_the_model_of_transformers(variant: str) -> None:
     from transformers import AutoModelForCausalLM

@@ -210,6 +210,42 @@ def test_a_release_that_changes_a_value_is_refused(tmp_path: Path, monkeypatch: 
         _ = stored(raw, tmp_path / "model").config
 
 
+UNKNOWN_KINDS: tuple[Any, ...] = (["chunked_attention"] * 3, [["x"]] * 3, "abc", {"full_attention": 3})
+ALL_FULL, ALL_SLIDING = ["full_attention"] * 3, ["sliding_attention"] * 3
+UNTRUE: list[tuple[str, dict[str, Any]]] = [
+    *((name, {"layer_types": kinds}) for name in ("llama", "phi", "opt") for kinds in (["mamba"] * 3, ALL_SLIDING)),
+    ("llama", {"layer_types": ALL_FULL[:2]}),
+    ("llama", {"layer_types": "full_attention"}),
+    ("mistral-window", {"sliding_window": 7, "layer_types": [*ALL_SLIDING[:2], "full_attention"]}),
+    ("mistral-window", {"sliding_window": None, "layer_types": ALL_SLIDING}),
+    ("qwen2", {"use_sliding_window": False, "layer_types": ALL_SLIDING}),
+    *((name, {"layer_types": kinds}) for name in ("qwen2", "gemma2", "gemma3") for kinds in UNKNOWN_KINDS),
+]
+"""Kinds of blocks that a family has not, or that its window contradicts."""
+
+
+@pytest.mark.parametrize(("variant", "said"), UNTRUE, ids=str)
+def test_kinds_of_blocks_that_the_model_has_not_are_refused(variant: str, said: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="layer_types"):
+        _ = stored(SAVED[variant]["4"] | said, tmp_path / "model").pretrained_config
+
+
+@pytest.mark.parametrize(
+    ("variant", "said"),
+    [
+        ("llama", {"layer_types": ALL_FULL}),
+        ("mistral-window", {"sliding_window": 7, "layer_types": ALL_SLIDING}),
+        ("qwen2", {"layer_types": ALL_FULL}),
+    ],
+    ids=str,
+)
+def test_kinds_of_blocks_that_the_model_has_are_accepted(variant: str, said: dict[str, Any], tmp_path: Path) -> None:
+    raw = SAVED[variant]["4"] | said
+    assert raw["num_hidden_layers"] == 3
+    without = stored({k: v for k, v in raw.items() if k != "layer_types"}, tmp_path / "without")
+    assert stored(raw, tmp_path / "model").config == without.config
+
+
 TANH = "gelu_pytorch_tanh"
 GEMMA: list[tuple[dict[str, Any], str]] = [
     ({}, TANH),

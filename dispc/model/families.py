@@ -244,6 +244,10 @@ FAMILIES: dict[str, Family] = {
             mlp_post_norm="post_feedforward_layernorm",
             refusals=(
                 *BIDIRECTIONAL,
+                (  # transformers reads it, and passes it on to no attention
+                    lambda c: c.get("attn_logit_softcapping") is not None,
+                    "softcaps of attention (attn_logit_softcapping)",
+                ),
                 (
                     lambda c: not c.get("layer_types") and any(c.get(key) not in (None, 6) for key in WINDOW_PATTERN),
                     "other window patterns than 6 without layer_types (sliding_window_pattern)",

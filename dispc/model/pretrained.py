@@ -17,6 +17,7 @@ from torch import nn
 
 from dispc.model.family import Family
 from dispc.model.rope import FULL, ROPE_KEYS, SLIDING, Rope, spell_ropes
+from dispc.model.values import sensible
 from dispc.support.errors import CheckpointError, first_line
 
 HARMLESS = re.compile(
@@ -39,9 +40,6 @@ HARMLESS = re.compile(
 """Keys of config.json that do not change what a model computes; they are not handed to transformers."""
 ALWAYS = ("tie_word_embeddings", "head_dim")
 """Keys that models read from every config, also where the signature of its class does not name them."""
-LARGEST = 2**24
-"""Larger than any size of a model: a number above it is an error, found before something so large is made."""
-MOST_BLOCKS = 2**12
 
 
 def make_config(raw: Mapping[str, Any], family: Family, ropes: Mapping[str, Rope], name: str) -> Any:
@@ -54,7 +52,7 @@ def make_config(raw: Mapping[str, Any], family: Family, ropes: Mapping[str, Rope
 
     config_class = CONFIG_MAPPING[family.model_type]
     known, raw = _parameters(config_class), family.settle(raw)
-    given = {key: _sensible(key, value) for key, value in _deciding(raw, known, family).items()}
+    given = {key: sensible(key, value) for key, value in _deciding(raw, known, family).items()}
     try:
         # No id is handed over: that of the padding would only make a row of the embedding a constant in training.
         config = config_class(**given, **spell_ropes(ropes, known, family), pad_token_id=None, name_or_path=name)
@@ -113,19 +111,6 @@ def _deciding(raw: Mapping[str, Any], known: set[str], family: Family) -> dict[s
                 "models; remove it if it changes nothing"
             )
     return found
-
-
-def _sensible(key: str, value: Any) -> Any:
-    if key == "layer_types" and value is not None and not (isinstance(value, list) and all(map(_is_kind, value))):
-        raise CheckpointError(f"{key} is {value!r}; a list of {FULL} and {SLIDING} is expected")
-    limit = MOST_BLOCKS if key == "num_hidden_layers" else LARGEST
-    if isinstance(value, int) and abs(value) > limit:
-        raise CheckpointError(f"{key} is {value}; no model has more than {limit:,}")
-    return value
-
-
-def _is_kind(value: Any) -> bool:
-    return value in (FULL, SLIDING)
 
 
 def _switched_off(key: str, raw: Mapping[str, Any]) -> bool:

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from dispc.export.trace import export_program
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.families import FAMILIES
-from dispc.model.pretrained import build_model
-from dispc.model.rope import FULL, Rope, check_ropes
+from dispc.model.pretrained import HARMLESS, _parameters, build_model
+from dispc.model.rope import FULL, ROPE_KEYS, Rope, check_ropes
+from dispc.model.values import kind_of, sensible
 from dispc.support.errors import CheckpointError, DispcError
 
 SAVED = saved_configs.load()
@@ -244,6 +245,40 @@ def test_kinds_of_blocks_that_the_model_has_are_accepted(variant: str, said: dic
     assert raw["num_hidden_layers"] == 3
     without = stored({k: v for k, v in raw.items() if k != "layer_types"}, tmp_path / "without")
     assert stored(raw, tmp_path / "model").config == without.config
+
+
+NONSENSE: list[tuple[str, str, list[Any]]] = [
+    ("llama", "rms_norm_eps", ["1e-5", True, -1, float("inf"), float("nan"), None]),
+    ("llama", "hidden_size", ["64", 64.0, 0, True, None]),
+    ("llama", "hidden_act", [1, ["silu"]]),
+    ("granite", "attention_multiplier", [float("inf"), "x", 0]),
+    ("gemma2", "attn_logit_softcapping", ["x", 0, -1]),
+    ("gemma2", "query_pre_attn_scalar", [-1, 0]),
+    ("mistral-window", "sliding_window", [-1, 0, [7, None, 7], "7", 7.5]),
+    ("qwen2", "use_sliding_window", ["true", 1]),
+    ("smollm3", "no_rope_layers", ["abc", [1, 2, 1]]),
+    ("qwen2", "layer_types", [[["x"], ["x"], ["x"]]]),
+    ("llama", "rope_scaling", [{"rope_type": "linear", "type": "dynamic", "factor": 2.0}]),
+    ("gemma3", "attn_logit_softcapping", [0.5, 0]),
+]
+
+
+@pytest.mark.parametrize(("variant", "key", "value"), [(v, k, value) for v, k, values in NONSENSE for value in values])
+def test_a_value_of_another_kind_or_out_of_range_is_refused(variant: str, key: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(DispcError, match=key if key != "rope_scaling" else "rope_type") as refusal:
+        _ = stored(SAVED[variant]["4"] | {key: value}, tmp_path / "model").pretrained_config
+    assert "config.json" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_key_that_decides_has_a_kind_and_the_families_own_values_are_of_it(model_type: str) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config_class = CONFIG_MAPPING[model_type]
+    for key in _parameters(config_class):
+        if not HARMLESS.fullmatch(key) and key not in ROPE_KEYS:
+            assert kind_of(key) is not None, key
+            sensible(key, getattr(config_class(), key, None))
 
 
 TANH = "gelu_pytorch_tanh"

@@ -38,6 +38,10 @@ HARMLESS = re.compile(
     r"|neftune_noise_alpha|finetuning_task|id2label|label2id|num_labels|problem_type|task_specific_params"
 )
 """Keys of config.json that do not change what a model computes; they are not handed to transformers."""
+NEEDED = re.compile(
+    r"(is_)?causal|use_(rope|rotary\w*|rms_?norm)|scale_attn\w*|\w*(multiplier|scale|scaling)|norm_after"
+)
+"""Unknown keys whose false or 0 switches something off; that of others says only that nothing is switched on."""
 ALWAYS = ("tie_word_embeddings", "head_dim")
 """Keys that models read from every config, also where the signature of its class does not name them."""
 
@@ -105,7 +109,7 @@ def _deciding(raw: Mapping[str, Any], known: set[str], family: Family) -> dict[s
             continue
         if key in known or key in ALWAYS:
             found[key] = value
-        elif value not in (None, False, 0, "", [], {}):  # nothing is switched on
+        elif value not in (None, False, 0, "", [], {}) or (value in (False, 0) and NEEDED.fullmatch(key)):
             raise CheckpointError(
                 f"{key} is {value!r}, which neither dispc nor the installed transformers knows of {family.model_type} "
                 "models; remove it if it changes nothing"

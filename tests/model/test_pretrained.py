@@ -143,6 +143,11 @@ def test_rotary_positions_that_are_not_those_of_the_file_are_found(change: dict[
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
+    "not causal": ({"is_causal": False}, "is_causal"),
+    "without rotation": ({"use_rope": False}, "use_rope"),
+    "unscaled": ({"scale_attn_weights": False}, "scale_attn_weights"),
+    "other norms": ({"use_rms_norm": False}, "use_rms_norm"),
+    "nothing left": ({"residual_multiplier": 0}, "residual_multiplier"),
     "two bases": ({"rope_theta": 10_000.0, "rope_parameters": {"rope_theta": 500_000.0}}, "500000"),
     "two scalings": (
         {
@@ -178,6 +183,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(what: str, tmp_path: Path) -
         {"torch_dtype": "float64"},
         {"use_cache": False},
         {"unsloth_fixed": True},
+        {"qkv_bias": False, "add_cross_attention": False, "chunk_size_feed_forward": 0, "router_aux_loss_coef": 0.0},
         {"_attn_implementation": "someone/kernel"},
         {"attn_implementation": "flash_attention_2"},
         {"pad_token_id": 10**6},

@@ -47,6 +47,26 @@ BIDIRECTIONAL: tuple[Refusal, ...] = (
     (lambda c: bool(c.get("use_bidirectional_attention")), "bidirectional attention (use_bidirectional_attention)"),
 )
 
+GEMMA_REFUSALS: tuple[Refusal, ...] = (
+    *BIDIRECTIONAL,
+    (
+        lambda c: c.get("hidden_activation") == "gelu",
+        "activations with the exact gelu (hidden_activation; Gemma's are gelu_pytorch_tanh)",
+    ),
+)
+
+
+def _one_activation(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Gemma's activation as `hidden_act`, which every release reads: `hidden_activation`, where it is given.
+
+    Google's first files say "gelu" and mean the tanh approximation: transformers 5 says so in GemmaConfig, and
+    transformers 4 computes the exact one.
+    """
+    settled = {key: value for key, value in raw.items() if key != "hidden_activation"}
+    named = raw.get("hidden_activation") or raw.get("hidden_act") or "gelu_pytorch_tanh"
+    return settled | {"hidden_act": "gelu_pytorch_tanh" if named == "gelu" else named}
+
+
 WINDOW_PATTERN = ("sliding_window_pattern", "_sliding_window_pattern")
 """Every how many blocks of Gemma 3 there is one without a window: its first files say that instead of `layer_types`."""
 
@@ -179,7 +199,14 @@ FAMILIES: dict[str, Family] = {
             mlp_norm="input_layernorm",
             refusals=((lambda c: bool(c.get("use_qk_norm")), "norms of queries and keys by head (use_qk_norm)"),),
         ),
-        Family(model_type="gemma", title="Gemma", norm=RMS_ONE_PLUS, scaled_embedding=True, refusals=BIDIRECTIONAL),
+        Family(
+            model_type="gemma",
+            title="Gemma",
+            norm=RMS_ONE_PLUS,
+            scaled_embedding=True,
+            refusals=GEMMA_REFUSALS,
+            settle=_one_activation,
+        ),
         Family(
             model_type="olmo2",
             title="OLMo 2",
@@ -217,6 +244,10 @@ FAMILIES: dict[str, Family] = {
             mlp_post_norm="post_feedforward_layernorm",
             refusals=(
                 *BIDIRECTIONAL,
+                (  # transformers reads it, and passes it on to no attention
+                    lambda c: c.get("attn_logit_softcapping") is not None,
+                    "softcaps of attention (attn_logit_softcapping)",
+                ),
                 (
                     lambda c: not c.get("layer_types") and any(c.get(key) not in (None, 6) for key in WINDOW_PATTERN),
                     "other window patterns than 6 without layer_types (sliding_window_pattern)",

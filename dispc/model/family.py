@@ -51,7 +51,8 @@ class Family:
     blocks in families that have two. `attention` names the implementation of transformers that the reference uses.
     `head_norms` says that queries and keys pass norms of their own before attention.
     `optimum_reads_heads` says whether optimum reads the number of key/value heads off config.json.
-    `ignored` are keys of config.json that change nothing in this family.
+    `ignored` are keys of config.json that change nothing in this family. `settle` gives the raw config.json back with
+    values that older files spell in another way as every release of transformers reads them.
     """
 
     model_type: str
@@ -83,6 +84,7 @@ class Family:
     optimum_reads_heads: bool = True
     ignored: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    settle: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
 
     def block(self, index: int) -> str:
         """Module name of block `index`, such as `model.layers.3`."""

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from dispc.model.family import Family
-from dispc.model.rope import ROPE_KEYS, Rope, spell_ropes
+from dispc.model.rope import FULL, ROPE_KEYS, SLIDING, Rope, spell_ropes
+from dispc.model.values import sensible
 from dispc.support.errors import CheckpointError, first_line
 
 HARMLESS = re.compile(
@@ -37,11 +38,12 @@ HARMLESS = re.compile(
     r"|neftune_noise_alpha|finetuning_task|id2label|label2id|num_labels|problem_type|task_specific_params"
 )
 """Keys of config.json that do not change what a model computes; they are not handed to transformers."""
-ALWAYS = ("tie_word_embeddings", "layer_types", "head_dim")
+NEEDED = re.compile(
+    r"(is_)?causal|use_(rope|rotary\w*|rms_?norm)|scale_attn\w*|\w*(multiplier|scale|scaling)|norm_after"
+)
+"""Unknown keys whose false or 0 switches something off; that of others says only that nothing is switched on."""
+ALWAYS = ("tie_word_embeddings", "head_dim")
 """Keys that models read from every config, also where the signature of its class does not name them."""
-LARGEST = 2**24
-"""Larger than any size of a model: a number above it is an error, found before something so large is made."""
-MOST_BLOCKS = 2**12
 
 
 def make_config(raw: Mapping[str, Any], family: Family, ropes: Mapping[str, Rope], name: str) -> Any:
@@ -53,8 +55,8 @@ def make_config(raw: Mapping[str, Any], family: Family, ropes: Mapping[str, Rope
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[family.model_type]
-    known = _parameters(config_class)
-    given = {key: _sensible(key, value) for key, value in _deciding(raw, known, family).items()}
+    known, raw = _parameters(config_class), family.settle(raw)
+    given = {key: sensible(key, value) for key, value in _deciding(raw, known, family).items()}
     try:
         # No id is handed over: that of the padding would only make a row of the embedding a constant in training.
         config = config_class(**given, **spell_ropes(ropes, known, family), pad_token_id=None, name_or_path=name)
@@ -67,7 +69,25 @@ def make_config(raw: Mapping[str, Any], family: Family, ropes: Mapping[str, Rope
             raise CheckpointError(
                 f"{key} is {value!r}, and the installed transformers makes {getattr(config, key, None)!r} of it"
             )
+    _check_kinds(raw.get("layer_types"), config, "layer_types" in known)
     return config
+
+
+def _check_kinds(said: Any, config: Any, read: bool) -> None:
+    """Make sure that `layer_types`, as config.json says them, are those of the model.
+
+    A family whose implementation does not `read` them has a window in every block, or in none.
+    """
+    if said is None:
+        return
+    window = getattr(config, "sliding_window", None)
+    if not read and said != (expected := [FULL if window is None else SLIDING] * config.num_hidden_layers):
+        raise CheckpointError(
+            f"layer_types is {said!r}, and {config.model_type} models have {len(expected)} blocks, all of them "
+            f"{expected[0] if expected else FULL}; correct or remove it"
+        )
+    if SLIDING in said and window is None:
+        raise CheckpointError(f"layer_types names {SLIDING}, and there is no sliding_window")
 
 
 def _parameters(config_class: Any) -> set[str]:
@@ -85,21 +105,16 @@ def _deciding(raw: Mapping[str, Any], known: set[str], family: Family) -> dict[s
     for key, value in raw.items():
         if HARMLESS.fullmatch(key) or key in family.ignored or (key in ROPE_KEYS and family.rotary):
             continue
+        if key == "layer_types" and key not in known:  # checked against the config that is made
+            continue
         if key in known or key in ALWAYS:
             found[key] = value
-        elif value not in (None, False, 0, "", [], {}):  # nothing is switched on
+        elif value not in (None, False, 0, "", [], {}) or (value in (False, 0) and NEEDED.fullmatch(key)):
             raise CheckpointError(
                 f"{key} is {value!r}, which neither dispc nor the installed transformers knows of {family.model_type} "
                 "models; remove it if it changes nothing"
             )
     return found
-
-
-def _sensible(key: str, value: Any) -> Any:
-    limit = MOST_BLOCKS if key == "num_hidden_layers" else LARGEST
-    if isinstance(value, int) and abs(value) > limit:
-        raise CheckpointError(f"{key} is {value}; no model has more than {limit:,}")
-    return value
 
 
 def _switched_off(key: str, raw: Mapping[str, Any]) -> bool:

@@ -169,6 +169,8 @@ def _share(value: Any, family: "Family") -> float:
 def _scaling(given: Mapping[str, Any], limit: Any) -> dict[str, Any]:
     """One object without its `type` (the old name of `rope_type`), nulls and what follows from the rest."""
     given = {name: value for name, value in given.items() if value is not None}
+    if (both := [given[name] for name in ("rope_type", "type") if name in given])[1:] and both[0] != both[1]:
+        raise CheckpointError(f"rope_type of a rotary scaling is {both[0]!r}, and its type {both[1]!r}; remove one")
     kind = given.pop("rope_type", given.get("type", "default"))
     given.pop("type", None)
     if not isinstance(kind, str) or kind not in TYPES:

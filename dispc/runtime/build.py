@@ -10,7 +10,21 @@ from dataclasses import dataclass
 from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
+from dispc.support.errors import first_line
+
 MODULE = "onnxruntime"
+NAMES = (
+    "GraphOptimizationLevel",
+    "InferenceSession",
+    "OrtValue",
+    "RunOptions",
+    "SessionOptions",
+    "__version__",
+    "get_available_providers",
+    "preload_dlls",
+    "set_default_logger_severity",
+)
+"""What dispc uses of it."""
 GPU = "onnxruntime-gpu"
 GPU_PLATFORMS = (("Linux", "x86_64"), ("Windows", "AMD64"))
 """Where onnxruntime-gpu has wheels; pyproject.toml asks for onnxruntime elsewhere."""
@@ -85,9 +99,11 @@ def mend(found: tuple[Build, ...]) -> str:
 def unusable() -> str | None:
     """Why ONNX Runtime cannot be used at all, and what mends it, in one line; None when it can."""
     try:
-        reason = None if hasattr(importlib.import_module(MODULE), "InferenceSession") else "its files are gone"
-    except ImportError as error:
-        reason = str(error)
+        module = importlib.import_module(MODULE)
+        lacking = [name for name in NAMES if not hasattr(module, name)]
+        reason = f"its files are gone (it has no {lacking[0]})" if lacking else None
+    except Exception as error:  # a library that does not load raises an OSError, a half-written module anything
+        reason = f"{type(error).__name__}: {first_line(error)}"
     if reason is None:
         return None
     found = builds()

@@ -69,7 +69,9 @@ def examine() -> Diagnosis:
     """Look at the files of ONNX Runtime, its build, the libraries that its CUDA provider needs, and a CUDA session."""
     known = {"python": platform.python_version()} | versions(*PACKAGES)
     findings = [_files(builds())]
-    if unusable() is None:
+    if reason := unusable():
+        findings.append(Finding(name="ONNX Runtime", ok=False, detail=reason))
+    else:
         findings.append(_providers())
     provider = provider_library()
     if all(finding.ok for finding in findings) and provider is not None:

@@ -26,7 +26,7 @@ from dispc.validate.checks.parity import logit_error
 BASES = dict(reversed((tiny.VARIANTS | tiny.FURTHER).values()))
 """Options of a tiny model of each family."""
 VALUES: dict[str, Any] = {
-    "hidden_act": "gelu",
+    "hidden_act": "relu",
     "hidden_activation": "gelu",
     "activation_function": "gelu_new",
     "num_attention_heads": 2,
@@ -170,6 +170,7 @@ def test_what_published_files_say_besides_is_read(said: dict[str, Any], tmp_path
         ({"model_type": "nemotron", "kv_channels": 32, "num_attention_heads": 4, "hidden_size": 64}, "kv_channels"),
         ({"model_type": "gemma3_text", "sliding_window_pattern": 4}, "sliding_window_pattern"),
         ({"model_type": "stablelm", "head_dim": 32, "num_attention_heads": 4, "hidden_size": 64}, "head_dim"),
+        ({"model_type": "gemma", "hidden_activation": "gelu"}, "hidden_activation"),
         ({"model_type": "gpt_neox", "head_dim": 32, "num_attention_heads": 4, "hidden_size": 64}, "head_dim"),
     ],
 )

@@ -56,7 +56,7 @@ class Environment:
     def __init__(self, directory: Path) -> None:
         wheels = directory / "wheels"
         wheels.mkdir()
-        module = {"onnxruntime/__init__.py": "class InferenceSession: ...\n"}
+        module = {"onnxruntime/__init__.py": f"{' = '.join(build.NAMES)} = None\n"}
         wheel(wheels, GPU, module | {"onnxruntime/lib.so": "gpu", "onnxruntime/cuda.so": "cuda"})
         wheel(wheels, MODULE, module | {"onnxruntime/lib.so": "for CPUs"})
         venv.create(directory / "env", with_pip=True)
@@ -127,9 +127,18 @@ def test_the_cpu_build_gives_way_to_the_one_for_gpus(environment: Environment) -
     assert environment.ask()["names"] == [GPU if build.has_gpu_build() else MODULE]
 
 
-def test_a_gutted_module_ends_commands_with_one_line_that_mends_it(tmp_path: Path) -> None:
-    (tmp_path / MODULE).mkdir()  # what is left when its files were uninstalled
-    (tmp_path / MODULE / "__init__.py").touch()
+BROKEN = {
+    "emptied": "",  # what is left when its files were uninstalled
+    "half written": "class InferenceSession: pass",
+    "without a library": "raise OSError('libonnxruntime.so: cannot open shared object file')",
+    "of another kind": "import sys; sys.no_such_name",
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_module_ends_commands_with_one_line_that_mends_it(what: str, tmp_path: Path) -> None:
+    (tmp_path / MODULE).mkdir()
+    (tmp_path / MODULE / "__init__.py").write_text(BROKEN[what])
     variables = os.environ | {"PYTHONPATH": str(tmp_path)}
     for arguments in (["validate", "OUT", "-r", "MODEL"], ["generate", "OUT", "x"]):
         done = subprocess.run(
@@ -138,6 +147,11 @@ def test_a_gutted_module_ends_commands_with_one_line_that_mends_it(tmp_path: Pat
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
         assert "ONNX Runtime cannot be imported" in line and "pip install" in line
+    doctor = subprocess.run(
+        [sys.executable, "-m", "dispc", "doctor"], env=variables, capture_output=True, text=True, check=False
+    )
+    assert doctor.returncode == 1 and doctor.stderr == ""
+    assert "CUDA does not work" in doctor.stdout and "ONNX Runtime cannot be imported" in doctor.stdout
 
 
 def test_where_there_is_no_build_for_gpus_none_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,9 @@ Every algorithm takes a weight [K,N] and gives `Integers`: what MatMulNBits mult
 (integers - zero points) * scales, block by block along K.
 """
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dispc.algorithms import NEAREST
+from dispc.algorithms import NEAREST, STRAYED
 from dispc.quantisation import Quantisation
 from dispc.support.errors import CompileError
 
@@ -71,7 +73,8 @@ def _k_quant(weight: Array, quantisation: Quantisation, _: Array | None) -> Inte
 
 def _hqq(weight: Array, quantisation: Quantisation, _: Array | None) -> Integers:
     """Half-quadratic quantisation; its zero points are rounded, as fast kernels take no others."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantConfig, HQQWeightOnlyQuantizer
+    with _own_logging():
+        from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantConfig, HQQWeightOnlyQuantizer
 
     size, bits = quantisation.block_size, quantisation.bits
     blocks = _blocks(weight, size)
@@ -82,6 +85,18 @@ def _hqq(weight: Array, quantisation: Quantisation, _: Array | None) -> Integers
     scales, zero_points = scale.numpy()[..., None], np.clip(np.round(zero.numpy()), 0, 2**bits - 1)[..., None]
     values = np.clip(np.round(blocks / scales + zero_points), 0, 2**bits - 1)
     return _integers(blocks, weight.dtype, bits, values, scales, zero_points)
+
+
+@contextmanager
+def _own_logging() -> Iterator[None]:
+    """Keep an import from setting up logging for the whole process, as ONNX Runtime's quantiser does."""
+    root = logging.getLogger()
+    handlers, level = [*root.handlers], root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 def inverse_factor(hessian: Array) -> Array:
@@ -99,7 +114,8 @@ def inverse_factor(hessian: Array) -> Array:
 def _gptq(weight: Array, quantisation: Quantisation, spread: Array | None) -> Integers:
     """GPTQ (arXiv 2210.17323, algorithm 1): input after input, the error of one spread over those after it.
 
-    Ours, because ONNX Runtime's `gptq` (1.31) multiplies by the empty triangle of the factor and spreads nothing.
+    Ours, because ONNX Runtime's `gptq` (1.31) multiplies by the empty triangle of the factor and spreads nothing. A row
+    that errors have moved further than STRAYED is rounded to the nearest: it fits the text and stands for no weight.
     """
     if spread is None:
         raise CompileError("--algorithm gptq rounds by the inputs of a product, and none were recorded for one of them")
@@ -123,7 +139,14 @@ def _gptq(weight: Array, quantisation: Quantisation, spread: Array | None) -> In
         grids.append((scale, zero_point))
     scales, zero_points = (np.stack(parts, axis=-1) for parts in zip(*grids, strict=True))
     blocks = values.reshape(outputs, -1, size)
-    return _integers(blocks, weight.dtype, quantisation.bits, values, scales, zero_points)
+    found = _integers(blocks, weight.dtype, quantisation.bits, values, scales, zero_points)
+    moved = ((blocks - zero_points[..., None]) * scales[..., None]).reshape(outputs, -1)[:, :inputs] - weight.T
+    strayed = np.linalg.norm(moved, axis=1) > STRAYED * np.linalg.norm(weight.astype(np.float32), axis=0)
+    if strayed.any():
+        nearest = _nearest(np.ascontiguousarray(weight[:, strayed]), quantisation, None)
+        found.values[strayed], found.scales[strayed] = nearest.values, nearest.scales
+        found.zero_points[strayed] = nearest.zero_points
+    return found
 
 
 def _grid(block: Array, quantisation: Quantisation, dtype: Any) -> tuple[Array, Array]:

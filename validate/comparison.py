@@ -181,18 +181,19 @@ class Comparison:
     @cached_property
     def storage(self) -> Storage:
         """What the artifact stores of each weight."""
-        initializers = load_graph(self.directory / "model.onnx").graph.initializers
+        initializers = self.graph().graph.initializers
         norms = {name: value.const_value for name, value in initializers.items() if "norm" in name}
         widths = {name: int(tensor.shape.numpy()[0]) for name, tensor in norms.items() if tensor and tensor.shape}
         return Storage(self.checkpoint.config, self.masks, widths)
 
-    def _graph(self) -> ir.Model:
+    def graph(self) -> ir.Model:
+        """The graph of the artifact, its weights still in their file."""
         return load_graph(self.directory / "model.onnx")
 
     def blocks(self) -> Blocks:
         """The same as `load`, each block read when it is needed."""
         options, dtype = self.manifest.quantisation, DTYPES[self.artifact.dtype].torch
-        integers = read_integers(options, self._graph, self.checkpoint.family) if options else None
+        integers = read_integers(options, self.graph, self.checkpoint.family) if options else None
 
         def as_stored(part: Any, index: int | None) -> None:
             if self.artifact.widened:
@@ -213,7 +214,7 @@ class Comparison:
             for index in range(len(self.masks.blocks)):
                 self.storage.round(reference.get_submodule(family.block(index)), index, dtype)
             self.storage.round(reference, None, dtype)
-        match_quantisation(reference, self.checkpoint.family, self.masks, self.manifest, self._graph)
+        match_quantisation(reference, self.checkpoint.family, self.masks, self.manifest, self.graph)
         return reference
 
     @cached_property

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dispc.algorithms import STRAYED
 from dispc.masks import Indices
 from dispc.model.family import Family
 from dispc.quantisation import HEAD_PRODUCT, Quantisation, product_of
 from dispc.support.errors import ArtifactError
 
-FARTHEST = 0.8
-"""Largest error of a row of weights over the row's norm. 4 bits give 0.1, GPTQ about 0.2; other weights give 1.4."""
+SLACK = 0.02
+"""How much further than STRAYED a row may be: scales are stored in the artifact's dtype."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,13 @@ class StoredIntegers:
         start = 0
         for part in parts:
             count = len(part.weight) if part.outputs is None else len(part.outputs)
-            _put(product, part, rows[start : start + count])
+            _put(product, part, rows[start : start + count], options)
             start += count
 
     def put_embedding(self, part: Part, options: Quantisation) -> None:
         """The same for the token embedding."""
         found = [self.graph.initializers.get(f"{self.embedding}.{kind}") for kind in KINDS]
-        _put("the embedding", part, self._read(found, options, part.weight.shape[1]))
+        _put("the embedding", part, self._read(found, options, part.weight.shape[1]), options)
 
     def _read(self, values: Sequence[ir.Value | None], options: Quantisation, width: int) -> Tensor:
         """float32 [N,K] from integers, scales and zero points."""
@@ -107,16 +108,27 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
 
 
-def _put(name: str, part: Part, rows: Tensor) -> None:
+def _put(name: str, part: Part, rows: Tensor, options: Quantisation) -> None:
     outputs = torch.arange(len(part.weight)) if part.outputs is None else torch.from_numpy(part.outputs)
     inputs = torch.arange(part.weight.shape[1]) if part.inputs is None else torch.from_numpy(part.inputs)
     place = (outputs[:, None], inputs)
     kept, read = part.weight[place].float(), rows[:, : len(inputs)] / part.factor
-    norms = kept.norm(dim=1).clamp(min=1e-30)
-    farthest = float(((read - kept).norm(dim=1) / norms).max()) if len(kept) else 0.0
-    if not farthest <= FARTHEST:
+    what, size = ("row", len(inputs)) if options.rounding.reads_text else ("block", options.block_size)
+    farthest = _farthest(kept, read, size)
+    if not farthest <= STRAYED + SLACK:
         raise ArtifactError(
-            f"model.onnx: the integers of {name} do not stand for the checkpoint's weights: a row is off by "
-            f"{farthest:.2f} of its norm (allowed {FARTHEST})"
+            f"model.onnx: the integers of {name} do not stand for the checkpoint's weights: a {what} is off by "
+            f"{farthest:.2f} of its norm (allowed {STRAYED})"
         )
     part.weight[place] = read.to(part.weight.dtype)
+
+
+def _farthest(kept: Tensor, read: Tensor, size: int) -> float:
+    """The largest distance of two weights [N,K] in `size` inputs of a row, over the norm of `kept` there."""
+    if not kept.numel():
+        return 0.0
+    apart, norms = (
+        nn.functional.pad(weight, (0, -weight.shape[1] % size)).unflatten(1, (-1, size)).norm(dim=2)
+        for weight in (read - kept, kept)
+    )
+    return float((apart / norms.clamp(min=1e-30)).max())

@@ -1,5 +1,7 @@
 """The algorithms of rounding: what the integers stand for, and what GPTQ gains."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dispc.algorithms import ALGORITHMS
+from dispc.algorithms import ALGORITHMS, STRAYED
 from dispc.passes.rounding import ROUNDING, Integers, inverse_factor, pack, round_weight
 from dispc.quantisation import Quantisation, make_quantisation
 from dispc.support.errors import CompileError
@@ -97,3 +99,32 @@ def test_options_that_make_no_sense_are_refused(name: str | None, options: dict[
             int8_activations=None,
             **options,
         )
+
+
+def test_rows_that_errors_have_moved_far_are_rounded_to_the_nearest() -> None:
+    """Inputs that are nearly the same number let one weight stand for another: what fits the text is no such row."""
+    scales = np.repeat([100.0, 1.0], 16)
+    x = np.random.default_rng(3).standard_normal((200, 1)) * scales
+    hessian = x.T @ x + np.eye(32)
+    weight = np.random.default_rng(4).standard_normal((32, 64)).astype(np.float32)
+    moved, nearest = (
+        value(round_weight(weight, replace(INT4, algorithm=name), inverse_factor(hessian)), 32) - weight
+        for name in ("gptq", "rtn")
+    )
+    norms = np.linalg.norm(weight, axis=0)
+    assert (np.linalg.norm(moved, axis=0) <= STRAYED * norms).all()
+    assert (moved == nearest).all(axis=0).any() and not (moved == nearest).all()
+
+
+def test_logging_stays_the_callers_own() -> None:
+    code = """
+import logging, numpy as np
+from dispc.passes.rounding import ROUNDING, round_weight
+from dispc.quantisation import Quantisation
+for name in sorted(set(ROUNDING) - {"gptq"}):
+    options = Quantisation(bits=4, block_size=16, symmetric=False, head=False, embedding=False, algorithm=name)
+    round_weight(np.ones((16, 2), dtype=np.float32), options)
+print(logging.getLogger().handlers, logging.getLogger().level)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] 30"

@@ -19,7 +19,7 @@ from fault_nodes import (
     swap_presents,
 )
 from fault_places import Place
-from fault_updates import compare, distort
+from fault_updates import both, compare, distort
 from fault_values import (
     another_index,
     bias,
@@ -98,6 +98,15 @@ KINDS: dict[str, Kind] = {
     ),
     "update: in one row": Kind(distort(compare("Equal", "row", lambda p: p.row))),
     "update: in batches above 4": Kind(distort(compare("Greater", "batch", lambda p: 4))),
+    "update: in batches above 12": Kind(
+        distort(compare("Greater", "batch", lambda p: 12)), named="", check="graph", quick=False
+    ),
+    "update: in several rows after many tokens": Kind(
+        distort(both(compare("Greater", "batch", lambda p: 1), compare("GreaterOrEqual", "token", lambda p: p.token))),
+        named="",
+        check="graph",
+        quick=False,
+    ),
     "update: in calls of many tokens": Kind(distort(compare("Greater", "new", lambda p: p.token)), quick=False),
     "update: after any past": Kind(distort(compare("Greater", "past", lambda p: 0))),
     "update: after a long past": Kind(distort(compare("Greater", "past", lambda p: p.token - 8)), quick=False),

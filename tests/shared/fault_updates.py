@@ -55,7 +55,7 @@ def compare(operator: str, axis: str, number: Callable[[Place], int]) -> Conditi
             made.append(ir.node(op_type, inputs, attributes, name=f"fault/{len(made)}"))
             return made[-1].outputs[0]
 
-        zero_, one_ = constant(model, "fault.zero", 0), constant(model, "fault.one", 1)
+        zero_, one_ = (constant(model, f"fault.{value}.{len(made)}", value) for value in (0, 1))
         if axis == "token":
             total, new = size(model, "attention_mask", 1, made), size(model, "input_ids", 1, made)
             where = add("Range", [add("Sub", [total, new]), total, one_])
@@ -66,8 +66,21 @@ def compare(operator: str, axis: str, number: Callable[[Place], int]) -> Conditi
         else:
             source, which = {"batch": ("input_ids", 0), "new": ("input_ids", 1), "past": ("past_key_values.", 2)}[axis]
             where, shape = size(model, source, which, made), [1, 1, 1]
-        flags = add(operator, [where, constant(model, "fault.number", number(place))])
-        return add("Reshape", [flags, constant(model, "fault.shape", shape)])
+        flags = add(operator, [where, constant(model, f"fault.number.{len(made)}", number(place))])
+        return add("Reshape", [flags, constant(model, f"fault.shape.{len(made)}", shape)])
+
+    return make
+
+
+def both(*conditions: Condition) -> Condition:
+    """Where all of them hold."""
+
+    def make(model: ir.Model, place: Place, made: list[ir.Node]) -> ir.Value:
+        flags, *others = [condition(model, place, made) for condition in conditions]
+        for other in others:
+            made.append(ir.node("And", [flags, other], name=f"fault/{len(made)}"))
+            flags = made[-1].outputs[0]
+        return flags
 
     return make
 

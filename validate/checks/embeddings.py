@@ -8,7 +8,8 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dispc.model.checkpoint import Checkpoint
-from dispc.reference.quantised import round_blocks
+from dispc.reference.integers import Part
+from dispc.reference.quantised import read_integers, round_blocks
 from dispc.runtime.session import Array, Artifact, Tokens
 from dispc.support.check import Check
 from dispc.support.dtypes import DTYPES
@@ -31,7 +32,7 @@ def judge_embeddings(comparison: Comparison) -> Iterator[Check]:
     checkpoint = comparison.checkpoint
     try:
         artifact = Artifact(comparison.directory, edit=cut_behind_embeddings)
-        worst, token = _worst_row(artifact, checkpoint)
+        worst, token = _worst_row(artifact, comparison)
     except ArtifactError as error:
         yield Check.failed(NAME, "parity", str(error))
         return
@@ -49,14 +50,19 @@ def cut_behind_embeddings(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-def _worst_row(artifact: Artifact, checkpoint: Checkpoint) -> tuple[float, int]:
+def _worst_row(artifact: Artifact, comparison: Comparison) -> tuple[float, int]:
     """The largest error of a row, in units in the last place, and its token."""
+    checkpoint = comparison.checkpoint
     tokens = _read(checkpoint, f"{checkpoint.family.embedding}.weight")
     learned = f"{checkpoint.family.embedding.rpartition('.')[0]}.embed_positions.weight"
     stored = {learned, learned.removeprefix("model.")} & set(checkpoint.tensors)
     places = _read(checkpoint, learned) if stored else None
     dtype, quantisation = DTYPES[artifact.dtype].torch, artifact.manifest.quantisation
     rounded = quantisation if quantisation and quantisation.embedding else None
+    if rounded and (integers := read_integers(rounded, comparison.graph, checkpoint.family)):
+        tokens = tokens.to(dtype).float()
+        integers.put_embedding(Part(tokens, None, None), rounded)
+        rounded = None
     size = min(artifact.positions, LONGEST) if places is None else artifact.positions
     lookups = max(len(tokens), 0 if places is None else artifact.positions)
     worst, where = -1.0, 0

@@ -9,7 +9,6 @@ import onnx_ir as ir
 from dispc.lowerings import LOWERINGS
 from dispc.manifest import Manifest
 from dispc.masks import Masks
-from dispc.runtime.edits import load_graph
 from dispc.support.check import Check
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError
@@ -39,7 +38,7 @@ def judge_facts(comparison: Comparison, quick: Collection[str]) -> Iterator[Chec
     """Every fact that can be computed again is; the stored validation fits the artifact and its own figures, and holds
     the `quick` checks."""
     try:
-        graph = load_graph(comparison.directory / "model.onnx")
+        graph = comparison.graph()
     except ArtifactError as error:
         yield Check.failed(NAME, "static", str(error))
         return

@@ -10,7 +10,6 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from dispc.runtime.edits import load_graph
 from dispc.support.check import Check
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError
@@ -35,7 +34,7 @@ def judge_rotary(comparison: Comparison) -> Iterator[Check]:
     """
     artifact, masks = comparison.artifact, comparison.masks
     try:
-        tables = find_tables(load_graph(comparison.directory / "model.onnx"))
+        tables = find_tables(comparison.graph())
     except ArtifactError as error:
         yield Check.failed(NAME, "parity", str(error))
         return

@@ -9,7 +9,6 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from dispc.runtime.edits import load_graph
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError, first_line
 from dispc.support.graph import MACHINE_LEARNING, MICROSOFT, consumers, without_links
@@ -54,7 +53,7 @@ def judge_interface(comparison: Comparison) -> Iterator[Check]:
     """The graph has the inputs and outputs that dispc gives it and no others, and reads tokens and positions where
     every row of the tables is compared."""
     try:
-        model = load_graph(comparison.directory / "model.onnx")
+        model = comparison.graph()
         faults = [*_interface(model, comparison.masks.cache_layers), *_strays(model)]
     except ArtifactError as error:
         faults = [str(error)]

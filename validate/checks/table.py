@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dispc.support.check import Check
-from dispc.validate.checks import embeddings, facts, files, parity, rotary, static, text, variants
+from dispc.validate.checks import embeddings, facts, files, graph, parity, rotary, static, text, variants
 from dispc.validate.checks.scenarios import GREEDY, SCENARIOS, Scenario
 from dispc.validate.comparison import Comparison
 
@@ -62,6 +62,7 @@ CHECKS: tuple[CheckRow, ...] = (
     CheckRow("masks", files.judge_masks),
     CheckRow("files beside the model", files.judge_companions),
     CheckRow("dispc.json", judge_facts),
+    CheckRow(graph.NAME, graph.judge_graph),
     *(CheckRow(scenario.name, judge_scenario(scenario), scenario.quick) for scenario in SCENARIOS),
     CheckRow("KL divergence", judge_divergence, quick=True),
     CheckRow("top-1 tokens", judge_top1, quick=True),

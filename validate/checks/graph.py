@@ -1,0 +1,130 @@
+"""The graph beside the one that this dispc writes for the same model, masks and choices.
+
+A run shows a graph at some lengths and batch sizes; one that is wrong at others only has other nodes.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from dispc.export.trace import trace
+from dispc.passes.pipeline import build_pipeline, run_pipeline
+from dispc.plan import choices_of, make_plan
+from dispc.support.check import Check
+from dispc.support.dtypes import DTYPES
+from dispc.support.errors import ArtifactError, DispcError
+from dispc.support.version import __version__, versions
+from dispc.validate.checks.files import SHOWN
+from dispc.validate.comparison import Comparison
+
+NAME = "graph"
+EXACT = {ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL}
+"""Tensors whose values are compared: index sets and shapes. Weights and tables are judged by what they compute."""
+
+
+def judge_graph(comparison: Comparison) -> Iterator[Check]:
+    """Node for node the graph that a compilation makes, with its index sets: no other path for any length or batch.
+
+    Another release of what traces may spell the same differently: a difference is noted then, and not judged.
+    """
+    try:
+        found, expected = comparison.graph(), rewritten(comparison)
+        faults = [*differences(found, expected)]
+    except (ArtifactError, DispcError) as error:
+        faults = [str(error)]
+    others = other_releases(comparison)
+    if not faults:
+        detail = f"{len(expected.graph)} nodes are those that dispc {__version__} writes"
+        yield Check(name=NAME, group="static", status="passed", detail=detail)
+        return
+    more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+    shown = f"not what dispc {__version__} writes for this model: {'; '.join(faults[:SHOWN])}{more}"
+    if others:
+        yield Check(name=NAME, group="static", status="noted", detail=f"not judged (compiled with {others}): {shown}")
+    else:
+        yield Check.failed(NAME, "static", shown)
+
+
+def rewritten(comparison: Comparison) -> ir.Model:
+    """The graph for the model, the masks and the choices that the artifact was compiled with; no weight is computed.
+
+    Raises:
+        DispcError: when these choices cannot be compiled.
+    """
+    manifest, checkpoint = comparison.manifest, comparison.checkpoint
+    plan = make_plan(manifest.target, choices_of(manifest))
+    if manifest.lowering.costs:
+        plan = replace(plan, costs=manifest.lowering.costs)
+    model = trace(checkpoint, DTYPES[plan.dtype].torch)
+    run_pipeline(model, build_pipeline(plan, checkpoint, comparison.masks))
+    return model
+
+
+def other_releases(comparison: Comparison) -> str:
+    """The releases that the artifact was made with and that are others here, in words; empty where there are none."""
+    made = {"dispc": comparison.manifest.dispc} | {
+        name: version for name, version in comparison.manifest.versions.items() if name != "python"
+    }
+    here = {"dispc": __version__} | versions(*(name for name in made if name != "dispc"))
+    differing = [name for name, version in made.items() if here[name] != version]
+    return ", ".join(f"{name} {made[name]}, here {here[name]}" for name in differing)
+
+
+def differences(found: ir.Model, expected: ir.Model) -> Iterator[str]:
+    """What `found` has otherwise than `expected`, nodes and values by name."""
+    if found.functions:
+        yield "it has functions of its own"
+    if found.opset_imports != expected.opset_imports:
+        yield f"opsets {dict(found.opset_imports)} instead of {dict(expected.opset_imports)}"
+    for what, ours, theirs in (
+        ("inputs", found.graph.inputs, expected.graph.inputs),
+        ("outputs", found.graph.outputs, expected.graph.outputs),
+    ):
+        if [_typed(value) for value in ours] != [_typed(value) for value in theirs]:
+            yield f"other {what}, or of other types"
+    yield from _nodes(found.graph, expected.graph)
+    yield from _initializers(found.graph.initializers, expected.graph.initializers)
+
+
+def _nodes(found: ir.Graph, expected: ir.Graph) -> Iterator[str]:
+    ours, theirs = ({node.name or "": ir.to_proto(node) for node in graph} for graph in (found, expected))
+    repeated = [name for name, times in Counter(node.name for node in found).items() if times > 1]
+    yield from (f"{times} is the name of several nodes" for times in repeated)
+    yield from (f"no node {name}" for name in theirs if name not in ours)
+    yield from (f"a node {name} ({ours[name].op_type})" for name in ours if name not in theirs)
+    for name in ours.keys() & theirs.keys():
+        if what := _differs(ours[name], theirs[name]):
+            yield f"{name} has other {what}"
+
+
+def _differs(ours: onnx.NodeProto, theirs: onnx.NodeProto) -> str:
+    """The first thing in which two nodes differ; empty where they are the same."""
+    if (ours.domain, ours.op_type) != (theirs.domain, theirs.op_type):
+        return f"work: {ours.op_type}, not {theirs.op_type}"
+    if list(ours.input) != list(theirs.input):
+        return "inputs"
+    if list(ours.output) != list(theirs.output):
+        return "outputs"
+    mine, other = ({attribute.name: attribute for attribute in node.attribute} for node in (ours, theirs))
+    differing = [name for name in mine.keys() | other.keys() if mine.get(name) != other.get(name)]
+    return f"attributes: {', '.join(sorted(differing))}" if differing else ""
+
+
+def _initializers(found: Mapping[str, ir.Value], expected: Mapping[str, ir.Value]) -> Iterator[str]:
+    yield from (f"no values {name}" for name in expected.keys() - found.keys())
+    yield from (f"values {name}" for name in found.keys() - expected.keys())
+    for name in expected.keys() & found.keys():
+        ours, theirs = found[name].const_value, expected[name].const_value
+        assert ours is not None and theirs is not None
+        if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+            yield f"{name} is {ours.dtype}{ours.shape}, not {theirs.dtype}{theirs.shape}"
+        elif (ours.dtype in EXACT or ours.size == 1) and not np.array_equal(ours.numpy(), theirs.numpy()):
+            yield f"{name} has other values"
+
+
+def _typed(value: ir.Value) -> tuple[str, str, str]:
+    return value.name or "", str(value.dtype), str(value.shape)

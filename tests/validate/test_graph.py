@@ -12,7 +12,7 @@ import pytest
 from artifacts import artifact, failed, judged
 
 from dispc.runtime.edits import load_graph
-from dispc.support.check import Check
+from dispc.validate.checks.check import Check
 from dispc.validate.checks.graph import NAME, differences, judge_graph
 from dispc.validate.comparison import Comparison, Options
 

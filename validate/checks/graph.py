@@ -14,10 +14,10 @@ import onnx_ir as ir
 from dispc.export.trace import trace
 from dispc.passes.pipeline import build_pipeline, run_pipeline
 from dispc.plan import choices_of, make_plan
-from dispc.support.check import Check
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError, DispcError
 from dispc.support.version import __version__, versions
+from dispc.validate.checks.check import Check
 from dispc.validate.checks.files import SHOWN
 from dispc.validate.comparison import Comparison
 

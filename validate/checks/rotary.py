@@ -10,10 +10,10 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from dispc.support.check import Check
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError
 from dispc.support.graph import MICROSOFT
+from dispc.validate.checks.check import Check
 from dispc.validate.comparison import Comparison
 
 NAME = "rotary tables"

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"support", "facts", "reference", "runtime", "evaluate"},
     "validate": {"support", "facts", "export", "reference", "runtime", "evaluate", "validate", "validate.checks.graph"},
     # it alone asks the compiler again what it wrote; everything else judges without what is judged
-    "validate.checks.graph": {"support", "facts", "passes", "export", "runtime", "validate"},
+    "validate.checks.graph": {"support", "facts", "passes", "export", "validate"},
     "learn": {"support", "facts", "reference", "runtime", "learn"},
     "inspect": {"support", "facts"},
     "compiler": {"support", "facts", "passes", "export", "runtime", "evaluate", "validate"},

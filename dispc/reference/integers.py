@@ -128,7 +128,7 @@ def _farthest(kept: Tensor, read: Tensor, size: int) -> float:
     if not kept.numel():
         return 0.0
     apart, norms = (
-        nn.functional.pad(weight, (0, -weight.shape[1] % size)).unflatten(1, (-1, size)).norm(dim=2)
+        nn.functional.pad(weight, (0, -weight.shape[1] % size)).reshape(len(weight), -1, size).norm(dim=2)
         for weight in (read - kept, kept)
     )
     return float((apart / norms.clamp(min=1e-30)).max())

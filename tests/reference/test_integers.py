@@ -17,7 +17,7 @@ from dispc.algorithms import ALGORITHMS
 from dispc.compiler import CompileOptions, compile_model
 from dispc.quantisation import Quantisation
 from dispc.support.errors import ArtifactError
-from dispc.validate import check
+from dispc.validate import CheckOptions, check
 
 INT4 = Quantisation(bits=4, block_size=16, symmetric=False, head=True, embedding=True)
 READ = [name for name, row in ALGORITHMS.items() if not row.repeatable]
@@ -43,7 +43,7 @@ def artifact(algorithm: str, mixed: str | None = None) -> Path:
 )
 def test_artifacts_of_every_algorithm_pass(algorithm: str, mixed: str | None) -> None:
     out = artifact(algorithm, mixed)
-    report = check(out, student.student(), masks=out / "masks.safetensors")
+    report = check(out, student.student(), CheckOptions(masks=out / "masks.safetensors"))
     assert report.passed, failed(report)
 
 
@@ -87,4 +87,4 @@ def test_without_a_text_every_block_is_near_its_weights(algorithm: str, fault: s
 def refused(algorithm: str, fault: faults.Fault, place: Path) -> None:
     broken = faults.plant(fault, artifact(algorithm), place / "broken")
     with pytest.raises(ArtifactError, match=r"the integers of 1\.mlp\.write do not stand for"):
-        check(broken, student.student(), masks=broken / "masks.safetensors", quick=True)
+        check(broken, student.student(), CheckOptions(masks=broken / "masks.safetensors", quick=True))

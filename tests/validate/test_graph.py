@@ -12,13 +12,14 @@ import pytest
 from artifacts import artifact, failed, judged
 
 from dispc.runtime.edits import load_graph
+from dispc.validate import CheckOptions
 from dispc.validate.checks.check import Check
 from dispc.validate.checks.graph import NAME, differences, judge_graph
-from dispc.validate.comparison import Comparison, Options
+from dispc.validate.comparison import Comparison
 
 
 def verdict(out: Path, variant: str) -> Check:
-    (found,) = judge_graph(Comparison(out, harness.checkpoint(variant).directory, Options(device="cpu")))
+    (found,) = judge_graph(Comparison(out, harness.checkpoint(variant).directory, CheckOptions(device="cpu")))
     return found
 
 

@@ -119,7 +119,9 @@ class Comparison:
 
     def answers(self, rows: Sequence[Row], *, streams: bool = False) -> Answers:
         """The outputs of the reference for the texts of `rows`."""
-        return ask(self.blocks(), [row.text for row in rows], self.truth, self.computes_in, streams=streams)
+        integers = self.manifest.quantisation is not None
+        texts = [row.text for row in rows]
+        return ask(self.blocks(), texts, self.truth, self.computes_in, streams=streams, integers=integers)
 
     @cached_property
     def perplexities(self) -> dict[str, Perplexity]:

@@ -58,11 +58,13 @@ class Precision:
     On the CPU a half-precision dtype is imitated: weights and every module's inputs and outputs are rounded to it and
     products are summed in float32, as GPU kernels do. torch's own float16 is ten times as slow there. From draw 1 on,
     what goes into a module is off by up to ULPS units in the last place as well, at random: as the
-    arithmetic of other kernels is.
+    arithmetic of other kernels is. So are weights that stand for `integers`, in units of the largest one of a row:
+    kernels read (integer - zero point) * scale as the difference of two products.
     """
 
     dtype: torch.dtype
     draw: int | None = None
+    integers: bool = False
 
     @property
     def computes_in(self) -> torch.dtype:
@@ -70,7 +72,11 @@ class Precision:
 
     def cast(self, weight: Tensor) -> Tensor:
         """A float32 weight as this precision has it."""
-        return weight.to(self.dtype).to(self.computes_in)
+        cast = weight.to(self.dtype).to(self.computes_in)
+        if not (self.integers and self.draw and weight.ndim == 2):
+            return cast
+        noise = 2 * torch.rand(cast.shape, generator=torch.Generator().manual_seed(self.draw)) - 1
+        return cast + _reach(self.dtype) * cast.abs().amax(dim=1, keepdim=True) * noise
 
 
 @dataclass
@@ -139,15 +145,24 @@ def truth_dtype(wanted: str | None) -> torch.dtype:
     return torch.float32 if wanted == "float32" else torch.float64
 
 
-def ask(blocks: Blocks, texts: Sequence[Text], truth: torch.dtype, dtype: str, *, streams: bool = False) -> Answers:
+def ask(
+    blocks: Blocks,
+    texts: Sequence[Text],
+    truth: torch.dtype,
+    dtype: str,
+    *,
+    streams: bool = False,
+    integers: bool = False,
+) -> Answers:
     """Read `texts`, once for the truth and several times in `dtype` where the truth is finer than that.
 
     With `streams` there are also the residual stream before the first block (`stream.0`) and after each
-    sub-layer, two for each block. The weights of the blocks are consumed.
+    sub-layer, two for each block. `integers` says that weights are stored as such. The weights of the blocks are
+    consumed.
     """
     readings: dict[Text, list[Reading]] = {text: [] for text in sources(texts)}
     with torch.inference_mode():
-        for precision in precisions(truth, dtype):
+        for precision in precisions(truth, dtype, integers=integers):
             with blocks.outer(precision.cast), _rounded(blocks.model, precision):
                 for text, read in readings.items():
                     if precision.draw is None or precision.draw in draws(text):
@@ -176,10 +191,10 @@ def sources(texts: Sequence[Text]) -> list[Text]:
     return found
 
 
-def precisions(truth: torch.dtype, dtype: str) -> list[Precision]:
+def precisions(truth: torch.dtype, dtype: str, *, integers: bool = False) -> list[Precision]:
     """The truth's, and where it is finer than `dtype` that of every draw."""
     own = DTYPES[dtype].torch
-    return [Precision(truth), *(Precision(own, draw) for draw in DRAWS if own != truth)]
+    return [Precision(truth), *(Precision(own, draw, integers) for draw in DRAWS if own != truth)]
 
 
 def draws(text: Text) -> tuple[int, ...]:
@@ -267,8 +282,12 @@ def _rounded(part: nn.Module, precision: Precision, seed: int = 0) -> Iterator[N
 def _shake(value: Any, dtype: torch.dtype, generator: torch.Generator) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
-    reach = ULPS[name_of(dtype)] * torch.finfo(dtype).eps
-    return value * (1 + (2 * torch.rand(value.shape, generator=generator) - 1) * reach)
+    return value * (1 + (2 * torch.rand(value.shape, generator=generator) - 1) * _reach(dtype))
+
+
+def _reach(dtype: torch.dtype) -> float:
+    """ULPS units in the last place, of 1."""
+    return ULPS[name_of(dtype)] * torch.finfo(dtype).eps
 
 
 def _round(value: Any, dtype: torch.dtype) -> Any:

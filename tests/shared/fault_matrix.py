@@ -93,7 +93,8 @@ def reference_read_once() -> Iterator[None]:
         asked = sources([row.text for row in rows])
         blocks, readings = known.get(key, (None, {}))
         if new := [text for text in asked if not any(text.begins(other) for other in readings)]:
-            fresh = ask(self.blocks(), new, self.truth, self.computes_in, streams=streams)
+            integers = self.manifest.quantisation is not None
+            fresh = ask(self.blocks(), new, self.truth, self.computes_in, streams=streams, integers=integers)
             blocks = blocks or fresh.blocks
             fixed = {text: read for text, read in fresh.readings.items() if key not in known}
             known.setdefault(key, (blocks, fixed))

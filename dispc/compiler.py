@@ -15,7 +15,7 @@ from dispc.export.card import write_card
 from dispc.export.companions import write_companions
 from dispc.export.trace import trace
 from dispc.export.write import check_file, save_model
-from dispc.manifest import MANIFEST, BlockParameters, LoweringChoice, Manifest, PassRecord, Tuning, foreign_content
+from dispc.manifest import MANIFEST, BlockParameters, LoweringChoice, Manifest, PassRecord, Tuning, foreign_to_artifact
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.config import DecoderConfig
@@ -98,7 +98,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
         require_memory_for_reference(checkpoint, whole=options.verify_each)
     if options.verify_each:
         _verify_each(checkpoint, masks, plan, hessians)
-    with staged_directory(options.output, options.force, foreign=foreign_content) as stage:
+    with staged_directory(options.output, options.force, foreign=foreign_to_artifact) as stage:
         manifest = build_artifact(checkpoint, masks, plan, stage, progress, options.dump_ir, hessians)
         manifest = replace(
             manifest,
@@ -114,7 +114,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
 
 def _check_paths(options: CompileOptions) -> None:
     """Raise ArtifactError unless the output may be written, and replaces nothing that is read or written elsewhere."""
-    check_output(options.output, options.force, foreign=foreign_content)
+    check_output(options.output, options.force, foreign=foreign_to_artifact)
     for path in (options.model, options.masks, options.dump_ir):
         if path and path.resolve().is_relative_to(options.output.resolve()):
             raise ArtifactError(f"{path}: lies in {options.output}, which would be replaced; choose another -o")

@@ -7,7 +7,8 @@ from functools import cached_property
 import numpy as np
 
 from dispc.reference.truth import Text
-from dispc.runtime.session import Array, Artifact, Runner, Tokens
+from dispc.runtime.session import Artifact, Runner
+from dispc.support.arrays import Array, Tokens
 
 SHORT = 72
 """Tokens of the shorter runs, the model's positions allowing."""

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from dispc.algorithms import ALGORITHMS, NEAREST
-from dispc.cli.arguments import fill
+from dispc.cli.arguments import options_from
 from dispc.cli.process import SETTINGS, import_transformers
 from dispc.cli.tables import JsonFlag, err, out, print_error, print_json
 from dispc.lowerings import LOWERINGS
@@ -125,7 +125,7 @@ class CompileArguments:
     def options(self) -> "CompileOptions":
         from dispc.compiler import CompileOptions
 
-        return fill(
+        return options_from(
             CompileOptions,
             self,
             output=self.directory,

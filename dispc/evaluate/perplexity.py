@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from dispc.manifest import MANIFEST, read_manifest
@@ -22,12 +21,12 @@ from dispc.model.text import load_tokens, source_name, windows
 from dispc.reference.masked import load_reference
 from dispc.runtime.devices import torch_device
 from dispc.runtime.providers import CPU, PROVIDERS, Provider
-from dispc.runtime.session import Array, Artifact
+from dispc.runtime.session import Artifact
+from dispc.support.arrays import Array, Tokens
 from dispc.support.dtypes import name_of
 from dispc.support.errors import DataError
 from dispc.targets import TARGETS
 
-Tokens = npt.NDArray[np.int64]
 DEFAULT_WINDOW = 2048
 
 

@@ -19,7 +19,7 @@ from dispc.model.families import find_family
 from dispc.model.family import HEAD, Family
 from dispc.model.generation import Generation
 from dispc.model.packed import packed_in, take
-from dispc.model.pretrained import build_model, empty_parameters, fill, make_config
+from dispc.model.pretrained import build_model, empty_parameters, make_config, set_parameters
 from dispc.model.rope import Rope, check_ropes, read_ropes
 from dispc.model.storage import CheckpointTensor, Stored, list_stored
 from dispc.support.errors import CheckpointError, UnsupportedModelError
@@ -87,7 +87,7 @@ class Checkpoint:
             CheckpointError: when a tensor is missing or misshapen, or transformers reads the config in another way.
         """
         model = self.empty_model(dtype)
-        fill(model, lambda name, shape: self.find(name).expect(shape).read().to(dtype))
+        set_parameters(model, lambda name, shape: self.find(name).expect(shape).read().to(dtype))
         return model
 
     def empty_model(self, dtype: torch.dtype) -> Any:

@@ -28,7 +28,7 @@ def rows(packed: Packed, part: str, config: DecoderConfig) -> npt.NDArray[np.int
 
 
 @dataclass(frozen=True)
-class Part:
+class PackedPart:
     """A parameter that is stored as rows of another: the name of that one, and where in it."""
 
     name: str
@@ -36,17 +36,17 @@ class Part:
     part: str
 
 
-def packed_in(name: str, family: Family) -> Part | None:
+def packed_in(name: str, family: Family) -> PackedPart | None:
     """Where the parameter `name` of a separate projection is stored; None for one that is stored separately."""
     for packed in family.packed:
         for part in packed.parts:
             block, found, kind = name.rpartition(f".{part}.")
             if found:
-                return Part(f"{block}.{packed.module}.{kind}", packed, part)
+                return PackedPart(f"{block}.{packed.module}.{kind}", packed, part)
     return None
 
 
-def take(whole: CheckpointTensor, found: Part, config: DecoderConfig) -> CheckpointTensor:
+def take(whole: CheckpointTensor, found: PackedPart, config: DecoderConfig) -> CheckpointTensor:
     """The rows of a stored tensor that are those of a separate projection, read when asked for.
 
     Raises:

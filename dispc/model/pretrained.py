@@ -163,7 +163,7 @@ def empty_parameters() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def fill(
+def set_parameters(
     model: nn.Module,
     read: Callable[[str, tuple[int, ...]], torch.Tensor],
     wanted: Callable[[str], bool] = lambda name: True,

@@ -19,7 +19,7 @@ from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.config import DecoderConfig
 from dispc.model.family import Family
-from dispc.model.pretrained import fill
+from dispc.model.pretrained import set_parameters
 from dispc.reference.masked import mask_model
 
 Cast = Callable[[Tensor], Tensor]
@@ -165,10 +165,10 @@ def read_lazily(
     def load(index: int) -> None:
         name = family.block(index)
         block = model.get_submodule(name)
-        fill(block, lambda inner, shape: read(f"{name}.{inner}", shape))
+        set_parameters(block, lambda inner, shape: read(f"{name}.{inner}", shape))
         as_stored(block, index)
 
-    fill(model, read, partial(outside_blocks, family))
+    set_parameters(model, read, partial(outside_blocks, family))
     mask_model(model, checkpoint, masks)
     as_stored(model, None)
     return Blocks(model, checkpoint.config, load)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from dispc.masks import Masks
@@ -13,10 +12,10 @@ from dispc.model.checkpoint import Checkpoint
 from dispc.model.family import Family
 from dispc.plan import Choices, Plan, make_plan
 from dispc.quantisation import HEAD_PRODUCT, product_of
-from dispc.runtime.session import Array, Runner, open_session
+from dispc.runtime.session import Runner, open_session
+from dispc.support.arrays import Array, Tokens
 
 PREFIX = "inputs."
-Tokens = npt.NDArray[np.int64]
 Build = Callable[[Checkpoint, Masks, Plan, Path], object]
 """Compiles a checkpoint with masks by a plan into an empty directory."""
 

@@ -22,7 +22,7 @@ from dispc.passes.pipeline import build_pipeline, run_pipeline
 from dispc.plan import Choices, make_plan
 from dispc.quantisation import Quantisation
 from dispc.reference.blocks import Blocks
-from dispc.reference.masked import apply_masks, load_reference
+from dispc.reference.masked import load_reference, mask_forward
 from dispc.reference.quantised import quantise_reference
 from dispc.reference.truth import Text, ask
 from dispc.runtime.session import Runner, open_session
@@ -89,7 +89,7 @@ def reference_rows(
     """The same of several prompts, each by itself."""
     model = copy.deepcopy(_dense_reference(variant))
     if masks is not None:
-        apply_masks(model, checkpoint(variant).family, masks)
+        mask_forward(model, checkpoint(variant).family, masks)
         if quantisation is not None:
             quantise_reference(model, checkpoint(variant).family, masks, quantisation, torch.float32)
     return rows_of(model, rows)
@@ -109,7 +109,7 @@ def times_own(
     positions amplifies any rounding, the reference's too, so no fixed tolerance is right for every width.
     """
     model = copy.deepcopy(_dense_reference(variant))
-    apply_masks(model, checkpoint(variant).family, masks)
+    mask_forward(model, checkpoint(variant).family, masks)
     if quantisation is not None:
         quantise_reference(model, checkpoint(variant).family, masks, quantisation, torch.float32)
     texts = [Text(tuple(tokens.tolist())) for tokens in rows]

@@ -9,7 +9,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dispc.model.checkpoint import Checkpoint
 from dispc.reference.quantised import round_blocks
-from dispc.runtime.session import Array, Artifact, Tokens
+from dispc.runtime.session import Artifact
+from dispc.support.arrays import Array, Tokens
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError
 from dispc.validate.checks.check import Check

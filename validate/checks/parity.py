@@ -13,7 +13,7 @@ import numpy as np
 
 from dispc.evaluate.perplexity import Perplexity
 from dispc.reference.truth import TINY, TOLERANCE, Answers, Text, divergence
-from dispc.runtime.session import Array
+from dispc.support.arrays import Array
 from dispc.support.errors import ArtifactError
 from dispc.validate.checks.check import Check
 from dispc.validate.client import Row

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dispc.runtime.session import Array, Artifact
+from dispc.runtime.session import Artifact
+from dispc.support.arrays import Array
 from dispc.support.errors import ArtifactError
 from dispc.validate.checks.check import Check
 from dispc.validate.checks.parity import LIMITS, judge_logits, logit_error

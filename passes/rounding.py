@@ -64,8 +64,8 @@ def _k_quant(weight: Array, quantisation: Quantisation, _: Array | None) -> Inte
 
     blocks = _blocks(weight, quantisation.block_size)
     with np.errstate(divide="ignore", invalid="ignore"):  # blocks of equal weights, which it then leaves as they were
-        found = quant_tensor_k_quant_cpu(blocks, quantisation.bits, quantisation.block_size)
-    return _integers(blocks, weight.dtype, quantisation.bits, *found)
+        rounded = quant_tensor_k_quant_cpu(blocks, quantisation.bits, quantisation.block_size)
+    return _integers(blocks, weight.dtype, quantisation.bits, *rounded)
 
 
 def _hqq(weight: Array, quantisation: Quantisation, _: Array | None) -> Integers:

@@ -119,12 +119,12 @@ def open_scorer(path: Path, masks: Path | None = None, device: str = "cpu") -> S
 
 def _provider(artifact: Path, device: str) -> Provider:
     """That of the artifact's target where it is on `device`, else the first that is."""
-    found = [provider for provider in PROVIDERS.values() if provider.device == device]
-    if not found:
+    providers = [provider for provider in PROVIDERS.values() if provider.device == device]
+    if not providers:
         devices = dict.fromkeys(provider.device for provider in PROVIDERS.values())
         raise DataError(f"--device {device}: an artifact runs on {' or '.join(devices)}")
     target = TARGETS.get(read_manifest(artifact).target)
-    provider = next((own for own in found if target and own.name == target.provider), found[0])
+    provider = next((own for own in providers if target and own.name == target.provider), providers[0])
     if target and target.contrib and target.provider != provider.name and not provider.fallback:
         raise DataError(
             f"{artifact}: is for {PROVIDERS[target.provider].title} (target {target.name}); leave out --device {device}"

@@ -39,13 +39,13 @@ class Processes:
         Raises:
             DispcError: when the device or a package is not there.
         """
-        found = torch_device(device)
+        own = torch_device(device)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return Processes(0, 1, found)
+            return Processes(0, 1, own)
         need("accelerate", "learn")
         from accelerate import PartialState
 
-        state = PartialState(cpu=found.type == "cpu")
+        state = PartialState(cpu=own.type == "cpu")
         return Processes(state.process_index, state.num_processes, state.device)
 
     def place(self, model: Any, config: DecoderConfig) -> None:

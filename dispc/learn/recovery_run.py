@@ -131,10 +131,10 @@ class Recovery(Run[RecoverOptions]):
             sums += self.losses(piece) * len(piece)
         distil, text = self.processes.mean(sums / len(mine)).tolist()
         loss = self.weights[0] * distil + self.weights[1] * text
-        found = {"step": self.step, "loss": loss, "distil": distil, "text": text}
+        judgement = {"step": self.step, "loss": loss, "distil": distil, "text": text}
         if not self.judgements or loss < self.best_judgement["loss"]:
             self.best = gathered(self.trained)
-        self.judgements.append(found)
+        self.judgements.append(judgement)
         if self.step - self.best_judgement["step"] >= self.options.patience * self.options.evaluate_every:
             self.ended = f"no gain on held-out text for {self.options.patience} judgements"
         return {"held_out_loss": loss, "held_out_distil": distil, "held_out_text": text}

@@ -182,8 +182,8 @@ class Checkpoint:
         Raises:
             CheckpointError: when the checkpoint has no such tensor.
         """
-        if (found := packed_in(name, self.family)) is not None:
-            return take(self.find(found.name), found, self.config)
+        if (packed := packed_in(name, self.family)) is not None:
+            return take(self.find(packed.name), packed, self.config)
         embedding, head = f"{self.family.embedding}.weight", f"{self.family.head}.weight"
         names = [head, HEAD] if name in (head, HEAD) else [name]
         if self.config.tied and name in (embedding, head, HEAD):
@@ -216,7 +216,7 @@ class Checkpoint:
             block = blocks.fullmatch(name)
             return f"*{block[2]}" if block and int(block[1]) < self.config.num_hidden_layers else name
 
-        wholes = [found.name if (found := packed_in(name, self.family)) else name for name in parameters]
+        wholes = [packed.name if (packed := packed_in(name, self.family)) else name for name in parameters]
         heads = {f"{self.family.head}.weight"} | ({HEAD} if self.config.tied else set())
         known = {place(name) for name in wholes} | heads
         every = {*self.stored, *self._listed.others}

@@ -46,14 +46,14 @@ def packed_in(name: str, family: Family) -> PackedPart | None:
     return None
 
 
-def take(whole: CheckpointTensor, found: PackedPart, config: DecoderConfig) -> CheckpointTensor:
+def take(whole: CheckpointTensor, place: PackedPart, config: DecoderConfig) -> CheckpointTensor:
     """The rows of a stored tensor that are those of a separate projection, read when asked for.
 
     Raises:
         CheckpointError: when it has not as many rows as the projections in it.
     """
-    every = sum(config.outputs(name) for name in found.packed.parts)
-    kept = torch.from_numpy(rows(found.packed, found.part, config))
+    every = sum(config.outputs(name) for name in place.packed.parts)
+    kept = torch.from_numpy(rows(place.packed, place.part, config))
     whole.expect((every, *whole.shape[1:]))
     return replace(whole, shape=(len(kept), *whole.shape[1:]), read=lambda: whole.read()[kept])
 

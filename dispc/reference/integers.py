@@ -72,8 +72,8 @@ class StoredIntegers:
 
     def put_embedding(self, part: PrunedWeight, options: Quantisation) -> None:
         """The same for the token embedding."""
-        found = [self.graph.initializers.get(f"{self.embedding}.{kind}") for kind in KINDS]
-        _put("the embedding", part, self._read(found, options, part.weight.shape[1]))
+        stored = [self.graph.initializers.get(f"{self.embedding}.{kind}") for kind in KINDS]
+        _put("the embedding", part, self._read(stored, options, part.weight.shape[1]))
 
     def _read(self, stored: Sequence[ir.Value | None], options: Quantisation, width: int) -> Tensor:
         """float32 [N,K] from integers, scales and zero points."""

@@ -113,11 +113,11 @@ def untie(model: Any) -> bool:
 
 def products(model: Any, family: Family, masks: Masks) -> dict[str, list[PrunedWeight]]:
     """The weights of each product that is left, by its name (`dispc.quantisation.product_of`), and of the head."""
-    found: dict[str, list[PrunedWeight]] = {}
+    weights: dict[str, list[PrunedWeight]] = {}
     for number, sets in enumerate(masks.blocks):
-        found |= products_of_block(model.get_submodule(family.block(number)), number, family, sets)
-    found[HEAD_PRODUCT] = [PrunedWeight(model.get_output_embeddings().weight, None, None)]
-    return found
+        weights |= products_of_block(model.get_submodule(family.block(number)), number, family, sets)
+    weights[HEAD_PRODUCT] = [PrunedWeight(model.get_output_embeddings().weight, None, None)]
+    return weights
 
 
 def products_of_block(block: Any, number: int, family: Family, sets: Block) -> dict[str, list[PrunedWeight]]:

@@ -167,11 +167,11 @@ def ask(blocks: Blocks, texts: Sequence[Text], truth: torch.dtype, dtype: str, *
 
 def sources(texts: Sequence[Text]) -> list[Text]:
     """The texts that have to be read, longest first: those that do not begin another."""
-    found: list[Text] = []
+    sources: list[Text] = []
     for text in sorted(dict.fromkeys(texts), key=lambda text: -len(text.tokens)):
-        if not any(text.begins(known) for known in found):
-            found.append(text)
-    return found
+        if not any(text.begins(known) for known in sources):
+            sources.append(text)
+    return sources
 
 
 def precisions(truth: torch.dtype, dtype: str) -> list[Precision]:

@@ -34,7 +34,7 @@ def record_inputs(path: Path, family: Family, windows: Tokens) -> dict[str, Arra
     `windows` [N,S] are token ids. One matrix for each product stays in memory.
     """
     session = open_session(path, edit=lambda model: _expose(model, family))
-    runner, found = Runner(session), dict[str, Array]()
+    runner, sums = Runner(session), dict[str, Array]()
     for window in windows:
         ids, ones, positions = window[None], np.ones((1, len(window)), dtype=np.int64), np.arange(len(window))[None]
         outputs, _ = runner.run_all(ids, ones, positions, runner.empty_caches(1))
@@ -42,8 +42,8 @@ def record_inputs(path: Path, family: Family, windows: Tokens) -> dict[str, Arra
             if name.startswith(PREFIX):
                 rows = values.reshape(-1, values.shape[-1])
                 product = name.removeprefix(PREFIX)
-                found[product] = found.get(product, np.float32(0)) + rows.T @ rows
-    return found
+                sums[product] = sums.get(product, np.float32(0)) + rows.T @ rows
+    return sums
 
 
 def _expose(model: ir.Model, family: Family) -> None:

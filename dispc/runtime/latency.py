@@ -260,10 +260,10 @@ def main() -> None:
     try:
         request = from_json(Request, json.load(sys.stdin), "the request", ArtifactError)
         dense = Path(request.dense) if request.dense else None
-        found = measure(Path(request.artifact), dense, request.options, PROVIDERS[request.provider])
+        latency = measure(Path(request.artifact), dense, request.options, PROVIDERS[request.provider])
     except DispcError as error:
         sys.exit(str(error))
-    print(json.dumps(to_json(found)))
+    print(json.dumps(to_json(latency)))
 
 
 if __name__ == "__main__":

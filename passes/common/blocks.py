@@ -157,15 +157,15 @@ def _explain_adds(
             )
         terms[add.outputs[0]] = sum((part for part in parts if part is not None), Counter())
     everything = Counter(["stream", "attention", "mlp"])
-    outputs = [value for value, found in terms.items() if found == everything]
+    outputs = [value for value, summed in terms.items() if summed == everything]
     if len(outputs) != 1:
         raise CompileError(f"{module}: its residual adds do not add up to stream + attention + mlp")
     readers = {*attention.readers, *mlp.readers}
-    for value, found in terms.items():
+    for value, summed in terms.items():
         if value is outputs[0]:
             continue
         for reader in consumers(value):
-            if reader not in adds and not (reader in readers and "stream" in found):
+            if reader not in adds and not (reader in readers and "stream" in summed):
                 raise CompileError(f"{reader.name}: reads the residual stream of {module}, which dispc cannot explain")
     entering = terms.get(mlp.entrance)
     if entering not in (stream, Counter(["stream", "attention"])):

@@ -77,4 +77,4 @@ def judge_widened(comparison: Comparison) -> Iterator[Check]:
         if measured.run.check is not None:
             yield Check.failed(title, "parity", measured.run.check.detail)
         else:
-            yield judge_logits(title, measured.run.rows, measured.found, measured.run.detail, limit)
+            yield judge_logits(title, measured.run.rows, measured.distances, measured.run.detail, limit)

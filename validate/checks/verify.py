@@ -75,10 +75,10 @@ def _run(graph: ir.Model, tokens: Array) -> tuple[Array, list[int]]:
         with hold_signals(), surface_weight_errors():
             ir.save(graph, path, external_data="model.onnx.data", max_workers=2)
         runner = Runner(open_session(path, optimise=False))
-    caches, found, seen = runner.empty_caches(1), [], list[int]()
+    caches, pieces, seen = runner.empty_caches(1), [], list[int]()
     for start, end in ((0, SPLIT), (SPLIT, len(tokens))):
         positions = np.arange(start, end)[None]
         logits, caches = runner.run(tokens[None, start:end], np.ones((1, end), dtype=np.int64), positions, caches)
-        found.append(logits[0])
+        pieces.append(logits[0])
         seen += range(start, end)[-logits.shape[1] :]
-    return np.concatenate(found), seen
+    return np.concatenate(pieces), seen

@@ -145,7 +145,6 @@ def compile(arguments: CompileArguments, as_json: JsonFlag = False) -> None:
     from dispc.cli.checks import check_lines
     from dispc.cli.tables import compile_progress, compile_tables
     from dispc.compiler import ParityFailure, compile_model
-    from dispc.validate.report.report import report_of
 
     options = arguments.options()
     import_transformers()
@@ -168,6 +167,8 @@ def compile(arguments: CompileArguments, as_json: JsonFlag = False) -> None:
     for table in compile_tables(manifest):
         out.print(table)
     if manifest.validation is not None:
+        from dispc.validate.report.report import report_of  # slow to import
+
         out.print(check_lines(report_of(manifest.validation, options.output)))
     for note in manifest.notes:
         out.print(f"[yellow]note:[/yellow] {escape(note)}", highlight=False)

@@ -101,20 +101,20 @@ def _parameters(config_class: Any) -> set[str]:
 
 def _deciding(raw: Mapping[str, Any], known: set[str], family: Family) -> dict[str, Any]:
     """The keys that decide what the model computes, rotary positions excepted."""
-    found = {}
+    deciding = {}
     for key, value in raw.items():
         if HARMLESS.fullmatch(key) or key in family.ignored or (key in ROPE_KEYS and family.rotary):
             continue
         if key == "layer_types" and key not in known:  # checked against the config that is made
             continue
         if key in known or key in ALWAYS:
-            found[key] = value
+            deciding[key] = value
         elif value not in (None, False, 0, "", [], {}) or (value in (False, 0) and NEEDED.fullmatch(key)):
             raise CheckpointError(
                 f"{key} is {value!r}, which neither dispc nor the installed transformers knows of {family.model_type} "
                 "models; remove it if it changes nothing"
             )
-    return found
+    return deciding
 
 
 def _switched_off(key: str, raw: Mapping[str, Any]) -> bool:
@@ -163,7 +163,7 @@ def empty_parameters() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def fill(
+def set_parameters(
     model: nn.Module,
     read: Callable[[str, tuple[int, ...]], torch.Tensor],
     wanted: Callable[[str], bool] = lambda name: True,

@@ -8,9 +8,10 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dispc.model.checkpoint import Checkpoint
-from dispc.reference.integers import Part
+from dispc.reference.integers import PrunedWeight
 from dispc.reference.quantised import read_integers, round_blocks
-from dispc.runtime.session import Array, Artifact, Tokens
+from dispc.runtime.session import Artifact
+from dispc.support.arrays import Array, Tokens
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError
 from dispc.validate.checks.check import Check
@@ -61,7 +62,7 @@ def _worst_row(artifact: Artifact, comparison: Comparison) -> tuple[float, int]:
     rounded = quantisation if quantisation and quantisation.embedding else None
     if rounded and (integers := read_integers(rounded, comparison.graph, checkpoint.family)):
         tokens = tokens.to(dtype).float()
-        integers.put_embedding(Part(tokens, None, None), rounded)
+        integers.put_embedding(PrunedWeight(tokens, None, None), rounded)
         rounded = None
     size = min(artifact.positions, LONGEST) if places is None else artifact.positions
     lookups = max(len(tokens), 0 if places is None else artifact.positions)
@@ -73,8 +74,8 @@ def _worst_row(artifact: Artifact, comparison: Comparison) -> tuple[float, int]:
         expected = expected * torch.tensor(checkpoint.config.embedding_multiplier).to(dtype).float()
         if places is not None:  # its first rows are for padding
             expected = expected + places[len(places) - artifact.positions :][: len(ids)].to(dtype).float()
-        found = torch.from_numpy(_look_up(artifact, ids.numpy()))
-        error = (found - expected).abs().nan_to_num(float("inf")).amax(dim=1)
+        rows = torch.from_numpy(_look_up(artifact, ids.numpy()))
+        error = (rows - expected).abs().nan_to_num(float("inf")).amax(dim=1)
         units = error / (torch.finfo(dtype).eps * expected.abs().amax(dim=1).clamp(min=torch.finfo(dtype).tiny))
         if float(units.max()) > worst:
             worst, where = float(units.max()), int(ids[units.argmax()])
@@ -85,8 +86,8 @@ def _look_up(artifact: Artifact, ids: Tokens) -> Array:
     """The embeddings of token ids [n] at the positions from 0 on, by the graph: [n, hidden_size]."""
     runner, row = artifact.runner, ids[None]
     outputs, _ = runner.run_all(row, np.ones_like(row), np.arange(len(ids))[None], runner.empty_caches(1))
-    found: Array = outputs[OUTPUT][0]
-    return found
+    rows: Array = outputs[OUTPUT][0]
+    return rows
 
 
 def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:

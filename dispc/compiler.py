@@ -33,7 +33,7 @@ from dispc.selection import sets_to_fill
 from dispc.support.directories import check_output, staged_directory
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError, CompileError
-from dispc.support.files import whole, write_json, write_text
+from dispc.support.files import refuse_inputs, whole, write_json, write_text
 from dispc.support.inputs import regular
 from dispc.support.version import __version__, versions
 from dispc.validate.checks.verify import make_verifier
@@ -118,6 +118,7 @@ def _check_paths(options: CompileOptions) -> None:
         if path and path.resolve().is_relative_to(options.output.resolve()):
             raise ArtifactError(f"{path}: lies in {options.output}, which would be replaced; choose another -o")
     if options.dump_ir:
+        refuse_inputs([options.dump_ir], [options.model])
         _check_dump(options.dump_ir, options.force)
 
 

@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -38,6 +39,10 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
+
+    def render(self, *what: Any, **options: Any) -> Iterator[Segment]:
+        for segment in super().render(*what, **options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 out = PlainConsole(emoji=False)

@@ -10,7 +10,7 @@ from dispc.evaluate.perplexity import Perplexity
 from dispc.runtime.latency import Latency, LatencyRow
 from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
-from dispc.support.files import finite
+from dispc.support.files import plain
 from dispc.support.typed_json import OPTIONAL, from_json, to_json
 
 
@@ -92,7 +92,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON; figures that are not finite become null."""
-        found: dict[str, Any] = finite(to_json(self) | {"passed": self.passed, "headline": self.headline})
+        found: dict[str, Any] = plain(to_json(self) | {"passed": self.passed, "headline": self.headline})
         for check, row in zip(self.checks, found["checks"], strict=True):
             row["passed"] = check.passed
         return found

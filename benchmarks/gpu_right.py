@@ -135,7 +135,7 @@ def prepare(directory: Path, limit: int | None = None) -> list[str]:
 def judge(directory: Path, number: int, workers: int, device: str) -> Iterator[dict[str, Any]]:
     """Judge the artifacts of this worker, apart from those that an earlier process of it has begun."""
     from dispc.support.errors import first_line
-    from dispc.validate import check
+    from dispc.validate import CheckOptions, check
 
     for artifact in artifacts()[number::workers]:
         path, begun = directory / artifact.folder, directory / f"{artifact.folder}.begun"
@@ -144,7 +144,7 @@ def judge(directory: Path, number: int, workers: int, device: str) -> Iterator[d
         begun.touch()
         started = time.perf_counter()
         try:
-            report = check(path, directory / artifact.variant, device=device)  # type: ignore[arg-type]
+            report = check(path, directory / artifact.variant, CheckOptions(device=device))  # type: ignore[arg-type]
             failed = [f"{check.name}: {check.detail}" for check in report.checks if not check.passed]
             figures = [check.figure for check in report.checks if check.group == "parity" and check.figure is not None]
             found = {"passed": report.passed, "failed": failed, "worst": max(figures, default=None)}

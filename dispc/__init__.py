@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dispc.support.errors import DispcError as DispcError
     from dispc.validate.checks.parity import Thresholds as Thresholds
     from dispc.validate.judge import check as check
+    from dispc.validate.options import CheckOptions as CheckOptions
     from dispc.validate.report.report import Report as Report
 
 HOMES = {
@@ -59,6 +60,7 @@ HOMES = {
     "DispcError": "dispc.support.errors",
     "Thresholds": "dispc.validate.checks.parity",
     "check": "dispc.validate.judge",
+    "CheckOptions": "dispc.validate.options",
     "Report": "dispc.validate.report.report",
 }
 """Public name -> the module that it lives in."""

@@ -38,6 +38,7 @@ from dispc.support.inputs import regular
 from dispc.support.version import __version__, versions
 from dispc.validate.checks.verify import make_verifier
 from dispc.validate.judge import check
+from dispc.validate.options import CheckOptions
 from dispc.validate.report.report import Report
 
 PACKAGES = ("torch", "transformers", "onnx", "onnx-ir")
@@ -170,9 +171,7 @@ def _validated(manifest: Manifest, stage: Path, options: CompileOptions, progres
     report = check(
         stage,
         options.model,
-        quick=True,
-        device="available",
-        masks=stage / "masks.safetensors",
+        CheckOptions(quick=True, device="available", masks=stage / "masks.safetensors"),
         say=lambda what: progress(f"validating: {what}", 0, 1),
     )
     named = replace(report, artifact=options.output.name, reference=options.model.resolve().name)

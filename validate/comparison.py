@@ -1,10 +1,10 @@
 """What is judged: an artifact, loaded, and the masked reference that it must agree with."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir as ir
 
@@ -20,40 +20,21 @@ from dispc.reference.stored import Storage
 from dispc.reference.truth import Answers, ask, freed, truth_dtype
 from dispc.runtime.build import builds
 from dispc.runtime.edits import load_graph
-from dispc.runtime.latency import Latency, LatencyOptions, measure_latency
+from dispc.runtime.latency import Latency, measure_latency
 from dispc.runtime.memory import require_memory_for_reference
-from dispc.runtime.placement import Placement, judge_placement
+from dispc.runtime.placement import Placement, place
 from dispc.runtime.providers import CPU, PROVIDERS, Provider
 from dispc.runtime.session import Artifact
-from dispc.support.check import Check
 from dispc.support.dtypes import DTYPES, name_of
 from dispc.support.errors import ArtifactError, MasksError
 from dispc.support.version import __version__, versions
 from dispc.targets import TARGETS
-from dispc.validate.checks import parity
-from dispc.validate.checks.parity import Distance, Thresholds, measure
+from dispc.validate.checks.parity import Distance, measure
 from dispc.validate.checks.scenarios import SCENARIOS, ScenarioRun, run_scenario
 from dispc.validate.client import Client, Row
+from dispc.validate.options import CheckOptions, Device
 
-Device = Literal["target", "cpu", "available"]
 PACKAGES = ("torch", "transformers")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How to judge; `dispc.validate.check` says what each means."""
-
-    thresholds: Thresholds = field(default_factory=lambda: parity.DEFAULTS)
-    device: Device = "target"
-    quick: bool = False
-    reference_dtype: str | None = None
-    masks: Path | None = None
-    data: str | None = None
-    sequence_length: int | None = None
-    max_windows: int | None = None
-    latency: LatencyOptions | None = None
-    dense: Path | None = None
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,7 +52,7 @@ class Comparison:
         DispcError: when one of the two is unusable, or the artifact was made from another model.
     """
 
-    def __init__(self, directory: Path, reference: Path, options: Options, *, widened: bool = False) -> None:
+    def __init__(self, directory: Path, reference: Path, options: CheckOptions, *, widened: bool = False) -> None:
         self.options = options
         self.checkpoint = open_checkpoint(reference)
         provider, self.remark = (CPU, "") if widened else choose_provider(directory, options.device)
@@ -168,10 +149,21 @@ class Comparison:
             return None
         return measure_latency(self.directory, options.dense, options.latency, self.artifact.provider)
 
+    @property
+    def intended(self) -> Provider:
+        """The provider that the target is meant for."""
+        return PROVIDERS[TARGETS[self.target].provider]
+
     @cached_property
-    def placement(self) -> tuple[Placement | None, Check]:
-        """The provider of each node, and the check of it."""
-        return judge_placement(self.artifact)
+    def placement(self) -> Placement | ArtifactError | None:
+        """The provider of each node, or why it cannot be read; None where something else runs than what is stored, or
+        somewhere else than it is meant to."""
+        if self.artifact.widened or self.artifact.provider != self.intended:
+            return None
+        try:
+            return place(self.directory / "model.onnx", self.artifact.provider)
+        except ArtifactError as error:
+            return error
 
     @property
     def computes_in(self) -> str:

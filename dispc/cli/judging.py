@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dispc.cli.arguments import fill
 from dispc.cli.checks import check_lines, latency_tables
 from dispc.cli.heartbeat import heartbeat
 from dispc.cli.process import import_transformers
@@ -183,6 +184,7 @@ class ValidateArguments:
             DispcError: when it cannot be judged, or an option has nothing to act on.
         """
         from dispc.validate.judge import check
+        from dispc.validate.options import CheckOptions
 
         latency = self.timing.options()
         if not self.data:
@@ -199,24 +201,17 @@ class ValidateArguments:
                 status.update(f"{what} ...")
                 beat(what)
 
-            return check(
-                self.artifact,
-                self.reference,
+            options = fill(
+                CheckOptions,
+                self,
                 thresholds=thresholds,
                 device="cpu" if self.on_cpu else "target",
                 drill=self.drill or self.reports.html is not None,
-                data=self.data,
-                sequence_length=self.sequence_length,
-                max_windows=self.max_windows,
                 latency=latency,
                 dense=dense,
-                baseline=self.baseline,
                 max_regression=regression,
-                reference_dtype=self.reference_dtype,
-                seed=self.seed,
-                masks=self.masks,
-                say=say,
             )
+            return check(self.artifact, self.reference, options, say=say)
 
 
 def validate(arguments: ValidateArguments, as_json: JsonFlag = False) -> None:

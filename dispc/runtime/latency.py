@@ -20,7 +20,6 @@ from dispc.runtime.profile import OperatorTime, bytes_read, operator_times, shar
 from dispc.runtime.providers import PROVIDERS, Provider
 from dispc.runtime.session import Artifact, Tokens
 from dispc.runtime.timing import alternate
-from dispc.support.check import Check
 from dispc.support.dtypes import BY_ORT
 from dispc.support.errors import ArtifactError, DispcError
 from dispc.support.typed_json import OPTIONAL, from_json, to_json
@@ -244,20 +243,6 @@ def time_case(
             )
         )
     return rows
-
-
-def judge_latency(found: Latency) -> list[Check]:
-    """A note for each time of the artifact; only `--baseline` judges them."""
-    checks = []
-    for row in found.rows:
-        if row.artifact == "artifact":
-            detail = f"p90 {row.p90:.2f}, p99 {row.p99:.2f} ms, {row.tokens_per_second:,.1f} tokens/s"
-            if row.name in found.speedup:
-                detail += f", {found.speedup[row.name]:.2f}x as fast as dense"
-            if row.bytes_per_second is not None and row.share_of_copy is not None:
-                detail += f", {row.bytes_per_second / 1e9:.1f} GB/s ({100 * row.share_of_copy:.0f} % of a copy)"
-            checks.append(Check.against(row.name, "latency", row.p50, None, "ms", detail))
-    return checks
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,12 @@ import onnx
 import onnx_ir as ir
 
 from dispc.runtime.edits import load_graph
-from dispc.runtime.providers import PROVIDERS, Provider
-from dispc.runtime.session import Artifact, open_session
-from dispc.support.check import Check
+from dispc.runtime.providers import Provider
+from dispc.runtime.session import open_session
 from dispc.support.errors import ArtifactError
-from dispc.targets import TARGETS
 
 NAMED = 8
-"""Nodes named in a check; all of them are in the report."""
+"""Nodes named in a sentence; all of them are in the report."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def own_names(model: Path, nodes: Iterable[Any]) -> list[str]:
     """
     names = [node.name or f"{node.op_type} {number} without a name" for number, node in enumerate(nodes)]
     if shared := [name for name, uses in Counter(names).items() if uses > 1]:
-        raise ArtifactError(f"{model}: nodes that share a name: {', '.join(shared[:NAMED])}")
+        raise ArtifactError(f"{model}: nodes that share a name: {first_names(shared)}")
     return names
 
 
@@ -110,32 +108,7 @@ def shape_arithmetic(model: ir.Model) -> set[str]:
     return names
 
 
-def judge_placement(artifact: Artifact) -> tuple[Placement | None, Check]:
-    """Where the nodes of a loaded artifact are, and whether they may be there."""
-    target = TARGETS.get(artifact.manifest.target)
-    wanted = PROVIDERS[target.provider] if target else artifact.provider
-    if artifact.widened or wanted != artifact.provider:
-        reason = f"judged on {artifact.provider}; the target's is {wanted}"
-        if wanted == artifact.provider:
-            reason = "the weights were widened: what ran is not what is stored"
-        return None, Check.skipped("placement", "placement", reason)
-    try:
-        found = place(artifact.directory / "model.onnx", artifact.provider)
-    except ArtifactError as error:
-        return None, Check.failed("placement", "placement", str(error))
-    return found, check_placement(found)
-
-
-def check_placement(found: Placement) -> Check:
-    """Every node on the provider, and no copy between devices."""
-    nodes = ", ".join(f"{count} nodes on {name}" for name, count in found.nodes.items())
-    troubles = [("not on the provider", found.strays), ("copies", found.copies)]
-    detail = "; ".join([nodes, *(f"{what}: {_names(names)}" for what, names in troubles if names)])
-    return Check.against(
-        "placement", "placement", float(len(found.strays) + len(found.copies)), 0.0, "nodes elsewhere", detail
-    )
-
-
-def _names(names: list[str]) -> str:
+def first_names(names: list[str]) -> str:
+    """The first `NAMED` of `names`, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

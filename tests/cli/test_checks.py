@@ -15,8 +15,8 @@ from dispc.cli.heartbeat import heartbeat
 from dispc.runtime.doctor import Diagnosis, Finding
 from dispc.runtime.latency import Latency, LatencyRow
 from dispc.runtime.profile import OperatorTime
-from dispc.support.check import Check
 from dispc.validate import Report
+from dispc.validate.checks.check import Check
 
 LONG = "eight prompts of 1 to 64 tokens in one batch, " * 5
 

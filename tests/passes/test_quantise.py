@@ -27,10 +27,10 @@ from dispc.plan import Choices, make_plan
 from dispc.quantisation import BLOCK_SIZES, Quantisation, make_quantisation
 from dispc.reference.quantised import round_blocks
 from dispc.support.errors import CompileError
+from dispc.validate import CheckOptions, check
 from dispc.validate.checks import variants
 from dispc.validate.checks.parity import DEFAULTS, LIMITS, logit_error
 from dispc.validate.checks.verify import make_verifier
-from dispc.validate.judge import check
 
 INT4 = Quantisation(bits=4, block_size=32, symmetric=True, head=False, embedding=False)
 INT8 = Quantisation(bits=8, block_size=32, symmetric=True, head=False, embedding=False)
@@ -239,7 +239,7 @@ def test_a_single_wrong_value_is_found(fault: Any, layer: str, artifact: Path, t
     for part, value in values.items():
         value.const_value = ir.tensor(parts[part], name=value.name)
     ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
-    report = check(tmp_path, harness.checkpoint("llama").directory, quick=True)
+    report = check(tmp_path, harness.checkpoint("llama").directory, CheckOptions(quick=True))
     assert not {one.name: one.passed for one in report.checks}["prefill"]
 
 
@@ -249,7 +249,7 @@ def test_int8_activations_are_judged_by_a_limit_of_their_own(tmp_path: Path, mon
     figures = {one["name"]: one["figure"] for one in validation["checks"]}
     assert figures["int8 activations"] > LIMITS["float32"]
     monkeypatch.setattr(variants, "INT8_ACTIVATIONS_LIMIT", figures["int8 activations"] * 0.99)
-    report = check(tmp_path / "out", harness.checkpoint("llama").directory, quick=True)
+    report = check(tmp_path / "out", harness.checkpoint("llama").directory, CheckOptions(quick=True))
     assert [one.name for one in report.checks if not one.passed] == ["int8 activations"]
 
 

@@ -23,9 +23,9 @@ from dispc.masks import Masks
 from dispc.passes.pipeline import build_pipeline, run_pipeline
 from dispc.plan import Choices, Plan, make_plan
 from dispc.quantisation import Quantisation
-from dispc.runtime.placement import check_placement
 from dispc.support.errors import CompileError
 from dispc.targets import TARGETS
+from dispc.validate.checks.placement import check_placement
 
 SHAPE_NODES = ("/lengths/Cast_total", "Squeeze_total", "Squeeze_new", "/Sub")
 """total_sequence_length, which GroupQueryAttention wants on the CPU, and the bounds of the mask's ranges."""

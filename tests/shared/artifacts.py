@@ -9,7 +9,7 @@ import harness
 
 from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
-from dispc.validate import Report, check
+from dispc.validate import CheckOptions, Report, check
 
 
 @functools.cache
@@ -32,7 +32,7 @@ def artifact(variant: str = "phi", target: str = "onnx-cpu", **options: Any) -> 
 
 
 def judged(path: Path, variant: str = "phi", **options: Any) -> Report:
-    return check(path, harness.checkpoint(variant).directory, **options)
+    return check(path, harness.checkpoint(variant).directory, CheckOptions(**options))
 
 
 def failed(report: Report) -> set[str]:
@@ -62,4 +62,4 @@ def originals() -> tuple[Path, Path, Path]:
 def reports() -> tuple[Report, Report]:
     """Of the good artifact with its drill, and of the broken one."""
     good, broken, model = originals()
-    return check(good, model, drill=True), check(broken, model)
+    return check(good, model, CheckOptions(drill=True)), check(broken, model)

@@ -11,9 +11,9 @@ from artifacts import originals, reports
 
 from dispc.evaluate.perplexity import Perplexity
 from dispc.runtime.latency import Latency, LatencyRow
-from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
 from dispc.validate import Report
+from dispc.validate.checks.check import Check
 from dispc.validate.report.baseline import compare, read_report
 from dispc.validate.report.report import report_of
 

@@ -22,9 +22,9 @@ from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.runtime.latency import Latency, LatencyRow
 from dispc.runtime.profile import OperatorTime
-from dispc.support.check import Check
 from dispc.support.errors import DispcError
-from dispc.validate import LatencyOptions, Report, check
+from dispc.validate import CheckOptions, LatencyOptions, Report, check
+from dispc.validate.checks.check import Check
 from dispc.validate.checks.static import check_file
 from dispc.validate.report.html import page
 
@@ -243,7 +243,7 @@ def test_inputs_that_cannot_be_read_are_told_before_anything_is_judged(monkeypat
     monkeypatch.setattr("dispc.validate.comparison.run_scenario", lambda *args, **options: pytest.fail("judged"))
     for options in ({"data": "lost.txt"}, {"baseline": Path("lost.json")}, {"latency": LatencyOptions(pasts=(999,))}):
         with pytest.raises(DispcError):
-            check(good, model, **options)  # type: ignore[arg-type]
+            check(good, model, CheckOptions(**options))  # type: ignore[arg-type]
 
 
 def test_a_validation_that_cannot_run_leaves_no_report_of_an_earlier_one(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_operators_of_foreign_domains_fail(tmp_path: Path) -> None:
 def test_unknown_truth_dtypes_are_refused() -> None:
     good, _, model = originals()
     with pytest.raises(DispcError, match="float64 or float32"):
-        check(good, model, reference_dtype="float8")
+        check(good, model, CheckOptions(reference_dtype="float8"))
 
 
 def test_an_option_that_is_nonsense_leaves_no_report_of_an_earlier_run(tmp_path: Path) -> None:

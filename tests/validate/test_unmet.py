@@ -20,11 +20,11 @@ from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.quantisation import Quantisation
-from dispc.validate import check
+from dispc.validate import CheckOptions, check
 from dispc.validate.checks.facts import NAME as FACTS
 from dispc.validate.checks.files import COMPANIONS, first_difference, judge_companions
 from dispc.validate.checks.static import INTERFACE, judge_interface
-from dispc.validate.comparison import Comparison, Options
+from dispc.validate.comparison import Comparison
 
 TOKENS, PLACES = "model.embed_tokens.weight", "model.decoder.embed_positions.weight"
 LONG = {"long prompt", "long prompt in pieces"}
@@ -177,7 +177,7 @@ def test_files_beside_the_model_are_those_of_the_reference_and_tell_the_truth(
 
 
 def loaded(out: Path, variant: str) -> Comparison:
-    return Comparison(out, harness.checkpoint(variant).directory, Options(device="cpu"))
+    return Comparison(out, harness.checkpoint(variant).directory, CheckOptions(device="cpu"))
 
 
 def test_reports_and_hidden_files_may_lie_beside_the_model(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_masks_named_on_the_command_line_are_those_that_are_meant(tmp_path: Path
     model, out = stale_desk(tmp_path)
     other = tmp_path / "other.safetensors"
     half("llama", 3).save(other, harness.checkpoint("llama").config)
-    assert "masks" in failed(check(out, model, masks=other))
+    assert "masks" in failed(check(out, model, CheckOptions(masks=other)))
     other.write_bytes(b"nonsense")
     assert command.run("validate", out, "-r", model, "--masks", other).code == 2
 

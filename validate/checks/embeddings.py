@@ -10,9 +10,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from dispc.model.checkpoint import Checkpoint
 from dispc.reference.quantised import round_blocks
 from dispc.runtime.session import Array, Artifact, Tokens
-from dispc.support.check import Check
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError
+from dispc.validate.checks.check import Check
 from dispc.validate.comparison import Comparison
 from dispc.validate.streams import first_stream
 

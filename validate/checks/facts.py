@@ -10,11 +10,11 @@ from dispc.lowerings import LOWERINGS
 from dispc.manifest import Manifest
 from dispc.masks import Masks
 from dispc.runtime.edits import load_graph
-from dispc.support.check import Check
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError
 from dispc.support.graph import LAST
 from dispc.support.version import __version__
+from dispc.validate.checks.check import Check
 from dispc.validate.checks.files import SHOWN, differences
 from dispc.validate.comparison import Comparison
 

@@ -16,9 +16,9 @@ from dispc.manifest import COPIED, LICENCE_FILES, WRITTEN
 from dispc.masks import Masks
 from dispc.plan import choices_of, make_plan
 from dispc.runtime.providers import PROVIDERS
-from dispc.support.check import Check
 from dispc.support.errors import ArtifactError, DispcError, first_line
 from dispc.support.inputs import contents, read_object
+from dispc.validate.checks.check import Check
 from dispc.validate.comparison import Comparison
 
 COMPANIONS = "files beside the model"

@@ -14,8 +14,8 @@ import numpy as np
 from dispc.evaluate.perplexity import Perplexity
 from dispc.reference.truth import TINY, TOLERANCE, Answers, Text, divergence
 from dispc.runtime.session import Array
-from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
+from dispc.validate.checks.check import Check
 from dispc.validate.client import Row
 
 LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}

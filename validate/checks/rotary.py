@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from dispc.runtime.edits import load_graph
-from dispc.support.check import Check
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError
 from dispc.support.graph import MICROSOFT
+from dispc.validate.checks.check import Check
 from dispc.validate.comparison import Comparison
 
 NAME = "rotary tables"

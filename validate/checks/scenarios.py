@@ -8,8 +8,8 @@ import numpy as np
 from dispc.reference.truth import Text
 from dispc.runtime.bound import BoundDecoder
 from dispc.runtime.session import Artifact, Runner
-from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
+from dispc.validate.checks.check import Check
 from dispc.validate.client import REACH, Client, Row
 
 STEPS = 64

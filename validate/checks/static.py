@@ -1,5 +1,4 @@
-"""What is checked without running the graph: onnx.checker, operator sets, inputs and outputs, and where its nodes are
-placed."""
+"""What is checked without running the graph: onnx.checker, operator sets, inputs and outputs."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -10,11 +9,11 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from dispc.runtime.edits import load_graph
-from dispc.support.check import Check
 from dispc.support.errors import ArtifactError, first_line
 from dispc.support.graph import MACHINE_LEARNING, MICROSOFT, consumers, without_links
 from dispc.support.onnx_checker import check_model
 from dispc.targets import TARGETS
+from dispc.validate.checks.check import Check
 from dispc.validate.comparison import Comparison
 from dispc.validate.streams import first_stream
 
@@ -102,8 +101,3 @@ def _strays(model: ir.Model) -> Iterator[str]:
 def _reads_shape_alone(node: ir.Node) -> bool:
     """Shape, or a comparison of a value with itself, which is how dispc makes a tensor of ones."""
     return node.op_type == "Shape" or (node.op_type == "Equal" and node.inputs[0] is node.inputs[1])
-
-
-def judge_placement(comparison: Comparison) -> Iterator[Check]:
-    """ONNX Runtime's own records: no node away from the provider but shape arithmetic, and no copy."""
-    yield comparison.placement[1]

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dispc.support.check import Check
-from dispc.validate.checks import embeddings, facts, files, parity, rotary, static, text, variants
+from dispc.validate.checks import embeddings, facts, files, parity, placement, rotary, static, text, variants
+from dispc.validate.checks.check import Check
 from dispc.validate.checks.scenarios import GREEDY, SCENARIOS, Scenario
 from dispc.validate.comparison import Comparison
 
@@ -70,7 +70,7 @@ CHECKS: tuple[CheckRow, ...] = (
     CheckRow("weights widened", variants.judge_widened),
     CheckRow("embeddings", embeddings.judge_embeddings, quick=True),
     CheckRow("rotary tables", rotary.judge_rotary, quick=True),
-    CheckRow("placement", static.judge_placement),
+    CheckRow("placement", placement.judge_placement),
     CheckRow("perplexity", text.judge_perplexity),
     CheckRow("latency", text.judge_latency),
 )

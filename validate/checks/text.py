@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 
-from dispc.runtime.latency import judge_latency as judge_times
-from dispc.support.check import Check
+from dispc.validate.checks.check import Check
 from dispc.validate.checks.parity import judge_perplexities
 from dispc.validate.comparison import Comparison
 
@@ -15,14 +14,22 @@ def judge_perplexity(comparison: Comparison) -> Iterator[Check]:
     """
     if comparison.options.data is None:
         return
-    found = comparison.perplexities
+    measured = comparison.perplexities
     limit = comparison.options.thresholds.perplexity
-    yield judge_perplexities("perplexity", found["artifact"], found["reference"], limit)
-    if "unquantised" in found:
-        yield judge_perplexities("cost of quantisation", found["artifact"], found["unquantised"], None)
+    yield judge_perplexities("perplexity", measured["artifact"], measured["reference"], limit)
+    if "unquantised" in measured:
+        yield judge_perplexities("cost of quantisation", measured["artifact"], measured["unquantised"], None)
 
 
 def judge_latency(comparison: Comparison) -> Iterator[Check]:
-    """Times are noted, not judged: `--baseline` judges them."""
-    if comparison.times is not None:
-        yield from judge_times(comparison.times)
+    """Times of the artifact are noted, not judged: `--baseline` judges them."""
+    times = comparison.times
+    for row in times.rows if times else ():
+        if row.artifact != "artifact":
+            continue
+        detail = f"p90 {row.p90:.2f}, p99 {row.p99:.2f} ms, {row.tokens_per_second:,.1f} tokens/s"
+        if times and row.name in times.speedup:
+            detail += f", {times.speedup[row.name]:.2f}x as fast as dense"
+        if row.bytes_per_second is not None and row.share_of_copy is not None:
+            detail += f", {row.bytes_per_second / 1e9:.1f} GB/s ({100 * row.share_of_copy:.0f} % of a copy)"
+        yield Check.against(row.name, "latency", row.p50, None, "ms", detail)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from dispc.runtime.session import Array, Artifact
-from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
+from dispc.validate.checks.check import Check
 from dispc.validate.checks.parity import LIMITS, judge_logits, logit_error
 from dispc.validate.client import Client
 from dispc.validate.comparison import Comparison

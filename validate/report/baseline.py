@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
 from dispc.support.inputs import read_object
+from dispc.validate.checks.check import Check
 from dispc.validate.report.report import Report, report_of
 
 SAME = ("target", "dtype", "judged_on", "truth", "seed")

@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 
 from dispc.evaluate.perplexity import Perplexity
 from dispc.runtime.latency import Latency, LatencyRow
-from dispc.support.check import Check
 from dispc.support.errors import ArtifactError
 from dispc.support.files import plain
 from dispc.support.typed_json import OPTIONAL, from_json, to_json
+from dispc.validate.checks.check import Check
 
 
 @dataclass(frozen=True, kw_only=True)

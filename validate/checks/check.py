@@ -1,4 +1,4 @@
-"""One check: a figure against its limit. Whoever measures makes them, `validate` collects them."""
+"""What one check says: a figure against its limit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

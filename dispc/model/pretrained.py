@@ -40,14 +40,15 @@ ABSENT = re.compile(
     # biases, norms of heads, experts, further heads: tensors tell, each of which must have a place
     r"\w*bias|\w*qk_?(layer)?norm\w*|\w*(moe|expert|router|lora|adapter)\w*|\w*(mtp|nextn)\w*|pooling\w*|pruned_heads"
     # negations: false says that it is there
-    r"|(no|not|disable|skip|without)_\w+"
+    r"|(no|not|disable|without)_\w+"
     # kinds of models and inputs that no family here has
     r"|\w*(cross_attention|encoder_decoder|bidirectional|alibi|mrope|mamba|ssm|vision|image|video|audio)\w*"
     r"|rope_interleaved|tf_legacy_loss|chunk_size_feed_forward"
     # numbers and kernels that compute the same
     r"|\w*(quant|fp8|fp16|bf16|fp32|float16|flash|xformers|sdpa|fused|triton|kernel|compile)\w*|pad_vocab\w*"
     # training and the machines that did it
-    r"|\w*(train|checkpointing|aux_loss|loss_coef|z_loss|deepspeed|megatron|tensor_parallel|sequence_parallel|wandb)\w*"
+    r"|\w*((pre)?train(ed|ing)|checkpointing|aux_loss|loss_coef|z_loss)\w*"
+    r"|\w*(deepspeed|megatron|tensor_parallel|sequence_parallel|wandb)\w*"
 )
 """Unknown keys whose false or 0 says that something is not there which is not there anyway. That of any other may
 switch off what the family's code does."""

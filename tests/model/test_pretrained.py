@@ -150,6 +150,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nothing left": ({"residual_multiplier": 0}, "residual_multiplier"),
     "no residual": ({"use_residual": False}, "use_residual"),
     "one norm for all": ({"norm_type": 0}, "norm_type"),
+    "no way around": ({"skip_connection": False}, "skip_connection"),
     "no gate": ({"gated_mlp": False}, "gated_mlp"),
     "no softmax": ({"softmax": 0}, "softmax"),
     "a window switched off": ({"use_sliding_window": False, "sliding_window": 7}, "use_sliding_window"),

@@ -37,7 +37,7 @@ def test_an_argument_that_is_not_utf8_is_named(name: str, desk: Desk, monkeypatc
     [
         ("compile", "model", "-t", "onnx-cpu", "-o", "new"),
         ("learn", "model", "--method", "random", "-o", "new.safetensors"),
-        ("recover", "model", "--data", "text.txt", "-o", "new"),
+        ("recover", "model", "--data", "text.txt", "-o", "new", "--sequence-length", "16"),
         ("validate", "older", "-r", "model"),
     ],
     ids=lambda words: words[0],

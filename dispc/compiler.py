@@ -1,11 +1,11 @@
 """The whole compiler, read from top to bottom: checkpoint and masks in, artifact out."""
 
 import platform
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
@@ -13,15 +13,15 @@ import torch
 from dispc.evaluate.mixed import settle_quantisation
 from dispc.export.card import write_card
 from dispc.export.companions import write_companions
+from dispc.export.dump import Dump
 from dispc.export.trace import trace
 from dispc.export.write import check_file, save_model
-from dispc.manifest import MANIFEST, BlockParameters, LoweringChoice, Manifest, PassRecord, Tuning, foreign_content
+from dispc.manifest import MANIFEST, BlockParameters, LoweringChoice, Manifest, PassRecord, Tuning, foreign_to_artifact
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.config import DecoderConfig
 from dispc.model.published import open_checkpoint
 from dispc.model.rope import unreached_positions
-from dispc.model.weights import surface_weight_errors
 from dispc.passes.common.versions import needs
 from dispc.passes.pipeline import Hessians, build_pipeline, pipeline_line, run_pipeline
 from dispc.plan import Choices, Plan, make_plan
@@ -33,17 +33,13 @@ from dispc.selection import sets_to_fill
 from dispc.support.directories import check_output, staged_directory
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError, CompileError
-from dispc.support.files import refuse_inputs, whole, write_json, write_text
-from dispc.support.inputs import regular
+from dispc.support.files import refuse_inputs, write_json
 from dispc.support.version import __version__, versions
-from dispc.validate.checks.verify import make_verifier
-from dispc.validate.judge import check
-from dispc.validate.options import CheckOptions
-from dispc.validate.report.report import Report
+
+if TYPE_CHECKING:
+    from dispc.validate.report.report import Report
 
 PACKAGES = ("torch", "transformers", "onnx", "onnx-ir")
-DUMPED = re.compile(r"\d\d-[a-z0-9-]+\.(onnx|txt)|not-rewritten\.txt")
-"""What `--dump-ir` writes."""
 Progress = Callable[[str, int, int], None]
 """progress(what, bytes done, bytes in all)"""
 
@@ -72,7 +68,7 @@ class CompileOptions(Choices):
 class ParityFailure(ArtifactError):
     """The artifact was made and does not compute what the reference computes; it is not kept."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: "Report") -> None:
         super().__init__("the artifact fails validation and was not kept; --no-validate keeps it for inspection")
         self.report = report
 
@@ -98,7 +94,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
         require_memory_for_reference(checkpoint, whole=options.verify_each)
     if options.verify_each:
         _verify_each(checkpoint, masks, plan, hessians)
-    with staged_directory(options.output, options.force, foreign=foreign_content) as stage:
+    with staged_directory(options.output, options.force, foreign=foreign_to_artifact) as stage:
         manifest = build_artifact(checkpoint, masks, plan, stage, progress, options.dump_ir, hessians)
         manifest = replace(
             manifest,
@@ -114,27 +110,12 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
 
 def _check_paths(options: CompileOptions) -> None:
     """Raise ArtifactError unless the output may be written, and replaces nothing that is read or written elsewhere."""
-    check_output(options.output, options.force, foreign=foreign_content)
+    check_output(options.output, options.force, foreign=foreign_to_artifact)
     for path in (options.model, options.masks, options.dump_ir):
         if path and path.resolve().is_relative_to(options.output.resolve()):
             raise ArtifactError(f"{path}: lies in {options.output}, which would be replaced; choose another -o")
-    if options.dump_ir:
-        refuse_inputs([options.dump_ir], [options.model])
-        _check_dump(options.dump_ir, options.force)
-
-
-def _check_dump(directory: Path, force: bool) -> None:
-    """Raise ArtifactError unless graphs may be written into `directory`: over what is there with `force` only."""
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise ArtifactError(f"--dump-ir {directory}: is not a directory")
-    older = sorted(path for path in directory.iterdir() if DUMPED.fullmatch(path.name))
-    if older and not force:
-        raise ArtifactError(f"{older[0]}: exists already; use --force to replace it, or choose another --dump-ir")
-    for path in older:
-        if path.exists():  # a link may lead nowhere
-            regular(path, ArtifactError)
+    refuse_inputs([options.dump_ir] if options.dump_ir else [], [options.model])
+    Dump(options.dump_ir).check(options.force)
 
 
 def _tuned(
@@ -156,6 +137,8 @@ def _verify_each(checkpoint: Checkpoint, masks: Masks, plan: Plan, hessians: Hes
     Raises:
         CompileError: naming the pass after which they differ.
     """
+    from dispc.validate.checks.verify import make_verifier  # slow to import, and not always needed
+
     verifier = make_verifier(checkpoint, masks, plan.quantisation)
     run_pipeline(trace(checkpoint, torch.float32), build_pipeline(plan.exact, checkpoint, masks, hessians), verifier)
 
@@ -166,6 +149,8 @@ def _validated(manifest: Manifest, stage: Path, options: CompileOptions, progres
     Raises:
         ParityFailure: when a check failed.
     """
+    from dispc.validate import CheckOptions, check  # slow to import, and not always needed
+
     progress("validating", 0, 1)
     begun = time.perf_counter()
     report = check(
@@ -202,17 +187,15 @@ def build_artifact(
     model = trace(checkpoint, DTYPES[plan.dtype].torch)
     traced = time.perf_counter()
     passes = build_pipeline(plan, checkpoint, masks, hessians)
-    if dump_ir:
-        dump_graph(model, dump_ir / "00-trace.onnx")
-    records = run_pipeline(model, passes, _dumper(dump_ir))
+    dump = Dump(dump_ir)
+    dump.graph(0, "trace", model)
+    records = run_pipeline(model, passes, dump.graph)
     manifest = replace(
         describe(checkpoint, masks, plan, model, records),
         pipeline=pipeline_line(passes),
         trace_seconds=round(traced - started, 4),
     )
-    if dump_ir:
-        lines = "".join(f"{line}\n" for line in manifest.not_rewritten)
-        write_text(dump_ir / "not-rewritten.txt", lines)
+    dump.not_rewritten(manifest.not_rewritten)
     model.metadata_props.update(
         {
             "dispc.version": __version__,
@@ -291,28 +274,3 @@ def _lowering(plan: Plan, masks: Masks, config: DecoderConfig) -> LoweringChoice
         return choice
     filled = sorted(sets_to_fill(masks, config, plan.costs))
     return replace(choice, filled=tuple(f"{block}.{name}" for block, name in filled), costs=plan.costs)
-
-
-def dump_graph(model: ir.Model, path: Path) -> None:
-    """Write the graph without weight values: they stay in the checkpoint, the file only shows their shapes."""
-    with surface_weight_errors():
-        proto = ir.to_proto(_without_values(model))
-    with whole(path) as partial:
-        partial.write_bytes(proto.SerializeToString())
-    write_text(path.with_suffix(".txt"), str(model) + "\n")
-
-
-def _without_values(model: ir.Model) -> ir.Model:
-    copy = model.clone()
-    for name, value in list(copy.graph.initializers.items()):
-        if value.const_value is not None and value.const_value.nbytes > 1024:
-            value.const_value = None
-            del copy.graph.initializers[name]
-            copy.graph.inputs.append(value)
-    return copy
-
-
-def _dumper(directory: Path | None) -> Callable[[int, str, ir.Model], None]:
-    if directory is None:
-        return lambda number, name, model: None
-    return lambda number, name, model: dump_graph(model, directory / f"{number:02d}-{name}.onnx")

@@ -228,7 +228,7 @@ def summary(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def foreign_content(directory: Path) -> str | None:
+def foreign_to_artifact(directory: Path) -> str | None:
     """What in a directory makes it something else than an artifact that dispc wrote; None when it is just that."""
     try:
         manifest = read_manifest(directory)

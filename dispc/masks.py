@@ -49,6 +49,11 @@ class Block:
     attention: SubLayer
     mlp: SubLayer
 
+    @property
+    def sub_layers(self) -> dict[str, SubLayer]:
+        """`attention` and `mlp`, in this order."""
+        return {"attention": self.attention, "mlp": self.mlp}
+
     def sets(self) -> dict[str, Indices]:
         assert self.mlp.mid is not None
         parts = (self.attention.read, self.attention.write, self.mlp.read, self.mlp.mid, self.mlp.write)
@@ -261,7 +266,7 @@ class Masks:
         return Masks(tuple(blocks), hidden, intermediate, norm_scope, metadata)
 
 
-def check_output(path: Path, *, force: bool) -> None:
+def check_mask_output(path: Path, *, force: bool) -> None:
     """Raise MasksError unless a mask file may be written to `path`, in place of an older one only with `force`.
 
     What is no mask file is never replaced: it may be the text, or the weights, that the masks are made from.

@@ -74,25 +74,25 @@ class Side:
 def sides(masks: Masks, config: DecoderConfig) -> Iterator[Side]:
     """The sets of living sub-layers that can be filled. A read before a norm (norm scope `selected`) cannot: the
     norm is over the read set."""
-    family = config.family
     for number, block in enumerate(masks.blocks):
-        mid = _mid(block.mlp)
-        for module, names, layer, reads, writes in (
-            (
-                "attention",
-                family.attention_names,
-                block.attention,
-                config.query_size + 2 * config.key_value_size,
-                config.query_size,
-            ),
-            ("mlp", family.mlp_names, block.mlp, len(family.mlp_reads) * mid, mid),
-        ):
-            candidates = [("write", layer.write, writes)]
-            if masks.norm_scope == "full" or names.before is None:
-                candidates.append(("read", layer.read, reads))
-            for side, indices, beside in candidates if layer.alive else ():
+        besides = widths_beside(block, config)
+        for name, layer in block.sub_layers.items():
+            before_norm = masks.norm_scope == "selected" and config.family.sub_layers[name].before is not None
+            candidates = {"write": layer.write} | ({} if before_norm else {"read": layer.read})
+            for side, indices in candidates.items() if layer.alive else ():
                 if len(indices) < masks.hidden_size:
-                    yield Side(number, f"{module}.{side}", len(indices), beside)
+                    yield Side(number, f"{name}.{side}", len(indices), besides[f"{name}.{side}"])
+
+
+def widths_beside(block: Block, config: DecoderConfig) -> dict[str, int]:
+    """The other dimension of the product that reads or writes each set; several products side by side count as one."""
+    mid = _mid(block.mlp)
+    return {
+        "attention.read": config.query_size + 2 * config.key_value_size,
+        "attention.write": config.query_size,
+        "mlp.read": len(config.family.mlp_reads) * mid,
+        "mlp.write": mid,
+    }
 
 
 def sets_to_fill(masks: Masks, config: DecoderConfig, costs: SelectionCosts) -> frozenset[tuple[int, str]]:
@@ -102,7 +102,7 @@ def sets_to_fill(masks: Masks, config: DecoderConfig, costs: SelectionCosts) -> 
     )
 
 
-def fill(masks: Masks, filled: frozenset[tuple[int, str]]) -> Masks:
+def fill_sets(masks: Masks, filled: frozenset[tuple[int, str]]) -> Masks:
     """The masks with those sets full: what the graph reads and writes once they are zeros in the weights."""
     everything = np.arange(masks.hidden_size, dtype=np.int64)
     blocks = [

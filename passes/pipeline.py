@@ -30,7 +30,7 @@ from dispc.passes.prune.fill_zeros import FillZerosPass
 from dispc.passes.prune.prune_blocks import PruneBlocksPass
 from dispc.passes.quantise import QuantisePass
 from dispc.plan import Plan
-from dispc.selection import fill, sets_to_fill
+from dispc.selection import fill_sets, sets_to_fill
 
 Hessians = Mapping[str, npt.NDArray[np.float32]]
 """Product -> sum of x x^T over its inputs x, [K,K]."""
@@ -47,7 +47,7 @@ def build_pipeline(
     apart = quantisation is not None and (quantisation.head or quantisation.embedding)  # QuantisePass ties what it can
     embedding = config.family.embedding
     filled = sets_to_fill(masks, config, plan.costs) if plan.fills else frozenset[tuple[int, str]]()
-    left = fill(masks, filled)  # the sets that are left to be selected
+    left = fill_sets(masks, filled)  # the sets that are left to be selected
     rows: tuple[tuple[bool, Callable[[], RewritePass]], ...] = (
         (True, lambda: UnrollPass(checkpoint)),
         (

@@ -3,10 +3,8 @@
 import threading
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from dispc.model.config import DecoderConfig
@@ -14,6 +12,7 @@ from dispc.model.family import HEAD
 from dispc.passes.base import RewritePass
 from dispc.passes.rounding import inverse_factor, round_weight
 from dispc.quantisation import Quantisation, product_of
+from dispc.support.arrays import Array
 from dispc.support.errors import CompileError
 from dispc.support.graph import MICROSOFT, add_initializer, make_node, replace_node
 
@@ -21,7 +20,6 @@ INT8_ACTIVATIONS = 4
 """The `accuracy_level` that lets kernels round activations to int8."""
 PIECE = 2**22
 """Weights quantised at a time: what does not come as float32 or float16 is widened in pieces."""
-Array = npt.NDArray[Any]
 
 
 class QuantisePass(RewritePass):
@@ -215,10 +213,10 @@ class QuantisedWeight:
         step = max(1, PIECE // inputs)
         kernel_dtype = np.float16 if stored.dtype == np.float16 else np.float32
         reads = self.quantisation.rounding.reads_text
-        spread = inverse_factor(self.hessian) if reads and self.hessian is not None else None
+        factor = inverse_factor(self.hessian) if reads and self.hessian is not None else None
         pieces = [
             round_weight(
-                np.ascontiguousarray(weight[:, start : start + step], dtype=kernel_dtype), self.quantisation, spread
+                np.ascontiguousarray(weight[:, start : start + step], dtype=kernel_dtype), self.quantisation, factor
             )
             for start in range(0, outputs, step)
         ]

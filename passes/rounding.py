@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from dispc.algorithms import NEAREST
 from dispc.quantisation import Quantisation
+from dispc.support.arrays import Array
 from dispc.support.errors import CompileError
 
-Array = npt.NDArray[Any]
 DAMPING = 0.01
 """Share of the mean of a Hessian's diagonal that GPTQ adds to it."""
 
@@ -36,12 +35,12 @@ class Integers:
     zero_points: Array
 
 
-def round_weight(weight: Array, quantisation: Quantisation, spread: Array | None = None) -> Integers:
+def round_weight(weight: Array, quantisation: Quantisation, factor: Array | None = None) -> Integers:
     """Round [K,N], float32 or float16 and contiguous, by the algorithm of `quantisation`.
 
-    `spread` [K,K] is the `inverse_factor` of the sum of x x^T over the inputs x that the weight is multiplied with.
+    `factor` [K,K] is the `inverse_factor` of the sum of x x^T over the inputs x that the weight is multiplied with.
     """
-    return ROUNDING[quantisation.algorithm](weight, quantisation, spread)
+    return ROUNDING[quantisation.algorithm](weight, quantisation, factor)
 
 
 def _nearest(weight: Array, quantisation: Quantisation, _: Array | None) -> Integers:
@@ -65,8 +64,8 @@ def _k_quant(weight: Array, quantisation: Quantisation, _: Array | None) -> Inte
 
     blocks = _blocks(weight, quantisation.block_size)
     with np.errstate(divide="ignore", invalid="ignore"):  # blocks of equal weights, which it then leaves as they were
-        found = quant_tensor_k_quant_cpu(blocks, quantisation.bits, quantisation.block_size)
-    return _integers(blocks, weight.dtype, quantisation.bits, *found)
+        rounded = quant_tensor_k_quant_cpu(blocks, quantisation.bits, quantisation.block_size)
+    return _integers(blocks, weight.dtype, quantisation.bits, *rounded)
 
 
 def _hqq(weight: Array, quantisation: Quantisation, _: Array | None) -> Integers:
@@ -96,12 +95,12 @@ def inverse_factor(hessian: Array) -> Array:
     return factor
 
 
-def _gptq(weight: Array, quantisation: Quantisation, spread: Array | None) -> Integers:
-    """GPTQ (arXiv 2210.17323, algorithm 1): input after input, the error of one spread over those after it.
+def _gptq(weight: Array, quantisation: Quantisation, factor: Array | None) -> Integers:
+    """GPTQ (arXiv 2210.17323, algorithm 1): input after input, the error of one factor over those after it.
 
     Ours, because ONNX Runtime's `gptq` (1.31) multiplies by the empty triangle of the factor and spreads nothing.
     """
-    if spread is None:
+    if factor is None:
         raise CompileError("--algorithm gptq rounds by the inputs of a product, and none were recorded for one of them")
     inputs, outputs = weight.shape
     size, top = quantisation.block_size, 2**quantisation.bits - 1
@@ -116,10 +115,10 @@ def _gptq(weight: Array, quantisation: Quantisation, spread: Array | None) -> In
             column = left[:, index]
             rounded = np.clip(np.round(column / scale) + zero_point, 0, top)
             values[:, index] = rounded
-            error = (column - (rounded - zero_point) * scale) / spread[index, index]
-            left[:, index:stop] -= error[:, None] * spread[index, index:stop]
+            error = (column - (rounded - zero_point) * scale) / factor[index, index]
+            left[:, index:stop] -= error[:, None] * factor[index, index:stop]
             errors[:, index - start] = error
-        left[:, stop:] -= errors @ spread[start:stop, stop:]
+        left[:, stop:] -= errors @ factor[start:stop, stop:]
         grids.append((scale, zero_point))
     scales, zero_points = (np.stack(parts, axis=-1) for parts in zip(*grids, strict=True))
     blocks = values.reshape(outputs, -1, size)

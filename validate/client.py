@@ -7,7 +7,8 @@ from functools import cached_property
 import numpy as np
 
 from dispc.reference.truth import Text
-from dispc.runtime.session import Array, Artifact, Runner, Tokens
+from dispc.runtime.session import Artifact, Runner
+from dispc.support.arrays import Array, Tokens
 
 SHORT = 72
 """Tokens of the shorter runs, the model's positions allowing."""
@@ -121,9 +122,9 @@ class Batch:
 
     def outputs(self, start: int = 0) -> list[Row]:
         """The outputs for each row from token `start` on."""
-        found = []
+        rows = []
         for tokens, count, kept in zip(self.rows, self.fed, self.kept, strict=True):
             outputs = {name: np.concatenate([piece[name] for piece in kept])[start:] for name in kept[0]}
             text = Text(tuple(tokens[:count].tolist()), self.offset)
-            found.append(Row(text, np.arange(start, count), outputs))
-        return found
+            rows.append(Row(text, np.arange(start, count), outputs))
+        return rows

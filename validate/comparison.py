@@ -42,7 +42,7 @@ class Measured:
     """A scenario's outputs against the truth: a distance for each row."""
 
     run: ScenarioRun
-    found: list[Distance]
+    distances: list[Distance]
 
 
 class Comparison:
@@ -103,13 +103,13 @@ class Comparison:
             run_scenario(scenario, self.client) for scenario in SCENARIOS if scenario.quick or not self.options.quick
         ]
         rows = [row for run in runs for row in run.rows]
-        found = iter(self.measure(rows) if rows else [])
-        return {run.scenario.name: Measured(run, [next(found) for _ in run.rows]) for run in runs}
+        distances = iter(self.measure(rows) if rows else [])
+        return {run.scenario.name: Measured(run, [next(distances) for _ in run.rows]) for run in runs}
 
     @property
     def judged(self) -> list[Distance]:
         """The distances of all scenarios whose figures count."""
-        return [each for part in self.measured.values() if not part.run.noted for each in part.found]
+        return [each for part in self.measured.values() if not part.run.noted for each in part.distances]
 
     def measure(self, rows: Sequence[Row]) -> list[Distance]:
         """How far the logits of `rows` are from the truth."""
@@ -133,13 +133,13 @@ class Comparison:
             sequence_length=options.sequence_length,
             max_windows=options.max_windows,
         )
-        found = {"artifact": measured(ArtifactScorer.of(self.artifact))}
+        results = {"artifact": measured(ArtifactScorer.of(self.artifact))}
         with freed(self.load()) as model:
-            found["reference"] = measured(TorchScorer.of(model, place, positions))
+            results["reference"] = measured(TorchScorer.of(model, place, positions))
         if self.manifest.quantisation:
             with freed(load_reference(self.checkpoint, self.masks)) as model:
-                found["unquantised"] = measured(TorchScorer.of(model, place, positions))
-        return found
+                results["unquantised"] = measured(TorchScorer.of(model, place, positions))
+        return results
 
     @cached_property
     def times(self) -> Latency | None:

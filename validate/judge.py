@@ -70,10 +70,10 @@ def find_fault(comparison: Comparison, checks: Sequence[Check], *, always: bool)
     limit = comparison.options.thresholds.error
     passes = [comparison, *([comparison.widened] if failed and comparison.widened else [])]
     candidates = [
-        (max(float(each.ratio.max()) for each in part.found), part.run.scenario, judged)
+        (max(float(each.ratio.max()) for each in part.distances), part.run.scenario, judged)
         for judged in passes
         for part in judged.measured.values()
-        if part.found and part.run.scenario.streams and not part.run.noted
+        if part.distances and part.run.scenario.streams and not part.run.noted
     ]
     over = [each for each in candidates if each[0] > limit]
     if over:

@@ -32,7 +32,7 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def fill(kind: type[Options], arguments: object, **given: object) -> Options:
+def options_from(kind: type[Options], arguments: object, **given: object) -> Options:
     """The dataclass `kind`: each field is `given`, or the attribute of `arguments` that has its name."""
     same = {field.name for field in fields(kind) if hasattr(arguments, field.name)} - set(given)
     return kind(**given, **{name: getattr(arguments, name) for name in same})

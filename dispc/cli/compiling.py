@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from dispc.algorithms import ALGORITHMS, NEAREST
-from dispc.cli.arguments import fill
+from dispc.cli.arguments import options_from
 from dispc.cli.process import SETTINGS, import_transformers
 from dispc.cli.tables import JsonFlag, err, out, print_error, print_json
 from dispc.lowerings import LOWERINGS
@@ -125,7 +125,7 @@ class CompileArguments:
     def options(self) -> "CompileOptions":
         from dispc.compiler import CompileOptions
 
-        return fill(
+        return options_from(
             CompileOptions,
             self,
             output=self.directory,
@@ -145,7 +145,6 @@ def compile(arguments: CompileArguments, as_json: JsonFlag = False) -> None:
     from dispc.cli.checks import check_lines
     from dispc.cli.tables import compile_progress, compile_tables
     from dispc.compiler import ParityFailure, compile_model
-    from dispc.validate.report.report import report_of
 
     options = arguments.options()
     import_transformers()
@@ -168,6 +167,8 @@ def compile(arguments: CompileArguments, as_json: JsonFlag = False) -> None:
     for table in compile_tables(manifest):
         out.print(table)
     if manifest.validation is not None:
+        from dispc.validate.report.report import report_of  # slow to import
+
         out.print(check_lines(report_of(manifest.validation, options.output)))
     for note in manifest.notes:
         out.print(f"[yellow]note:[/yellow] {escape(note)}", highlight=False)

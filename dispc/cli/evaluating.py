@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from dispc.cli.arguments import fill
+from dispc.cli.arguments import options_from
 from dispc.cli.process import collect_garbage
 from dispc.cli.tables import JsonFlag, count_progress, err, eval_table, out, print_json
 
@@ -41,7 +41,7 @@ class EvalArguments:
         from dispc.evaluate.evaluate import EvalOptions
 
         tasks = tuple(task.strip() for task in self.tasks.split(",")) if self.tasks else ()
-        return fill(EvalOptions, self, data=tuple(self.data or ()), tasks=tasks)
+        return options_from(EvalOptions, self, data=tuple(self.data or ()), tasks=tasks)
 
 
 def evaluate(arguments: EvalArguments, as_json: JsonFlag = False) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dispc.cli.arguments import fill
+from dispc.cli.arguments import options_from
 from dispc.cli.checks import check_lines, latency_tables
 from dispc.cli.heartbeat import heartbeat
 from dispc.cli.process import import_transformers
@@ -201,7 +201,7 @@ class ValidateArguments:
                 status.update(f"{what} ...")
                 beat(what)
 
-            options = fill(
+            options = options_from(
                 CheckOptions,
                 self,
                 thresholds=thresholds,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dispc.cli.arguments import fill
+from dispc.cli.arguments import options_from
 from dispc.cli.process import collect_garbage
 from dispc.cli.tables import JsonFlag, count_progress, err, facts_table, learn_progress, out, print_json
 from dispc.support.errors import DataError, LearnError
@@ -130,7 +130,7 @@ class LearnArguments:
         """Of a learning run on `data`."""
         from dispc.learn.options import LearnOptions
 
-        return fill(
+        return options_from(
             LearnOptions,
             self,
             data=data,
@@ -148,7 +148,7 @@ def learn(context: typer.Context, arguments: LearnArguments, as_json: JsonFlag =
     Example: [bold]dispc learn model/ --pruning-ratio 0.5 --data train.txt -o masks-50.safetensors[/bold]
     """
     from dispc.learn.instant import METHODS
-    from dispc.masks import check_output
+    from dispc.masks import check_mask_output
     from dispc.model.published import open_checkpoint
 
     method, file = arguments.method, arguments.file
@@ -158,7 +158,7 @@ def learn(context: typer.Context, arguments: LearnArguments, as_json: JsonFlag =
         raise DataError(f"--method {method} needs a text: give --data FILE")
     if method in METHODS:
         _refuse_what_does_not_apply(context, METHODS[method])
-        check_output(file, force=arguments.force)
+        check_mask_output(file, force=arguments.force)
         masks = arguments.instant()
         masks.save(file, open_checkpoint(arguments.model).config)
     else:
@@ -235,11 +235,11 @@ def import_masks(
     """
     from dispc.learn.budget import budget_facts
     from dispc.learn.published import import_published
-    from dispc.masks import check_output
+    from dispc.masks import check_mask_output
     from dispc.model.published import open_checkpoint
 
     file = output or model / "masks.safetensors"
-    check_output(file, force=force)
+    check_mask_output(file, force=force)
     checkpoint = open_checkpoint(model)
     masks = import_published(source, checkpoint.config)
     masks.with_metadata(budget_facts(masks, checkpoint, "blocks")).save(file, checkpoint.config)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dispc.cli.arguments import fill
+from dispc.cli.arguments import options_from
 from dispc.cli.learning import ModelArgument, PlaceArguments
 from dispc.cli.process import collect_garbage
 from dispc.cli.tables import JsonFlag, err, facts_table, learn_progress, out, print_json
@@ -57,7 +57,7 @@ class RecoverArguments:
         from dispc.learn.recovery_options import FULL_RATE, LORA_RATE, RecoverOptions
 
         default_rate = LORA_RATE if self.lora else FULL_RATE
-        return fill(
+        return options_from(
             RecoverOptions,
             self,
             masks=self.masks or self.model / "masks.safetensors",

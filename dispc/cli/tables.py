@@ -150,8 +150,8 @@ def compile_tables(manifest: "Manifest") -> list[Table]:
         times = Table(title=f"blocks {blocks} on {escape(tuned.device)}", title_justify="left")
         for column in ("lowering", "one token, ms", "first token, ms"):
             times.add_column(column, justify="left" if column == "lowering" else "right")
-        for name, found in tuned.milliseconds.items():
-            times.add_row(name, f"{found['one_token']:.3f}", f"{found['first_token']:.2f}")
+        for name, milliseconds in tuned.milliseconds.items():
+            times.add_row(name, f"{milliseconds['one_token']:.3f}", f"{milliseconds['first_token']:.2f}")
         tables.append(times)
     return tables
 
@@ -163,29 +163,29 @@ def facts_table(facts: Mapping[str, str]) -> Table:
     return table
 
 
-def inspect_tables(found: "Inspection", *, ops: bool = False) -> list[Table]:
+def inspect_tables(inspection: "Inspection", *, ops: bool = False) -> list[Table]:
     """Facts of the whole, widths per block, and operators where the graph is known; with `ops` those of each block."""
-    tables = [facts_table({name: str(value) for name, value in found.facts.items()})]
-    if found.widths:
+    tables = [facts_table({name: str(value) for name, value in inspection.facts.items()})]
+    if inspection.widths:
         widths = Table(title="Widths", title_justify="left")
         widths.add_column("block", justify="right")
-        for name, full in found.full_widths.items():
+        for name, full in inspection.full_widths.items():
             widths.add_column(f"{name}\nof {full}", justify="right")
-        for number, row in enumerate(found.widths):
-            widths.add_row(str(number), *(str(row[name]) for name in found.full_widths))
+        for number, row in enumerate(inspection.widths):
+            widths.add_row(str(number), *(str(row[name]) for name in inspection.full_widths))
         tables.append(widths)
-    if found.operators:
+    if inspection.operators:
         operators = Table(title="Operators", title_justify="left")
         operators.add_column("operator")
         operators.add_column("nodes", justify="right")
-        for name, count in found.operators.items():
+        for name, count in inspection.operators.items():
             operators.add_row(name, str(count))
         tables.append(operators)
-    if ops and found.block_operators:
+    if ops and inspection.block_operators:
         blocks = Table(title="Operators per block", title_justify="left")
         blocks.add_column("block", justify="right")
         blocks.add_column("operators")
-        *rows, outside = found.block_operators
+        *rows, outside = inspection.block_operators
         for title, counts in [*((str(index), row) for index, row in enumerate(rows)), ("outside", outside)]:
             blocks.add_row(title, ", ".join(f"{count} {name}" for name, count in counts.items()))
         tables.append(blocks)

@@ -56,15 +56,15 @@ def inspect(
     from dispc.support.files import refuse_inputs
 
     refuse_inputs([plot] if plot else [], [path])
-    found = inspect_path(path)
+    inspection = inspect_path(path)
     if plot:
         from dispc.learn.plots import plot_widths
 
         plot_widths(masks_of(path), plot)
     if as_json:
-        print_json(to_json(found))
+        print_json(to_json(inspection))
         return
-    for table in inspect_tables(found, ops=ops):
+    for table in inspect_tables(inspection, ops=ops):
         out.print(table)
 
 

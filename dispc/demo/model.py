@@ -45,16 +45,16 @@ def shipped_masks(pruning_ratio: float) -> Traversable:
         DispcError: naming the ratios for which there are any.
     """
     before, after = MASKS.split("{percent}")
-    found = {
+    shipped = {
         entry.name.removeprefix(before).removesuffix(after): entry
         for entry in files("dispc.data").iterdir()
         if entry.name.startswith(before) and entry.name.endswith(after)
     }
     percent = f"{100 * pruning_ratio:g}"
-    if percent not in found:
-        there = ", ".join(f"{int(number) / 100:g}" for number in sorted(found))
+    if percent not in shipped:
+        there = ", ".join(f"{int(number) / 100:g}" for number in sorted(shipped))
         raise DispcError(f"no masks ship for a pruning ratio of {pruning_ratio:g}; there are some for {there}")
-    return found[percent]
+    return shipped[percent]
 
 
 def recovers(pruning_ratio: float) -> bool:

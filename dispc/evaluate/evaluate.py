@@ -105,12 +105,12 @@ def _measure(options: EvalOptions, scorer: Scorer, manager: Any, report: EvalRep
     """Fill in the report, part by part."""
     for source in options.data:
         with bar("windows") as count:
-            found = measure_perplexity(
+            perplexity = measure_perplexity(
                 scorer, source, sequence_length=options.sequence_length, max_windows=options.max_windows, progress=count
             )
-        if math.isnan(found.mean_nll):
+        if math.isnan(perplexity.mean_nll):
             raise DataError(f"{options.path}: gives logits that are not numbers on {source}; are its weights finite?")
-        report.perplexity.append(found)
+        report.perplexity.append(perplexity)
         _write(options, report)
     if options.record and options.masks:
         try:
@@ -138,9 +138,9 @@ def record_perplexity(
     masks.with_metadata({"perplexity": words}).save(file, checkpoint.config)
 
 
-def _in_words(found: Perplexity, max_windows: int | None) -> str:
-    first = f", the first {found.windows}" if max_windows else ""
-    return f"{found.perplexity:.2f} on {found.data}, windows of {found.sequence_length}{first}"
+def _in_words(measured: Perplexity, max_windows: int | None) -> str:
+    first = f", the first {measured.windows}" if max_windows else ""
+    return f"{measured.perplexity:.2f} on {measured.data}, windows of {measured.sequence_length}{first}"
 
 
 def _head(options: EvalOptions, scorer: Scorer) -> EvalReport:

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from dispc.algorithms import ALGORITHMS, NEAREST
@@ -16,9 +15,11 @@ from dispc.model.config import DecoderConfig
 from dispc.plan import Plan
 from dispc.quantisation import HEAD_PRODUCT, Quantisation
 from dispc.reference.blocks import Blocks
-from dispc.reference.integers import Part
+from dispc.reference.integers import PrunedWeight
 from dispc.reference.masked import load_reference
 from dispc.reference.quantised import products, round_weight, untie
+from dispc.selection import widths_beside
+from dispc.support.arrays import Tokens
 from dispc.support.errors import CompileError
 
 BUDGET = 0.14
@@ -26,7 +27,6 @@ BUDGET = 0.14
 SCALE_BYTES = 4
 WINDOW, WINDOWS, DAMAGE_WINDOWS = 512, 32, 2
 """Tokens of a window of the text; windows that GPTQ reads, and that each product's damage is measured on."""
-Tokens = npt.NDArray[np.int64]
 Progress = Callable[[str, int, int], None]
 
 
@@ -57,19 +57,15 @@ def settle_quantisation(
 
 def weights_of(masks: Masks, config: DecoderConfig, quantisation: Quantisation) -> dict[str, int]:
     """The weights that are left in each product, by its name."""
-    found = {}
-    for number, block in enumerate(masks.blocks):
-        attention, mlp = block.attention, block.mlp
-        if attention.alive:
-            found[f"{number}.attention.read"] = len(attention.read) * (config.query_size + 2 * config.key_value_size)
-            found[f"{number}.attention.write"] = len(attention.write) * config.query_size
-        if mlp.alive:
-            assert mlp.mid is not None
-            found[f"{number}.mlp.read"] = len(mlp.read) * len(config.family.mlp_reads) * len(mlp.mid)
-            found[f"{number}.mlp.write"] = len(mlp.write) * len(mlp.mid)
+    weights = {
+        f"{number}.{name}": len(block.sets()[name]) * beside
+        for number, block in enumerate(masks.blocks)
+        for name, beside in widths_beside(block, config).items()
+        if block.sub_layers[name.partition(".")[0]].alive
+    }
     if quantisation.head and not (quantisation.embedding and config.tied):  # the embedding's integers have one width
-        found[HEAD_PRODUCT] = config.vocab_size * config.hidden_size
-    return found
+        weights[HEAD_PRODUCT] = config.vocab_size * config.hidden_size
+    return weights
 
 
 def by_widths(masks: Masks, config: DecoderConfig, quantisation: Quantisation) -> tuple[str, ...]:
@@ -167,7 +163,7 @@ def _loss(texts: Sequence[_Text], first: int) -> float:
 
 
 @contextmanager
-def _rounded(parts: Sequence[Part], quantisation: Quantisation) -> Iterator[None]:
+def _rounded(parts: Sequence[PrunedWeight], quantisation: Quantisation) -> Iterator[None]:
     """The weights of one product, rounded within the context."""
     kept = [part.weight.clone() for part in parts]
     for part in parts:

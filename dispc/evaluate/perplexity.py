@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from dispc.manifest import MANIFEST, read_manifest
@@ -22,12 +21,12 @@ from dispc.model.text import load_tokens, source_name, windows
 from dispc.reference.masked import load_reference
 from dispc.runtime.devices import torch_device
 from dispc.runtime.providers import CPU, PROVIDERS, Provider
-from dispc.runtime.session import Array, Artifact
+from dispc.runtime.session import Artifact
+from dispc.support.arrays import Array, Tokens
 from dispc.support.dtypes import name_of
 from dispc.support.errors import DataError
 from dispc.targets import TARGETS
 
-Tokens = npt.NDArray[np.int64]
 DEFAULT_WINDOW = 2048
 
 
@@ -120,12 +119,12 @@ def open_scorer(path: Path, masks: Path | None = None, device: str = "cpu") -> S
 
 def _provider(artifact: Path, device: str) -> Provider:
     """That of the artifact's target where it is on `device`, else the first that is."""
-    found = [provider for provider in PROVIDERS.values() if provider.device == device]
-    if not found:
+    providers = [provider for provider in PROVIDERS.values() if provider.device == device]
+    if not providers:
         devices = dict.fromkeys(provider.device for provider in PROVIDERS.values())
         raise DataError(f"--device {device}: an artifact runs on {' or '.join(devices)}")
     target = TARGETS.get(read_manifest(artifact).target)
-    provider = next((own for own in found if target and own.name == target.provider), found[0])
+    provider = next((own for own in providers if target and own.name == target.provider), providers[0])
     if target and target.contrib and target.provider != provider.name and not provider.fallback:
         raise DataError(
             f"{artifact}: is for {PROVIDERS[target.provider].title} (target {target.name}); leave out --device {device}"

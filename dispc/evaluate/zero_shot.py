@@ -47,10 +47,10 @@ def find_tasks(tasks: list[str], include: Path | None = None) -> Any:
             raise DataError(f"--tasks {task}: lm-eval knows no such task; --include DIR adds definitions of your own")
     try:
         with quiet_datasets():
-            found = get_task_dict(tasks, manager)
+            tree = get_task_dict(tasks, manager)
     except Exception as error:  # no network, no file, nonsense in it: `datasets` raises many kinds
         raise DataError(f"the data of {', '.join(tasks)} cannot be had: {first_line(error)}") from error
-    for name, task in _single_tasks(found):
+    for name, task in _single_tasks(tree):
         if task.OUTPUT_TYPE not in BY_LIKELIHOOD:
             what = f"is a task of kind {task.OUTPUT_TYPE}; choose tasks that are judged by likelihood"
             raise DataError(f"--tasks {name}: {what} ({', '.join(BY_LIKELIHOOD)})")
@@ -59,9 +59,9 @@ def find_tasks(tasks: list[str], include: Path | None = None) -> Any:
     return manager
 
 
-def _single_tasks(found: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+def _single_tasks(tree: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
     """Names and tasks in what lm-eval finds, where groups hold tasks and groups."""
-    for name, entry in found.items():
+    for name, entry in tree.items():
         if isinstance(entry, Mapping):
             yield from _single_tasks(entry)
         else:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dispc.model.config import DecoderConfig
-from dispc.model.text import Tokens
+from dispc.model.text import TextTokens
 from dispc.runtime.devices import torch_device
 from dispc.support.extras import need
 
@@ -39,13 +39,13 @@ class Processes:
         Raises:
             DispcError: when the device or a package is not there.
         """
-        found = torch_device(device)
+        own = torch_device(device)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return Processes(0, 1, found)
+            return Processes(0, 1, own)
         need("accelerate", "learn")
         from accelerate import PartialState
 
-        state = PartialState(cpu=found.type == "cpu")
+        state = PartialState(cpu=own.type == "cpu")
         return Processes(state.process_index, state.num_processes, state.device)
 
     def place(self, model: Any, config: DecoderConfig) -> None:
@@ -73,7 +73,7 @@ class Processes:
             values /= self.count
         return values
 
-    def share(self, rows: Tokens) -> Tensor:
+    def share(self, rows: TextTokens) -> Tensor:
         """This process's part of the sequences rows [B,S], int64 on its device; all parts are equally long."""
         size = len(rows) // self.count
         mine = rows[self.rank * size : (self.rank + 1) * size]
@@ -102,7 +102,7 @@ def gathered(tree: Any) -> Any:
 
 
 @torch.no_grad()
-def fill(parameter: Tensor, whole: Tensor) -> None:
+def set_parameter(parameter: Tensor, whole: Tensor) -> None:
     """Give a parameter, or what this process holds of it, the values of the whole tensor."""
     parameter.copy_(like(parameter, whole))
 

@@ -71,15 +71,15 @@ class RunFolder:
         Raises:
             LearnError: when something has, and no run of dispc did it, or it is no regular file.
         """
-        found = [self.path / name for name in FILES if (self.path / name).exists()]
-        for path in found:
+        older = [self.path / name for name in FILES if (self.path / name).exists()]
+        for path in older:
             regular(path, LearnError)
-        if self.path / OPTIONS in found:
+        if self.path / OPTIONS in older:
             return _read_options(self.path / OPTIONS)
         if (self.path / BOARD).exists():
-            found.append(self.path / BOARD)
-        if found:
-            raise LearnError(f"{found[0]}: stands there without the {OPTIONS} of a run of dispc; {MOVE}")
+            older.append(self.path / BOARD)
+        if older:
+            raise LearnError(f"{older[0]}: stands there without the {OPTIONS} of a run of dispc; {MOVE}")
         return None
 
     def save(self, state: dict[str, Any], inputs: Mapping[str, str]) -> None:

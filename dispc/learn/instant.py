@@ -178,8 +178,8 @@ def _ranks(scores: Scores) -> Scores:
     """1 for the highest, 1/n for the lowest of n; what is no number stays so."""
     ranks = np.empty(len(scores))
     ranks[np.argsort(scores, kind="stable")] = np.arange(1, len(scores) + 1) / len(scores)
-    found: Scores = np.where(np.isfinite(scores), ranks, scores)
-    return found
+    ranked: Scores = np.where(np.isfinite(scores), ranks, scores)
+    return ranked
 
 
 def _activation_scores(subject: Subject) -> list[Scores]:

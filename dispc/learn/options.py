@@ -9,7 +9,7 @@ import torch
 
 from dispc.learn.budget import RatioOf
 from dispc.learn.estimator import OFFSET, EstimatorName
-from dispc.masks import NormScope, check_output
+from dispc.masks import NormScope, check_mask_output
 from dispc.support.errors import LearnError
 
 Precision = Literal["float32", "bfloat16"]
@@ -201,7 +201,7 @@ class LearnOptions(RunOptions):
         return self.decay
 
     def check_output(self, *, force: bool) -> None:
-        check_output(self.output, force=force)
+        check_mask_output(self.output, force=force)
 
     @property
     def method(self) -> str:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dispc.learn.adapter import ADAPTER, merge_adapter, save_adapter, without_adapter
-from dispc.learn.recovery_options import MARKER, RecoverOptions, foreign_content
+from dispc.learn.recovery_options import MARKER, RecoverOptions, foreign_to_recovered
 from dispc.learn.recovery_run import Recovered
 from dispc.manifest import COPIED
 from dispc.masks import Masks
@@ -46,7 +46,7 @@ def write_recovered(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(without_adapter(name, weights, settings))
-    with staged_directory(options.output, force, MARKER, foreign_content) as stage:
+    with staged_directory(options.output, force, MARKER, foreign_to_recovered) as stage:
         _write_model(model, checkpoint, masks, stage)
         if wrapped is not None:
             save_adapter(weights, settings, stage / "adapter")

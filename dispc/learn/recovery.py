@@ -10,7 +10,7 @@ from dispc.learn.run import Progress, begin
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
-from dispc.model.text import Tokens, load_tokens, windows
+from dispc.model.text import TextTokens, load_tokens, windows
 from dispc.support.errors import LearnError
 
 HELD_OUT = 16
@@ -78,7 +78,7 @@ def check_teacher(student: Checkpoint, options: RecoverOptions) -> Checkpoint:
     return teacher
 
 
-def texts(options: RecoverOptions) -> tuple[Tokens, Tokens]:
+def texts(options: RecoverOptions) -> tuple[TextTokens, TextTokens]:
     """Windows to learn on, and windows to be judged by: of `held_out`, or cut off the end of the text."""
     length = options.sequence_length
     rows = windows(load_tokens(options.data, options.model), length, options.data)

@@ -76,7 +76,7 @@ class RecoverOptions(RunOptions):
         return True
 
     def check_output(self, *, force: bool) -> None:
-        check_output(self.output, force, MARKER, foreign_content)
+        check_output(self.output, force, MARKER, foreign_to_recovered)
 
     def rate(self, step: int, seconds: float) -> float:
         """The learning rate of step number `step`, counted from 0: rising for a share `warm_up`, then half a cosine."""
@@ -86,7 +86,7 @@ class RecoverOptions(RunOptions):
         return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (done - self.warm_up) / (1.0 - self.warm_up)))
 
 
-def foreign_content(directory: Path) -> str | None:
+def foreign_to_recovered(directory: Path) -> str | None:
     """What in a directory is not of a recovered model that dispc wrote; None where there is nothing like that."""
     for path in sorted(directory.iterdir()):
         known = path.name in (MARKER, *COPIED) or WRITTEN.fullmatch(path.name)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from dispc.learn.adapter import add_adapters, trained_parameters
-from dispc.learn.distributed import Processes, fill, gathered, like
+from dispc.learn.distributed import Processes, gathered, like, set_parameter
 from dispc.learn.objective import checkpoint_block, divergence, next_token_loss
 from dispc.learn.recovery_options import LOSSES, RecoverOptions
 from dispc.learn.run import Run
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.text import Tokens
-from dispc.reference.masked import apply_masks, load_reference, zero_outside
+from dispc.model.text import TextTokens
+from dispc.reference.masked import load_reference, mask_forward, zero_outside
 
 CLIP = 1.0
 """Largest norm of a step's gradient."""
@@ -48,7 +48,7 @@ class Recovery(Run[RecoverOptions]):
         teacher: Checkpoint,
         masks: Masks,
         processes: Processes,
-        held_out: Tokens,
+        held_out: TextTokens,
         inputs: Mapping[str, str],
     ) -> None:
         super().__init__(options, processes, inputs)
@@ -65,7 +65,7 @@ class Recovery(Run[RecoverOptions]):
                 self.model.get_submodule(family.block(index)).requires_grad_(True)
         for one, placed in ((self.teacher, teacher.config), (self.model, config)):
             processes.place(one, placed)
-        apply_masks(self.model, family, masks)
+        mask_forward(self.model, family, masks)
         if options.activation_checkpointing:
             for index in range(config.num_hidden_layers):
                 checkpoint_block(self.model.get_submodule(family.block(index)))
@@ -80,7 +80,7 @@ class Recovery(Run[RecoverOptions]):
     def best_judgement(self) -> dict[str, float]:
         return min(self.judgements, key=lambda one: one["loss"])  # the first of equal ones
 
-    def advance(self, rows: Tokens) -> dict[str, float] | None:
+    def advance(self, rows: TextTokens) -> dict[str, float] | None:
         """One step on all processes' sequences rows [B,S]; its record, None where its loss or gradient is no number."""
         options, size = self.options, self.options.batch_size
         self.optimiser.zero_grad(set_to_none=True)
@@ -131,10 +131,10 @@ class Recovery(Run[RecoverOptions]):
             sums += self.losses(piece) * len(piece)
         distil, text = self.processes.mean(sums / len(mine)).tolist()
         loss = self.weights[0] * distil + self.weights[1] * text
-        found = {"step": self.step, "loss": loss, "distil": distil, "text": text}
+        judgement = {"step": self.step, "loss": loss, "distil": distil, "text": text}
         if not self.judgements or loss < self.best_judgement["loss"]:
             self.best = gathered(self.trained)
-        self.judgements.append(found)
+        self.judgements.append(judgement)
         if self.step - self.best_judgement["step"] >= self.options.patience * self.options.evaluate_every:
             self.ended = f"no gain on held-out text for {self.options.patience} judgements"
         return {"held_out_loss": loss, "held_out_distil": distil, "held_out_text": text}
@@ -147,7 +147,7 @@ class Recovery(Run[RecoverOptions]):
     def go_to_best(self) -> None:
         """Give the model the best weights."""
         for name, parameter in self.trained.items():
-            fill(parameter, self.best[name])
+            set_parameter(parameter, self.best[name])
 
     def state(self) -> dict[str, Any]:
         return {
@@ -160,7 +160,7 @@ class Recovery(Run[RecoverOptions]):
 
     def set_state(self, state: dict[str, Any]) -> None:
         for name, parameter in self.trained.items():
-            fill(parameter, state["trained"][name])
+            set_parameter(parameter, state["trained"][name])
         optimiser = state["optimiser"]
         for number, parameter in enumerate(self.trained.values()):
             moments = optimiser["state"][number]

@@ -17,7 +17,7 @@ from dispc.learn.distributed import Processes
 from dispc.learn.folder import RunFolder
 from dispc.learn.options import RunOptions
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.text import Tokens, batch
+from dispc.model.text import TextTokens, batch
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import Interrupted, LearnError, first_line
 from dispc.support.signals import note_signals
@@ -78,7 +78,7 @@ class Run(ABC, Generic[Options]):
         """The dtype of weights that are not trained."""
 
     @abstractmethod
-    def advance(self, rows: Tokens) -> dict[str, float] | None:
+    def advance(self, rows: TextTokens) -> dict[str, float] | None:
         """One step on all processes' sequences rows [B,S]; its record, None where the run `ended` in it."""
 
     def judged(self) -> dict[str, float]:
@@ -110,7 +110,7 @@ class Run(ABC, Generic[Options]):
             self.folder.cut_metrics(self.step)
         self.processes.wait()
 
-    def run(self, rows: Tokens, progress: Progress) -> None:
+    def run(self, rows: TextTokens, progress: Progress) -> None:
         """All remaining steps, with a checkpoint every so many, at the end, and where a signal ends the run.
 
         Raises:
@@ -127,7 +127,7 @@ class Run(ABC, Generic[Options]):
             message = f"interrupted in step {self.step + 1}; go on from the latest checkpoint with --resume"
             raise Interrupted(message, signal.SIGINT) from None
 
-    def _step(self, rows: Tokens, write: Write, progress: Progress) -> None:
+    def _step(self, rows: TextTokens, write: Write, progress: Progress) -> None:
         options, main = self.options, self.processes.main
         start = time.perf_counter()
         record = self.advance(batch(rows, self.step, options.sequences, options.seed))

@@ -24,7 +24,7 @@ from dispc.learn.run import Progress, Run, begin
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
-from dispc.model.text import Tokens, load_tokens, source_name, windows
+from dispc.model.text import TextTokens, load_tokens, source_name, windows
 from dispc.reference.masked import load_reference
 from dispc.support.errors import LearnError
 from dispc.support.extras import need
@@ -106,7 +106,7 @@ class Trainer(Run[LearnOptions]):
             self.source.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
         )
 
-    def advance(self, rows: Tokens) -> dict[str, float]:
+    def advance(self, rows: TextTokens) -> dict[str, float]:
         """One step on all processes' sequences rows [B,S]; the record of the step.
 
         Raises:

@@ -19,7 +19,7 @@ from dispc.model.families import find_family
 from dispc.model.family import HEAD, Family
 from dispc.model.generation import Generation
 from dispc.model.packed import packed_in, take
-from dispc.model.pretrained import build_model, empty_parameters, fill, make_config, model_class
+from dispc.model.pretrained import build_model, empty_parameters, make_config, model_class, set_parameters
 from dispc.model.rope import Rope, check_ropes, read_ropes
 from dispc.model.storage import CheckpointTensor, Stored, list_stored
 from dispc.support.errors import CheckpointError, UnsupportedModelError
@@ -87,7 +87,7 @@ class Checkpoint:
             CheckpointError: when a tensor is missing or misshapen, or transformers reads the config in another way.
         """
         model = self.empty_model(dtype)
-        fill(model, lambda name, shape: self.find(name).expect(shape).read().to(dtype))
+        set_parameters(model, lambda name, shape: self.find(name).expect(shape).read().to(dtype))
         return model
 
     def empty_model(self, dtype: torch.dtype) -> Any:
@@ -200,8 +200,8 @@ class Checkpoint:
         Raises:
             CheckpointError: when the checkpoint has no such tensor.
         """
-        if (found := packed_in(name, self.family)) is not None:
-            return take(self.find(found.name), found, self.config)
+        if (packed := packed_in(name, self.family)) is not None:
+            return take(self.find(packed.name), packed, self.config)
         embedding, head = f"{self.family.embedding}.weight", f"{self.family.head}.weight"
         names = [head, HEAD] if name in (head, HEAD) else [name]
         if self.config.tied and name in (embedding, head, HEAD):
@@ -234,7 +234,7 @@ class Checkpoint:
             block = blocks.fullmatch(name)
             return f"*{block[2]}" if block and int(block[1]) < self.config.num_hidden_layers else name
 
-        wholes = [found.name if (found := packed_in(name, self.family)) else name for name in parameters]
+        wholes = [packed.name if (packed := packed_in(name, self.family)) else name for name in parameters]
         heads = {f"{self.family.head}.weight"} | ({HEAD} if self.config.tied else set())
         known = {place(name) for name in wholes} | heads
         every = {*self.stored, *self._listed.others}

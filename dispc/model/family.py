@@ -90,17 +90,19 @@ class Family:
         """Module name of block `index`, such as `model.layers.3`."""
         return f"{self.layers}.{index}"
 
-    def sub_layer(self, index: int, side: str) -> str:
+    def graph_module(self, index: int, side: str) -> str:
         """What the `attention` or `mlp` of block `index` is named by in graphs, whatever its modules are called."""
         return f"{self.block(index)}.{'self_attn' if side == 'attention' else side}"
 
     @property
-    def attention_names(self) -> SubLayerNames:
-        return SubLayerNames(self.attention_norm, self.attention_reads, self.attention_out, self.attention_post_norm)
-
-    @property
-    def mlp_names(self) -> SubLayerNames:
-        return SubLayerNames(self.mlp_norm, self.mlp_reads, self.down, self.mlp_post_norm)
+    def sub_layers(self) -> dict[str, SubLayerNames]:
+        """The modules of `attention` and `mlp`, in this order."""
+        return {
+            "attention": SubLayerNames(
+                self.attention_norm, self.attention_reads, self.attention_out, self.attention_post_norm
+            ),
+            "mlp": SubLayerNames(self.mlp_norm, self.mlp_reads, self.down, self.mlp_post_norm),
+        }
 
     @property
     def attention_module(self) -> str:

@@ -28,7 +28,7 @@ def rows(packed: Packed, part: str, config: DecoderConfig) -> npt.NDArray[np.int
 
 
 @dataclass(frozen=True)
-class Part:
+class PackedPart:
     """A parameter that is stored as rows of another: the name of that one, and where in it."""
 
     name: str
@@ -36,24 +36,24 @@ class Part:
     part: str
 
 
-def packed_in(name: str, family: Family) -> Part | None:
+def packed_in(name: str, family: Family) -> PackedPart | None:
     """Where the parameter `name` of a separate projection is stored; None for one that is stored separately."""
     for packed in family.packed:
         for part in packed.parts:
             block, found, kind = name.rpartition(f".{part}.")
             if found:
-                return Part(f"{block}.{packed.module}.{kind}", packed, part)
+                return PackedPart(f"{block}.{packed.module}.{kind}", packed, part)
     return None
 
 
-def take(whole: CheckpointTensor, found: Part, config: DecoderConfig) -> CheckpointTensor:
+def take(whole: CheckpointTensor, place: PackedPart, config: DecoderConfig) -> CheckpointTensor:
     """The rows of a stored tensor that are those of a separate projection, read when asked for.
 
     Raises:
         CheckpointError: when it has not as many rows as the projections in it.
     """
-    every = sum(config.outputs(name) for name in found.packed.parts)
-    kept = torch.from_numpy(rows(found.packed, found.part, config))
+    every = sum(config.outputs(name) for name in place.packed.parts)
+    kept = torch.from_numpy(rows(place.packed, place.part, config))
     whole.expect((every, *whole.shape[1:]))
     return replace(whole, shape=(len(kept), *whole.shape[1:]), read=lambda: whole.read()[kept])
 

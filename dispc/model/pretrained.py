@@ -111,20 +111,20 @@ def _parameters(config_class: Any) -> set[str]:
 
 def _deciding(raw: Mapping[str, Any], known: set[str], family: Family) -> dict[str, Any]:
     """The keys that decide what the model computes, rotary positions excepted."""
-    found = {}
+    deciding = {}
     for key, value in raw.items():
         if HARMLESS.fullmatch(key) or key in family.ignored or (key in ROPE_KEYS and family.rotary):
             continue
         if key == "layer_types" and key not in known:  # checked against the config that is made
             continue
         if key in known or key in ALWAYS:
-            found[key] = value
+            deciding[key] = value
         elif not _says_nothing(key, value, raw, "sliding_window" in known):
             raise CheckpointError(
                 f"{key} is {value!r}, which neither dispc nor the installed transformers knows of {family.model_type} "
                 "models; remove it if it changes nothing"
             )
-    return found
+    return deciding
 
 
 def _says_nothing(key: str, value: Any, raw: Mapping[str, Any], windows: bool) -> bool:
@@ -183,7 +183,7 @@ def empty_parameters() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def fill(
+def set_parameters(
     model: nn.Module,
     read: Callable[[str, tuple[int, ...]], torch.Tensor],
     wanted: Callable[[str], bool] = lambda name: True,

@@ -170,9 +170,9 @@ def _vectors_literal(path: Path, changed: int, size: int) -> Vectors | None:
         text = contents(path, CheckpointError, LARGEST).decode()
     except UnicodeDecodeError:
         return None
-    for found in ASSIGNMENT.finditer(text):
+    for assignment in ASSIGNMENT.finditer(text):
         try:
-            return tuple(_numbers(vector) for vector in VECTOR.findall(found[1]))
+            return tuple(_numbers(vector) for vector in VECTOR.findall(assignment[1]))
         except ValueError:
             continue
     return None

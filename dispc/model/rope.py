@@ -146,11 +146,11 @@ def _object(value: Any) -> Mapping[str, Any]:
 
 def _agreed(sources: Iterable[Mapping[str, Any]], names: Iterable[str], default: float) -> Any:
     """The value that the sources have under one of `names`."""
-    found = [(name, source[name]) for source in sources for name in names if source.get(name) is not None]
-    for name, value in found[1:]:
-        if value != found[0][1]:
-            raise CheckpointError(f"{found[0][0]} is {found[0][1]!r} and also {value!r} ({name}); remove the wrong one")
-    return found[0][1] if found else default
+    given = [(name, source[name]) for source in sources for name in names if source.get(name) is not None]
+    for name, value in given[1:]:
+        if value != given[0][1]:
+            raise CheckpointError(f"{given[0][0]} is {given[0][1]!r} and also {value!r} ({name}); remove the wrong one")
+    return given[0][1] if given else default
 
 
 def _number(value: Any, name: str) -> float:
@@ -191,11 +191,11 @@ def _scaling(given: Mapping[str, Any], limit: Any) -> dict[str, Any]:
     return {"rope_type": kind, **given}
 
 
-def _one_scaling(found: list[dict[str, Any]]) -> dict[str, Any]:
-    for other in found[1:]:
-        if other != found[0]:
+def _one_scaling(scalings: list[dict[str, Any]]) -> dict[str, Any]:
+    for other in scalings[1:]:
+        if other != scalings[0]:
             raise CheckpointError(f"{' and '.join(SCALING)} contradict each other; remove the wrong one")
-    return found[0] if found else {"rope_type": "default"}
+    return scalings[0] if scalings else {"rope_type": "default"}
 
 
 def unreached_positions(ropes: Mapping[str, Rope], positions: int) -> str | None:
@@ -256,13 +256,13 @@ def check_ropes(module: "nn.Module", ropes: Mapping[str, Rope], head_dim: int, u
             if not name.endswith("inv_freq") or "original" in name:
                 continue
             stretch = getattr(part, name.replace("inv_freq", "attention_scaling"), 1.0)
-            found = {kind for kind, rope in wanted.items() if _same(buffer.double().cpu().numpy(), stretch, *rope)}
-            if not found:
+            kinds = {kind for kind, rope in wanted.items() if _same(buffer.double().cpu().numpy(), stretch, *rope)}
+            if not kinds:
                 raise CheckpointError(
                     "the rotary positions that the installed transformers makes of it are not those that it says; "
                     "please report this with the config.json and the version of transformers"
                 )
-            met |= found
+            met |= kinds
     if not set(wanted) - set(unused) <= met:
         raise CheckpointError("the installed transformers makes no rotary positions of what it says of them")
 

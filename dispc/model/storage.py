@@ -103,7 +103,7 @@ def list_stored(directory: Path) -> Stored:
 def _sharded(index: Path, list_tensors: Callable[[Path], Stored]) -> Stored:
     weight_map = _weight_map(index)
     shards = sorted(set(weight_map.values()))
-    found = Stored()
+    stored = Stored()
     for shard in shards:
         path = index.parent / shard
         # A link inside the directory is fine (the cache of the hub has them), a path is not.
@@ -111,11 +111,11 @@ def _sharded(index: Path, list_tensors: Callable[[Path], Stored]) -> Stored:
             raise CheckpointError(f"{index}: shard {shard!r} lies outside the model directory")
         if not path.exists():
             raise CheckpointError(f"{path}: shard named by {index.name} is missing")
-        found.add(list_tensors(_downloaded(path)), path)
-    if missing := sorted(set(weight_map) - set(found.tensors) - set(found.others)):
+        stored.add(list_tensors(_downloaded(path)), path)
+    if missing := sorted(set(weight_map) - set(stored.tensors) - set(stored.others)):
         raise CheckpointError(f"{index}: names tensor {missing[0]}, which no shard holds")
     _refuse_strangers(index.parent, set(shards), set())
-    return found
+    return stored
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -155,22 +155,22 @@ def _list_safetensors(path: Path) -> Stored:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
 
-    found = Stored()
+    stored = Stored()
     try:
         with naming(path), safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 view = file.get_slice(name)
                 row = BY_SAFETENSORS.get(view.get_dtype())
                 if row is None:
-                    found.others[name] = str(view.get_dtype())
+                    stored.others[name] = str(view.get_dtype())
                 else:
                     shape = tuple(view.get_shape())
-                    found.tensors[name] = CheckpointTensor(name, shape, row.torch, path, partial(read, name))
+                    stored.tensors[name] = CheckpointTensor(name, shape, row.torch, path, partial(read, name))
     except SafetensorError as error:
         raise CheckpointError(f"{path}: truncated or corrupt safetensors file ({first_line(error)})") from error
     except RuntimeError as error:
         raise CheckpointError(f"{path}: cannot be mapped into memory ({first_line(error)})") from error
-    return found
+    return stored
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
@@ -181,14 +181,14 @@ def _list_torch_file(path: Path) -> Stored:
     state = load_torch(path, CheckpointError, "not a torch file that can be loaded safely", mmap=True)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a state dict")
-    found = Stored()
+    stored = Stored()
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise CheckpointError(f"{path}: holds {name!r}, a {type(value).__name__}; tensors by name are expected")
         if not is_plain(value):
-            found.others[name] = f"{name_of(value.dtype)}, {value.layout} on {value.device}"
+            stored.others[name] = f"{name_of(value.dtype)}, {value.layout} on {value.device}"
         elif name_of(value.dtype) in DTYPES:
-            found.tensors[name] = CheckpointTensor(name, tuple(value.shape), value.dtype, path, partial(_same, value))
+            stored.tensors[name] = CheckpointTensor(name, tuple(value.shape), value.dtype, path, partial(_same, value))
         else:
-            found.others[name] = name_of(value.dtype)
-    return found
+            stored.others[name] = name_of(value.dtype)
+    return stored

@@ -22,7 +22,8 @@ from dispc.support.extras import need
 from dispc.support.files import whole
 from dispc.support.inputs import contents, naming, regular
 
-Tokens = npt.NDArray[np.int32]
+TextTokens = npt.NDArray[np.int32]
+"""Token ids of a text as they are cached: half the bytes of what models read."""
 LOADERS = {
     ".txt": "text",
     ".raw": "text",
@@ -132,7 +133,7 @@ def _column(rows: Any, source: str) -> list[str]:
     return texts
 
 
-def load_tokens(source: str, model: Path, cache: Path | None = None) -> Tokens:
+def load_tokens(source: str, model: Path, cache: Path | None = None) -> TextTokens:
     """The tokens of `source` by the model's tokenizer, from the cache when they are there.
 
     The cache is keyed by the text's source (content of a file, name of a dataset) and the tokenizer's files.
@@ -156,7 +157,7 @@ def load_tokens(source: str, model: Path, cache: Path | None = None) -> Tokens:
     return tokens
 
 
-def _within_vocabulary(tokens: Tokens, model: Path) -> Tokens:
+def _within_vocabulary(tokens: TextTokens, model: Path) -> TextTokens:
     largest, size = int(tokens.max(initial=0)), open_checkpoint(model).config.vocab_size
     if largest >= size:
         raise DataError(
@@ -165,21 +166,21 @@ def _within_vocabulary(tokens: Tokens, model: Path) -> Tokens:
     return tokens
 
 
-def _read_cache(path: Path) -> Tokens | None:
+def _read_cache(path: Path) -> TextTokens | None:
     """The tokens in a cache file; None where there is none, or a damaged one, which is then made again."""
     try:
-        tokens: Tokens = np.load(regular(path, DataError), allow_pickle=False)
+        tokens: TextTokens = np.load(regular(path, DataError), allow_pickle=False)
     except (OSError, ValueError, EOFError, DataError):
         return None
     return tokens if tokens.ndim == 1 and tokens.dtype == np.int32 else None
 
 
-def tokenise(text: str, model: Path) -> Tokens:
+def tokenise(text: str, model: Path) -> TextTokens:
     """The whole text as one run of tokens, with what the tokenizer puts before a text, if anything."""
     return np.array(Tokenizer(model).encode(text), dtype=np.int32)
 
 
-def windows(tokens: Tokens, length: int, source: str) -> Tokens:
+def windows(tokens: TextTokens, length: int, source: str) -> TextTokens:
     """Non-overlapping windows [n, length]; what remains at the end is left out.
 
     Raises:
@@ -191,7 +192,7 @@ def windows(tokens: Tokens, length: int, source: str) -> Tokens:
     return tokens[: count * length].reshape(count, length)
 
 
-def batch(rows: Tokens, step: int, size: int, seed: int) -> Tokens:
+def batch(rows: TextTokens, step: int, size: int, seed: int) -> TextTokens:
     """The windows [size, length] of a step: a new order each epoch, and a function of seed and step alone."""
     chosen = []
     for position in range(step * size, (step + 1) * size):

@@ -19,7 +19,7 @@ from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.config import DecoderConfig
 from dispc.model.family import Family
-from dispc.model.pretrained import fill
+from dispc.model.pretrained import set_parameters
 from dispc.reference.masked import mask_model
 
 Cast = Callable[[Tensor], Tensor]
@@ -120,15 +120,15 @@ class Blocks:
         """Logits [n,V] of what enters the LM head [1,n,d]."""
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        found = BaseModelOutputWithPast(last_hidden_state=hidden)
-        with _replaced(self.decoder, lambda *args, **kwargs: found), _replaced(self.head, partial(self._head, cast)):
+        output = BaseModelOutputWithPast(last_hidden_state=hidden)
+        with _replaced(self.decoder, lambda *args, **kwargs: output), _replaced(self.head, partial(self._head, cast)):
             logits: Tensor = self.model(input_ids=torch.zeros(1, hidden.shape[1], dtype=torch.long)).logits[0]
         return logits
 
     def _head(self, cast: Cast, hidden: Tensor) -> Tensor:
         weight, bias = self.head.weight, self.head.bias
-        found = [hidden @ cast(weight[start : start + HEAD_ROWS]).T for start in range(0, len(weight), HEAD_ROWS)]
-        logits = torch.cat(found, dim=-1)
+        pieces = [hidden @ cast(weight[start : start + HEAD_ROWS]).T for start in range(0, len(weight), HEAD_ROWS)]
+        logits = torch.cat(pieces, dim=-1)
         return logits if bias is None else logits + cast(bias)
 
     def _through(self, tokens: npt.NDArray[np.int64], offset: int, cast: Cast, forwards: list[Any]) -> Any:
@@ -165,10 +165,10 @@ def read_lazily(
     def load(index: int) -> None:
         name = family.block(index)
         block = model.get_submodule(name)
-        fill(block, lambda inner, shape: read(f"{name}.{inner}", shape))
+        set_parameters(block, lambda inner, shape: read(f"{name}.{inner}", shape))
         as_stored(block, index)
 
-    fill(model, read, partial(outside_blocks, family))
+    set_parameters(model, read, partial(outside_blocks, family))
     mask_model(model, checkpoint, masks)
     as_stored(model, None)
     return Blocks(model, checkpoint.config, load)

@@ -36,6 +36,6 @@ def apply_masks(model: Any, masks: Masks) -> Any:
         )
     masks.check(DecoderConfig.from_pretrained(inner.config, family))
     masked.zero_outside(inner, family, masks)
-    masked.apply_masks(inner, family, masks)
+    masked.mask_forward(inner, family, masks)
     inner.dispc_masks = masks.sha256()
     return model

@@ -23,7 +23,7 @@ FARTHEST = 0.8
 
 
 @dataclass(frozen=True)
-class Part:
+class PrunedWeight:
     """A weight [N,K] of the reference that is multiplied in a product, and what pruning has left of it.
 
     What is stored is multiplied by `factor`.
@@ -51,7 +51,7 @@ class StoredIntegers:
         block = name.startswith(f"{family.layers}.")
         return product_of(name.removesuffix(".quantised"), family) if block else HEAD_PRODUCT
 
-    def put(self, product: str, parts: Sequence[Part], options: Quantisation) -> None:
+    def put(self, product: str, parts: Sequence[PrunedWeight], options: Quantisation) -> None:
         """Overwrite what is left of the `parts`, which lie side by side in the product, by what the graph holds.
 
         Raises:
@@ -70,22 +70,22 @@ class StoredIntegers:
             _put(product, part, rows[start : start + count])
             start += count
 
-    def put_embedding(self, part: Part, options: Quantisation) -> None:
+    def put_embedding(self, part: PrunedWeight, options: Quantisation) -> None:
         """The same for the token embedding."""
-        found = [self.graph.initializers.get(f"{self.embedding}.{kind}") for kind in KINDS]
-        _put("the embedding", part, self._read(found, options, part.weight.shape[1]))
+        stored = [self.graph.initializers.get(f"{self.embedding}.{kind}") for kind in KINDS]
+        _put("the embedding", part, self._read(stored, options, part.weight.shape[1]))
 
-    def _read(self, values: Sequence[ir.Value | None], options: Quantisation, width: int) -> Tensor:
+    def _read(self, stored: Sequence[ir.Value | None], options: Quantisation, width: int) -> Tensor:
         """float32 [N,K] from integers, scales and zero points."""
-        arrays = [_array(value) for value in values]
+        arrays = [_array(value) for value in stored]
         integers, scales = arrays[0], arrays[1].float()
         outputs, blocks = scales.shape
-        values_ = _unpack(integers.reshape(outputs, -1), options.bits).float()
+        values = _unpack(integers.reshape(outputs, -1), options.bits).float()[:, :width]
         middle = torch.full((outputs, blocks), 2.0 ** (options.bits - 1))
         if len(arrays) > 2:
             middle = _unpack(arrays[2].reshape(outputs, -1), options.bits)[:, :blocks].float()
-        spread = [part.repeat_interleave(options.block_size, 1)[:, :width] for part in (middle, scales)]
-        return (values_[:, :width] - spread[0]) * spread[1]
+        middle, scales = (each.repeat_interleave(options.block_size, 1)[:, :width] for each in (middle, scales))
+        return (values - middle) * scales
 
 
 KINDS = ("quantised", "scales", "zero_points")
@@ -107,7 +107,7 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
 
 
-def _put(name: str, part: Part, rows: Tensor) -> None:
+def _put(name: str, part: PrunedWeight, rows: Tensor) -> None:
     outputs = torch.arange(len(part.weight)) if part.outputs is None else torch.from_numpy(part.outputs)
     inputs = torch.arange(part.weight.shape[1]) if part.inputs is None else torch.from_numpy(part.inputs)
     place = (outputs[:, None], inputs)

@@ -34,7 +34,7 @@ def mask_model(model: Any, checkpoint: Checkpoint, masks: Masks | None) -> Any:
     separate(model, checkpoint.config)
     _widen_norms(model, checkpoint.family.norm)
     if masks is not None:
-        apply_masks(model, checkpoint.family, masks)
+        mask_forward(model, checkpoint.family, masks)
     return model
 
 
@@ -64,7 +64,7 @@ def normalise(norm: Norm, module: Any, x: Tensor, kept: Tensor | None = None) ->
     return (h * gates).to(x.dtype)
 
 
-def apply_masks(model: nn.Module, family: Family, masks: Masks) -> None:
+def mask_forward(model: nn.Module, family: Family, masks: Masks) -> None:
     """Make `model` compute the masked function, in place.
 
     A sub-layer with an empty set adds nothing: its write vector is zero, biases included.
@@ -127,12 +127,11 @@ def apply_gates(
     """
     for index in range(blocks):
         block = model.get_submodule(family.block(index))
-        parts = {"attention": family.attention_names, "mlp": family.mlp_names}
-        norms = {name: block.get_submodule(name) for part in parts.values() if (name := part.before)}
+        norms = {name: block.get_submodule(name) for names in family.sub_layers.values() if (name := names.before)}
         forwards = {name: norm.forward for name, norm in norms.items()}
         for norm in norms.values():
             norm.forward = lambda x: x  # every reader normalises for itself, since read sets differ
-        for part, names in parts.items():
+        for part, names in family.sub_layers.items():
             read, write = partial(gate, index, f"{part}.read"), partial(gate, index, f"{part}.write")
             see = _select
             if names.before and norm_scope == "full":

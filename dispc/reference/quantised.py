@@ -20,7 +20,7 @@ from dispc.masks import Block, Indices, Masks
 from dispc.model.config import logits_multiplier
 from dispc.model.family import Family
 from dispc.quantisation import HEAD_PRODUCT, Quantisation
-from dispc.reference.integers import Part, StoredIntegers
+from dispc.reference.integers import PrunedWeight, StoredIntegers
 from dispc.support.dtypes import DTYPES
 
 PIECE = 4096
@@ -94,10 +94,10 @@ def quantise_tables(
     tied = untie(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if quantisation.head:
-        part = Part(head.weight, None, None, 1.0 if tied else logits_multiplier(model.config))
+        part = PrunedWeight(head.weight, None, None, 1.0 if tied else logits_multiplier(model.config))
         round_product(HEAD_PRODUCT, [part], quantisation.of(HEAD_PRODUCT), dtype, integers)
     if quantisation.embedding and integers is not None:
-        integers.put_embedding(Part(embedding.weight, None, None), quantisation)
+        integers.put_embedding(PrunedWeight(embedding.weight, None, None), quantisation)
     elif quantisation.embedding:
         round_weight(embedding.weight, None, quantisation, dtype)
 
@@ -111,16 +111,16 @@ def untie(model: Any) -> bool:
     return bool(tied)
 
 
-def products(model: Any, family: Family, masks: Masks) -> dict[str, list[Part]]:
+def products(model: Any, family: Family, masks: Masks) -> dict[str, list[PrunedWeight]]:
     """The weights of each product that is left, by its name (`dispc.quantisation.product_of`), and of the head."""
-    found: dict[str, list[Part]] = {}
+    weights: dict[str, list[PrunedWeight]] = {}
     for number, sets in enumerate(masks.blocks):
-        found |= products_of_block(model.get_submodule(family.block(number)), number, family, sets)
-    found[HEAD_PRODUCT] = [Part(model.get_output_embeddings().weight, None, None)]
-    return found
+        weights |= products_of_block(model.get_submodule(family.block(number)), number, family, sets)
+    weights[HEAD_PRODUCT] = [PrunedWeight(model.get_output_embeddings().weight, None, None)]
+    return weights
 
 
-def products_of_block(block: Any, number: int, family: Family, sets: Block) -> dict[str, list[Part]]:
+def products_of_block(block: Any, number: int, family: Family, sets: Block) -> dict[str, list[PrunedWeight]]:
     """The same of one block."""
     attention, mlp, factor = sets.attention, sets.mlp, getattr(block, "residual_multiplier", 1.0)
     rows = (
@@ -130,14 +130,18 @@ def products_of_block(block: Any, number: int, family: Family, sets: Block) -> d
         ("mlp.write", (family.down,), mlp.write, mlp.mid, factor),
     )
     return {
-        f"{number}.{side}": [Part(block.get_submodule(name).weight, outputs, inputs, by) for name in names]
+        f"{number}.{side}": [PrunedWeight(block.get_submodule(name).weight, outputs, inputs, by) for name in names]
         for side, names, outputs, inputs, by in rows
-        if (attention if side.startswith("attention") else mlp).alive
+        if sets.sub_layers[side.partition(".")[0]].alive
     }
 
 
 def round_product(
-    product: str, parts: Sequence[Part], options: Quantisation, dtype: torch.dtype, integers: StoredIntegers | None
+    product: str,
+    parts: Sequence[PrunedWeight],
+    options: Quantisation,
+    dtype: torch.dtype,
+    integers: StoredIntegers | None,
 ) -> None:
     """Round the weights of one product in place."""
     if integers is not None and not options.rounding.repeatable:

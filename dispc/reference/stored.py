@@ -43,25 +43,24 @@ class Storage:
     def arithmetic(self, part: nn.Module, index: int | None) -> dict[str, Arithmetic]:
         """Of the parameters of block `index`, or with None of those outside of the blocks; others are stored as is."""
         family = self.config.family
-        found = {
+        changed = {
             f"{name}.weight": Arithmetic(offset=family.norm.offset)
             for name, module in part.named_modules()
             if family.norm.describes(module)
         }
         if index is None:
-            return found if self.config.tied else found | self._head(part)
-        for sub_layer in ("attention", "mlp"):
-            names = getattr(family, f"{sub_layer}_names")
+            return changed if self.config.tied else changed | self._head(part)
+        for name, names in family.sub_layers.items():
             folded = Arithmetic(factor=self.config.residual_multiplier)
-            found |= {f"{names.write}.weight": folded, f"{names.write}.bias": folded}
+            changed |= {f"{names.write}.weight": folded, f"{names.write}.bias": folded}
             if names.after:
                 width = self.norm_widths.get(f"{family.block(index)}.{names.after}.weight", 0)
                 counted = self.masks.hidden_size
                 if self.masks.norm_scope == "selected":
-                    counted = len(getattr(self.masks.blocks[index], sub_layer).write)
+                    counted = len(self.masks.blocks[index].sub_layers[name].write)
                 share = counted / width if width and counted else 1.0
-                found[f"{names.after}.weight"] = Arithmetic(family.norm.offset, math.sqrt(share))
-        return found
+                changed[f"{names.after}.weight"] = Arithmetic(family.norm.offset, math.sqrt(share))
+        return changed
 
     def _head(self, model: Any) -> dict[str, Arithmetic]:
         head = model.get_output_embeddings()

@@ -11,16 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from dispc.reference.blocks import Blocks, Entered
+from dispc.support.arrays import Array, Tokens
 from dispc.support.dtypes import DTYPES, name_of
 from dispc.support.errors import ArtifactError
 
-Array = npt.NDArray[Any]
-Tokens = npt.NDArray[np.int64]
 TINY = float(np.finfo(np.float64).tiny)
 DRAWS = (0, 1, 2)
 """Times that the reference is read in the artifact's dtype: one error is a sample, and may be small by chance."""
@@ -169,11 +167,11 @@ def ask(blocks: Blocks, texts: Sequence[Text], truth: torch.dtype, dtype: str, *
 
 def sources(texts: Sequence[Text]) -> list[Text]:
     """The texts that have to be read, longest first: those that do not begin another."""
-    found: list[Text] = []
+    sources: list[Text] = []
     for text in sorted(dict.fromkeys(texts), key=lambda text: -len(text.tokens)):
-        if not any(text.begins(known) for known in found):
-            found.append(text)
-    return found
+        if not any(text.begins(known) for known in sources):
+            sources.append(text)
+    return sources
 
 
 def precisions(truth: torch.dtype, dtype: str) -> list[Precision]:
@@ -195,7 +193,7 @@ def _run_block(blocks: Blocks, index: int, readings: Sequence[Reading], *, strea
     written: list[Tensor] = []
     handles: list[Any] = []
     if streams:
-        names, factor = blocks.config.family.attention_names, blocks.config.residual_multiplier
+        names, factor = blocks.config.family.sub_layers["attention"], blocks.config.residual_multiplier
         last = blocks[index].get_submodule(names.after or names.write)
         handles.append(last.register_forward_hook(lambda module, args, output: written.append(factor * output)))
     try:

@@ -7,7 +7,8 @@ import numpy as np
 import onnx_ir as ir
 
 from dispc.runtime.ort import ort
-from dispc.runtime.session import Array, Artifact, Tokens
+from dispc.runtime.session import Artifact
+from dispc.support.arrays import Array, Tokens
 from dispc.support.dtypes import BY_ORT
 from dispc.support.errors import ArtifactError, first_line
 

@@ -61,19 +61,19 @@ def builds() -> tuple[Build, ...]:
 
 def _build(name: str) -> Build:
     """Files are compared by size: the builds' libraries differ in it."""
-    found = distribution(name)
-    sized = [file for file in found.files or () if file.parts[0] == MODULE and file.size is not None]
+    package = distribution(name)
+    sized = [file for file in package.files or () if file.parts[0] == MODULE and file.size is not None]
     paths = [(Path(file.locate()), file.size) for file in sized]
     missing = sum(not path.is_file() for path, _ in paths)
     changed = sum(path.is_file() and path.stat().st_size != size for path, size in paths)
-    return Build(name=name, version=found.version, files=len(paths), missing=missing, changed=changed)
+    return Build(name=name, version=package.version, files=len(paths), missing=missing, changed=changed)
 
 
-def fault(found: tuple[Build, ...]) -> str | None:
+def fault(installed: tuple[Build, ...]) -> str | None:
     """What is wrong with the build that this platform should have, in words; None when nothing is."""
-    if not found:
+    if not installed:
         return "no package that brings ONNX Runtime is installed"
-    first, *others = found
+    first, *others = installed
     if first.missing:
         return f"{first.missing} of {first.files} files of {first} are gone; another build was uninstalled over it"
     if first.changed:
@@ -82,15 +82,15 @@ def fault(found: tuple[Build, ...]) -> str | None:
     return None
 
 
-def mend(found: tuple[Build, ...]) -> str:
+def mend(installed: tuple[Build, ...]) -> str:
     """The commands that bring a whole build, and leave no other in its place.
 
     pip takes a package for installed as long as it has its metadata: only --force-reinstall brings files back.
     """
     wanted = GPU if has_gpu_build() else MODULE
-    others = [build.name for build in found if build.name != wanted]
+    others = [build.name for build in installed if build.name != wanted]
     leave = f"pip uninstall -y {' '.join(others)}; " if others else ""
-    ours = next((build for build in found if build.name == wanted), None)
+    ours = next((build for build in installed if build.name == wanted), None)
     if ours is None:
         return leave + ("pip install 'onnxruntime-gpu[cuda,cudnn]'" if wanted == GPU else f"pip install {wanted}")
     return f"{leave}pip install --force-reinstall --no-deps {ours.name}=={ours.version}"
@@ -106,5 +106,5 @@ def unusable() -> str | None:
         reason = f"{type(error).__name__}: {first_line(error)}"
     if reason is None:
         return None
-    found = builds()
-    return f"ONNX Runtime cannot be imported: {fault(found) or reason} ({mend(found)})"
+    installed = builds()
+    return f"ONNX Runtime cannot be imported: {fault(installed) or reason} ({mend(installed)})"

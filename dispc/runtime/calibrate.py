@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from dispc.masks import Masks
@@ -13,10 +12,10 @@ from dispc.model.checkpoint import Checkpoint
 from dispc.model.family import Family
 from dispc.plan import Choices, Plan, make_plan
 from dispc.quantisation import HEAD_PRODUCT, product_of
-from dispc.runtime.session import Array, Runner, open_session
+from dispc.runtime.session import Runner, open_session
+from dispc.support.arrays import Array, Tokens
 
 PREFIX = "inputs."
-Tokens = npt.NDArray[np.int64]
 Build = Callable[[Checkpoint, Masks, Plan, Path], object]
 """Compiles a checkpoint with masks by a plan into an empty directory."""
 
@@ -35,7 +34,7 @@ def record_inputs(path: Path, family: Family, windows: Tokens) -> dict[str, Arra
     `windows` [N,S] are token ids. One matrix for each product stays in memory.
     """
     session = open_session(path, edit=lambda model: _expose(model, family))
-    runner, found = Runner(session), dict[str, Array]()
+    runner, sums = Runner(session), dict[str, Array]()
     for window in windows:
         ids, ones, positions = window[None], np.ones((1, len(window)), dtype=np.int64), np.arange(len(window))[None]
         outputs, _ = runner.run_all(ids, ones, positions, runner.empty_caches(1))
@@ -43,8 +42,8 @@ def record_inputs(path: Path, family: Family, windows: Tokens) -> dict[str, Arra
             if name.startswith(PREFIX):
                 rows = values.reshape(-1, values.shape[-1])
                 product = name.removeprefix(PREFIX)
-                found[product] = found.get(product, np.float32(0)) + rows.T @ rows
-    return found
+                sums[product] = sums.get(product, np.float32(0)) + rows.T @ rows
+    return sums
 
 
 def _expose(model: ir.Model, family: Family) -> None:

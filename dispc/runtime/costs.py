@@ -87,7 +87,7 @@ def agree(first: _Price, second: _Price, width: int) -> bool:
 
 def every(times: Times, start: int, step: int) -> dict[str, float]:
     """Nanoseconds of a run of each chain, by some of the rounds."""
-    return {name: 1e6 * float(np.percentile(found[start::step], LOW)) for name, found in times.items()}
+    return {name: 1e6 * float(np.percentile(values[start::step], LOW)) for name, values in times.items()}
 
 
 def _chains(width: int) -> Iterator[tuple[str, int, int | None]]:

@@ -131,8 +131,8 @@ def remedy(library: str) -> str:
 
 def cuda_reason(message: str) -> str:
     """The error of the CUDA runtime, out of the long line that ONNX Runtime makes of it."""
-    found = re.search(r"CU(?:DA|BLAS|DNN) failure \d+: [^;]+", message)
-    return found[0].strip() if found else message
+    failure = re.search(r"CU(?:DA|BLAS|DNN) failure \d+: [^;]+", message)
+    return failure[0].strip() if failure else message
 
 
 def driver_remedy(reason: str) -> str:
@@ -156,11 +156,15 @@ def preload() -> list[str]:
     return [name for name in libraries if not _loads(name)]
 
 
-def _files(found: tuple[Build, ...]) -> Finding:
+def _files(installed: tuple[Build, ...]) -> Finding:
     """Whether what is installed is whole, and what overwrote what."""
-    wrong = fault(found)
-    detail = wrong or "; ".join([f"all of {found[0]}", *(f"{build} is overwritten by it" for build in found[1:])])
-    return Finding(name="ONNX Runtime's files", ok=wrong is None, detail=detail, remedy=mend(found) if wrong else "")
+    wrong = fault(installed)
+    detail = wrong or "; ".join(
+        [f"all of {installed[0]}", *(f"{build} is overwritten by it" for build in installed[1:])]
+    )
+    return Finding(
+        name="ONNX Runtime's files", ok=wrong is None, detail=detail, remedy=mend(installed) if wrong else ""
+    )
 
 
 def _providers() -> Finding:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from dispc.model.tokenizer import Tokenizer
-from dispc.runtime.session import Array, Artifact
+from dispc.runtime.session import Artifact
+from dispc.support.arrays import Array
 from dispc.support.errors import ArtifactError
 
 

@@ -18,8 +18,9 @@ from dispc.lowerings import READS, WRITES
 from dispc.runtime.bound import BoundDecoder
 from dispc.runtime.profile import OperatorTime, bytes_read, operator_times, shares_buffer
 from dispc.runtime.providers import PROVIDERS, Provider
-from dispc.runtime.session import Artifact, Tokens
+from dispc.runtime.session import Artifact
 from dispc.runtime.timing import alternate
+from dispc.support.arrays import Tokens
 from dispc.support.dtypes import BY_ORT
 from dispc.support.errors import ArtifactError, DispcError
 from dispc.support.typed_json import OPTIONAL, from_json, to_json
@@ -259,10 +260,10 @@ def main() -> None:
     try:
         request = from_json(Request, json.load(sys.stdin), "the request", ArtifactError)
         dense = Path(request.dense) if request.dense else None
-        found = measure(Path(request.artifact), dense, request.options, PROVIDERS[request.provider])
+        latency = measure(Path(request.artifact), dense, request.options, PROVIDERS[request.provider])
     except DispcError as error:
         sys.exit(str(error))
-    print(json.dumps(to_json(found)))
+    print(json.dumps(to_json(latency)))
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ CGROUPS = (
 
 def available_memory() -> int | None:
     """Bytes that can be had without swapping, in a container within its limit; None where it is not known."""
-    found = [free for free in (_free_memory(), *(_free_in(*paths) for paths in CGROUPS)) if free is not None]
-    return min(found, default=None)
+    available = [free for free in (_free_memory(), *(_free_in(*paths) for paths in CGROUPS)) if free is not None]
+    return min(available, default=None)
 
 
 def _free_in(limit: str, used: str) -> int | None:

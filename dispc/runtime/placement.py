@@ -55,12 +55,12 @@ class Placement:
         return [name for name, op_type in self.optimised.items() if op_type.startswith("Memcpy")]
 
     def as_dict(self) -> dict[str, object]:
-        found: dict[str, object] = {
+        content: dict[str, object] = {
             "provider": self.provider.name,
             "assigned": self.assigned,
             "optimised": self.optimised,
         }
-        return found | {"nodes": self.nodes, "unexpected": self.strays, "copies": self.copies}
+        return content | {"nodes": self.nodes, "unexpected": self.strays, "copies": self.copies}
 
 
 def place(model: Path, provider: Provider) -> Placement:

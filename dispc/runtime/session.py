@@ -15,13 +15,12 @@ from dispc.manifest import Manifest, read_manifest
 from dispc.runtime.edits import Edit, exactly_comparable, load_graph, serialise, widen, with_float32_outputs
 from dispc.runtime.ort import ort
 from dispc.runtime.providers import CPU, Provider
+from dispc.support.arrays import Array, Tokens
 from dispc.support.dtypes import BY_ORT
 from dispc.support.errors import ArtifactError, first_line
 from dispc.support.graph import read_model, require_beside, weight_files
 from dispc.targets import TARGETS
 
-Array = npt.NDArray[Any]
-Tokens = npt.NDArray[np.int64]
 FOLDED = {"session.disable_quant_qdq": "1"}
 """Session config with which what DequantizeLinear gives of constants is computed once, when the graph is loaded."""
 

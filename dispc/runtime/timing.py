@@ -21,7 +21,7 @@ def alternate(
 
     The first `warmup_rounds` rounds and the first `warmup_calls` calls of each turn are not counted.
     """
-    found: dict[Name, list[float]] = {name: [] for name in runs}
+    medians: dict[Name, list[float]] = {name: [] for name in runs}
     for name, counts in turns(runs, rounds, warmup_rounds=warmup_rounds):
         call, times = runs[name], []
         for _ in range(warmup_calls + calls):
@@ -29,8 +29,8 @@ def alternate(
             call()
             times.append((time.perf_counter_ns() - start) / 1e6)
         if counts:
-            found[name].append(statistics.median(times[warmup_calls:]))
-    return found
+            medians[name].append(statistics.median(times[warmup_calls:]))
+    return medians
 
 
 def turns(names: Iterable[Name], rounds: int, *, warmup_rounds: int = 1) -> Iterator[tuple[Name, bool]]:

@@ -156,7 +156,7 @@ def _candidates(
 
 def _part_widths(block: Block, hidden_size: int) -> list[int]:
     """Widths of the reads and writes of a block that are neither empty nor everything."""
-    sides = [side for layer in (block.attention, block.mlp) for side in (layer.read, layer.write)]
+    sides = [side for layer in block.sub_layers.values() for side in (layer.read, layer.write)]
     return [len(side) for side in sides if 0 < len(side) < hidden_size]
 
 

@@ -97,8 +97,8 @@ def read_object(path: Path, error: type[DispcError], limit: int = JSON_BYTES) ->
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON; with a key twice in it, which parsers read differently, it is no valid one."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    content = dict(pairs)
+    if len(content) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)} stands there twice")
-    return found
+    return content

@@ -127,10 +127,10 @@ def _tried(work: Callable[[], Any], seconds: float, memory: int) -> tuple[Any, d
         most = resource.getrlimit(limit)[1]
         resource.setrlimit(limit, (value if most == resource.RLIM_INFINITY else min(value, most), most))
     try:
-        found = work()
-        message = {"answer": None if callable(found) else found}
+        result = work()
+        message = {"answer": None if callable(result) else result}
         json.dumps(message)
-        return found, message
+        return result, message
     except MemoryError:
         return None, {"error": "it takes too much memory"}
     except BaseException as error:  # whatever the foreign work runs into; a panic of Rust is no Exception

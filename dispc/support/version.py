@@ -7,10 +7,10 @@ def versions(*packages: str) -> dict[str, str]:
     """Package -> version, of those that are installed."""
     from importlib.metadata import PackageNotFoundError, version  # slow to import, and every command imports this file
 
-    found = {}
+    installed = {}
     for package in packages:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed

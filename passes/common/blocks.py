@@ -68,6 +68,11 @@ class BlockParts:
     parallel: bool
     """Both sub-layers read the stream that enters the block (Phi, Pythia)."""
 
+    @property
+    def sub_layers(self) -> dict[str, SubLayerParts]:
+        """`attention` and `mlp`, in this order."""
+        return {"attention": self.attention, "mlp": self.mlp}
+
 
 class BlockFinder:
     """Finds the blocks of one graph by node name, which is the module that a node was traced in."""
@@ -85,8 +90,7 @@ class BlockFinder:
             CompileError: naming the node or module that is missing, repeated or unexplained.
         """
         family, module = self.family, self.family.block(index)
-        attention = self._sub_layer(index, "attention", family.attention_names)
-        mlp = self._sub_layer(index, "mlp", family.mlp_names)
+        attention, mlp = (self._sub_layer(index, name, names) for name, names in family.sub_layers.items())
         kernel = self._one(f"{module}.{family.attention_module}", "Attention")
         readers: dict[ir.Value, list[ir.Node]] = {}
         for part in (attention, mlp):
@@ -127,7 +131,7 @@ class BlockFinder:
     def _sub_layer(self, index: int, side: str, names: SubLayerNames) -> SubLayerParts:
         block = self.family.block(index)
         return SubLayerParts(
-            self.family.sub_layer(index, side),
+            self.family.graph_module(index, side),
             self._norm(block, names.before),
             tuple(self._projection(f"{block}.{read}") for read in names.reads),
             self._projection(f"{block}.{names.write}"),
@@ -153,15 +157,15 @@ def _explain_adds(
             )
         terms[add.outputs[0]] = sum((part for part in parts if part is not None), Counter())
     everything = Counter(["stream", "attention", "mlp"])
-    outputs = [value for value, found in terms.items() if found == everything]
+    outputs = [value for value, summed in terms.items() if summed == everything]
     if len(outputs) != 1:
         raise CompileError(f"{module}: its residual adds do not add up to stream + attention + mlp")
     readers = {*attention.readers, *mlp.readers}
-    for value, found in terms.items():
+    for value, summed in terms.items():
         if value is outputs[0]:
             continue
         for reader in consumers(value):
-            if reader not in adds and not (reader in readers and "stream" in found):
+            if reader not in adds and not (reader in readers and "stream" in summed):
                 raise CompileError(f"{reader.name}: reads the residual stream of {module}, which dispc cannot explain")
     entering = terms.get(mlp.entrance)
     if entering not in (stream, Counter(["stream", "attention"])):

@@ -24,7 +24,7 @@ def part_writes(masks: Masks) -> int:
 
 
 def _alive(masks: Masks) -> Iterator[SubLayer]:
-    return (layer for block in masks.blocks for layer in (block.attention, block.mlp) if layer.alive)
+    return (layer for block in masks.blocks for layer in block.sub_layers.values() if layer.alive)
 
 
 def find_selections(graph: ir.Graph) -> list[ir.Node]:
@@ -74,13 +74,13 @@ class Write:
 
 def reads_of_projections(config: DecoderConfig, masks: Masks) -> list[Indices]:
     """The read sets of living sub-layers whose projections they stand directly before; others are a norm's."""
-    parts = [
-        (layer, names)
+    modules = config.family.sub_layers
+    return [
+        layer.read
         for block in masks.blocks
-        for layer, names in ((block.attention, config.family.attention_names), (block.mlp, config.family.mlp_names))
+        for name, layer in block.sub_layers.items()
+        if layer.alive and (masks.norm_scope == "full" or modules[name].before is None)
     ]
-    whole = masks.norm_scope == "full"
-    return [layer.read for layer, names in parts if layer.alive and (whole or names.before is None)]
 
 
 def find_writes(graph: ir.Graph) -> list[Write]:

@@ -72,11 +72,13 @@ class Template:
         self.number = number
         self.module = family.block(number)
         self.nodes = [node for node in graph if (node.name or "").startswith(scope(self.module) + "/")]
-        entrance = family.attention_names.before or family.query
-        found = [node for node in self.nodes if (node.name or "").startswith(scope(f"{self.module}.{entrance}") + "/")]
-        if not found or found[0].inputs[0] is None:
+        entrance = family.sub_layers["attention"].before or family.query
+        entering = [
+            node for node in self.nodes if (node.name or "").startswith(scope(f"{self.module}.{entrance}") + "/")
+        ]
+        if not entering or entering[0].inputs[0] is None:
             raise CompileError(f"{self.module}: has no {entrance}")
-        self.residual = found[0].inputs[0]
+        self.residual = entering[0].inputs[0]
         inside = set(self.nodes)
         leaving = [
             value

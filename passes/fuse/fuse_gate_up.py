@@ -31,8 +31,8 @@ class FuseGateUpPass(BlockPass):
         pairs = []
         for index in range(self.config.num_hidden_layers):
             names = [scope(f"{family.block(index)}.{name}") for name in (family.gate, family.up)]
-            found = [nodes.get(f"{name}/Add") or nodes.get(f"{name}/MatMul") for name in names]
-            outputs = [node.outputs[0] for node in found if node is not None]
+            ends = [nodes.get(f"{name}/Add") or nodes.get(f"{name}/MatMul") for name in names]
+            outputs = [node.outputs[0] for node in ends if node is not None]
             if len(outputs) == 2:
                 pairs.append((f"{family.block(index)}.{family.gate}".rpartition(".")[0], outputs[0], outputs[1]))
         return pairs

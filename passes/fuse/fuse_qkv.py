@@ -45,10 +45,10 @@ class FuseQkvPass(BlockPass):
         graph, count = model.graph, 0
         for kernel in [node for node in graph if node.op_type == "GroupQueryAttention"]:
             query, factor = _unscaled(kernel.inputs[0])
-            found = [projection_of(value) for value in (query, *kernel.inputs[1:3])]
-            projections = [projection for projection in found if projection is not None]
+            sources = [projection_of(value) for value in (query, *kernel.inputs[1:3])]
+            projections = [projection for projection in sources if projection is not None]
             if len(projections) < 3:
-                after = next(v for v, p in zip((query, *kernel.inputs[1:3]), found, strict=True) if p is None)
+                after = next(v for v, p in zip((query, *kernel.inputs[1:3]), sources, strict=True) if p is None)
                 producer = after.producer() if after is not None else None
                 self.leave(kernel.name, f"{producer.op_type if producer else 'nothing'} stands after a projection")
                 continue

@@ -112,7 +112,8 @@ class FuseSkipNormPass(PatternPass):
         stream: str | None = None  # the write whose Add made the stream
         for number, block in enumerate(self.masks.blocks):
             entering = stream
-            for layer, names in ((block.attention, family.attention_names), (block.mlp, family.mlp_names)):
+            for name, layer in block.sub_layers.items():
+                names = family.sub_layers[name]
                 if not layer.alive:
                     continue
                 source = entering if self.config.parallel else stream

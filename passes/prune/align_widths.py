@@ -57,9 +57,9 @@ class AlignWidthsPass(BlockPass):
 
     def expected(self, model: ir.Model) -> int:
         """Every read set before projections and every mid set whose width is no multiple."""
-        masks, layers = self.masks, [layer for b in self.masks.blocks for layer in (b.attention, b.mlp) if layer.alive]
+        masks = self.masks
         gathered = [read for read in reads_of_projections(self.config, masks) if len(read) < masks.hidden_size]
-        mids = [layer.mid for layer in layers if layer.mid is not None]
+        mids = [block.mlp.mid for block in masks.blocks if block.mlp.alive and block.mlp.mid is not None]
         return sum(len(indices) % self.multiple != 0 for indices in (*gathered, *mids))
 
     def rewrite(self, model: ir.Model) -> int:

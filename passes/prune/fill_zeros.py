@@ -59,4 +59,4 @@ class FillZerosPass(BlockPass):
     def _place(self, number: int, name: str) -> str:
         """The node names of block `number`'s set `name` begin with this."""
         part, side = name.split(".")
-        return f"{scope(self.config.family.sub_layer(number, part))}/{side}"
+        return f"{scope(self.config.family.graph_module(number, part))}/{side}"

@@ -43,7 +43,7 @@ class PruneBlocksPass(BlockPass):
 
     def expected(self, model: ir.Model) -> int:
         """Two reads and two writes per block, less those of removed sub-layers."""
-        parts = [part for block in self.masks.blocks for part in (block.attention, block.mlp)]
+        parts = [part for block in self.masks.blocks for part in block.sub_layers.values()]
         return sum(2 if part.alive else 1 for part in parts)
 
     def ensures(self, model: ir.Model) -> None:
@@ -94,7 +94,8 @@ class _BlockPruner:
         """Prune the block that reads the stream `entering`; returns the stream after it and the rewrites made."""
         block, sets = self.block, self.sets
         stream, count = entering, 0
-        for part, part_sets in ((block.attention, sets.attention), (block.mlp, sets.mlp)):
+        for name, part in block.sub_layers.items():
+            part_sets = sets.sub_layers[name]
             if part_sets.alive:
                 self._read(part, part_sets.read, entering if block.parallel else stream)
                 self._narrow(part, part_sets)
@@ -105,7 +106,7 @@ class _BlockPruner:
         if not sets.attention.alive:
             self._drop_cache()
         ir.convenience.replace_all_uses_with(block.output, stream)
-        parts = (block.attention, block.mlp)
+        parts = block.sub_layers.values()
         ends = [part.update.producer() for part in parts] + [part.norm for part in parts]
         remove_dead(self.graph, [*reversed(block.adds), *(node for node in ends if node is not None)])
         return stream, count

@@ -14,7 +14,7 @@ from student import student, text
 from dispc.learn.trainer import Trainer
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.text import Tokens
+from dispc.model.text import TextTokens
 
 pytestmark = [
     pytest.mark.xdist_group("learn"),  # one worker, so that the student is taught once
@@ -41,7 +41,7 @@ class TestTheCommand:
         """The command turns the collector off for its imports; thousands of steps leave cycles behind."""
         advance, enabled = Trainer.advance, []
 
-        def spied(self: Trainer, rows: Tokens) -> dict[str, float]:
+        def spied(self: Trainer, rows: TextTokens) -> dict[str, float]:
             enabled.append(gc.isenabled())
             return advance(self, rows)
 

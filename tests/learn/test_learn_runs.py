@@ -23,7 +23,7 @@ from dispc.learn.folder import CHECKPOINT, METRICS, OPTIONS, RunFolder
 from dispc.learn.trainer import Trainer, learn
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.text import Tokens
+from dispc.model.text import TextTokens
 from dispc.support.errors import LearnError
 from dispc.support.signals import ENDING
 
@@ -160,7 +160,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_checkpoint(
 ) -> None:
     advance = Trainer.advance
 
-    def poisoned(self: Trainer, rows: Tokens) -> dict[str, float]:
+    def poisoned(self: Trainer, rows: TextTokens) -> dict[str, float]:
         if self.step == 7:
             next(self.gated.model.parameters()).data.fill_(float("nan"))
         return advance(self, rows)
@@ -179,7 +179,7 @@ def test_a_gradient_that_is_no_number_reaches_no_weight(tmp_path: Path, monkeypa
     seen: list[Trainer] = []
     advance = Trainer.advance
 
-    def spied(self: Trainer, rows: Tokens) -> dict[str, float]:
+    def spied(self: Trainer, rows: TextTokens) -> dict[str, float]:
         seen.append(self)
         return advance(self, rows)
 
@@ -244,7 +244,7 @@ def test_a_signal_ends_the_run_behind_its_step_and_nothing_is_lost(
     whole, _ = learn(options(tmp_path / "whole"))
     advance = Trainer.advance
 
-    def struck(self: Trainer, rows: Tokens) -> dict[str, float]:
+    def struck(self: Trainer, rows: TextTokens) -> dict[str, float]:
         if self.step == 3:
             os.kill(os.getpid(), number)
         return advance(self, rows)
@@ -264,7 +264,7 @@ def test_a_signal_ends_the_run_behind_its_step_and_nothing_is_lost(
 def test_a_second_interrupt_does_not_wait_and_says_where_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def struck(self: Trainer, rows: Tokens) -> dict[str, float]:
+    def struck(self: Trainer, rows: TextTokens) -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the second one ends the step")

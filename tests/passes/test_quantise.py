@@ -281,8 +281,8 @@ def test_the_unrounded_reference_would_not_do() -> None:
 def test_verify_each_names_quantisation_when_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = rounding.round_weight
 
-    def faulty(weight: harness.Array, quantisation: Quantisation, spread: None) -> rounding.Integers:
-        integers = honest(weight, quantisation, spread)
+    def faulty(weight: harness.Array, quantisation: Quantisation, factor: None) -> rounding.Integers:
+        integers = honest(weight, quantisation, factor)
         return replace(integers, scales=integers.scales * np.float32(1.01))
 
     monkeypatch.setattr(quantise, "round_weight", faulty)

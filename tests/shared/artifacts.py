@@ -10,6 +10,7 @@ import harness
 from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
 from dispc.validate import CheckOptions, Report, check
+from dispc.validate.comparison import Comparison
 
 
 @functools.cache
@@ -33,6 +34,11 @@ def artifact(variant: str = "phi", target: str = "onnx-cpu", **options: Any) -> 
 
 def judged(path: Path, variant: str = "phi", **options: Any) -> Report:
     return check(path, harness.checkpoint(variant).directory, CheckOptions(**options))
+
+
+def loaded(path: Path, variant: str) -> Comparison:
+    """What single checks are given, on the CPU."""
+    return Comparison(path, harness.checkpoint(variant).directory, CheckOptions(device="cpu"))
 
 
 def failed(report: Report) -> set[str]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import tiny
 
+from dispc.model.checkpoint import Checkpoint
+
 FILE = Path(__file__).with_name("saved_configs.json")
 RELEASES = ("4", "5")
 EVERY = tiny.VARIANTS | tiny.FURTHER | tiny.RARE
@@ -35,6 +37,13 @@ def installed() -> str:
     import transformers
 
     return str(transformers.__version__).partition(".")[0]
+
+
+def stored(raw: dict[str, Any], directory: Path) -> Checkpoint:
+    """A checkpoint of `raw` as its config.json, without weights."""
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(raw))
+    return Checkpoint(directory)
 
 
 if __name__ == "__main__":

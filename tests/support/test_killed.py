@@ -16,7 +16,7 @@ from command import fingerprint
 from sets import half
 
 from dispc.compiler import CompileOptions, compile_model
-from dispc.manifest import foreign_content
+from dispc.manifest import foreign_to_artifact
 from dispc.support import directories
 from dispc.support.directories import exchange, recover, staged_directory
 from dispc.support.errors import ArtifactError
@@ -151,7 +151,7 @@ def test_random_kills_of_a_compilation_lose_nothing(place: Path) -> None:
     for number in range(RANDOM_KILLS):
         killed += in_child(partial(compile_into, place, 1 + number % 2), rng.uniform(0, duration)) == -signal.SIGKILL
         recover(out)
-        assert lasting(out) in known and foreign_content(out) is None
+        assert lasting(out) in known and foreign_to_artifact(out) is None
         assert sorted(path.name for path in place.iterdir()) == ["1.safetensors", "2.safetensors", "out"]
     assert killed > RANDOM_KILLS / 4
     print(f"{RANDOM_KILLS} compilations killed at random, {killed} before they were done: 0 artifacts lost")

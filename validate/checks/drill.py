@@ -57,9 +57,9 @@ def _drill_down(comparison: Comparison, scenario: Scenario, limit: float) -> Dri
 def _stages(rows: list[Row], answers: Answers, masks: Masks) -> tuple[list[StreamError], str]:
     """Every stream that the graph has against the reference's, and a remark where their numbers differ."""
     names = sub_layers(masks)
-    found = sum(name.startswith("stream.") for name in rows[0].outputs) - 1
+    written = sum(name.startswith("stream.") for name in rows[0].outputs) - 1
     stages = [_measure("embedding", "stream.0", "stream.0", rows, answers)]
-    for number, (block, part) in enumerate(names[:found], start=1):
+    for number, (block, part) in enumerate(names[:written], start=1):
         reference = f"stream.{2 * block + (1 if part == 'attention' else 2)}"
         stage = _measure(f"block {block} {part}", f"stream.{number}", reference, rows, answers)
         widths = {name: len(indices) for name, indices in masks.blocks[block].sets().items()}
@@ -74,7 +74,7 @@ def _stages(rows: list[Row], answers: Answers, masks: Masks) -> tuple[list[Strea
             )
         )
     stages.append(_measure("final norm and head", "logits", "logits", rows, answers))
-    remark = f"{found} sub-layers write to the stream, the masks keep {len(names)}" if found != len(names) else ""
+    remark = f"{written} sub-layers write to the stream, the masks keep {len(names)}" if written != len(names) else ""
     return stages, remark
 
 
@@ -83,19 +83,19 @@ def sub_layers(masks: Masks) -> list[tuple[int, str]]:
     return [
         (number, part)
         for number, block in enumerate(masks.blocks)
-        for part, alive in (("attention", block.attention.alive), ("mlp", block.mlp.alive))
-        if alive
+        for part, layer in block.sub_layers.items()
+        if layer.alive
     ]
 
 
 def _measure(name: str, ours: str, theirs: str, rows: Sequence[Row], answers: Answers) -> StreamError:
-    found = measure([Row(row.text, row.at, {theirs: row.outputs[ours]}) for row in rows], answers, theirs)
-    worst = np.argsort(-np.max([each.dimensions for each in found], axis=0))[:SHOWN]
+    distances = measure([Row(row.text, row.at, {theirs: row.outputs[ours]}) for row in rows], answers, theirs)
+    worst = np.argsort(-np.max([each.dimensions for each in distances], axis=0))[:SHOWN]
     return StreamError(
         name=name,
-        error=max(float(each.error.max()) for each in found),
-        own_error=max(float(each.own.max()) for each in found),
-        ratio=max(float(each.ratio.max()) for each in found),
+        error=max(float(each.error.max()) for each in distances),
+        own_error=max(float(each.own.max()) for each in distances),
+        ratio=max(float(each.ratio.max()) for each in distances),
         worst_dimensions=tuple(sorted(int(d) for d in worst)),
     )
 

@@ -9,7 +9,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dispc.model.checkpoint import Checkpoint
 from dispc.reference.quantised import round_blocks
-from dispc.runtime.session import Array, Artifact, Tokens
+from dispc.runtime.session import Artifact
+from dispc.support.arrays import Array, Tokens
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError
 from dispc.validate.checks.check import Check
@@ -67,8 +68,8 @@ def _worst_row(artifact: Artifact, checkpoint: Checkpoint) -> tuple[float, int]:
         expected = expected * torch.tensor(checkpoint.config.embedding_multiplier).to(dtype).float()
         if places is not None:  # its first rows are for padding
             expected = expected + places[len(places) - artifact.positions :][: len(ids)].to(dtype).float()
-        found = torch.from_numpy(_look_up(artifact, ids.numpy()))
-        error = (found - expected).abs().nan_to_num(float("inf")).amax(dim=1)
+        rows = torch.from_numpy(_look_up(artifact, ids.numpy()))
+        error = (rows - expected).abs().nan_to_num(float("inf")).amax(dim=1)
         units = error / (torch.finfo(dtype).eps * expected.abs().amax(dim=1).clamp(min=torch.finfo(dtype).tiny))
         if float(units.max()) > worst:
             worst, where = float(units.max()), int(ids[units.argmax()])
@@ -79,8 +80,8 @@ def _look_up(artifact: Artifact, ids: Tokens) -> Array:
     """The embeddings of token ids [n] at the positions from 0 on, by the graph: [n, hidden_size]."""
     runner, row = artifact.runner, ids[None]
     outputs, _ = runner.run_all(row, np.ones_like(row), np.arange(len(ids))[None], runner.empty_caches(1))
-    found: Array = outputs[OUTPUT][0]
-    return found
+    rows: Array = outputs[OUTPUT][0]
+    return rows
 
 
 def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:

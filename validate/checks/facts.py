@@ -89,7 +89,7 @@ def _metadata(manifest: Manifest, graph: ir.Model, masks: Masks) -> Iterator[str
     if manifest.needs.opset != graph.opset_imports[""]:
         yield f"needs.opset is {manifest.needs.opset}, model.onnx has {graph.opset_imports['']}"
     operators, lowering = Counter(node.op_type for node in graph.graph), manifest.lowering.name
-    parts = [part for block in masks.blocks for part in (block.attention, block.mlp) if part.alive]
+    parts = [part for block in masks.blocks for part in block.sub_layers.values() if part.alive]
     scattered = any(len(part.write) < SURELY_SCATTERED * masks.hidden_size for part in parts)
     for name, operator in SCATTERS.items():
         if operators[operator] and lowering != name:

@@ -13,7 +13,7 @@ import numpy as np
 
 from dispc.evaluate.perplexity import Perplexity
 from dispc.reference.truth import TINY, TOLERANCE, Answers, Text, divergence
-from dispc.runtime.session import Array
+from dispc.support.arrays import Array
 from dispc.support.errors import ArtifactError
 from dispc.validate.checks.check import Check
 from dispc.validate.client import Row
@@ -90,11 +90,11 @@ def measure(rows: Sequence[Row], answers: Answers, name: str = "logits") -> list
     by_source: dict[Text, list[int]] = {}
     for number, row in enumerate(rows):
         by_source.setdefault(answers.source(row.text), []).append(number)
-    found: dict[int, Distance] = {}
+    by_row: dict[int, Distance] = {}
     for source, numbers in by_source.items():
         measured = _measure(source, [rows[number] for number in numbers], answers, name)
-        found |= dict(zip(numbers, measured, strict=True))
-    distances = [found[number] for number in range(len(rows))]
+        by_row |= dict(zip(numbers, measured, strict=True))
+    distances = [by_row[number] for number in range(len(rows))]
     floor = max(float(np.quantile(np.concatenate([each.own for each in distances]), 0.9)), TINY)
     return [replace(each, own=np.maximum(each.own, floor)) for each in distances]
 
@@ -147,12 +147,14 @@ def _measure(source: Text, rows: Sequence[Row], answers: Answers, name: str) -> 
     ]
 
 
-def judge_logits(name: str, rows: Sequence[Row], found: Sequence[Distance], detail: str, limit: float | None) -> Check:
+def judge_logits(
+    name: str, rows: Sequence[Row], distances: Sequence[Distance], detail: str, limit: float | None
+) -> Check:
     """The worst position of a scenario against the error budget; noted only, where `limit` is None."""
-    ratios = [each.ratio for each in found]
+    ratios = [each.ratio for each in distances]
     worst = int(np.argmax([ratio.max() for ratio in ratios]))
     at = int(ratios[worst].argmax())
-    error, own = float(found[worst].error[at]), float(found[worst].own[at])
+    error, own = float(distances[worst].error[at]), float(distances[worst].own[at])
     where = f"token {int(rows[worst].at[at])}" + (f" of row {worst}" if len(rows) > 1 else "")
     shown = f"error {error:.2e}" if np.isfinite(error) else "NaN or infinity"
     return Check.against(
@@ -162,22 +164,22 @@ def judge_logits(name: str, rows: Sequence[Row], found: Sequence[Distance], deta
         limit,
         TIMES,
         f"{detail}; worst {shown} at {where}, own {own:.2e}",
-        error=max(float(each.error.max()) for each in found),
-        error_of_range=max(float(each.error.max() / each.range) for each in found),
-        own_error=max(float(each.own.max()) for each in found),
+        error=max(float(each.error.max()) for each in distances),
+        error_of_range=max(float(each.error.max() / each.range) for each in distances),
+        own_error=max(float(each.own.max()) for each in distances),
         worst_position=where,
     )
 
 
-def judge_choices(name: str, found: Sequence[Distance], detail: str, factor: float, limit: float) -> Check:
+def judge_choices(name: str, distances: Sequence[Distance], detail: str, factor: float, limit: float) -> Check:
     """The share of positions at which the artifact's likeliest token is not the truth's.
 
     A tie does not count: where the truth has the two tokens within `factor` times the own error of each other.
     """
-    positions = sum(len(each.error) for each in found)
-    different = sum(int(each.another.sum()) for each in found)
+    positions = sum(len(each.error) for each in distances)
+    different = sum(int(each.another.sum()) for each in distances)
     unexplained = sum(
-        int((each.another & ~((each.gap <= factor * each.own) & np.isfinite(each.error))).sum()) for each in found
+        int((each.another & ~((each.gap <= factor * each.own) & np.isfinite(each.error))).sum()) for each in distances
     )
     return Check.against(
         name,
@@ -190,12 +192,12 @@ def judge_choices(name: str, found: Sequence[Distance], detail: str, factor: flo
     )
 
 
-def judge_divergence(found: Sequence[Distance], limit: float) -> Check:
+def judge_divergence(distances: Sequence[Distance], limit: float) -> Check:
     """Mean KL(truth || artifact) in units of what the dtype itself costs."""
-    mean = float(np.concatenate([each.divergence for each in found]).mean())
-    cost = float(np.concatenate([each.own_divergence for each in found]).mean())
+    mean = float(np.concatenate([each.divergence for each in distances]).mean())
+    cost = float(np.concatenate([each.own_divergence for each in distances]).mean())
     figure = mean / max(cost, KL_FLOOR) if np.isfinite(mean) else float("inf")
-    positions = sum(len(each.error) for each in found)
+    positions = sum(len(each.error) for each in distances)
     detail = f"mean {mean:.1e} nats over {positions} positions, own {cost:.1e}"
     return Check.against("KL divergence", "parity", figure, limit, "x own divergence", detail, nats=mean, own_nats=cost)
 

@@ -52,12 +52,12 @@ def judge_rotary(comparison: Comparison) -> Iterator[Check]:
     expected = rotary_tables(comparison.checkpoint.empty_model(torch.float32), artifact.positions)
     for value, (kind, node) in tables.items():
         assert value.const_value is not None
-        found = torch.from_numpy(value.const_value.numpy().astype(np.float32))
-        fitting = [pair[kind].to(dtype).float() for pair in expected if pair[kind].shape == found.shape]
+        table = torch.from_numpy(value.const_value.numpy().astype(np.float32))
+        fitting = [pair[kind].to(dtype).float() for pair in expected if pair[kind].shape == table.shape]
         if not fitting:
-            yield Check.failed(NAME, "parity", f"{value.name} of {node} is {list(found.shape)}")
+            yield Check.failed(NAME, "parity", f"{value.name} of {node} is {list(table.shape)}")
             return
-        errors = [(found - wanted).abs().nan_to_num(float("inf")).amax(dim=1) for wanted in fitting]
+        errors = [(table - wanted).abs().nan_to_num(float("inf")).amax(dim=1) for wanted in fitting]
         off = min(errors, key=lambda error: float(error.max()))
         if float(off.max()) > worst:
             worst, where = float(off.max()), f"; worst at position {int(off.argmax())} of {value.name}, for {node}"
@@ -100,11 +100,11 @@ def rotary_tables(model: nn.Module, positions: int) -> list[tuple[torch.Tensor, 
     Multiplied out in float32, as transformers does. A family may have one set for blocks that attend to everything and
     one for those with a sliding window.
     """
-    found = []
+    tables = []
     for name, frequencies in model.named_buffers():
         owner, _, leaf = name.rpartition(".")
         if leaf.endswith("inv_freq") and "original" not in leaf:
             scaling = getattr(model.get_submodule(owner), leaf.replace("inv_freq", "attention_scaling"), 1.0)
             angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies.float()[None]
-            found.append((angles.cos() * scaling, angles.sin() * scaling))
-    return found
+            tables.append((angles.cos() * scaling, angles.sin() * scaling))
+    return tables

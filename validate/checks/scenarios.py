@@ -185,9 +185,9 @@ def _shared_decoder(client: Client, artifact: Artifact, *, graph: bool) -> Bound
 def _decode_shared(client: Client, decoder: BoundDecoder, prompt: int) -> Row:
     decoder.reset()
     text = client.text[None, : client.length]
-    found = [decoder.feed(text[:, :prompt])]
-    found += [decoder.feed(text[:, at : at + 1]) for at in range(prompt, client.length)]
-    outputs = {"logits": np.concatenate(found, axis=1)[0]}
+    pieces = [decoder.feed(text[:, :prompt])]
+    pieces += [decoder.feed(text[:, at : at + 1]) for at in range(prompt, client.length)]
+    outputs = {"logits": np.concatenate(pieces, axis=1)[0]}
     return Row(Text(tuple(text[0].tolist())), np.arange(client.length), outputs)
 
 

@@ -93,9 +93,9 @@ def _strays(model: ir.Model) -> Iterator[str]:
                 break
             for node in consumers(value):
                 if not _reads_shape_alone(node) and node.op_type not in ROTATING:
-                    found = {*node.outputs} - reached - {stream}
-                    reached |= found
-                    pending += found
+                    further = {*node.outputs} - reached - {stream}
+                    reached |= further
+                    pending += further
 
 
 def _reads_shape_alone(node: ir.Node) -> bool:

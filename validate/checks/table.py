@@ -33,9 +33,9 @@ def judge_scenario(scenario: Scenario) -> Callable[[Comparison], Iterator[Check]
             return
         name = "greedy logits" if scenario is GREEDY else scenario.name
         limit = None if measured.run.noted else limits.error
-        yield parity.judge_logits(name, measured.run.rows, measured.found, measured.run.detail, limit)
+        yield parity.judge_logits(name, measured.run.rows, measured.distances, measured.run.detail, limit)
         if scenario is GREEDY:  # after the last step nothing was chosen
-            steps = [each.part(slice(0, -1)) for each in measured.found]
+            steps = [each.part(slice(0, -1)) for each in measured.distances]
             yield parity.judge_choices(scenario.name, steps, measured.run.detail, limits.error, limits.greedy)
 
     return run

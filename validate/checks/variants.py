@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dispc.runtime.session import Array, Artifact
+from dispc.runtime.session import Artifact
+from dispc.support.arrays import Array
 from dispc.support.errors import ArtifactError
 from dispc.validate.checks.check import Check
 from dispc.validate.checks.parity import LIMITS, judge_logits, logit_error
@@ -76,4 +77,4 @@ def judge_widened(comparison: Comparison) -> Iterator[Check]:
         if measured.run.check is not None:
             yield Check.failed(title, "parity", measured.run.check.detail)
         else:
-            yield judge_logits(title, measured.run.rows, measured.found, measured.run.detail, limit)
+            yield judge_logits(title, measured.run.rows, measured.distances, measured.run.detail, limit)

@@ -16,10 +16,11 @@ from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.weights import surface_weight_errors
 from dispc.quantisation import Quantisation
-from dispc.reference.masked import apply_masks, load_reference
+from dispc.reference.masked import load_reference, mask_forward
 from dispc.reference.quantised import quantise_reference, read_integers
 from dispc.reference.truth import freed
-from dispc.runtime.session import Array, Runner, open_session
+from dispc.runtime.session import Runner, open_session
+from dispc.support.arrays import Array
 from dispc.support.errors import CompileError
 from dispc.support.signals import hold_signals
 from dispc.validate.checks.parity import LIMITS, logit_error
@@ -39,7 +40,7 @@ def make_verifier(
     tokens = np.random.default_rng(seed).integers(0, checkpoint.config.vocab_size, 10)
     with freed(load_reference(checkpoint, None)) as model:  # only its answers are needed while the passes run
         dense = _reference_logits(model, tokens)
-        apply_masks(model, checkpoint.family, masks)
+        mask_forward(model, checkpoint.family, masks)
         masked = _reference_logits(model, tokens)
     answers = {"after": masked}  # what the passes after the dense ones must give; quantisation changes it
 
@@ -74,10 +75,10 @@ def _run(graph: ir.Model, tokens: Array) -> tuple[Array, list[int]]:
         with hold_signals(), surface_weight_errors():
             ir.save(graph, path, external_data="model.onnx.data", max_workers=2)
         runner = Runner(open_session(path, optimise=False))
-    caches, found, seen = runner.empty_caches(1), [], list[int]()
+    caches, pieces, seen = runner.empty_caches(1), [], list[int]()
     for start, end in ((0, SPLIT), (SPLIT, len(tokens))):
         positions = np.arange(start, end)[None]
         logits, caches = runner.run(tokens[None, start:end], np.ones((1, end), dtype=np.int64), positions, caches)
-        found.append(logits[0])
+        pieces.append(logits[0])
         seen += range(start, end)[-logits.shape[1] :]
-    return np.concatenate(found), seen
+    return np.concatenate(pieces), seen

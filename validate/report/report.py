@@ -92,10 +92,10 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON; figures that are not finite become null."""
-        found: dict[str, Any] = plain(to_json(self) | {"passed": self.passed, "headline": self.headline})
-        for check, row in zip(self.checks, found["checks"], strict=True):
+        content: dict[str, Any] = plain(to_json(self) | {"passed": self.passed, "headline": self.headline})
+        for check, row in zip(self.checks, content["checks"], strict=True):
             row["passed"] = check.passed
-        return found
+        return content
 
     def markdown(self) -> str:
         """A summary for a CI job: headline, table of checks, drill and latency in short."""

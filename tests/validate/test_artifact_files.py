@@ -1,0 +1,186 @@
+"""What no prompt meets: the files beside the graph, dispc.json, the validation in it, and the masks that are meant."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import command
+import harness
+import pytest
+from artifacts import artifact, failed, loaded
+from sets import half
+
+from dispc.compiler import CompileOptions, compile_model
+from dispc.validate import CheckOptions, check
+from dispc.validate.checks.facts import NAME as FACTS
+from dispc.validate.checks.files import COMPANIONS, first_difference, judge_companions
+
+
+def edit_json(name: str, *keys: str, value: Any) -> Callable[[Path], None]:
+    def edit(out: Path) -> None:
+        content = json.loads((out / name).read_text())
+        inner = content
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        (out / name).write_text(json.dumps(content))
+
+    return edit
+
+
+DECODER, SEARCH = ("genai_config.json", "model", "decoder"), ("genai_config.json", "search")
+
+
+@pytest.mark.parametrize(
+    ("damage", "check_name", "says"),
+    [
+        (lambda out: (out / "generation_config.json").unlink(), COMPANIONS, "generation_config.json is missing"),
+        (lambda out: (out / "config.json").write_text("{}"), COMPANIONS, "config.json differs from the reference"),
+        (lambda out: (out / "genai_config.json").unlink(), COMPANIONS, "genai_config.json cannot be read"),
+        (lambda out: (out / "genai_config.json").write_text('{"model": 3}'), COMPANIONS, "model is 3"),
+        (edit_json("genai_config.json", "model", "eos_token_id", value=[77]), COMPANIONS, r"eos_token_id is \[77\]"),
+        (edit_json("genai_config.json", "model", "context_length", value=9999), COMPANIONS, "context_length is 9999"),
+        (edit_json(*DECODER, "filename", value="other.onnx"), COMPANIONS, 'filename is "other.onnx"'),
+        (edit_json(*DECODER, "num_hidden_layers", value=2), COMPANIONS, "num_hidden_layers is 2, expected 3"),
+        (edit_json(*DECODER, "num_key_value_heads", value=4), COMPANIONS, "num_key_value_heads is 4, expected 2"),
+        (edit_json(*DECODER, "inputs", "input_ids", value="ids"), COMPANIONS, 'inputs.input_ids is "ids"'),
+        (edit_json(*DECODER, "outputs", "logits", value="l"), COMPANIONS, 'outputs.logits is "l"'),
+        (edit_json(*DECODER, "session_options", "custom_ops_library", value="x.so"), COMPANIONS, "custom_ops_library"),
+        (edit_json(*SEARCH, "past_present_share_buffer", value=False), COMPANIONS, "share_buffer is false"),
+        (edit_json(*SEARCH, "do_sample", value=True), COMPANIONS, "do_sample is true, expected false"),
+        (edit_json(*SEARCH, "temperature", value=0.1), COMPANIONS, "temperature is 0.1"),
+        (lambda out: (out / "chat_template.jinja").write_text("{{ x }}"), COMPANIONS, "the reference has none"),
+        (lambda out: (out / "modeling.py").write_text("x"), COMPANIONS, "modeling.py: no file of an artifact"),
+        (lambda out: (out / "model.ort").write_text("x"), COMPANIONS, "model.ort: no file of an artifact"),
+        (lambda out: (out / "tekken.json").write_text("{}"), COMPANIONS, "tekken.json: no file of an artifact"),
+        (lambda out: (out / "onnx").mkdir(), COMPANIONS, "onnx: no file of an artifact"),
+        (lambda out: (out / "LICENSE").write_text("free"), COMPANIONS, "LICENSE: not the reference's"),
+        (edit_json("dispc.json", "stop_tokens", value=[77]), FACTS, r"stop_tokens is \[77\], it should be \[2\]"),
+        (edit_json("dispc.json", "widths", value=[]), FACTS, r"widths is \[\], it should be "),
+        (edit_json("dispc.json", "bytes", value=1), FACTS, "bytes is 1, it should be"),
+        (edit_json("dispc.json", "block_parameters", "kept", value=9), FACTS, "block_parameters.kept is 9"),
+        (edit_json("dispc.json", "norm_scope", value="selected"), FACTS, 'norm_scope is "selected"'),
+        (edit_json("dispc.json", "nodes", value=5), FACTS, "nodes is 5"),
+        (edit_json("dispc.json", "pipeline", value="unroll"), FACTS, "pipeline is unroll, model.onnx says"),
+        (edit_json("dispc.json", "dispc", value="9.9"), FACTS, "dispc is 9.9, model.onnx says"),
+        (edit_json("dispc.json", "needs", "opset", value=7), FACTS, "needs.opset is 7"),
+        (edit_json("dispc.json", "lowering", "name", value="canonical"), FACTS, "lowering is canonical"),
+        (edit_json("dispc.json", "validation", value={"passed": True}), FACTS, "validation is no report"),
+    ],
+)
+def test_files_beside_the_model_are_those_of_the_reference_and_tell_the_truth(
+    damage: Callable[[Path], None], check_name: str, says: str, tmp_path: Path
+) -> None:
+    out = shutil.copytree(artifact("llama"), tmp_path / "out")
+    damage(out)
+    report = check(out, harness.checkpoint("llama").directory)
+    assert check_name in failed(report) <= {COMPANIONS, FACTS}
+    assert re.search(says, next(each.detail for each in report.checks if each.name == check_name))
+
+
+def test_reports_and_hidden_files_may_lie_beside_the_model(tmp_path: Path) -> None:
+    out = shutil.copytree(artifact("llama"), tmp_path / "out")
+    for name in ("report.json", "report.xml", "summary.md", "report.html", ".gitattributes"):
+        (out / name).write_text("x")
+    assert [each.status for each in judge_companions(loaded(out, "llama"))] == ["passed"]
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact that keeps the report of the validation when it was made."""
+    folder = tmp_path_factory.mktemp("validated")
+    checkpoint = harness.checkpoint("llama")
+    half("llama").save(folder / "masks.safetensors", checkpoint.config)
+    options = CompileOptions(
+        model=checkpoint.directory, masks=folder / "masks.safetensors", output=folder / "out", target="onnx-cpu"
+    )
+    compile_model(options)
+    return folder / "out"
+
+
+def forge(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda validation: validation.update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (forge(), ""),
+        (forge(passed=False), "did not pass when it was made"),
+        (forge(dtype="float16"), 'validation.dtype is "float16"'),
+        (forge(bytes=3), "validation.bytes is 3"),
+        (lambda validation: validation["checks"][0].update(figure=9.0), "prefill has passed with 9.0 against"),
+        (lambda validation: validation["checks"][0].update(figure=None), "prefill has passed with None against"),
+        (lambda validation: validation["checks"][1].update(status="failed"), "did not pass when it was made"),
+        (lambda validation: validation["checks"].pop(0), "lacks the check prefill"),
+        (lambda validation: validation["widths"][1].update({"mlp.mid": 1}), "validation.widths"),
+    ],
+)
+def test_a_forged_validation_is_found(
+    change: Callable[[dict[str, Any]], None], says: str, validated: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(validated, tmp_path / "out")
+    manifest = json.loads((out / "dispc.json").read_text())
+    change(manifest["validation"])
+    (out / "dispc.json").write_text(json.dumps(manifest))
+    report = check(out, harness.checkpoint("llama").directory)
+    assert failed(report) == ({FACTS} if says else set())
+    assert says in next(each.detail for each in report.checks if each.name == FACTS)
+
+
+# Masks that are meant
+
+
+def stale_desk(place: Path) -> tuple[Path, Path]:
+    """A model with masks beside it, and an artifact of other masks."""
+    model = shutil.copytree(harness.checkpoint("llama").directory, place / "model")
+    config = harness.checkpoint("llama").config
+    half("llama", 1).save(model / "masks.safetensors", config)
+    compile_model(CompileOptions(model=model, output=place / "out", target="onnx-cpu", validate=False))
+    half("llama", 2).save(model / "masks.safetensors", config)
+    return model, place / "out"
+
+
+def test_masks_that_were_learned_again_and_not_compiled_fail(tmp_path: Path) -> None:
+    model, out = stale_desk(tmp_path)
+    outcome = command.run("validate", out, "-r", model, "--json")
+    assert outcome.code == 1
+    stale = next(row for row in json.loads(outcome.out)["checks"] if row["name"] == "masks")
+    assert stale["status"] == "failed" and "block 0 attention.read" in stale["detail"]
+    assert f"--masks {out / 'masks.safetensors'}" in stale["detail"]
+    assert command.run("validate", out, "-r", model, "--masks", out / "masks.safetensors").code == 0
+    shutil.copy(out / "masks.safetensors", model / "masks.safetensors")
+    report = check(out, model)
+    assert report.passed
+    assert next(each.status for each in report.checks if each.name == "masks") == "passed"
+
+
+def test_masks_named_on_the_command_line_are_those_that_are_meant(tmp_path: Path) -> None:
+    model, out = stale_desk(tmp_path)
+    other = tmp_path / "other.safetensors"
+    half("llama", 3).save(other, harness.checkpoint("llama").config)
+    assert "masks" in failed(check(out, model, CheckOptions(masks=other)))
+    other.write_bytes(b"nonsense")
+    assert command.run("validate", out, "-r", model, "--masks", other).code == 2
+
+
+def test_compiling_judges_by_the_masks_that_it_compiled(tmp_path: Path) -> None:
+    model, out = stale_desk(tmp_path)
+    options = CompileOptions(model=model, masks=out / "masks.safetensors", output=tmp_path / "new", target="onnx-cpu")
+    assert compile_model(options).passed
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, None),
+        ({"norm_scope": "selected"}, "norm scope full, meant is selected"),
+        ({"seed": 2}, "block 0 attention.read "),
+    ],
+)
+def test_the_first_difference_of_masks_is_named(change: dict[str, Any], says: str | None) -> None:
+    difference = first_difference(half("llama"), half("llama", **change))
+    assert difference is None if says is None else says in str(difference)

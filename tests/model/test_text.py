@@ -127,7 +127,7 @@ def test_a_dataset_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) 
         ("notes:train", "notes is a file here"),
         ("./elsewhere", "no name of a dataset"),
         ("../words", "no name of a dataset"),
-        ("owner/..", "no name of a dataset"),
+        ("owner/..", "is a directory"),
         ("/owner/words", "no name of a dataset"),
         ("a/b/c/d", "no name of a dataset"),
         ("C:\\words", "no name of a dataset"),

@@ -107,10 +107,10 @@ def times_own(
     """The largest error of `found` logits [S,V], in units of the largest that float32 costs the reference.
 
     `at` are their token indices, all where it is None. What is right stays below `DEFAULTS.error`: a norm over few
-    positions amplifies any rounding, the reference's too, so no fixed tolerance is right for every width. Where a norm
-    follows an MLP of one middle position, it does so a thousandfold at the few tokens for which that is nearly zero: the
-    reference's own error at the same token is a matter of luck then, and its 90th percentile small. So the reference
-    reads a long text too, and the largest of its errors counts.
+    positions amplifies any rounding, the reference's too, so no fixed tolerance is right for every width. After an MLP
+    of one middle position it does so a thousandfold, at the few tokens for which that is nearly zero: the reference's
+    own error at the same token is a matter of luck then, and its 90th percentile small. So the reference reads a long
+    text too, and the largest of its errors counts.
     """
     model = copy.deepcopy(_dense_reference(variant))
     mask_forward(model, checkpoint(variant).family, masks)

@@ -1,4 +1,4 @@
-"""What the command line shows: progress bars and tables, made from the same dictionaries that --json prints."""
+"""What the command line shows: progress bars and tables, made from what --json prints."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping

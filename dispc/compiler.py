@@ -33,7 +33,7 @@ from dispc.selection import sets_to_fill
 from dispc.support.directories import check_output, staged_directory
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError, CompileError
-from dispc.support.files import write_json
+from dispc.support.files import refuse_inputs, write_json
 from dispc.support.version import __version__, versions
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def _check_paths(options: CompileOptions) -> None:
     for path in (options.model, options.masks, options.dump_ir):
         if path and path.resolve().is_relative_to(options.output.resolve()):
             raise ArtifactError(f"{path}: lies in {options.output}, which would be replaced; choose another -o")
+    refuse_inputs([options.dump_ir] if options.dump_ir else [], [options.model])
     Dump(options.dump_ir).check(options.force)
 
 

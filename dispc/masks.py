@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from dispc.model.config import DecoderConfig
 from dispc.support.errors import MasksError
 from dispc.support.files import whole
-from dispc.support.inputs import naming
+from dispc.support.inputs import named_in_text, naming
 from dispc.support.version import __version__
 
 NormScope = Literal["full", "selected"]
@@ -271,6 +271,7 @@ def check_mask_output(path: Path, *, force: bool) -> None:
 
     What is no mask file is never replaced: it may be the text, or the weights, that the masks are made from.
     """
+    named_in_text(path, MasksError)
     if path.is_dir():
         raise MasksError(f"{path}: is a directory; name a file in it with -o")
     if path.exists() and not force:

@@ -1,4 +1,4 @@
-"""IR to files: the model with external data, in a directory that appears all at once or not at all."""
+"""IR to files: the model, and its weights beside it, evaluated a few at a time."""
 
 import errno
 import shutil

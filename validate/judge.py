@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dispc.runtime.placement import Placement
+from dispc.support.errors import ArtifactError
+from dispc.support.inputs import named_in_text
 from dispc.validate.checks.check import Check
 from dispc.validate.checks.drill import drill_down
 from dispc.validate.checks.scenarios import PREFILL
@@ -34,7 +36,7 @@ def check(
     """
     options = options or CheckOptions()
     older = read_report(options.baseline) if options.baseline else None
-    comparison = Comparison(Path(artifact), Path(reference), options)
+    comparison = Comparison(named_in_text(Path(artifact), ArtifactError), Path(reference), options)
     checks: list[Check] = []
     for row in CHECKS:
         if row.quick or not options.quick:

@@ -11,6 +11,7 @@ from dispc.cli.arguments import expand
 from dispc.cli.process import NOTES, own_the_process
 from dispc.cli.tables import err, out, print_error
 from dispc.support.errors import DispcError, Interrupted, first_line
+from dispc.support.printable import is_text
 from dispc.support.version import __version__
 
 app = typer.Typer(
@@ -53,6 +54,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     own_the_process(debug=debug)
     try:
+        _refuse_bytes(arguments)
         app(arguments)
     except SystemExit as stop:
         for note in NOTES.taken() if stop.code in (0, 1, None) else ():
@@ -69,6 +71,13 @@ def main() -> None:
             raise
         print_error(_in_one_line(error))
         sys.exit(2)
+
+
+def _refuse_bytes(arguments: list[str]) -> None:
+    """Raise DispcError for an argument that is not UTF-8: no file format here, and hardly a library, can repeat it."""
+    for argument in arguments:
+        if not is_text(argument):
+            raise DispcError(f"{argument}: is not UTF-8; rename the file or folder, or write the text in UTF-8")
 
 
 def _in_one_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What the command line shows: progress bars and tables, made from the same dictionaries that --json prints."""
+"""What the command line shows: progress bars and tables, made from what --json prints."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -38,6 +39,10 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
+
+    def render(self, *what: Any, **options: Any) -> Iterator[Segment]:
+        for segment in super().render(*what, **options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 out = PlainConsole(emoji=False)

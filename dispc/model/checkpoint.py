@@ -19,7 +19,7 @@ from dispc.model.families import find_family
 from dispc.model.family import HEAD, Family
 from dispc.model.generation import Generation
 from dispc.model.packed import packed_in, take
-from dispc.model.pretrained import build_model, empty_parameters, make_config, set_parameters
+from dispc.model.pretrained import build_model, empty_parameters, make_config, model_class, set_parameters
 from dispc.model.rope import Rope, check_ropes, read_ropes
 from dispc.model.storage import CheckpointTensor, Stored, list_stored
 from dispc.support.errors import CheckpointError, UnsupportedModelError
@@ -130,7 +130,7 @@ class Checkpoint:
             CheckpointError: when one of them has an id or a number that cannot be.
         """
         path = self.directory / "generation_config.json"
-        content = _read_json(path) if path.exists() else {}
+        content = _read_json(path) if path.exists() else None
         try:
             return Generation.of(content, self.raw_config, self.config.vocab_size)
         except CheckpointError as error:
@@ -144,17 +144,35 @@ class Checkpoint:
     @property
     def notes(self) -> list[str]:
         """Settings and adapters in the directory that other programs apply and an artifact does not contain."""
-        notes = []
+        notes = self._notes_of_code
+        named = "generation_config.json" if (self.directory / "generation_config.json").exists() else "config.json"
         if left_out := self.generation.left_out:
             notes.append(
-                f"generation_config.json sets {', '.join(left_out)}, which genai_config.json cannot say; "
+                f"{named} sets {', '.join(left_out)}, which genai_config.json cannot say; "
                 "an application that wants it must see to it"
+            )
+        if overruled := self.generation.overruled:
+            notes.append(
+                f"config.json sets {', '.join(overruled)}, which is left out, as transformers does beside "
+                "generation_config.json; set it there if it is meant"
             )
         recovered = (self.directory / "recovery.json").exists()  # dispc recover merges its adapter, and keeps it beside
         if not recovered and (
             adapters := sorted(path.parent.name for path in self.directory.glob("*/adapter_config.json"))
         ):
             notes.append(f"the adapter in {', '.join(adapters)} is no part of the model that is compiled")
+        return notes
+
+    @property
+    def _notes_of_code(self) -> list[str]:
+        """What config.json says of its code, where that is not what is compiled."""
+        ours, said = model_class(self.pretrained_config).__name__, self.raw_config.get("architectures")
+        classes = [str(name) for name in (said if isinstance(said, list) else [said] if said else [])]
+        notes = []
+        if classes and ours not in classes:
+            notes.append(f"config.json says that it is a {', '.join(classes)}; what is compiled is a {ours}")
+        if self.raw_config.get("auto_map"):
+            notes.append(f"config.json names code of its own (auto_map), which is not run; transformers' {ours} is")
         return notes
 
     @property

@@ -197,7 +197,10 @@ FAMILIES: dict[str, Family] = {
             title="Command R, Aya",
             norm=LAYER_COHERE,
             mlp_norm="input_layernorm",
-            refusals=((lambda c: bool(c.get("use_qk_norm")), "norms of queries and keys by head (use_qk_norm)"),),
+            refusals=(
+                (lambda c: bool(c.get("use_qk_norm")), "norms of queries and keys by head (use_qk_norm)"),
+                (lambda c: c.get("rope_interleaved") is False, "rotations of halves (rope_interleaved)"),
+            ),
         ),
         Family(
             model_type="gemma",

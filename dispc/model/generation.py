@@ -13,12 +13,26 @@ PENALTIES: dict[str, tuple[type, float, float]] = {
     "min_length": (int, 0, 0),
 }
 """What onnxruntime-genai knows besides, by the same names: kind, the value that changes nothing, and the least."""
+SAMPLING: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
+"""What is carried over, by the same names, and transformers' defaults."""
 CARRIED = re.compile(
     r"(eos|bos|pad|decoder_start)_token_id|do_sample|temperature|top_k|top_p|max_length|max_new_tokens"
     r"|transformers_version|_\w+|output_\w+|return_\w+|use_cache|cache_\w+|\w*compile\w*|trust_remote_code"
+    r"|\w*assistant\w*|\w+_lookbehind"
 )
 """Keys of generation_config.json that are carried over, or change no token."""
-NOTHING: dict[str, Any] = {
+KEYS = re.compile(
+    r"do_sample|temperature|top_[khp]|min_p|typical_p|epsilon_cutoff|eta_cutoff|max_length|min_length|max_new_tokens"
+    r"|min_new_tokens|max_time|stop_strings|num_beams|num_beam_groups|diversity_penalty|length_penalty|early_stopping"
+    r"|num_return_sequences|(encoder_)?repetition_penalty|(encoder_)?no_repeat_ngram_size|penalty_alpha|dola_layers"
+    r"|guidance_scale|low_memory|constraints|force_words_ids|bad_words_ids|(begin_)?suppress_tokens|sequence_bias"
+    r"|exponential_decay_length_penalty|forced_[be]os_token_id|remove_invalid_values|renormalize_logits|token_healing"
+    r"|watermarking_config|output_scores|output_logits|return_dict_in_generate|prefill_chunk_size|disable_compile"
+    r"|prompt_lookup_num_tokens|max_matching_ngram_size|\w*assistant\w*|\w+_lookbehind"
+)
+"""Keys of generation that config.json may hold. transformers reads them there where no generation_config.json is."""
+NOTHING: dict[str, Any] = SAMPLING | {
+    "encoder_no_repeat_ngram_size": 0,
     "num_beams": 1,
     "num_return_sequences": 1,
     "num_beam_groups": 1,
@@ -31,6 +45,8 @@ NOTHING: dict[str, Any] = {
     "remove_invalid_values": False,
     "early_stopping": False,
     "renormalize_logits": False,
+    "low_memory": False,
+    "token_healing": False,
 }
 """Values of other keys that switch nothing on."""
 
@@ -39,8 +55,8 @@ NOTHING: dict[str, Any] = {
 class Generation:
     """Token ids and sampling, checked; ids that neither file names are None, and `stops` is then empty.
 
-    `penalties` has those of `PENALTIES` that change something. `left_out` are the keys of generation_config.json that
-    change tokens and that no runtime is told.
+    `penalties` has those of `PENALTIES` that change something. `left_out` are the keys that change tokens and that no
+    runtime is told; `overruled` those of config.json that transformers does not read beside a generation_config.json.
     """
 
     stops: list[int]
@@ -52,14 +68,21 @@ class Generation:
     top_p: float
     penalties: Mapping[str, float]
     left_out: tuple[str, ...]
+    overruled: tuple[str, ...]
 
     @staticmethod
-    def of(generation: Mapping[str, Any], raw: Mapping[str, Any], vocabulary: int) -> "Generation":
-        """Read both files; `vocabulary` is the number of token ids. A top_k of 0 means all tokens, here too.
+    def of(file: Mapping[str, Any] | None, raw: Mapping[str, Any], vocabulary: int) -> "Generation":
+        """Read generation_config.json (`file`, None where there is none) and config.json (`raw`), as transformers does.
+
+        Ids that the first lacks are those of the second. `vocabulary` is the number of token ids. A top_k of 0 means
+        all tokens, here too.
 
         Raises:
             CheckpointError: for an id that is no token, or a figure that is no number.
         """
+
+        legacy = {key: value for key, value in raw.items() if KEYS.fullmatch(key)}
+        generation = legacy if file is None else file
 
         def ids(key: str) -> list[int]:
             value = generation.get(key, raw.get(key))
@@ -103,6 +126,20 @@ class Generation:
             left_out=tuple(
                 key
                 for key, value in generation.items()
-                if not CARRIED.fullmatch(key) and key not in PENALTIES and value not in (None, [], {}, NOTHING.get(key))
+                if not CARRIED.fullmatch(key) and key not in PENALTIES and _changes(key, value)
+            ),
+            overruled=tuple(
+                key
+                for key, value in legacy.items()
+                if file is not None
+                and key not in file
+                and (key in SAMPLING or not CARRIED.fullmatch(key))
+                and _changes(key, value)
             ),
         )
+
+
+def _changes(key: str, value: Any) -> bool:
+    """Whether a value is another than that which changes no token."""
+    nothing = PENALTIES[key][1] if key in PENALTIES else NOTHING.get(key)
+    return value not in (None, [], {}, nothing)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dispc.model.family import Family
+from dispc.model.generation import KEYS
 from dispc.model.rope import FULL, ROPE_KEYS, SLIDING, Rope, spell_ropes
 from dispc.model.values import sensible
 from dispc.support.errors import CheckpointError, first_line
@@ -28,20 +29,29 @@ HARMLESS = re.compile(
     # what is returned and kept, not what is computed
     r"|use_cache|cache_implementation|output_hidden_states|output_attentions|return_dict|torchscript|is_decoder"
     # tokenizer and generation
-    r"|\w+_token_ids?|tokenizer_class|tokenizer_model_max_length|model_max_length|prefix|suffix|max_length|min_length"
-    r"|do_sample|early_stopping|num_beams|num_beam_groups|diversity_penalty|temperature|top_k|top_p|typical_p"
-    r"|repetition_penalty|length_penalty|no_repeat_ngram_size|encoder_no_repeat_ngram_size|bad_words_ids"
-    r"|num_return_sequences|output_scores|return_dict_in_generate|remove_invalid_values|exponential_decay_\w+"
-    r"|suppress_tokens|begin_suppress_tokens"
+    r"|\w+_token_ids?|tokenizer_class|tokenizer_model_max_length|model_max_length|prefix|suffix"
+    rf"|{KEYS.pattern}"
     # training, and heads that a causal language model has not
     r"|initializer_range|init_std|\w*dropout\w*|\w+_pdrop|layerdrop|gradient_checkpointing|pretraining_tp"
     r"|neftune_noise_alpha|finetuning_task|id2label|label2id|num_labels|problem_type|task_specific_params"
 )
 """Keys of config.json that do not change what a model computes; they are not handed to transformers."""
-NEEDED = re.compile(
-    r"(is_)?causal|use_(rope|rotary\w*|rms_?norm)|scale_attn\w*|\w*(multiplier|scale|scaling)|norm_after"
+ABSENT = re.compile(
+    # biases, norms of heads, experts, further heads: tensors tell, each of which must have a place
+    r"\w*bias|\w*qk_?(layer)?norm\w*|\w*(moe|expert|router|lora|adapter)\w*|\w*(mtp|nextn)\w*|pooling\w*|pruned_heads"
+    # negations: false says that it is there
+    r"|(no|not|disable|without)_\w+"
+    # kinds of models and inputs that no family here has
+    r"|\w*(cross_attention|encoder_decoder|bidirectional|alibi|mrope|mamba|ssm|vision|image|video|audio)\w*"
+    r"|rope_interleaved|tf_legacy_loss|chunk_size_feed_forward"
+    # numbers and kernels that compute the same
+    r"|\w*(quant|fp8|fp16|bf16|fp32|float16|flash|xformers|sdpa|fused|triton|kernel|compile)\w*|pad_vocab\w*"
+    # training and the machines that did it
+    r"|\w*((pre)?train(ed|ing)|checkpointing|aux_loss|loss_coef|z_loss)\w*"
+    r"|\w*(deepspeed|megatron|tensor_parallel|sequence_parallel|wandb)\w*"
 )
-"""Unknown keys whose false or 0 switches something off; that of others says only that nothing is switched on."""
+"""Unknown keys whose false or 0 says that something is not there which is not there anyway. That of any other may
+switch off what the family's code does."""
 ALWAYS = ("tie_word_embeddings", "head_dim")
 """Keys that models read from every config, also where the signature of its class does not name them."""
 
@@ -109,12 +119,22 @@ def _deciding(raw: Mapping[str, Any], known: set[str], family: Family) -> dict[s
             continue
         if key in known or key in ALWAYS:
             deciding[key] = value
-        elif value not in (None, False, 0, "", [], {}) or (value in (False, 0) and NEEDED.fullmatch(key)):
+        elif not _says_nothing(key, value, raw, "sliding_window" in known):
             raise CheckpointError(
                 f"{key} is {value!r}, which neither dispc nor the installed transformers knows of {family.model_type} "
                 "models; remove it if it changes nothing"
             )
     return deciding
+
+
+def _says_nothing(key: str, value: Any, raw: Mapping[str, Any], windows: bool) -> bool:
+    """Whether an unknown key switches nothing on, nor off, in a family that has `windows` or not."""
+    if value in (None, "", [], {}):
+        return True
+    if value not in (False, 0):
+        return False
+    about_windows = re.search("window|sliding", key) is not None
+    return ABSENT.fullmatch(key) is not None or (about_windows and raw.get("sliding_window", windows or None) is None)
 
 
 def _switched_off(key: str, raw: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,10 @@ LOADERS = {
 """File suffix -> reader. Other files are read as text. A source that is no file is a dataset, unless its name ends in
 one of these: then a file is missing.
 """
+DATASET = re.compile(
+    r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(/(?P<config>\w[\w.+-]*))?(:(?P<split>[\w.+%:\[\]-]+))?", re.ASCII
+)
+"""A dataset of the hub. Its name begins with a letter or a digit, and so does what follows a slash."""
 SEPARATOR = "\n\n"
 READER = b"2"
 """Part of the cache's keys; raised whenever the same source is read differently."""
@@ -99,11 +104,17 @@ def quiet_datasets() -> Iterator[None]:
 def _hub_rows(source: str) -> list[str]:
     need("datasets", "learn")
     import datasets
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
-    name, _, split = source.partition(":")
-    config = None
-    if name.count("/") == 2:
-        name, _, config = name.rpartition("/")
+    asked, path = DATASET.fullmatch(source), source.partition(":")[0]
+    for local in map(Path, {path: None, asked["name"] if asked else path: None}):
+        if local.is_dir():  # `datasets` would read all that lies there
+            raise DataError(f"{source}: {local} is a directory here; give the path of a file in it")
+        if local.exists():
+            raise DataError(f"{source}: {local} is a file here; give its path and nothing more")
+    if asked is None or asked["name"] in _PACKAGED_DATASETS_MODULES:  # `text` reads what is here, `pandas` runs pickles
+        raise DataError(f"{source}: no such file, and no name of a dataset: OWNER/NAME, OWNER/NAME/CONFIG, with :SPLIT")
+    name, config, split = asked.group("name", "config", "split")
     try:
         rows = datasets.load_dataset(name, config, split=split or "train")
     except Exception as error:  # no file, no network, no such dataset: `datasets` raises many kinds

@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from dispc.support.dtypes import DTYPES, ROWS
 from dispc.support.errors import ArtifactError, first_line
-from dispc.support.graph import LAST, PROTOBUF_BYTES, require_beside
-from dispc.support.inputs import naming, regular
+from dispc.support.graph import LAST, locations, read_model, require_beside, weight_files
+from dispc.support.inputs import named_in_text
 
 Edit = Callable[[ir.Model], None]
 
@@ -23,30 +23,15 @@ def load_graph(path: Path) -> ir.Model:
     Raises:
         ArtifactError: when it is no ONNX model, or names weights outside of its directory.
     """
+    named_in_text(path, ArtifactError)  # the graph that is run names its weights by absolute paths
+    proto = read_model(path)
+    require_beside(path, weight_files(proto))
+    for entry in locations(proto):
+        entry.value = str(path.parent.absolute() / entry.value)  # onnx_ir refuses links where it knows a base directory
     try:
-        with naming(regular(path, ArtifactError, PROTOBUF_BYTES)):
-            model = ir.load(path)
-    except (ArtifactError, OSError):
-        raise
-    except Exception as error:  # protobuf's and onnx_ir's share no base class
-        raise ArtifactError(f"{path}: ONNX Runtime cannot load the model: {first_line(error)}") from error
-    require_beside(path, {str(tensor.location) for _, tensor in _stored_outside(model)})
-    for value, tensor in _stored_outside(model):  # onnx_ir refuses links where it knows a base directory
-        value.const_value = ir.ExternalTensor(
-            str(path.parent.absolute() / tensor.location),
-            tensor.offset,
-            tensor.length,
-            tensor.dtype,
-            shape=tensor.shape,
-            name=tensor.name or "",
-            base_dir="",
-        )
-    return model
-
-
-def _stored_outside(model: ir.Model) -> list[tuple[ir.Value, ir.ExternalTensor]]:
-    values = model.graph.initializers.values()
-    return [(value, value.const_value) for value in values if isinstance(value.const_value, ir.ExternalTensor)]
+        return ir.from_proto(proto)
+    except Exception as error:  # onnx_ir's share no base class
+        raise ArtifactError(f"{path}: not an ONNX model ({first_line(error)})") from error
 
 
 def serialise(model: ir.Model) -> tuple[bytes, set[Path]]:
@@ -55,12 +40,10 @@ def serialise(model: ir.Model) -> tuple[bytes, set[Path]]:
     ONNX Runtime follows no links out of that folder: named are the files that they lead to.
     """
     proto, folders = ir.to_proto(model), set()
-    for tensor in proto.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                file = Path(entry.value).resolve()
-                entry.value = file.name
-                folders.add(file.parent)
+    for entry in locations(proto):
+        file = Path(entry.value).resolve()
+        entry.value = file.name
+        folders.add(file.parent)
     return proto.SerializeToString(), folders
 
 

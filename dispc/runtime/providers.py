@@ -1,6 +1,6 @@
 """The execution providers of ONNX Runtime that artifacts run on: one row each. Nothing else compares their names.
 
-To add one, add its row, and a target in `dispc.plan` that names it.
+To add one, add its row, and a row of `TARGETS` (`dispc.targets`) that names it.
 """
 
 from collections.abc import Callable

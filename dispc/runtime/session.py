@@ -18,7 +18,7 @@ from dispc.runtime.providers import CPU, Provider
 from dispc.support.arrays import Array, Tokens
 from dispc.support.dtypes import BY_ORT
 from dispc.support.errors import ArtifactError, first_line
-from dispc.support.graph import read_graph, require_beside, weight_files
+from dispc.support.graph import read_model, require_beside, weight_files
 from dispc.targets import TARGETS
 
 FOLDED = {"session.disable_quant_qdq": "1"}
@@ -60,7 +60,7 @@ class Artifact:
         path = directory / "model.onnx"
         if not path.exists():
             raise ArtifactError(f"{path}: no such file")
-        require_beside(path, weight_files(read_graph(path)))
+        require_beside(path, weight_files(read_model(path)))
         quantisation = self.manifest.quantisation
         self.int8_activations = quantisation is not None and quantisation.int8_activations
         self.last_logits = self.manifest.logits == "last"

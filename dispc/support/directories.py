@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from dispc.support.errors import ArtifactError
-from dispc.support.inputs import read_object
+from dispc.support.inputs import named_in_text, read_object
 from dispc.support.signals import hold_signals
 
 ARTIFACT = "dispc.json"
@@ -75,6 +75,7 @@ def check_output(out: Path, force: bool, marker: str = ARTIFACT, foreign: Foreig
     Raises:
         ArtifactError: saying why.
     """
+    named_in_text(out, ArtifactError)
     parent = next(path for path in out.absolute().parents if path.exists())
     if not parent.is_dir():
         raise ArtifactError(f"{out}: cannot be written ({parent} is not a directory)")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dispc.support.errors import DispcError, first_line
-from dispc.support.printable import printable
+from dispc.support.printable import is_text, printable
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def refuse_inputs(reports: Iterable[Path], inputs: Iterable[Path]) -> None:
     sources = [source.resolve() for source in inputs]
     for path in reports:
         if any(path.resolve().is_relative_to(source) for source in sources):
-            raise DispcError(f"{path}: is an input, or in one; write the report somewhere else")
+            raise DispcError(f"{path}: is an input, or in one; write somewhere else")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -84,14 +84,19 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def json_text(content: Mapping[str, Any]) -> str:
-    """Readable JSON with a final newline, of what `finite` makes of the content."""
-    return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
+    """Readable JSON with a final newline, of what `plain` makes of the content."""
+    return json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
 
 
-def finite(value: Any) -> Any:
-    """The same with None for figures that are no number, or infinite: JSON has neither."""
+def plain(value: Any) -> Any:
+    """The same with None for figures that are no number, or infinite, and names that are not UTF-8 spelled out.
+
+    JSON has none of these, or not in a form that every reader takes.
+    """
     if isinstance(value, Mapping):
-        return {key: finite(one) for key, one in value.items()}
+        return {key: plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(one) for one in value]
+        return [plain(one) for one in value]
+    if isinstance(value, str):
+        return value if is_text(value) else printable(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import Message  # type: ignore[import-untyped]
 
 from dispc.support.errors import ArtifactError, first_line
 from dispc.support.inputs import naming, regular
@@ -25,6 +26,16 @@ PROTOBUF_BYTES = 2**31
 """A protobuf message is no larger."""
 WINDOW = "dispc.window"
 """Metadata key of Attention nodes: the sliding window in tokens, 0 for none."""
+TENSOR_FIELDS: dict[str, tuple[str, ...]] = {
+    "ModelProto": ("graph", "functions", "training_info"),
+    "GraphProto": ("initializer", "sparse_initializer", "node"),
+    "FunctionProto": ("node", "attribute_proto"),
+    "TrainingInfoProto": ("initialization", "algorithm"),
+    "NodeProto": ("attribute",),
+    "AttributeProto": ("t", "tensors", "sparse_tensor", "sparse_tensors", "g", "graphs"),
+    "SparseTensorProto": ("values", "indices"),
+}
+"""Kinds of messages in a model, and the fields of each below which there may be tensors: a test holds it to ONNX."""
 READ, WRITE, LAST = "/read/", "/write/", "/last/"
 """Parts of node names: what selects the read set of a sub-layer, what adds into its write set (both after the scope of
 the sub-layer), and what takes the last token of each row (at the beginning)."""
@@ -36,27 +47,51 @@ def read_graph(path: Path) -> onnx.GraphProto:
     """The graph in a file, without the weights beside it.
 
     Raises:
+        ArtifactError, OSError: as `read_model` does.
+    """
+    return read_model(path).graph
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """The model in a file, without the weights beside it.
+
+    Raises:
         ArtifactError: when it is no ONNX model, or the names of its nodes are no text.
         FileNotFoundError, PermissionError: when it cannot be opened.
     """
     regular(path, ArtifactError, PROTOBUF_BYTES)
     try:
         with naming(path):
-            graph = onnx.load(path, load_external_data=False).graph
-        for node in graph.node:
+            model = onnx.load(path, load_external_data=False)
+        for node in model.graph.node:
             _ = node.name, node.op_type, node.domain  # protobuf decodes them now, and not before
     except OSError:
         raise
     except Exception as error:  # what protobuf raises depends on its implementation
         raise ArtifactError(f"{path}: not an ONNX model ({first_line(error)})") from error
-    if not graph.node:
+    if not model.graph.node:
         raise ArtifactError(f"{path}: not an ONNX model (it has no nodes)")
-    return graph
+    return model
 
 
-def weight_files(graph: onnx.GraphProto) -> set[str]:
-    """The files that hold the weights of a graph, as it names them."""
-    return {entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"}
+def weight_files(model: onnx.ModelProto) -> set[str]:
+    """The files that hold weights of a model, as it names them."""
+    return {entry.value for entry in locations(model)}
+
+
+def locations(message: Message) -> Iterator[onnx.StringStringEntryProto]:
+    """What names a file of weights in a model or a part of it: of initializers (sparse ones too), of attributes, in
+    graphs of attributes, functions and training."""
+    if isinstance(message, onnx.TensorProto):
+        yield from (entry for entry in message.external_data if entry.key == "location")
+        return
+    for name in TENSOR_FIELDS[message.DESCRIPTOR.name]:
+        found = getattr(message, name)
+        if not isinstance(found, Message):
+            for inner in found:
+                yield from locations(inner)
+        elif message.HasField(name):
+            yield from locations(found)
 
 
 def require_beside(path: Path, files: Iterable[str]) -> None:
@@ -78,9 +113,9 @@ def without_links(path: Path) -> Iterator[Path]:
     """A path to the same graph for onnx.checker, which takes no links: weights are stood in for by holes of their size.
 
     Raises:
-        ArtifactError: as `read_graph` and `require_beside` do.
+        ArtifactError: as `read_model` and `require_beside` do.
     """
-    files = weight_files(read_graph(path))
+    files = weight_files(read_model(path))
     require_beside(path, files)
     every = (path, *(path.parent / name for name in files))
     if not any(file.is_symlink() or file.stat().st_nlink > 1 for file in every):

@@ -5,6 +5,7 @@ a regular file of a sensible size.
 """
 
 import json
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from dispc.support.errors import DispcError, first_line
+from dispc.support.printable import is_text
 
 JSON_BYTES = 64 * 2**20
 """A tokenizer.json of a large vocabulary takes 30 MB; nothing else comes near."""
+HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
+"""How JSON escapes half of a surrogate pair, which is no character unless the other half follows."""
 
 
 def regular(path: Path, error: type[DispcError], limit: int | None = None) -> Path:
@@ -47,6 +51,17 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def named_in_text(path: Path, error: type[DispcError]) -> Path:
+    """`path`, whose name must be UTF-8: graphs, manifests and masks say where they lie and what they were made from.
+
+    Raises:
+        error: when it is not.
+    """
+    if not is_text(str(path.absolute())):
+        raise error(f"{path.absolute()}: its name is not UTF-8; choose another, or rename the folder")
+    return path
+
+
 def contents(path: Path, error: type[DispcError], limit: int | None = JSON_BYTES) -> bytes:
     """What is in a file.
 
@@ -62,12 +77,15 @@ def read_object(path: Path, error: type[DispcError], limit: int = JSON_BYTES) ->
     """The JSON object in a file.
 
     Raises:
-        error: when it is no regular file, too large, not JSON, nested too deeply, something else than an object, or
-            says something twice.
+        error: when it is no regular file, too large, not JSON, nested too deeply, something else than an object, says
+            something twice, or has a string that is no text.
         FileNotFoundError, NotADirectoryError, PermissionError: when it cannot be opened.
     """
     try:
-        content = json.loads(contents(path, error, limit).decode("utf-8-sig"), object_pairs_hook=_without_doubles)
+        raw = contents(path, error, limit)
+        content = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_without_doubles)
+        if HALF_PAIR.search(raw) and not is_text(json.dumps(content, ensure_ascii=False)):
+            raise ValueError("a string in it holds half of a surrogate pair, which is no character")
     except RecursionError as reason:
         raise error(f"{path}: is not valid JSON (nested too deeply)") from reason
     except ValueError as reason:

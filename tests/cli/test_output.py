@@ -134,3 +134,26 @@ def test_a_directory_that_came_meanwhile_is_not_replaced(desk: Desk, monkeypatch
         assert [path.name for path in desk.new.iterdir()] == ["thesis.txt"]
         shutil.rmtree(desk.new)
     assert not list(desk.place.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("inspect", "model", "--plot", "model/widths.png"), "model/widths.png"),
+        (("inspect", "model/masks.safetensors", "--plot", "model/masks.safetensors"), "model/masks.safetensors"),
+        (("compile", "model", "-t", "onnx", "-o", "new", "--dump-ir", "model/ir"), "model/ir"),
+        (("eval", "model", "--data", "text.txt", "--json-file", "text.txt"), "text.txt"),
+        (("eval", "model", "--data", "text.txt", "--masks", "m.st", "--record", "--json-file", "./m.st"), "m.st"),
+        (("validate", "older", "-r", "model", "--json-file", "same", "--html", "model/../same"), "two reports"),
+        (("validate", "older", "-r", "model", "--junit", "same", "--markdown", "link"), "two reports"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_nothing_is_written_over_what_is_read_or_written_elsewhere(
+    words: tuple[str, ...], named: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(desk.place)
+    (desk.place / "text.txt").write_text("the sea")
+    shutil.copy(desk.model / "masks.safetensors", "m.st")
+    (desk.place / "link").symlink_to("same")
+    assert_refused(desk.place, *words, says=(named,))

@@ -1,6 +1,7 @@
 """Nothing that a model directory holds is left out in silence: every tensor has a place, or is refused by name."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from dispc.export.trace import export_program
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
+from dispc.model.generation import KEYS
 from dispc.support.errors import CheckpointError
 
 Tensors = dict[str, torch.Tensor]
@@ -166,6 +168,80 @@ def test_what_generation_config_asks_for_is_carried_over_or_told(tmp_path: Path)
     assert dict(checkpoint.generation.penalties) == {"repetition_penalty": 1.1}
     sampling, adapter = checkpoint.notes
     assert "suppress_tokens" in sampling and "num_beams" not in sampling and "style" in adapter
+
+
+def edited(directory: Path, name: str, **changes: Any) -> Checkpoint:
+    """The model directory with other values in one of its JSON files, which may not exist yet."""
+    path = directory / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+    return Checkpoint(directory)
+
+
+def test_generation_keys_of_config_json_count_where_there_is_no_generation_config(tmp_path: Path) -> None:
+    """As in transformers, which reads one of the two files."""
+    directory = model_with("llama", tensors_of("llama"), tmp_path / "model").directory
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    asked = {"do_sample": True, "temperature": 0.5, "top_k": 3, "repetition_penalty": 1.2, "suppress_tokens": [3]}
+    legacy = {
+        "num_beams": 1,
+        "encoder_no_repeat_ngram_size": 0,
+        "max_length": 20,
+        "typical_p": 1.0,
+        "bad_words_ids": None,
+    }
+    checkpoint = edited(directory, "config.json", **asked, **legacy)
+    generation = checkpoint.generation
+    assert (generation.do_sample, generation.temperature, generation.top_k) == (True, 0.5, 3)
+    assert dict(generation.penalties) == {"repetition_penalty": 1.2}
+    assert generation.left_out == ("suppress_tokens",) and not generation.overruled
+    (note,) = checkpoint.notes
+    assert "config.json sets suppress_tokens, which genai_config.json cannot say" in note
+
+    checkpoint = edited(directory, "generation_config.json", temperature=0.7)
+    generation = checkpoint.generation
+    assert (generation.do_sample, generation.temperature, dict(generation.penalties)) == (False, 0.7, {})
+    (note,) = checkpoint.notes
+    assert "config.json sets do_sample, top_k, repetition_penalty, suppress_tokens, which is left out" in note
+    with pytest.raises(CheckpointError, match="config.json: temperature is 'warm'"):
+        (directory / "generation_config.json").unlink()
+        _ = edited(directory, "config.json", temperature="warm").generation
+
+
+def test_every_key_of_transformers_generation_config_is_known_in_config_json() -> None:
+    from transformers import GenerationConfig
+
+    elsewhere = re.compile(
+        r"_\w+|(eos|bos|pad|decoder_start)_token_id|use_\w+|cache_\w+|compile_config|continuous_batching_config"
+        r"|speculation_type|transformers_version|output_\w+|return_\w+|max_cache_len"
+    )
+    strange = [key for key in vars(GenerationConfig()) if not KEYS.fullmatch(key) and not elsewhere.fullmatch(key)]
+    assert not strange
+
+
+@pytest.mark.parametrize(
+    ("said", "noted"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, None),
+        ({"architectures": ["MyLlama", "LlamaForCausalLM"]}, None),
+        ({"architectures": None}, None),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "it is a LlamaForSequenceClassification"),
+        ({"architectures": "MyLlama"}, "it is a MyLlama"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.MyLlama"}}, "which is not run"),
+    ],
+)
+def test_another_class_or_code_is_noted(said: dict[str, Any], noted: str | None, tmp_path: Path) -> None:
+    directory = model_with("llama", tensors_of("llama"), tmp_path / "model").directory
+    notes = edited(directory, "config.json", **said).notes
+    assert [noted in note for note in notes] == [True] if noted else notes == []
+
+
+def test_a_head_of_another_kind_has_no_place(tmp_path: Path) -> None:
+    """A classifier of a tied model has all that a language model needs, and more."""
+    state = tensors_of("llama")
+    checkpoint = model_with("llama", state | {"score.weight": torch.ones(2, 48)}, tmp_path / "model")
+    checkpoint = edited(checkpoint.directory, "config.json", architectures=["LlamaForSequenceClassification"])
+    with pytest.raises(CheckpointError, match=r"tensor score\.weight has no place"):
+        checkpoint.load_model(torch.float32)
 
 
 def test_masks_and_copies_for_other_programs_may_lie_beside(tmp_path: Path) -> None:

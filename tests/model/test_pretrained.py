@@ -141,6 +141,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unscaled": ({"scale_attn_weights": False}, "scale_attn_weights"),
     "other norms": ({"use_rms_norm": False}, "use_rms_norm"),
     "nothing left": ({"residual_multiplier": 0}, "residual_multiplier"),
+    "no residual": ({"use_residual": False}, "use_residual"),
+    "one norm for all": ({"norm_type": 0}, "norm_type"),
+    "no way around": ({"skip_connection": False}, "skip_connection"),
+    "no gate": ({"gated_mlp": False}, "gated_mlp"),
+    "no softmax": ({"softmax": 0}, "softmax"),
+    "a window switched off": ({"use_sliding_window": False, "sliding_window": 7}, "use_sliding_window"),
     "two bases": ({"rope_theta": 10_000.0, "rope_parameters": {"rope_theta": 500_000.0}}, "500000"),
     "two scalings": (
         {
@@ -176,6 +182,13 @@ def test_what_cannot_be_honoured_is_refused_by_name(what: str, tmp_path: Path) -
         {"torch_dtype": "float64"},
         {"use_cache": False},
         {"unsloth_fixed": True},
+        {"use_qk_norm": False, "n_routed_experts": 0, "is_bidirectional": False, "no_bias": False, "use_mrope": False},
+        {
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "rope_interleaved": False,
+            "attention_softmax_in_fp32": 0,
+        },
         {"qkv_bias": False, "add_cross_attention": False, "chunk_size_feed_forward": 0, "router_aux_loss_coef": 0.0},
         {"_attn_implementation": "someone/kernel"},
         {"attn_implementation": "flash_attention_2"},

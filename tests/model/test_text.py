@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -110,6 +112,54 @@ def test_a_dataset_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(datasets, "load_dataset", lambda *given, **options: [{"words": "x"}])
     with pytest.raises(DataError, match="owner/words: row 0 has no column 'text'"):
         read_text("owner/words")
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("model:train", "model is a directory here"),
+        ("./model:train", "model is a directory here"),
+        ("owner/words", "owner/words: is a directory"),
+        ("owner/words:train", "owner/words is a directory here"),
+        ("owner/words/small", "owner/words is a directory here"),
+        ("owner/words/small:train", "owner/words is a directory here"),
+        ("notes:train", "notes is a file here"),
+        ("./elsewhere", "no name of a dataset"),
+        ("../words", "no name of a dataset"),
+        ("owner/..", "is a directory"),
+        ("/owner/words", "no name of a dataset"),
+        ("a/b/c/d", "no name of a dataset"),
+        ("C:\\words", "no name of a dataset"),
+        ("C:/words:train", "no name of a dataset"),
+        ("http://words", "no name of a dataset"),
+        ("hf://datasets/owner/words", "no name of a dataset"),
+        ("words:", "no name of a dataset"),
+        ("", "."),
+        ("text", "no name of a dataset"),
+        ("json:train", "no name of a dataset"),
+        ("pandas", "no name of a dataset"),
+    ],
+)
+def test_what_lies_here_is_no_dataset_and_runs_nothing(
+    source: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` would read all files of a directory, scripts of old ones and pickles (`pandas`) among them."""
+    pytest.importorskip("datasets")
+
+    class Planted:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    for folder in (tmp_path, tmp_path / "model", tmp_path / "owner" / "words"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{folder.name}.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
+        (folder / "train.pkl").write_bytes(pickle.dumps(Planted()))
+        (folder / "notes").write_text("the sea")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=re.escape(says)) as refusal:
+        read_text(source)
+    assert "\n" not in str(refusal.value) and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.raw", "a.TOKENS", "a.jsonl", "a.ndjson", "a.parquet"])

@@ -11,7 +11,7 @@ import numpy as np
 Random = np.random.Generator
 DAMAGED_PICKLES = (b"\x80\x02.", b"\x80\x02(.", b"\x80\x02q", b"ustar", b"\x80\x02K\x01K\x02\x86R.")
 """Files that `torch.load` fails on in ways of its own: no stack, no mark, no argument, a tar, a call of a number."""
-NAMES = ("extra", "auto_map", "rope_scaling", "\x1b[2J", "quantization_config", "head_dim")
+NAMES = ("extra", "auto_map", "rope_scaling", "\x1b[2J", "\ud800", "quantization_config", "head_dim")
 NASTY: tuple[Any, ...] = (
     None,
     True,
@@ -38,6 +38,10 @@ NASTY: tuple[Any, ...] = (
     {"x": 1},
     {"__class__": "os.system"},
     "a" * 5000,
+    "\ud800",
+    "x\udcff",
+    ["\udfff"],
+    {"\ud800": 1},
 )
 
 

@@ -15,6 +15,7 @@ from sets import half
 
 from dispc.compiler import CompileOptions, compile_model
 from dispc.validate import CheckOptions, check
+from dispc.validate.checks import facts
 from dispc.validate.checks.facts import NAME as FACTS
 from dispc.validate.checks.files import COMPANIONS, first_difference, judge_companions
 
@@ -129,6 +130,12 @@ def test_a_forged_validation_is_found(
     report = check(out, harness.checkpoint("llama").directory)
     assert failed(report) == ({FACTS} if says else set())
     assert says in next(each.detail for each in report.checks if each.name == FACTS)
+
+
+def test_a_lowering_may_write_by_the_operator_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = artifact("llama", lowering="scatter-elements")
+    monkeypatch.setitem(facts.SCATTERS, "another", "ScatterElements")
+    assert [each.status for each in facts.judge_facts(loaded(written, "llama"), ())] == ["passed"]
 
 
 # Masks that are meant

@@ -18,8 +18,8 @@ from dispc.validate.checks.files import SHOWN, differences
 from dispc.validate.comparison import Comparison
 
 NAME = "dispc.json"
-SCATTERS = {name: row.writes_by for name, row in LOWERINGS.items() if not row.adds}
-"""Lowering -> the operator by which it is known; the others have none of these."""
+SCATTERS = {row.name: row.writes_by for row in LOWERINGS.values() if not row.adds}
+"""Lowering -> the operator that it writes by; the others have none of these."""
 SURELY_SCATTERED = 0.8
 """A write set that keeps less than this share is never filled up with zeros instead."""
 IN_GRAPH = {
@@ -90,11 +90,13 @@ def _metadata(manifest: Manifest, graph: ir.Model, masks: Masks) -> Iterator[str
     operators, lowering = Counter(node.op_type for node in graph.graph), manifest.lowering.name
     parts = [part for block in masks.blocks for part in block.sub_layers.values() if part.alive]
     scattered = any(len(part.write) < SURELY_SCATTERED * masks.hidden_size for part in parts)
-    for name, operator in SCATTERS.items():
-        if operators[operator] and lowering != name:
-            yield f"lowering is {lowering}, model.onnx has {operator} ({name})"
-        elif scattered and lowering == name and not operators[operator]:
-            yield f"lowering is {lowering}, model.onnx has no {operator}"
+    meant = SCATTERS.get(lowering)
+    if scattered and meant and not operators[meant]:
+        yield f"lowering is {lowering}, model.onnx has no {meant}"
+    for operator in sorted(set(SCATTERS.values()) - {meant}):
+        if operators[operator]:
+            names = " or ".join(name for name, writes_by in SCATTERS.items() if writes_by == operator)
+            yield f"lowering is {lowering}, model.onnx has {operator} ({names})"
 
 
 def _validation(stored: Any, comparison: Comparison, quick: Collection[str]) -> Iterator[str]:

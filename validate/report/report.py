@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 from dispc.evaluate.perplexity import Perplexity
 from dispc.runtime.latency import Latency, LatencyRow
 from dispc.support.errors import ArtifactError
-from dispc.support.files import finite
+from dispc.support.files import plain
 from dispc.support.typed_json import OPTIONAL, from_json, to_json
 from dispc.validate.checks.check import Check
 
@@ -92,7 +92,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON; figures that are not finite become null."""
-        content: dict[str, Any] = finite(to_json(self) | {"passed": self.passed, "headline": self.headline})
+        content: dict[str, Any] = plain(to_json(self) | {"passed": self.passed, "headline": self.headline})
         for check, row in zip(self.checks, content["checks"], strict=True):
             row["passed"] = check.passed
         return content

@@ -187,12 +187,19 @@ def run(numbers: range, seed: int, matrix: Sequence[Case] = MATRIX) -> Iterator[
 def failing(cases: Sequence[Case]) -> int:
     """How many unchanged artifacts fail."""
     failures = 0
-    for case in cases:
+    for number, case in enumerate(cases):
+        progress(number, len(cases), "whole artifacts")
         report = judge_whole(case)
         if not report.passed:
             failures += 1
             print(f"WHOLE ARTIFACT FAILED: {case}: {sorted(failed(report))}", flush=True)
     return failures
+
+
+def progress(done: int, total: int, what: str) -> None:
+    """A line for every fiftieth."""
+    if done and done % 50 == 0:
+        print(f"{done} of {total} {what}", flush=True)
 
 
 def main() -> int:
@@ -209,6 +216,7 @@ def main() -> int:
         print(f"{len(wholes)} whole artifacts, {wrong} failed", flush=True)
         numbers = range(options.first, options.first + options.count)
         for number, result in zip(numbers, run(numbers, options.seed), strict=True):
+            progress(number - options.first, options.count, f"faults, {outcomes['found']} found")
             outcomes[result.outcome] += 1
             kinds[result.kind] += 1
             if result.outcome != "found" or options.count == 1:

@@ -63,8 +63,9 @@ def read_model(path: Path) -> onnx.ModelProto:
     try:
         with naming(path):
             model = onnx.load(path, load_external_data=False)
-        for node in model.graph.node:
-            _ = node.name, node.op_type, node.domain  # protobuf decodes them now, and not before
+        for node in model.graph.node:  # protobuf decodes names now, and not before; what is no text stays bytes
+            if not all(isinstance(name, str) for name in (node.name, node.op_type, node.domain)):
+                raise ValueError("the name of a node is no text")
     except OSError:
         raise
     except Exception as error:  # what protobuf raises depends on its implementation

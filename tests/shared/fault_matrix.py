@@ -59,13 +59,15 @@ Case = tuple[str, dict[str, Any]]
 MATRIX: tuple[Case, ...] = tuple((variant, options) for variant in VARIANTS for options in ARTIFACTS)
 ATTEMPTS = 400
 """Places that are tried for one fault."""
+ROUNDING = 1e-6
+"""Share of the logits' range by which they may differ where nothing is wrong."""
 FIRST_TOKEN, LAST_TOKEN, ROWS = 71, 158, 9
 """Where faults of a token begin (the context has 160), and rows that a batch has for certain."""
 
 
 @dataclass(frozen=True)
 class Planted:
-    """What became of one fault: `found` and named, found and `unnamed`, `missed`, or `harmless` (the same bits)."""
+    """What became of one fault: `found` and named, found and `unnamed`, `missed`, or `harmless` (the same logits)."""
 
     kind: str
     artifact: str
@@ -133,8 +135,8 @@ def plant_and_judge(name: str, case: Case, place: Place, folder: Path) -> Plante
     native = options["target"] == "onnx" and options.get("dtype") == "float16"  # compiling does not widen those
     report = judged(broken, variant, device="cpu", quick=kind.quick and not native)
     outcome, detail = verdict(kind, place, report)
-    if outcome == "missed" and same_bits(whole, broken):
-        outcome, detail = "harmless", "the same bits in every scenario"
+    if outcome == "missed" and same_function(whole, broken):
+        outcome, detail = "harmless", "the same logits in every scenario"
     where = place.name if kind.named is None else f"token {place.token}, row {place.row}"
     title = ", ".join((variant, *map(str, options.values())))
     return Planted(name, title, where, outcome, detail)
@@ -151,14 +153,17 @@ def verdict(kind: Kind, place: Place, report: Report) -> tuple[str, str]:
     return ("found" if f"wrong is {named}" in verdict else "unnamed"), verdict
 
 
-def same_bits(whole: Path, broken: Path) -> bool:
-    """Whether two artifacts give the same bits in every scenario: what was changed has no effect."""
+def same_function(whole: Path, broken: Path) -> bool:
+    """Whether two artifacts give the same logits in every scenario but for rounding: what was changed has no effect.
+
+    So it is with a bias of keys where nothing rotates: it adds the same to every score of a token.
+    """
     outputs = []
     for directory in (whole, broken):
         client = Client(Artifact(directory, exact=True), 131)
         rows = [row for scenario in SCENARIOS[:6] for row in scenario.run(client)[0]]
-        outputs.append([row.outputs["logits"].tobytes() for row in rows])
-    return outputs[0] == outputs[1]
+        outputs.append(np.concatenate([row.outputs["logits"].ravel() for row in rows]))
+    return bool(np.abs(outputs[0] - outputs[1]).max() <= ROUNDING * np.ptp(outputs[0]))
 
 
 def judge_whole(case: Case) -> Report:
@@ -227,7 +232,7 @@ def main() -> int:
     print(
         f"{outcomes.total()} faults of {len(kinds)} kinds on {len(MATRIX)} artifacts (seed {options.seed}): "
         f"{outcomes['found']} found and named, {outcomes['unnamed']} found and not named, {outcomes['missed']} missed, "
-        f"{outcomes['harmless']} without effect (the same bits)"
+        f"{outcomes['harmless']} without effect (the same logits)"
     )
     return int(bool(wrong or outcomes["missed"] or outcomes["unnamed"]))
 

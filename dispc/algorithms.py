@@ -25,7 +25,11 @@ class Algorithm:
 NEAREST = "rtn"
 """The algorithm that is used where no other is asked for, or can be."""
 STRAYED = 0.4
-"""Largest error of a row of weights over its norm. Rounding to 4 bits makes 0.1, GPTQ about 0.15; other weights 1.4."""
+"""Largest error of weights over their norm, in a block, or in a row where rounding reads a text. Rounding to 4 bits
+makes 0.1, GPTQ about 0.15; other weights 1.4."""
+SMALL, TINY = 0.1, 1e-3
+"""Norms of blocks count as at least so much of the root mean square of their row's, and so much of the largest of all:
+what is smaller adds nothing, and may be rounded to nothing."""
 ALGORITHMS: dict[str, Algorithm] = {
     row.name: row
     for row in (

@@ -34,12 +34,11 @@ from dispc.support.directories import check_output, staged_directory
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError, CompileError
 from dispc.support.files import refuse_inputs, write_json
-from dispc.support.version import __version__, versions
+from dispc.support.version import COMPILING, __version__, versions
 
 if TYPE_CHECKING:
     from dispc.validate.report.report import Report
 
-PACKAGES = ("torch", "transformers", "onnx", "onnx-ir")
 Progress = Callable[[str, int, int], None]
 """progress(what, bytes done, bytes in all)"""
 
@@ -109,7 +108,7 @@ def compile_model(options: CompileOptions, progress: Progress = lambda what, don
 
 
 def _check_paths(options: CompileOptions) -> None:
-    """Raise ArtifactError unless the output may be written, and replaces nothing that is read or written elsewhere."""
+    """Raise DispcError unless the output may be written, and replaces nothing that is read or written elsewhere."""
     check_output(options.output, options.force, foreign=foreign_to_artifact)
     for path in (options.model, options.masks, options.dump_ir):
         if path and path.resolve().is_relative_to(options.output.resolve()):
@@ -240,7 +239,7 @@ def describe(checkpoint: Checkpoint, masks: Masks, plan: Plan, model: ir.Model, 
     dense = config.all_block_parameters
     return Manifest(
         dispc=__version__,
-        versions={"python": platform.python_version()} | versions(*PACKAGES),
+        versions={"python": platform.python_version()} | versions(*COMPILING),
         model_type=config.family.model_type,
         target=plan.target.name,
         dtype=plan.dtype,

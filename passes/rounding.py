@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dispc.algorithms import NEAREST, STRAYED
+from dispc.algorithms import NEAREST, SMALL, STRAYED, TINY
 from dispc.quantisation import Quantisation
 from dispc.support.arrays import Array
 from dispc.support.errors import CompileError
@@ -42,7 +42,35 @@ def round_weight(weight: Array, quantisation: Quantisation, factor: Array | None
 
     `factor` [K,K] is the `inverse_factor` of the sum of x x^T over the inputs x that the weight is multiplied with.
     """
-    return ROUNDING[quantisation.algorithm](weight, quantisation, factor)
+    rounded = ROUNDING[quantisation.algorithm](weight, quantisation, factor)
+    return rounded if quantisation.rounding.repeatable else _near(rounded, weight, quantisation)
+
+
+def _near(rounded: Integers, weight: Array, quantisation: Quantisation) -> Integers:
+    """The same with rows rounded to the nearest that are further from `weight` [K,N] than STRAYED, or no numbers.
+
+    GPTQ moves some rows so far that they fit its text and stand for no weight; searches lose blocks whose weights have
+    one sign, or are all but zero. Where a search did it, one block is enough.
+    """
+    size = len(weight) if quantisation.rounding.reads_text else quantisation.block_size
+    read = _read(rounded, quantisation, len(weight))
+    apart, norms = (np.linalg.norm(_blocks(each, size), axis=2) for each in (read.T - weight, weight))
+    norms = np.maximum(norms, SMALL * np.sqrt(np.square(norms).mean(axis=1, keepdims=True)))
+    strayed = ~(apart <= STRAYED * np.maximum(norms, TINY * norms.max())).all(axis=1)
+    if strayed.any():
+        nearest = _nearest(np.ascontiguousarray(weight[:, strayed]), quantisation, None)
+        rounded.values[strayed], rounded.scales[strayed] = nearest.values, nearest.scales
+        rounded.zero_points[strayed] = nearest.zero_points
+    return rounded
+
+
+def _read(rounded: Integers, quantisation: Quantisation, inputs: int) -> Array:
+    """float32 [N,K] that the integers stand for."""
+    blocks = rounded.scales.shape[1]
+    values, zero_points = (unpack(part, quantisation.bits) for part in (rounded.values, rounded.zero_points))
+    scales = rounded.scales.astype(np.float32)[..., None]
+    read: Array = (values.astype(np.float32) - zero_points[:, :blocks, None]) * scales
+    return read.reshape(len(read), -1)[:, :inputs]
 
 
 def _nearest(weight: Array, quantisation: Quantisation, _: Array | None) -> Integers:
@@ -65,7 +93,7 @@ def _k_quant(weight: Array, quantisation: Quantisation, _: Array | None) -> Inte
     from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
 
     blocks = _blocks(weight, quantisation.block_size)
-    with np.errstate(divide="ignore", invalid="ignore"):  # blocks of equal weights, which it then leaves as they were
+    with np.errstate(divide="ignore", invalid="ignore"):  # blocks of equal weights, which it loses
         rounded = quant_tensor_k_quant_cpu(blocks, quantisation.bits, quantisation.block_size)
     return _integers(blocks, weight.dtype, quantisation.bits, *rounded)
 
@@ -111,10 +139,9 @@ def inverse_factor(hessian: Array) -> Array:
 
 
 def _gptq(weight: Array, quantisation: Quantisation, factor: Array | None) -> Integers:
-    """GPTQ (arXiv 2210.17323, algorithm 1): input after input, the error of one factor over those after it.
+    """GPTQ (arXiv 2210.17323, algorithm 1): input after input, the error of each spread over those after it.
 
-    Ours, because ONNX Runtime's `gptq` (1.31) multiplies by the empty triangle of the factor and spreads nothing. A row
-    that errors have moved further than STRAYED is rounded to the nearest: it fits the text and stands for no weight.
+    Ours, because ONNX Runtime's `gptq` (1.31) multiplies by the empty triangle of the factor and spreads nothing.
     """
     if factor is None:
         raise CompileError("--algorithm gptq rounds by the inputs of a product, and none were recorded for one of them")
@@ -138,14 +165,7 @@ def _gptq(weight: Array, quantisation: Quantisation, factor: Array | None) -> In
         grids.append((scale, zero_point))
     scales, zero_points = (np.stack(parts, axis=-1) for parts in zip(*grids, strict=True))
     blocks = values.reshape(outputs, -1, size)
-    found = _integers(blocks, weight.dtype, quantisation.bits, values, scales, zero_points)
-    moved = ((blocks - zero_points[..., None]) * scales[..., None]).reshape(outputs, -1)[:, :inputs] - weight.T
-    strayed = np.linalg.norm(moved, axis=1) > STRAYED * np.linalg.norm(weight.astype(np.float32), axis=0)
-    if strayed.any():
-        nearest = _nearest(np.ascontiguousarray(weight[:, strayed]), quantisation, None)
-        found.values[strayed], found.scales[strayed] = nearest.values, nearest.scales
-        found.zero_points[strayed] = nearest.zero_points
-    return found
+    return _integers(blocks, weight.dtype, quantisation.bits, values, scales, zero_points)
 
 
 def _grid(block: Array, quantisation: Quantisation, dtype: Any) -> tuple[Array, Array]:
@@ -157,7 +177,8 @@ def _grid(block: Array, quantisation: Quantisation, dtype: Any) -> tuple[Array, 
     else:
         high, low = high.clip(0), low.clip(None, 0)
         scale = (high - low) / top
-    scale = np.where(scale == 0, 1, scale).astype(dtype).astype(np.float32)
+    scale = scale.astype(dtype).astype(np.float32)
+    scale = np.where(scale == 0, 1, scale)
     return scale, np.full_like(scale, middle) if quantisation.symmetric else np.round(-low / scale)
 
 
@@ -184,6 +205,13 @@ def _integers(blocks: Array, dtype: Any, bits: int, values: Array, scales: Array
         scales.reshape(shape).astype(dtype),
         pack(zero_points.reshape(shape).astype(np.uint8), bits),
     )
+
+
+def unpack(packed: Array, bits: int) -> Array:
+    """uint8 [..., n * bits / 8] -> uint8 [..., n]: the reverse of `pack`."""
+    if bits == 8:
+        return packed
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
 def pack(values: Array, bits: int) -> Array:

@@ -1,10 +1,11 @@
 """How an artifact is judged: the options of `dispc.check`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from dispc.runtime.latency import LatencyOptions
+from dispc.support.errors import ArtifactError
 from dispc.validate.checks import parity
 from dispc.validate.checks.parity import Thresholds
 
@@ -30,7 +31,7 @@ class CheckOptions:
         seed: of the prompts.
     """
 
-    thresholds: Thresholds = field(default_factory=lambda: parity.DEFAULTS)
+    thresholds: Thresholds = parity.DEFAULTS
     device: Device = "target"
     quick: bool = False
     drill: bool = False
@@ -44,3 +45,7 @@ class CheckOptions:
     baseline: Path | None = None
     max_regression: float = 0.05
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.device not in get_args(Device):
+            raise ArtifactError(f"device {self.device!r}: choose {', '.join(get_args(Device))}")

@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def _refuse_bytes(arguments: list[str]) -> None:
-    """Raise DispcError for an argument that is not UTF-8: no file format here, and hardly a library, can repeat it."""
+    """Raise DispcError for an argument that is not UTF-8: JSON, ONNX and most libraries cannot hold it."""
     for argument in arguments:
         if not is_text(argument):
             raise DispcError(f"{argument}: is not UTF-8; rename the file or folder, or write the text in UTF-8")

@@ -199,7 +199,7 @@ FAMILIES: dict[str, Family] = {
             mlp_norm="input_layernorm",
             refusals=(
                 (lambda c: bool(c.get("use_qk_norm")), "norms of queries and keys by head (use_qk_norm)"),
-                (lambda c: c.get("rope_interleaved") is False, "rotations of halves (rope_interleaved)"),
+                (lambda c: c.get("rope_interleaved") in (False, 0), "rotations of halves (rope_interleaved)"),
             ),
         ),
         Family(

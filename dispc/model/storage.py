@@ -173,8 +173,9 @@ def _list_safetensors(path: Path) -> Stored:
     return stored
 
 
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Every reader its own: what shares a mapping would see what another writes into it."""
+    return tensor.detach().clone()
 
 
 def _list_torch_file(path: Path) -> Stored:
@@ -188,7 +189,7 @@ def _list_torch_file(path: Path) -> Stored:
         if not is_plain(value):
             stored.others[name] = f"{name_of(value.dtype)}, {value.layout} on {value.device}"
         elif name_of(value.dtype) in DTYPES:
-            stored.tensors[name] = CheckpointTensor(name, tuple(value.shape), value.dtype, path, partial(_same, value))
+            stored.tensors[name] = CheckpointTensor(name, tuple(value.shape), value.dtype, path, partial(_copy, value))
         else:
             stored.others[name] = name_of(value.dtype)
     return stored

@@ -104,15 +104,18 @@ def quiet_datasets() -> Iterator[None]:
 def _hub_rows(source: str) -> list[str]:
     need("datasets", "learn")
     import datasets
-    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
+    try:
+        from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDERS
+    except ImportError as error:
+        raise DataError(f"{source}: this release of datasets does not say which names read files here") from error
     asked, path = DATASET.fullmatch(source), source.partition(":")[0]
     for local in map(Path, {path: None, asked["name"] if asked else path: None}):
         if local.is_dir():  # `datasets` would read all that lies there
             raise DataError(f"{source}: {local} is a directory here; give the path of a file in it")
         if local.exists():
             raise DataError(f"{source}: {local} is a file here; give its path and nothing more")
-    if asked is None or asked["name"] in _PACKAGED_DATASETS_MODULES:  # `text` reads what is here, `pandas` runs pickles
+    if asked is None or asked["name"] in BUILDERS:  # `text` reads what is here, `pandas` runs pickles
         raise DataError(f"{source}: no such file, and no name of a dataset: OWNER/NAME, OWNER/NAME/CONFIG, with :SPLIT")
     name, config, split = asked.group("name", "config", "split")
     try:

@@ -96,10 +96,20 @@ def quantise_tables(
     if quantisation.head:
         part = PrunedWeight(head.weight, None, None, 1.0 if tied else logits_multiplier(model.config))
         round_product(HEAD_PRODUCT, [part], quantisation.of(HEAD_PRODUCT), dtype, integers)
-    if quantisation.embedding and integers is not None:
-        integers.put_embedding(PrunedWeight(embedding.weight, None, None), quantisation)
-    elif quantisation.embedding:
-        round_weight(embedding.weight, None, quantisation, dtype)
+    if quantisation.embedding:
+        round_embedding(embedding.weight, quantisation, tied=tied, dtype=dtype, integers=integers)
+
+
+@torch.no_grad()
+def round_embedding(
+    weight: Tensor, quantisation: Quantisation, *, tied: bool, dtype: torch.dtype, integers: StoredIntegers | None
+) -> None:
+    """Round a token embedding in place: by the inputs of a head that is `tied` to it, if rounding reads any."""
+    options = quantisation if tied and quantisation.head else quantisation.without_text
+    if integers is not None and not options.rounding.repeatable:
+        integers.put_embedding(PrunedWeight(weight, None, None), options)
+    else:
+        round_weight(weight, None, options, dtype)
 
 
 def untie(model: Any) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -56,8 +57,8 @@ class Precision:
     On the CPU a half-precision dtype is imitated: weights and every module's inputs and outputs are rounded to it and
     products are summed in float32, as GPU kernels do. torch's own float16 is ten times as slow there. From draw 1 on,
     what goes into a module is off by up to ULPS units in the last place as well, at random: as the
-    arithmetic of other kernels is. So are weights that stand for `integers`, in units of the largest one of a row:
-    kernels read (integer - zero point) * scale as the difference of two products.
+    arithmetic of other kernels is. So are the weights of blocks that stand for `integers`, in units of the largest one
+    of a row: kernels read (integer - zero point) * scale as the difference of two products.
     """
 
     dtype: torch.dtype
@@ -70,10 +71,15 @@ class Precision:
 
     def cast(self, weight: Tensor) -> Tensor:
         """A float32 weight as this precision has it."""
-        cast = weight.to(self.dtype).to(self.computes_in)
+        return weight.to(self.dtype).to(self.computes_in)
+
+    def cast_in_block(self, weight: Tensor) -> Tensor:
+        """The same of a weight of a block, which may stand for integers."""
+        cast = self.cast(weight)
         if not (self.integers and self.draw and weight.ndim == 2):
             return cast
-        noise = 2 * torch.rand(cast.shape, generator=torch.Generator().manual_seed(self.draw)) - 1
+        seed = self.draw + crc32(cast[:1].numpy().tobytes())  # another one for each weight
+        noise = 2 * torch.rand(cast.shape, generator=torch.Generator().manual_seed(seed)) - 1
         return cast + _reach(self.dtype) * cast.abs().amax(dim=1, keepdim=True) * noise
 
 
@@ -213,7 +219,7 @@ def _run_block(blocks: Blocks, index: int, readings: Sequence[Reading], *, strea
         handles.append(last.register_forward_hook(lambda module, args, output: written.append(factor * output)))
     try:
         for precision in dict.fromkeys(reading.precision for reading in readings):
-            with blocks.cast(index, precision.cast), _rounded(blocks[index], precision, seed=index):
+            with blocks.cast(index, precision.cast_in_block), _rounded(blocks[index], precision, seed=index):
                 for reading in readings:
                     if reading.precision == precision:
                         entering, reading.hidden = reading.hidden, blocks.run(index, reading.hidden, reading.entered)

@@ -64,10 +64,10 @@ def _runs(process: int) -> bool:
     return True
 
 
-def refuse_inputs(reports: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Raise DispcError for a report that would be written over one of the inputs, or into one that is a directory."""
+def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raise DispcError for an output that would be written over one of the inputs, or into one that is a directory."""
     sources = [source.resolve() for source in inputs]
-    for path in reports:
+    for path in outputs:
         if any(path.resolve().is_relative_to(source) for source in sources):
             raise DispcError(f"{path}: is an input, or in one; write somewhere else")
 
@@ -94,7 +94,7 @@ def plain(value: Any) -> Any:
     JSON has none of these, or not in a form that every reader takes.
     """
     if isinstance(value, Mapping):
-        return {key: plain(one) for key, one in value.items()}
+        return {plain(key): plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [plain(one) for one in value]
     if isinstance(value, str):

@@ -1,6 +1,8 @@
 """The version of dispc, and those of the packages that it works with."""
 
 __version__ = "0.1.0"
+COMPILING = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
+"""The packages that decide how a graph is spelled."""
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from dispc.model.storage import list_stored
 from dispc.support.dtypes import DTYPES, name_of
@@ -52,3 +53,16 @@ def test_what_is_not_plain_is_listed_as_no_weight(kind: str, tmp_path: Path) -> 
     assert list(stored.tensors) == ["plain"] and list(stored.others) == ["odd"]
     assert stored.others["odd"].startswith(name_of(odd.dtype))
     assert torch.equal(stored.tensors["plain"].read(), plain)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_who_reads_a_tensor_may_write_into_it(name: str, tmp_path: Path) -> None:
+    """A file is mapped into memory, and what one reader writes must not be what the next one reads."""
+    weight = torch.arange(6.0).reshape(2, 3)
+    if name.endswith(".bin"):
+        torch.save({"weight": weight}, tmp_path / name)
+    else:
+        save_file({"weight": weight}, tmp_path / name)
+    stored = list_stored(tmp_path).tensors["weight"]
+    stored.read().zero_()
+    assert torch.equal(stored.read(), weight)

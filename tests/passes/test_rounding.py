@@ -101,6 +101,21 @@ def test_options_that_make_no_sense_are_refused(name: str | None, options: dict[
         )
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_blocks_that_searches_lose_are_kept(algorithm: str, dtype: type[np.floating]) -> None:
+    """Weights of one sign, equal ones, and some that are all but zero."""
+    weight = np.random.default_rng(5).standard_normal((48, 6)).astype(dtype)
+    weight[16:32, 0] = np.linspace(0.5, 0.6, 16)
+    weight[16:32, 1] = 0.7
+    weight[:16, 2] = 1e-6
+    weight[5, 2] = 0
+    rounded = round_weight(weight, replace(INT4, algorithm=algorithm), inverse_factor(np.eye(48, dtype=np.float32)))
+    error = np.linalg.norm(value(rounded, 48) - weight.astype(np.float32), axis=0)
+    assert (error <= STRAYED * np.linalg.norm(weight.astype(np.float32), axis=0)).all()
+    assert np.abs(value(rounded, 48)[16:32, :2] - weight[16:32, :2]).max() < 0.2
+
+
 def test_rows_that_errors_have_moved_far_are_rounded_to_the_nearest() -> None:
     """Inputs that are nearly the same number let one weight stand for another: what fits the text is no such row."""
     scales = np.repeat([100.0, 1.0], 16)

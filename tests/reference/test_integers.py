@@ -72,6 +72,18 @@ FAULTS = {
 IN_A_BLOCK = {"a block 1.5 times": stretch(ROW, BLOCK, 1.5), "a block of zeros": stretch(ROW, BLOCK, 0.0)}
 
 
+def test_an_embedding_that_gptq_does_not_round_is_compared_with_rounding_to_the_nearest(tmp_path: Path) -> None:
+    def fault(model: ir.Model) -> None:
+        name = "model.embed_tokens.weight.scales"
+        scales = faults.initializer(model, name)
+        scales[101, 0] *= 1.1
+        faults.replace(model, name, scales)
+
+    broken = faults.plant(fault, artifact("gptq"), tmp_path / "broken")
+    report = check(broken, student.student(), CheckOptions(masks=broken / "masks.safetensors", quick=True))
+    assert "embeddings" in failed(report)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("algorithm", READ)
 def test_other_weights_are_known(algorithm: str, fault: str, tmp_path: Path) -> None:

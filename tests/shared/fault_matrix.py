@@ -154,7 +154,7 @@ def verdict(kind: Kind, place: Place, report: Report) -> tuple[str, str]:
 
 
 def same_function(whole: Path, broken: Path) -> bool:
-    """Whether two artifacts give the same logits in every scenario but for rounding in float32: what was changed has no effect.
+    """Whether two artifacts give the same logits in every scenario but for rounding: the fault has no effect.
 
     So it is with a bias of keys where nothing rotates: it adds the same to every score of a token.
     """

@@ -104,13 +104,13 @@ def times_own(
     quantisation: Quantisation | None = None,
     at: Sequence[int] | None = None,
 ) -> float:
-    """The largest error of `found` logits [S,V], in units of the largest that float32 costs the reference.
+    """The largest error of `found` logits [S,V], in units of what float32 costs the reference at that position.
 
     `at` are their token indices, all where it is None. What is right stays below `DEFAULTS.error`: a norm over few
     positions amplifies any rounding, the reference's too, so no fixed tolerance is right for every width. After an MLP
     of one middle position it does so a thousandfold, at the few tokens for which that is nearly zero: the reference's
-    own error at the same token is a matter of luck then, and its 90th percentile small. So the reference reads long
-    texts too, and the largest of its errors counts.
+    own error at the same token is a matter of luck then. For such masks the reference reads long texts too, and the
+    largest of its errors counts everywhere.
     """
     model = copy.deepcopy(_dense_reference(variant))
     mask_forward(model, checkpoint(variant).family, masks)
@@ -128,7 +128,8 @@ def times_own(
         compared.append(Row(text, every, {"logits": truth}))
     distances = measure(compared, answers)
     error, own = (np.concatenate([getattr(distance, name) for distance in distances]) for name in ("error", "own"))
-    return float(error.max() / own.max())
+    thin = any(len(block.mlp.mid) == 1 for block in masks.blocks)
+    return float((error / (own.max() if thin else own)).max())
 
 
 def rows_of(model: Any, rows: Sequence[Array]) -> list[Array]:

@@ -32,5 +32,5 @@ def test_half_a_surrogate_pair_is_refused_and_any_other_text_is_read(
 @given(value=VALUES)
 def test_what_we_write_we_can_read(value: object, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "ours.json"
-    write_json(path, {"value": value} if is_text(json.dumps(value, ensure_ascii=False)) else {"value": str(value)})
+    write_json(path, {"value": value})
     assert "value" in read_object(path, DispcError)

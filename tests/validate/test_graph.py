@@ -121,7 +121,7 @@ def test_a_last_token_that_is_wrong_for_longer_prompts_is_found(tmp_path: Path) 
 
 def of_another_release(out: Path) -> None:
     manifest = json.loads((out / "dispc.json").read_text())
-    manifest["versions"]["transformers"] = "4.0"
+    manifest["versions"] |= {"transformers": "4.0", "": "1", "no-such-package": "2"}
     (out / "dispc.json").write_text(json.dumps(manifest))
 
 

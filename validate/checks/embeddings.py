@@ -8,8 +8,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dispc.model.checkpoint import Checkpoint
-from dispc.reference.integers import PrunedWeight
-from dispc.reference.quantised import read_integers, round_blocks
+from dispc.reference.quantised import read_integers, round_embedding
 from dispc.runtime.session import Artifact
 from dispc.support.arrays import Array, Tokens
 from dispc.support.dtypes import DTYPES
@@ -59,18 +58,17 @@ def _worst_row(artifact: Artifact, comparison: Comparison) -> tuple[float, int]:
     stored = {learned, learned.removeprefix("model.")} & set(checkpoint.tensors)
     places = _read(checkpoint, learned) if stored else None
     dtype, quantisation = DTYPES[artifact.dtype].torch, artifact.manifest.quantisation
-    rounded = quantisation if quantisation and quantisation.embedding else None
-    if rounded and (integers := read_integers(rounded, comparison.graph, checkpoint.family)):
-        tokens = tokens.to(dtype).float()
-        integers.put_embedding(PrunedWeight(tokens, None, None), rounded)
-        rounded = None
+    if quantisation and quantisation.embedding:
+        integers = read_integers(quantisation, comparison.graph, checkpoint.family)
+        tokens = tokens.float()
+        round_embedding(tokens, quantisation, tied=checkpoint.config.tied, dtype=dtype, integers=integers)
     size = min(artifact.positions, LONGEST) if places is None else artifact.positions
     lookups = max(len(tokens), 0 if places is None else artifact.positions)
     worst, where = -1.0, 0
     for start in range(0, lookups, size):
         ids = torch.arange(start, min(start + size, lookups)) % len(tokens)
         expected = tokens[ids].to(dtype)
-        expected = round_blocks(expected, rounded) if rounded else expected.float()
+        expected = expected.float()
         expected = expected * torch.tensor(checkpoint.config.embedding_multiplier).to(dtype).float()
         if places is not None:  # its first rows are for padding
             expected = expected + places[len(places) - artifact.positions :][: len(ids)].to(dtype).float()

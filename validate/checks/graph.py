@@ -1,6 +1,6 @@
 """The graph beside the one that this dispc writes for the same model, masks and choices.
 
-A run shows a graph at some lengths and batch sizes; one that is wrong at others only has other nodes.
+A run shows a graph at some lengths and batch sizes. One that is wrong only at others differs in its nodes.
 """
 
 from collections import Counter
@@ -15,8 +15,8 @@ from dispc.export.trace import trace
 from dispc.passes.pipeline import build_pipeline, run_pipeline
 from dispc.plan import choices_of, make_plan
 from dispc.support.dtypes import DTYPES
-from dispc.support.errors import ArtifactError, DispcError
-from dispc.support.version import __version__, versions
+from dispc.support.errors import DispcError
+from dispc.support.version import COMPILING, __version__, versions
 from dispc.validate.checks.check import Check
 from dispc.validate.checks.files import SHOWN
 from dispc.validate.comparison import Comparison
@@ -34,7 +34,7 @@ def judge_graph(comparison: Comparison) -> Iterator[Check]:
     try:
         found, expected = comparison.graph(), rewritten(comparison)
         faults = [*differences(found, expected)]
-    except (ArtifactError, DispcError) as error:
+    except DispcError as error:
         faults = [str(error)]
     others = other_releases(comparison)
     if not faults:
@@ -66,12 +66,11 @@ def rewritten(comparison: Comparison) -> ir.Model:
 
 def other_releases(comparison: Comparison) -> str:
     """The releases that the artifact was made with and that are others here, in words; empty where there are none."""
-    made = {"dispc": comparison.manifest.dispc} | {
-        name: version for name, version in comparison.manifest.versions.items() if name != "python"
-    }
-    here = {"dispc": __version__} | versions(*(name for name in made if name != "dispc"))
-    differing = [name for name, version in made.items() if here[name] != version]
-    return ", ".join(f"{name} {made[name]}, here {here[name]}" for name in differing)
+    made = {"dispc": comparison.manifest.dispc} | dict(comparison.manifest.versions)
+    here = {"dispc": __version__} | versions(*COMPILING)
+    return ", ".join(
+        f"{name} {made[name]}, here {version}" for name, version in here.items() if made.get(name, version) != version
+    )
 
 
 def differences(found: ir.Model, expected: ir.Model) -> Iterator[str]:
@@ -96,7 +95,7 @@ def _nodes(found: ir.Graph, expected: ir.Graph) -> Iterator[str]:
     yield from (f"{times} is the name of several nodes" for times in repeated)
     yield from (f"no node {name}" for name in theirs if name not in ours)
     yield from (f"a node {name} ({ours[name].op_type})" for name in ours if name not in theirs)
-    for name in ours.keys() & theirs.keys():
+    for name in (name for name in theirs if name in ours):
         if what := _differs(ours[name], theirs[name]):
             yield f"{name} has other {what}"
 
@@ -110,14 +109,14 @@ def _differs(ours: onnx.NodeProto, theirs: onnx.NodeProto) -> str:
     if list(ours.output) != list(theirs.output):
         return "outputs"
     mine, other = ({attribute.name: attribute for attribute in node.attribute} for node in (ours, theirs))
-    differing = [name for name in mine.keys() | other.keys() if mine.get(name) != other.get(name)]
-    return f"attributes: {', '.join(sorted(differing))}" if differing else ""
+    differing = sorted(name for name in mine.keys() | other.keys() if mine.get(name) != other.get(name))
+    return f"attributes: {', '.join(differing)}" if differing else ""
 
 
 def _initializers(found: Mapping[str, ir.Value], expected: Mapping[str, ir.Value]) -> Iterator[str]:
-    yield from (f"no values {name}" for name in expected.keys() - found.keys())
-    yield from (f"values {name}" for name in found.keys() - expected.keys())
-    for name in expected.keys() & found.keys():
+    yield from (f"no values {name}" for name in expected if name not in found)
+    yield from (f"values {name}" for name in found if name not in expected)
+    for name in (name for name in expected if name in found):
         ours, theirs = found[name].const_value, expected[name].const_value
         assert ours is not None and theirs is not None
         if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):

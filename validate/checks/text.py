@@ -24,11 +24,13 @@ def judge_perplexity(comparison: Comparison) -> Iterator[Check]:
 def judge_latency(comparison: Comparison) -> Iterator[Check]:
     """Times of the artifact are noted, not judged: `--baseline` judges them."""
     times = comparison.times
-    for row in times.rows if times else ():
+    if times is None:
+        return
+    for row in times.rows:
         if row.artifact != "artifact":
             continue
         detail = f"p90 {row.p90:.2f}, p99 {row.p99:.2f} ms, {row.tokens_per_second:,.1f} tokens/s"
-        if times and row.name in times.speedup:
+        if row.name in times.speedup:
             detail += f", {times.speedup[row.name]:.2f}x as fast as dense"
         if row.bytes_per_second is not None and row.share_of_copy is not None:
             detail += f", {row.bytes_per_second / 1e9:.1f} GB/s ({100 * row.share_of_copy:.0f} % of a copy)"

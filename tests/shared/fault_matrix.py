@@ -88,6 +88,7 @@ def reference_read_once() -> Iterator[None]:
             self.computes_in,
             self.artifact.widened,
             str(self.manifest.quantisation),
+            (self.manifest.target, self.manifest.lowering.name, self.manifest.align),
             self.artifact.dtype,
             self.truth,
             streams,

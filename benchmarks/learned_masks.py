@@ -32,15 +32,13 @@ METHODS: dict[str, tuple[str, ...]] = {
     "random": ("--method", "random"),
     "magnitude": ("--method", "magnitude"),
     "activation": ("--method", "activation"),
-    "middle": ("--method", "middle"),
-    "gradient": ("--method", "gradient"),
     "constrained": ("--constrained",),
     "no hypernetwork": ("--no-hypernetwork",),
     "DISP-LLM": (),
 }
 SLUGS = {method.lower().replace(" ", "-"): method for method in METHODS}
 LEARNED = ("constrained", "no hypernetwork", "DISP-LLM")
-READING, SEEDED = (*LEARNED, "activation", "middle", "gradient"), (*LEARNED, "random")
+READING, SEEDED = (*LEARNED, "activation"), (*LEARNED, "random")
 RATES = {"no hypernetwork": 0.05}
 """Learning rates other than 2e-3: without a hypernetwork, a latent moves by about the rate in each step."""
 RUNTIMES = {False: "torch", True: "onnxruntime"}

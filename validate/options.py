@@ -1,6 +1,6 @@
 """How an artifact is judged: the options of `dispc.check`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -31,7 +31,7 @@ class CheckOptions:
         seed: of the prompts.
     """
 
-    thresholds: Thresholds = parity.DEFAULTS
+    thresholds: Thresholds = field(default_factory=lambda: parity.DEFAULTS)
     device: Device = "target"
     quick: bool = False
     drill: bool = False

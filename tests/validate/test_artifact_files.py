@@ -18,6 +18,7 @@ from dispc.validate import CheckOptions, check
 from dispc.validate.checks import facts
 from dispc.validate.checks.facts import NAME as FACTS
 from dispc.validate.checks.files import COMPANIONS, first_difference, judge_companions
+from dispc.validate.checks.graph import NAME as GRAPH
 
 
 def edit_json(name: str, *keys: str, value: Any) -> Callable[[Path], None]:
@@ -78,7 +79,7 @@ def test_files_beside_the_model_are_those_of_the_reference_and_tell_the_truth(
     out = shutil.copytree(artifact("llama"), tmp_path / "out")
     damage(out)
     report = check(out, harness.checkpoint("llama").directory)
-    assert check_name in failed(report) <= {COMPANIONS, FACTS}
+    assert check_name in failed(report) <= {COMPANIONS, FACTS, GRAPH}
     assert re.search(says, next(each.detail for each in report.checks if each.name == check_name))
 
 

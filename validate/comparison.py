@@ -13,6 +13,7 @@ from dispc.manifest import Manifest, read_manifest
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
+from dispc.plan import Plan, choices_of, make_plan
 from dispc.reference.blocks import Blocks, read_lazily
 from dispc.reference.masked import load_reference
 from dispc.reference.quantised import match_quantisation, quantise_block, quantise_tables, read_integers
@@ -79,6 +80,17 @@ class Comparison:
     @property
     def target(self) -> str:
         return self.manifest.target
+
+    @property
+    def plan(self) -> Plan:
+        """What the artifact was compiled with, every choice made.
+
+        Raises:
+            CompileError: when dispc.json has choices that no compilation takes.
+        """
+        plan = make_plan(self.target, choices_of(self.manifest))
+        costs = self.manifest.lowering.costs
+        return replace(plan, costs=costs) if costs else plan
 
     @cached_property
     def meant_masks(self) -> tuple[Masks | None, str]:

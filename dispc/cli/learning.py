@@ -89,6 +89,9 @@ class LearnArguments:
     offset: Annotated[
         float, typer.Option(help="What a latent starts above: at 3, the paper's, 5 % of all gates are off at first.")
     ] = 3.0
+    start: Annotated[
+        str | None, typer.Option(help="Begin in the order of one of those methods, such as gradient; with --offset 2.")
+    ] = None
     no_hypernetwork: Annotated[bool, typer.Option("--no-hypernetwork", help="Ablation: free latents.")] = False
     no_gru: Annotated[bool, typer.Option("--no-gru", help="Ablation: a linear layer for the GRU.")] = False
     constrained: Annotated[bool, typer.Option("--constrained", help="Ablation: one set for S1, S2, S3, S5.")] = False
@@ -178,8 +181,8 @@ def run_learning(arguments: LearnArguments, options: "LearnOptions") -> "Masks |
 
     need("matplotlib", "learn")  # for the pictures at the end: known now, not after the last step
     collect_garbage()
-    with learn_progress(err, shown=os.environ.get("RANK", "0") == "0") as progress:
-        masks, main = learn(options, progress, resume=arguments.resume, force=arguments.force)
+    with learn_progress(err, shown=os.environ.get("RANK", "0") == "0") as (progress, scoring):
+        masks, main = learn(options, progress, resume=arguments.resume, force=arguments.force, scoring=scoring)
     if not main:
         return None
     plot_run(options.folder, masks)

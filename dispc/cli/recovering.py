@@ -77,7 +77,7 @@ def recover(arguments: RecoverArguments, as_json: JsonFlag = False) -> None:
     options = arguments.options()
     need("matplotlib", "learn")  # for the picture at the end: known now, not after the last step
     collect_garbage()
-    with learn_progress(err, shown=os.environ.get("RANK", "0") == "0") as progress:
+    with learn_progress(err, shown=os.environ.get("RANK", "0") == "0") as (progress, _):
         outcome, main = recover(options, progress, resume=arguments.resume, force=arguments.force)
     if not main:
         return

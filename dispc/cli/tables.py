@@ -97,8 +97,10 @@ def count_progress(console: Console, what: str) -> Iterator[Callable[[int, int],
 
 
 @contextmanager
-def learn_progress(console: Console, *, shown: bool = True) -> Iterator[Callable[[Mapping[str, float], int], None]]:
-    """Loss, share pruned (of `learn`), speed and time left.
+def learn_progress(
+    console: Console, *, shown: bool = True
+) -> Iterator[tuple[Callable[[Mapping[str, float], int], None], Callable[[int, int], None]]]:
+    """Loss, share pruned (of `learn`), speed and time left; and what counts the windows that positions are ranked by.
 
     Where there is no terminal, a line after each hundredth of the steps. Of several processes one has it `shown`.
     """
@@ -114,7 +116,12 @@ def learn_progress(console: Console, *, shown: bool = True) -> Iterator[Callable
             if not console.is_terminal and step % max(1, steps // 100) == 0:
                 console.print(f"step {step} of {steps}: {text}", highlight=False)
 
-        yield update
+        def scoring(done: int, total: int) -> None:
+            progress.update(task, description="ranking positions", completed=done, total=total)
+            if not console.is_terminal and done % max(1, total // 4) == 0:
+                console.print(f"ranking positions: window {done} of {total}", highlight=False)
+
+        yield update, scoring
 
 
 def eval_table(report: "EvalReport") -> Table:

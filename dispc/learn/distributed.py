@@ -73,6 +73,12 @@ class Processes:
             values /= self.count
         return values
 
+    def same(self, values: Tensor) -> Tensor:
+        """The values of the main process, in all, in place."""
+        if self.count > 1:
+            dist.broadcast(values, 0)
+        return values
+
     def share(self, rows: TextTokens) -> Tensor:
         """This process's part of the sequences rows [B,S], int64 on its device; all parts are equally long."""
         size = len(rows) // self.count
@@ -83,6 +89,10 @@ class Processes:
         """Whether all processes have the same number; all of them get the same answer."""
         squares = self.mean(torch.tensor([number, number**2], dtype=torch.float64, device=self.device))
         return bool(squares[1] == squares[0] ** 2)
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so in one process at least; all of them get the same answer."""
+        return bool(self.mean(torch.tensor([float(here)], device=self.device))[0] > 0)
 
     def wait(self) -> None:
         """Wait until all processes are here."""

@@ -48,6 +48,14 @@ class Layout:
         pieces = torch.split(vectors, list(self.widths))
         return torch.cat([pieces[index] for index in self.vectors])
 
+    def collect(self, values: Tensor) -> Tensor:
+        """Values of all sets [sum of set widths] to values of all vectors [sum of N_l]: the mean where sets share."""
+        pieces: list[list[Tensor]] = [[] for _ in self.widths]
+        sizes = [self.widths[vector] for vector in self.vectors]
+        for vector, piece in zip(self.vectors, torch.split(values, sizes), strict=True):
+            pieces[vector].append(piece)
+        return torch.cat([torch.stack(sharing).mean(0) for sharing in pieces])
+
 
 class HyperNetwork(nn.Module):
     """Fixed random inputs -> bidirectional GRU over the vectors -> LayerNorm -> GELU -> one linear map per vector.
@@ -86,3 +94,19 @@ class FreeLatents(nn.Module):
     def forward(self) -> Tensor:
         """Latents of all vectors, [sum of N_l]."""
         return self.latents * 1.0
+
+
+class Started(nn.Module):
+    """The latents of a source on top of those with which learning begins, first [sum of N_l]."""
+
+    first: Tensor
+
+    def __init__(self, source: nn.Module, first: Tensor) -> None:
+        super().__init__()
+        self.source = source
+        self.register_buffer("first", first)
+
+    def forward(self) -> Tensor:
+        """Latents of all vectors, [sum of N_l]."""
+        latents: Tensor = self.first + self.source()
+        return latents

@@ -20,7 +20,7 @@ from dispc.masks import SETS, Masks, NormScope, set_widths
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.config import DecoderConfig
 from dispc.model.published import open_checkpoint
-from dispc.model.text import load_tokens, source_name, windows
+from dispc.model.text import TextTokens, load_tokens, source_name, windows
 from dispc.reference.masked import load_reference
 from dispc.runtime.devices import torch_device
 from dispc.support.errors import DataError
@@ -153,18 +153,32 @@ def instant_masks(
     check_fits(config, budget, align)
     metadata = {"method": method, "align": str(align), "pruning_ratio": str(ratio)}
     metadata |= {"seed": str(seed)} if chosen.seeded else {}
-    ids, place = None, torch.device("cpu")
+    rows, place = None, torch.device("cpu")
     if chosen.reads:
         if data is None:
             raise DataError(f"--method {method} needs a text: give --data FILE")
         place = torch_device(device)
         rows = windows(load_tokens(data, model), min(sequence_length, config.max_positions), data)[:WINDOWS]
-        ids = torch.from_numpy(rows.astype(np.int64))
         metadata |= {"data": source_name(data), "windows": str(len(rows)), "sequence_length": str(rows.shape[1])}
-    subject = Subject(checkpoint=checkpoint, ids=ids, device=place, seed=seed, progress=progress)
-    scores = np.concatenate(chosen.score(subject))
+    scores = score_positions(method, checkpoint, rows, place, seed=seed, progress=progress)
     masks = final_sets(scores, config, budget, align=align, norm_scope=norm_scope)
     return replace(masks, metadata=metadata | budget_facts(masks, checkpoint, ratio_of))
+
+
+def score_positions(
+    method: str,
+    checkpoint: Checkpoint,
+    rows: TextTokens | None,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    progress: Progress = lambda done, total: None,
+) -> Scores:
+    """The scores of all sets, block after block, [sum of set widths]; rows [n,S] are what methods that read get."""
+    ids = None if rows is None else torch.from_numpy(rows.astype(np.int64))
+    subject = Subject(checkpoint=checkpoint, ids=ids, device=device, seed=seed, progress=progress)
+    scores: Scores = np.concatenate(METHODS[method].score(subject))
+    return scores
 
 
 def _over_mean(norm: Scores) -> Scores:

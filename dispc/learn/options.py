@@ -152,7 +152,10 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LearnOptions(RunOptions):
-    """Options of `dispc learn`; `output` is the mask file, the run's folder stands beside it."""
+    """Options of `dispc learn`; `output` is the mask file, the run's folder stands beside it.
+
+    `start` names the instant method whose ranking the latents begin with; None: all begin equal.
+    """
 
     CHANGEABLE = (*RunOptions.CHANGEABLE, "tensorboard", "compile", "align")  # align: where final sets miss the budget
 
@@ -166,6 +169,7 @@ class LearnOptions(RunOptions):
     regulariser_weight: float = 6.0
     estimator: EstimatorName = "reinmax"
     offset: float = OFFSET
+    start: str | None = None
     hypernetwork: bool = True
     gru: bool = True
     constrained: bool = False
@@ -210,6 +214,7 @@ class LearnOptions(RunOptions):
         parts += [] if self.hypernetwork else ["no-hypernetwork"]
         parts += [] if self.gru else ["no-gru"]
         parts += ["constrained"] if self.constrained else []
+        parts += [f"from {self.start}"] if self.start else []
         return " ".join(parts)
 
     def rate(self, step: int, seconds: float = 0.0) -> float:

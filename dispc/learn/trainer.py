@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dispc.learn import instant
 from dispc.learn.budget import block_budget, budget_facts, check_fits, final_sets, kept_parameters, regulariser
 from dispc.learn.distributed import Processes
 from dispc.learn.estimator import ESTIMATORS
-from dispc.learn.folder import BOARD
-from dispc.learn.hypernetwork import FreeLatents, HyperNetwork, Layout
+from dispc.learn.folder import BOARD, RunFolder
+from dispc.learn.hypernetwork import FreeLatents, HyperNetwork, Layout, Started
 from dispc.learn.objective import GatedModel
-from dispc.learn.options import LearnOptions
+from dispc.learn.options import LearnOptions, check_one_of
 from dispc.learn.run import Progress, Run, begin
+from dispc.learn.start import first_latents
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
@@ -31,12 +33,18 @@ from dispc.support.extras import need
 
 
 def learn(
-    options: LearnOptions, progress: Progress = lambda record, steps: None, *, resume: bool = False, force: bool = False
+    options: LearnOptions,
+    progress: Progress = lambda record, steps: None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    scoring: instant.Progress = lambda done, total: None,
 ) -> tuple[Masks, bool]:
     """Learn masks and write them to `options.output`; the masks, and whether this process is the one that wrote them.
 
     `resume` continues from the checkpoint in the run's folder, or starts at the beginning where there is none; without
     it, an earlier run there is kept unless `force`. Nothing is written or removed before the run is known to start.
+    `scoring` gets the windows read, and all, while the positions of a run with a `start` are ranked.
 
     Raises:
         DispcError: when an input is unusable, the budget cannot be met, or the loss is no number.
@@ -44,6 +52,8 @@ def learn(
     """
     checkpoint = open_checkpoint(options.model)
     budget = block_budget(checkpoint, options.pruning_ratio, options.ratio_of)
+    if options.start is not None:
+        check_one_of("start", options.start, tuple(instant.METHODS))
     options, processes = begin(options, checkpoint, resume=resume, force=force)
     if options.tensorboard:
         need("tensorboard", "tensorboard")
@@ -55,7 +65,11 @@ def learn(
         "the model's weights": checkpoint.weights_sha256,
         "the tokens of the texts": hashlib.sha256(tokens.tobytes()).hexdigest(),
     }
-    trainer = Trainer(options, checkpoint, budget, processes, inputs)
+    first = None
+    if options.start is not None and not (resume and processes.any(RunFolder(options).checkpoint.exists())):
+        pruned = 1.0 - budget / checkpoint.config.all_block_parameters
+        first = first_latents(options, checkpoint, rows, pruned, processes, scoring)
+    trainer = Trainer(options, checkpoint, budget, processes, inputs, first)
     trainer.start(resume=resume)
     with _on_board(trainer, progress) as noting:
         trainer.run(rows, noting)
@@ -69,7 +83,11 @@ def learn(
 
 
 class Trainer(Run[LearnOptions]):
-    """One learning run: the gated model, the source of latents, and its optimiser."""
+    """One learning run: the gated model, the source of latents, and its optimiser.
+
+    `first` are the latents of all sets [sum of set widths] with which a run that has a `start` begins; None: those of
+    its checkpoint.
+    """
 
     def __init__(
         self,
@@ -78,6 +96,7 @@ class Trainer(Run[LearnOptions]):
         budget: int,
         processes: Processes,
         inputs: Mapping[str, str],
+        first: Tensor | None = None,
     ) -> None:
         super().__init__(options, processes, inputs)
         self.checkpoint, self.config, self.budget = checkpoint, checkpoint.config, budget
@@ -96,12 +115,15 @@ class Trainer(Run[LearnOptions]):
         self.layout = Layout.make(self.config, constrained=options.constrained)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            source = (
+            source: nn.Module = (
                 HyperNetwork(self.layout.widths, gru=options.gru)
                 if options.hypernetwork
                 else FreeLatents(self.layout.widths)
             )
-        self.source: nn.Module = source.to(processes.device)
+        if options.start is not None:
+            widths = sum(self.layout.widths)
+            source = Started(source, torch.zeros(widths) if first is None else self.layout.collect(first.cpu()))
+        self.source = source.to(processes.device)
         self.optimiser = torch.optim.AdamW(
             self.source.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
         )
@@ -167,6 +189,7 @@ class Trainer(Run[LearnOptions]):
             "learning_rate": str(options.learning_rate),
             "decay": str(options.decay).lower(),
             "offset": str(options.offset),
+            "start": options.start or "equal",
             "precision": str(options.precision),
             "weight_decay": str(options.weight_decay),
             "regulariser_weight": str(options.regulariser_weight),

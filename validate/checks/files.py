@@ -14,7 +14,6 @@ import numpy as np
 from dispc.export.companions import genai_config
 from dispc.manifest import COPIED, LICENCE_FILES, WRITTEN
 from dispc.masks import Masks
-from dispc.plan import choices_of, make_plan
 from dispc.runtime.providers import PROVIDERS
 from dispc.support.errors import ArtifactError, DispcError, first_line
 from dispc.support.inputs import contents, read_object
@@ -109,7 +108,7 @@ def _is_report(path: Path) -> bool:
 def _genai(comparison: Comparison) -> Iterator[str]:
     """Differences of genai_config.json from what dispc writes for these choices, this model and this graph."""
     try:
-        plan = make_plan(comparison.manifest.target, choices_of(comparison.manifest))
+        plan = comparison.plan
     except DispcError as error:
         yield f"dispc.json: no choices that a compilation takes ({error})"
         return

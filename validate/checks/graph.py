@@ -5,7 +5,6 @@ A run shows a graph at some lengths and batch sizes. One that is wrong only at o
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -13,7 +12,6 @@ import onnx_ir as ir
 
 from dispc.export.trace import trace
 from dispc.passes.pipeline import build_pipeline, run_pipeline
-from dispc.plan import choices_of, make_plan
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import DispcError
 from dispc.support.version import COMPILING, __version__, versions
@@ -55,10 +53,7 @@ def rewritten(comparison: Comparison) -> ir.Model:
     Raises:
         DispcError: when these choices cannot be compiled.
     """
-    manifest, checkpoint = comparison.manifest, comparison.checkpoint
-    plan = make_plan(manifest.target, choices_of(manifest))
-    if manifest.lowering.costs:
-        plan = replace(plan, costs=manifest.lowering.costs)
+    plan, checkpoint = comparison.plan, comparison.checkpoint
     model = trace(checkpoint, DTYPES[plan.dtype].torch)
     run_pipeline(model, build_pipeline(plan, checkpoint, comparison.masks))
     return model

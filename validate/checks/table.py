@@ -14,7 +14,8 @@ class CheckRow:
     """A group of checks: `name` is printed while it runs, reports list the checks that `run` yields (none where it was
     not asked for).
 
-    `quick` ones run at the end of every compilation too. Every stored validation has those that are `always` given.
+    `quick` ones run at the end of every compilation too. Every stored validation has those that are `always` given. The
+    embeddings take a session of their own, so they come before the scenarios, whose logits are kept.
     """
 
     name: str
@@ -63,14 +64,14 @@ CHECKS: tuple[CheckRow, ...] = (
     CheckRow("files beside the model", files.judge_companions),
     CheckRow("dispc.json", judge_facts),
     CheckRow(graph.NAME, graph.judge_graph),
+    CheckRow("embeddings", embeddings.judge_embeddings, quick=True),
+    CheckRow("rotary tables", rotary.judge_rotary, quick=True),
     *(CheckRow(scenario.name, judge_scenario(scenario), scenario.quick) for scenario in SCENARIOS),
     CheckRow("KL divergence", judge_divergence, quick=True),
     CheckRow("top-1 tokens", judge_top1, quick=True),
     CheckRow("as shipped", variants.judge_shipped, quick=True, always=False),
     CheckRow("same bits", variants.judge_bits),
     CheckRow("weights widened", variants.judge_widened),
-    CheckRow("embeddings", embeddings.judge_embeddings, quick=True),
-    CheckRow("rotary tables", rotary.judge_rotary, quick=True),
     CheckRow("placement", placement.judge_placement),
     CheckRow("perplexity", text.judge_perplexity),
     CheckRow("latency", text.judge_latency),

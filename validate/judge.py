@@ -61,8 +61,9 @@ def check(
 def find_fault(comparison: Comparison, checks: Sequence[Check], *, always: bool) -> Drill | None:
     """Which sub-layer is wrong, where a check of parity failed; where none did, None unless `always`.
 
-    Searched in the scenario that failed first (with widened weights where only that one failed). Where no logits are
-    over their limit (only the chosen tokens differ, or what failed has no streams), in the one with the largest error.
+    Searched in the scenario that failed first, with widened weights where those are further over their limit: half
+    precision may hide at each sub-layer what the logits show. Where no logits are over their limit (only the chosen
+    tokens differ, or what failed has no streams), in the scenario with the largest error.
     """
     failed = any(not check.passed for check in checks if check.group == "parity")
     if not (failed or always):
@@ -77,7 +78,8 @@ def find_fault(comparison: Comparison, checks: Sequence[Check], *, always: bool)
     ]
     over = [each for each in candidates if each[0] > limit]
     if over:
-        _, scenario, judged = over[0]
+        *_, judged = max(over, key=lambda each: each[0])
+        scenario = next(scenario for _, scenario, where in over if where is judged)
     elif failed and candidates:
         _, scenario, judged = max(candidates, key=lambda each: each[0])
     elif candidates:

@@ -89,7 +89,7 @@ class LearnArguments:
     offset: Annotated[
         float, typer.Option(help="What a latent starts above: at 3, the paper's, 5 % of all gates are off at first.")
     ] = 3.0
-    start: Annotated[
+    start_from: Annotated[
         str | None, typer.Option(help="Begin in the order of one of those methods, such as gradient; with --offset 2.")
     ] = None
     no_hypernetwork: Annotated[bool, typer.Option("--no-hypernetwork", help="Ablation: free latents.")] = False

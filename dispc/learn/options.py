@@ -154,7 +154,7 @@ class RunOptions:
 class LearnOptions(RunOptions):
     """Options of `dispc learn`; `output` is the mask file, the run's folder stands beside it.
 
-    `start` names the instant method whose ranking the latents begin with; None: all begin equal.
+    `start_from` names the instant method whose ranking the latents begin with; None: all begin equal.
     """
 
     CHANGEABLE = (*RunOptions.CHANGEABLE, "tensorboard", "compile", "align")  # align: where final sets miss the budget
@@ -169,7 +169,7 @@ class LearnOptions(RunOptions):
     regulariser_weight: float = 6.0
     estimator: EstimatorName = "reinmax"
     offset: float = OFFSET
-    start: str | None = None
+    start_from: str | None = None
     hypernetwork: bool = True
     gru: bool = True
     constrained: bool = False
@@ -214,7 +214,7 @@ class LearnOptions(RunOptions):
         parts += [] if self.hypernetwork else ["no-hypernetwork"]
         parts += [] if self.gru else ["no-gru"]
         parts += ["constrained"] if self.constrained else []
-        parts += [f"from {self.start}"] if self.start else []
+        parts += [f"from {self.start_from}"] if self.start_from else []
         return " ".join(parts)
 
     def rate(self, step: int, seconds: float = 0.0) -> float:

@@ -28,7 +28,7 @@ def first_latents(
     processes: Processes,
     progress: Progress,
 ) -> Tensor:
-    """The latents of all sets [sum of set widths] with which a run that has a `start` begins, equal in all processes.
+    """The latents of all sets [sum of set widths] with which a ranked run begins, equal in all processes.
 
     The main process scores the positions by the first of rows [n,S]: the dense model must fit on its device, in
     float32. `pruned` is the share of the block parameters that goes.
@@ -36,12 +36,12 @@ def first_latents(
     Raises:
         MasksError: when a score is not a number.
     """
-    assert options.start is not None
+    assert options.start_from is not None
     latents = torch.zeros(sum(set_widths(checkpoint.config)), device=processes.device)
     if processes.main:
         read = rows[: max(WINDOWS, TOKENS // options.sequence_length)]
         scores = score_positions(
-            options.start, checkpoint, read, processes.device, seed=options.seed, progress=progress
+            options.start_from, checkpoint, read, processes.device, seed=options.seed, progress=progress
         )
         latents.copy_(ranked(scores, checkpoint.config, pruned))
     return processes.same(latents)

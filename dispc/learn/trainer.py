@@ -44,7 +44,7 @@ def learn(
 
     `resume` continues from the checkpoint in the run's folder, or starts at the beginning where there is none; without
     it, an earlier run there is kept unless `force`. Nothing is written or removed before the run is known to start.
-    `scoring` gets the windows read, and all, while the positions of a run with a `start` are ranked.
+    `scoring` gets the windows read, and all, while the positions of a ranked run are scored.
 
     Raises:
         DispcError: when an input is unusable, the budget cannot be met, or the loss is no number.
@@ -52,8 +52,8 @@ def learn(
     """
     checkpoint = open_checkpoint(options.model)
     budget = block_budget(checkpoint, options.pruning_ratio, options.ratio_of)
-    if options.start is not None:
-        check_one_of("start", options.start, tuple(instant.METHODS))
+    if options.start_from is not None:
+        check_one_of("start_from", options.start_from, tuple(instant.METHODS))
     options, processes = begin(options, checkpoint, resume=resume, force=force)
     if options.tensorboard:
         need("tensorboard", "tensorboard")
@@ -66,7 +66,7 @@ def learn(
         "the tokens of the texts": hashlib.sha256(tokens.tobytes()).hexdigest(),
     }
     first = None
-    if options.start is not None and not (resume and processes.any(RunFolder(options).checkpoint.exists())):
+    if options.start_from is not None and not (resume and processes.any(RunFolder(options).checkpoint.exists())):
         pruned = 1.0 - budget / checkpoint.config.all_block_parameters
         first = first_latents(options, checkpoint, rows, pruned, processes, scoring)
     trainer = Trainer(options, checkpoint, budget, processes, inputs, first)
@@ -85,8 +85,8 @@ def learn(
 class Trainer(Run[LearnOptions]):
     """One learning run: the gated model, the source of latents, and its optimiser.
 
-    `first` are the latents of all sets [sum of set widths] with which a run that has a `start` begins; None: those of
-    its checkpoint.
+    `first` are the latents of all sets [sum of set widths] with which a ranked run begins; None: those of its
+    checkpoint.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Trainer(Run[LearnOptions]):
                 if options.hypernetwork
                 else FreeLatents(self.layout.widths)
             )
-        if options.start is not None:
+        if options.start_from is not None:
             widths = sum(self.layout.widths)
             source = Started(source, torch.zeros(widths) if first is None else self.layout.collect(first.cpu()))
         self.source = source.to(processes.device)
@@ -189,7 +189,7 @@ class Trainer(Run[LearnOptions]):
             "learning_rate": str(options.learning_rate),
             "decay": str(options.decay).lower(),
             "offset": str(options.offset),
-            "start": options.start or "equal",
+            "start_from": options.start_from or "equal",
             "precision": str(options.precision),
             "weight_decay": str(options.weight_decay),
             "regulariser_weight": str(options.regulariser_weight),

@@ -98,7 +98,7 @@ def run_dispc(start: Sequence[str], *words: str) -> str:
 
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    words = command_line("learn", steps=20, learning_rate=1e-2, start="gradient", offset=2.0)
+    words = command_line("learn", steps=20, learning_rate=1e-2, start_from="gradient", offset=2.0)
     for name, start in STARTS.items():
         shown = run_dispc(start, *words, "-o", str(tmp_path / name / "masks.safetensors"))
         assert shown.count("step 1 of 20:") == 1  # one process shows its progress, and ranks

@@ -45,7 +45,7 @@ def test_latents_begin_in_the_order_of_the_scores_and_the_cut_at_zero(pruned: fl
 @pytest.mark.parametrize("method", METHODS)
 def test_the_first_latents_select_what_the_method_does(tmp_path: Path, method: str) -> None:
     """Between LOWEST and HIGHEST no two positions that the cut may lie between are equal."""
-    learn(options(tmp_path, steps=1, pruning_ratio=0.3, start=method, learning_rate=1e-9))
+    learn(options(tmp_path, steps=1, pruning_ratio=0.3, start_from=method, learning_rate=1e-9))
     first = torch.load(tmp_path / "masks.learn" / CHECKPOINT, weights_only=True)["source"]["first"]
     config = Checkpoint(student()).config
     instant = instant_masks(
@@ -63,7 +63,7 @@ def test_a_ranking_is_worth_steps(tmp_path: Path) -> None:
     for start in ("gradient", "random"):
         found = list[float]()
         learn(
-            options(tmp_path / start, start=start, offset=0.0),
+            options(tmp_path / start, start_from=start, offset=0.0),
             lambda record, steps, to=found: to.append(record["loss"]),
         )  # type: ignore[misc]
         losses.append(np.mean(found[:4]))
@@ -71,20 +71,20 @@ def test_a_ranking_is_worth_steps(tmp_path: Path) -> None:
 
 
 def test_a_ranked_run_is_resumed_to_the_same_bits(tmp_path: Path) -> None:
-    whole, _ = learn(options(tmp_path / "whole", start="gradient"))
-    learn(options(tmp_path / "parts", start="gradient", steps=5))
+    whole, _ = learn(options(tmp_path / "whole", start_from="gradient"))
+    learn(options(tmp_path / "parts", start_from="gradient", steps=5))
     scored = list[int]()
     resumed, _ = learn(
-        options(tmp_path / "parts", start="gradient"), resume=True, scoring=lambda done, total: scored.append(done)
+        options(tmp_path / "parts", start_from="gradient"), resume=True, scoring=lambda done, total: scored.append(done)
     )
     assert resumed.sha256() == whole.sha256() and not scored  # the checkpoint has the ranking
     assert whole.sha256() != learn(options(tmp_path / "equal"))[0].sha256()
-    assert (whole.metadata["start"], whole.metadata["method"]) == ("gradient", "disp-llm reinmax from gradient")
+    assert (whole.metadata["start_from"], whole.metadata["method"]) == ("gradient", "disp-llm reinmax from gradient")
 
 
 def test_a_run_with_another_start_is_not_resumed(tmp_path: Path) -> None:
-    learn(options(tmp_path, steps=1, start="magnitude"))
-    with pytest.raises(LearnError, match="that run has start=magnitude, this one None"):
+    learn(options(tmp_path, steps=1, start_from="magnitude"))
+    with pytest.raises(LearnError, match="that run has start_from=magnitude, this one None"):
         learn(options(tmp_path), resume=True)
 
 
@@ -97,22 +97,22 @@ def test_sets_that_share_a_vector_begin_with_their_mean(tmp_path: Path) -> None:
     assert torch.equal(layout.collect(values)[: CONFIG.hidden_size], shared.mean(0))
     free = Layout.make(CONFIG)
     assert torch.equal(free.collect(values), values) and torch.equal(free.expand(values), values)
-    learn(options(tmp_path, steps=1, start="magnitude", constrained=True))
+    learn(options(tmp_path, steps=1, start_from="magnitude", constrained=True))
     first, second, *_ = (block.sets() for block in Masks.load(tmp_path / "masks.safetensors").blocks)
     assert first["attention.read"].tolist() == second["mlp.write"].tolist()
 
 
 def test_unusable_starts_are_named(tmp_path: Path) -> None:
-    with pytest.raises(LearnError, match="start is 'gradients'; choose one of random, magnitude, "):
-        learn(options(tmp_path, start="gradients"))
+    with pytest.raises(LearnError, match="start_from is 'gradients'; choose one of random, magnitude, "):
+        learn(options(tmp_path, start_from="gradients"))
     assert not (tmp_path / "masks.learn").exists()
     with pytest.raises(MasksError, match="a score is not a number"):
         ranked(np.full(sum(WIDTHS), np.nan), CONFIG, 0.3)
-    outcome = run(*arguments(tmp_path, "--method", "magnitude", "--start", "gradient"))
+    outcome = run(*arguments(tmp_path, "--method", "magnitude", "--start-from", "gradient"))
     assert outcome.code == 2 and "does not apply to --method magnitude" in outcome.err
 
 
 def test_the_command_line_counts_the_windows(tmp_path: Path) -> None:
-    outcome = run(*arguments(tmp_path, "--start", "gradient", "--offset", "2"))
+    outcome = run(*arguments(tmp_path, "--start-from", "gradient", "--offset", "2"))
     assert outcome.code == 0, outcome.err
     assert "ranking positions: window" in outcome.err

@@ -6,6 +6,7 @@ A kind takes the graph and a place in it, and finds what it needs there by modul
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 from fault_ends import embedding, final_norm, head, logits, rotary_row
@@ -33,7 +34,7 @@ from fault_values import (
     roll_indices,
     scale_column,
     shift_one,
-    stretch_scales,
+    stretch,
     swap_columns,
     swap_indices,
     swap_rows,
@@ -68,8 +69,9 @@ KINDS: dict[str, Kind] = {
     "weight: two columns swapped": Kind(weight(swap_columns)),
     "weight: one element": Kind(weight(one_element)),
     "weight: through a narrower type": Kind(weight(low_precision)),
+    "weight: all of it 1 % off": Kind(weight(stretch), check="weights", quick=False),
     "quantised: a scale of zero": Kind(quantised(2, zero_scale)),
-    "quantised: scales 2 % off": Kind(quantised(2, stretch_scales)),
+    "quantised: scales 2 % off": Kind(quantised(2, partial(stretch, by=1.02)), check="weights", quick=False),
     "quantised: other integers": Kind(quantised(1, other_integers)),
     "bias: left out": Kind(bias(zero)),
     "bias: one element": Kind(bias(shift_one)),

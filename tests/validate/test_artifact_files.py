@@ -19,6 +19,7 @@ from dispc.validate.checks import facts
 from dispc.validate.checks.facts import NAME as FACTS
 from dispc.validate.checks.files import COMPANIONS, first_difference, judge_companions
 from dispc.validate.checks.graph import NAME as GRAPH
+from dispc.validate.checks.weights import NAME as WEIGHTS
 
 
 def edit_json(name: str, *keys: str, value: Any) -> Callable[[Path], None]:
@@ -79,7 +80,7 @@ def test_files_beside_the_model_are_those_of_the_reference_and_tell_the_truth(
     out = shutil.copytree(artifact("llama"), tmp_path / "out")
     damage(out)
     report = check(out, harness.checkpoint("llama").directory)
-    assert check_name in failed(report) <= {COMPANIONS, FACTS, GRAPH}
+    assert check_name in failed(report) <= {COMPANIONS, FACTS, GRAPH, WEIGHTS}
     assert re.search(says, next(each.detail for each in report.checks if each.name == check_name))
 
 
@@ -114,10 +115,10 @@ def forge(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (forge(passed=False), "did not pass when it was made"),
         (forge(dtype="float16"), 'validation.dtype is "float16"'),
         (forge(bytes=3), "validation.bytes is 3"),
-        (lambda validation: validation["checks"][0].update(figure=9.0), "prefill has passed with 9.0 against"),
-        (lambda validation: validation["checks"][0].update(figure=None), "prefill has passed with None against"),
+        (lambda validation: validation["checks"][0].update(figure=9.0), "embeddings has passed with 9.0 against"),
+        (lambda validation: validation["checks"][0].update(figure=None), "embeddings has passed with None against"),
         (lambda validation: validation["checks"][1].update(status="failed"), "did not pass when it was made"),
-        (lambda validation: validation["checks"].pop(0), "lacks the check prefill"),
+        (lambda validation: validation["checks"].pop(0), "lacks the check embeddings"),
         (lambda validation: validation["widths"][1].update({"mlp.mid": 1}), "validation.widths"),
     ],
 )

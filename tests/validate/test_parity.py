@@ -279,7 +279,7 @@ def test_an_artifact_that_says_nan_fails_with_these_words(tmp_path: Path) -> Non
 
     report = judged(faults.plant(poison, artifact(padding="right"), tmp_path / "broken"), quick=True)
     assert {"prefill", "decode", "padded batch", "KL divergence"} <= failed(report)
-    assert "NaN or infinity" in report.checks[0].detail
+    assert "NaN or infinity" in next(check for check in report.checks if check.name == "prefill").detail
 
 
 LOGITS = st.floats(-30, 30)

@@ -10,9 +10,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from dispc.export.trace import trace
-from dispc.passes.pipeline import build_pipeline, run_pipeline
-from dispc.support.dtypes import DTYPES
 from dispc.support.errors import DispcError
 from dispc.support.version import COMPILING, __version__, versions
 from dispc.validate.checks.check import Check
@@ -30,7 +27,7 @@ def judge_graph(comparison: Comparison) -> Iterator[Check]:
     Another release of what traces may spell the same differently: a difference is noted then, and not judged.
     """
     try:
-        found, expected = comparison.graph(), rewritten(comparison)
+        found, expected = comparison.graph(), comparison.rewritten
         faults = [*differences(found, expected)]
     except DispcError as error:
         faults = [str(error)]
@@ -45,18 +42,6 @@ def judge_graph(comparison: Comparison) -> Iterator[Check]:
         yield Check(name=NAME, group="static", status="noted", detail=f"not judged (compiled with {others}): {shown}")
     else:
         yield Check.failed(NAME, "static", shown)
-
-
-def rewritten(comparison: Comparison) -> ir.Model:
-    """The graph for the model, the masks and the choices that the artifact was compiled with; no weight is computed.
-
-    Raises:
-        DispcError: when these choices cannot be compiled.
-    """
-    plan, checkpoint = comparison.plan, comparison.checkpoint
-    model = trace(checkpoint, DTYPES[plan.dtype].torch)
-    run_pipeline(model, build_pipeline(plan, checkpoint, comparison.masks))
-    return model
 
 
 def other_releases(comparison: Comparison) -> str:

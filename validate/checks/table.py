@@ -3,7 +3,19 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dispc.validate.checks import embeddings, facts, files, graph, parity, placement, rotary, static, text, variants
+from dispc.validate.checks import (
+    embeddings,
+    facts,
+    files,
+    graph,
+    parity,
+    placement,
+    rotary,
+    static,
+    text,
+    variants,
+    weights,
+)
 from dispc.validate.checks.check import Check
 from dispc.validate.checks.scenarios import GREEDY, SCENARIOS, Scenario
 from dispc.validate.comparison import Comparison
@@ -64,6 +76,7 @@ CHECKS: tuple[CheckRow, ...] = (
     CheckRow("files beside the model", files.judge_companions),
     CheckRow("dispc.json", judge_facts),
     CheckRow(graph.NAME, graph.judge_graph),
+    CheckRow(weights.NAME, weights.judge_weights),
     CheckRow("embeddings", embeddings.judge_embeddings, quick=True),
     CheckRow("rotary tables", rotary.judge_rotary, quick=True),
     *(CheckRow(scenario.name, judge_scenario(scenario), scenario.quick) for scenario in SCENARIOS),

@@ -1,10 +1,12 @@
 """Low-rank adapters on all projections: made by peft for recovery, merged into a checkpoint's weights without it."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,23 +30,38 @@ def projections(config: DecoderConfig) -> list[str]:
     return [*family.attention_reads, family.attention_out, *family.mlp_reads, family.down]
 
 
-def add_adapters(model: Any, config: DecoderConfig, rank: int, seed: int) -> Any:
+def add_adapters(model: Any, config: DecoderConfig, rank: int) -> Any:
     """Put an adapter of this rank, in float32, around every projection of `model`, in place; peft's model around it.
 
-    Only the adapters are trained. Their first matrix is random, by `seed`, the second zero: the model computes what it
-    did.
+    Only the adapters are trained. The parameters are on the meta device, and stay there; `first_values` are theirs.
     """
     need("peft", "learn")
     from peft import LoraConfig, PeftModel
 
     names = [name.rsplit(".", 1)[-1] for name in projections(config)]
     settings = LoraConfig(r=rank, lora_alpha=int(SCALE * rank), target_modules=sorted(set(names)))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        wrapped = PeftModel(model, settings, ADAPTER)
+    wrapped = PeftModel(model, settings, ADAPTER)
     for parameter in trained_parameters(model).values():
         parameter.data = parameter.data.float()
     return wrapped
+
+
+def first_values(name: str, shape: tuple[int, ...], seed: int) -> Tensor | None:
+    """What an adapter's matrix begins with, None for any other parameter: the model computes what it did.
+
+    As in peft, the first is uniform up to 1 / sqrt(inputs), here by `seed` and name, and the second zero.
+    """
+    if f".lora_B.{ADAPTER}." in name:
+        return torch.zeros(shape)
+    if f".lora_A.{ADAPTER}." not in name:
+        return None
+    drawn = np.random.default_rng((seed, *name.encode())).uniform(-1, 1, shape) / math.sqrt(shape[1])
+    return torch.from_numpy(drawn).float()
+
+
+def unwrapped(name: str) -> str:
+    """The name of a projection's parameter in a model without adapters."""
+    return name.replace(".base_layer.", ".")
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

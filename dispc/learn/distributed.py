@@ -5,6 +5,7 @@ gates, the same noise and the same optimiser, so that the copies stay equal with
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dispc.model.config import DecoderConfig
+from dispc.model.pretrained import set_parameters
 from dispc.model.text import TextTokens
 from dispc.runtime.devices import torch_device
 from dispc.support.extras import need
+
+Read = Callable[[str, tuple[int, ...]], Tensor]
+"""The values of a parameter by its name and shape; a file that is mapped is not read before they are looked at."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +53,32 @@ class Processes:
         state = PartialState(cpu=own.type == "cpu")
         return Processes(state.process_index, state.num_processes, state.device)
 
-    def place(self, model: Any, config: DecoderConfig) -> None:
-        """Put the frozen weights on the device; several processes share them by FSDP2, block by block.
+    def place(self, model: Any, config: DecoderConfig, read: Read) -> None:
+        """Give `model`, whose parameters are on the meta device, the values of `read` in their dtypes, on our device.
 
-        Only one block at a time is whole on a device, so the model may be larger than its memory.
+        Several processes share them by FSDP2, block by block: each reads the rows that it holds, and only one block at
+        a time is whole on a device, so the model may be larger than its memory.
         """
-        if self.count > 1:
-            self._shard(model, config)
-        model.to(self.device)  # what is left: with several processes the buffers
+        if self.count == 1:
+            dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+            set_parameters(model, lambda name, shape: read(name, shape).to(dtypes[name]))
+            model.to(self.device)
+            return
+        self._shard(model, config)
+        buffers = {name: buffer.to(self.device) for name, buffer in model.named_buffers()}
+        model.to_empty(device=self.device)
+        for name, buffer in buffers.items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, buffer)
+        for name, parameter in model.named_parameters(remove_duplicate=False):  # until the first step a tie is none
+            self._fill(parameter, read(name, tuple(parameter.shape)))
+
+    @torch.no_grad()
+    def _fill(self, parameter: Any, whole: Tensor) -> None:
+        """Copy this process's rows of a tensor, which is read no further: FSDP2 cuts as `torch.chunk` does."""
+        held = parameter.to_local()
+        start = min(len(whole), self.rank * -(-len(whole) // self.count))
+        held.copy_(whole[start : start + len(held)])
 
     def _shard(self, model: Any, config: DecoderConfig) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -78,6 +101,11 @@ class Processes:
         if self.count > 1:
             dist.broadcast(values, 0)
         return values
+
+    def digest(self, compute: Callable[[], str]) -> str:
+        """The SHA-256 that `compute` gives in the main process, in all: one of them reads what it is of."""
+        code = bytes.fromhex(compute()) if self.main else bytes(32)
+        return bytes(self.same(torch.tensor(list(code), dtype=torch.uint8, device=self.device)).tolist()).hex()
 
     def share(self, rows: TextTokens) -> Tensor:
         """This process's part of the sequences rows [B,S], int64 on its device; all parts are equally long."""

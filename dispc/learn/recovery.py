@@ -40,8 +40,8 @@ def recover(
     rows, held_out = texts(options)
     inputs = {
         "the model's configurations": checkpoint.config_sha256,
-        "the model's weights": checkpoint.weights_sha256,
-        "the teacher's weights": teacher.weights_sha256,
+        "the model's weights": processes.digest(lambda: checkpoint.weights_sha256),
+        "the teacher's weights": processes.digest(lambda: teacher.weights_sha256),
         "the masks": masks.sha256(),
         "the tokens of the texts": hashlib.sha256(rows.tobytes() + held_out.tobytes()).hexdigest(),
     }

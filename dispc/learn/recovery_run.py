@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dispc.learn.adapter import add_adapters, trained_parameters
+from dispc.learn.adapter import add_adapters, first_values, trained_parameters, unwrapped
 from dispc.learn.distributed import Processes, gathered, like, set_parameter
 from dispc.learn.objective import checkpoint_block, divergence, next_token_loss
 from dispc.learn.recovery_options import LOSSES, RecoverOptions
@@ -17,7 +17,7 @@ from dispc.learn.run import Run
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.text import TextTokens
-from dispc.reference.masked import load_reference, mask_forward, zero_outside
+from dispc.reference.masked import mask_forward, mask_model
 
 CLIP = 1.0
 """Largest norm of a step's gradient."""
@@ -52,19 +52,18 @@ class Recovery(Run[RecoverOptions]):
         inputs: Mapping[str, str],
     ) -> None:
         super().__init__(options, processes, inputs)
-        self.held_out = held_out
+        self.held_out, self.checkpoint = held_out, checkpoint
         config, family = checkpoint.config, checkpoint.config.family
         self.weights = LOSSES[options.loss]
-        self.teacher = load_reference(teacher, None, self.frozen).requires_grad_(False)
-        self.model = load_reference(checkpoint, None, self.frozen if options.lora else torch.float32)
-        self.model.requires_grad_(False)
-        zero_outside(self.model, family, masks)
-        self.wrapped = add_adapters(self.model, config, options.lora, options.seed) if options.lora else None
+        self.teacher = mask_model(teacher.empty_model(self.frozen), teacher, None).requires_grad_(False)
+        empty = checkpoint.empty_model(self.frozen if options.lora else torch.float32)
+        self.model = mask_model(empty, checkpoint, None).requires_grad_(False)
+        self.wrapped = add_adapters(self.model, config, options.lora) if options.lora else None
         if not options.lora:
             for index in range(config.num_hidden_layers):
                 self.model.get_submodule(family.block(index)).requires_grad_(True)
-        for one, placed in ((self.teacher, teacher.config), (self.model, config)):
-            processes.place(one, placed)
+        processes.place(self.teacher, teacher.config, teacher.parameter)
+        processes.place(self.model, config, self._first)
         mask_forward(self.model, family, masks)
         if options.activation_checkpointing:
             for index in range(config.num_hidden_layers):
@@ -75,6 +74,11 @@ class Recovery(Run[RecoverOptions]):
         )
         self.judgements: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
+
+    def _first(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The values that a parameter begins with. Those outside of the sets are not used, and not written."""
+        adapter = first_values(name, shape, self.options.seed)
+        return self.checkpoint.parameter(unwrapped(name), shape) if adapter is None else adapter
 
     @property
     def best_judgement(self) -> dict[str, float]:

@@ -27,7 +27,7 @@ from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
 from dispc.model.text import TextTokens, load_tokens, source_name, windows
-from dispc.reference.masked import load_reference
+from dispc.reference.masked import mask_model
 from dispc.support.errors import LearnError
 from dispc.support.extras import need
 
@@ -62,7 +62,7 @@ def learn(
     rows = windows(tokens, options.sequence_length, options.data)
     inputs = {
         "the model's configurations": checkpoint.config_sha256,
-        "the model's weights": checkpoint.weights_sha256,
+        "the model's weights": processes.digest(lambda: checkpoint.weights_sha256),
         "the tokens of the texts": hashlib.sha256(tokens.tobytes()).hexdigest(),
     }
     first = None
@@ -101,7 +101,7 @@ class Trainer(Run[LearnOptions]):
         super().__init__(options, processes, inputs)
         self.checkpoint, self.config, self.budget = checkpoint, checkpoint.config, budget
         self.dense = self.config.all_block_parameters
-        model = load_reference(checkpoint, None, self.frozen)
+        model = mask_model(checkpoint.empty_model(self.frozen), checkpoint, None)
         self.gated = GatedModel(
             model,
             self.config,
@@ -109,7 +109,7 @@ class Trainer(Run[LearnOptions]):
             autocast=self.autocast,
             checkpointing=options.activation_checkpointing,
         )
-        processes.place(model, self.config)
+        processes.place(model, self.config, checkpoint.parameter)
         if options.compile:
             model.compile()
         self.layout = Layout.make(self.config, constrained=options.constrained)

@@ -87,8 +87,16 @@ class Checkpoint:
             CheckpointError: when a tensor is missing or misshapen, or transformers reads the config in another way.
         """
         model = self.empty_model(dtype)
-        set_parameters(model, lambda name, shape: self.find(name).expect(shape).read().to(dtype))
+        set_parameters(model, lambda name, shape: self.parameter(name, shape).to(dtype))
         return model
+
+    def parameter(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The values of a parameter as they are stored; a mapped file is read where they are looked at.
+
+        Raises:
+            CheckpointError: when the tensor is missing or misshapen.
+        """
+        return self.find(name).expect(shape).read()
 
     def empty_model(self, dtype: torch.dtype) -> Any:
         """The same with its parameters on the meta device: nothing is read yet but names, shapes and config.

@@ -160,7 +160,7 @@ def read_lazily(
     model, family = checkpoint.empty_model(torch.float32), checkpoint.family
 
     def read(name: str, shape: tuple[int, ...]) -> Tensor:
-        return checkpoint.find(name).expect(shape).read().to(torch.float32)
+        return checkpoint.parameter(name, shape).to(torch.float32)
 
     def load(index: int) -> None:
         name = family.block(index)

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import harness
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from student import command_line, options, student
 
@@ -55,27 +55,25 @@ def test_a_checkpoint_that_one_node_does_not_see_stops_the_run(tmp_path: Path, m
         learn(options(tmp_path, steps=2), resume=True)
 
 
-def test_several_processes_shard_the_model_before_any_of_it_is_placed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model larger than one device must never be whole on it."""
-    config, calls = harness.checkpoint("llama").config, list[str]()
+class Held:
+    """A parameter of which one process holds some rows."""
 
-    class Model(torch.nn.Module):
-        def get_submodule(self, name: str) -> Any:
-            return name
+    def __init__(self, rows: int) -> None:
+        self.rows = torch.zeros(rows, 2)
 
-        def to(self, device: Any) -> Any:
-            calls.append("placed")
+    def to_local(self) -> torch.Tensor:
+        return self.rows
 
-    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *_: "mesh")
-    monkeypatch.setattr(
-        "torch.distributed.fsdp.fully_shard",
-        lambda module, mesh: calls.append(module if isinstance(module, str) else "whole"),
-    )
-    Processes(0, 2, torch.device("cpu")).place(Model(), config)
-    assert calls == ["model.layers.0", "model.layers.1", "model.layers.2", "whole", "placed"]
-    calls.clear()
-    Processes(0, 1, torch.device("cpu")).place(Model(), config)
-    assert calls == ["placed"]
+
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_every_process_copies_the_rows_that_fsdp_gives_it(rows: int, count: int) -> None:
+    whole = torch.arange(2.0 * rows).reshape(rows, 2)
+    parts = torch.chunk(whole, count)
+    for rank in range(count):
+        expected = parts[rank] if rank < len(parts) else whole[:0]
+        held = Held(len(expected))
+        Processes(rank, count, torch.device("cpu"))._fill(held, whole)
+        assert torch.equal(held.rows, expected)
 
 
 def test_a_batch_that_cannot_be_shared_names_one_that_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

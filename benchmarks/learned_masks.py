@@ -32,18 +32,22 @@ METHODS: dict[str, tuple[str, ...]] = {
     "random": ("--method", "random"),
     "magnitude": ("--method", "magnitude"),
     "activation": ("--method", "activation"),
+    "middle": ("--method", "middle"),
+    "gradient": ("--method", "gradient"),
     "constrained": ("--constrained",),
     "no hypernetwork": ("--no-hypernetwork",),
+    "DISP-LLM from a ranking": ("--start-from", "gradient"),
     "DISP-LLM": (),
 }
 SLUGS = {method.lower().replace(" ", "-"): method for method in METHODS}
-LEARNED = ("constrained", "no hypernetwork", "DISP-LLM")
-READING, SEEDED = (*LEARNED, "activation"), (*LEARNED, "random")
+LEARNED = ("constrained", "no hypernetwork", "DISP-LLM from a ranking", "DISP-LLM")
+READING, SEEDED = (*LEARNED, "activation", "middle", "gradient"), (*LEARNED, "random")
 RATES = {"no hypernetwork": 0.05}
 """Learning rates other than 2e-3: without a hypernetwork, a latent moves by about the rate in each step."""
 RUNTIMES = {False: "torch", True: "onnxruntime"}
+OFFSETS = {"DISP-LLM from a ranking": 2}
 ABOVE = 35
-"""Per cent pruned above which the offset is 4 instead of 5: more gates must close (decision 0010)."""
+"""Per cent pruned above which the offset is 4 instead of 5 for all others: more gates must close (decision 0010)."""
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 ModelArgument = Annotated[Path, typer.Argument(help="Hugging Face model directory.")]
 MasksOption = Annotated[Path, typer.Option(help="Directory of mask files METHOD-RATIO-SEED.safetensors.")]
@@ -98,7 +102,8 @@ def learn(
         options: list[Any] = ["-r", cell.ratio / 100, *inputs(cell, data)]
         if cell.method in LEARNED:
             options += ["--steps", steps, "--sequence-length", sequence_length, "--precision", "bfloat16", "--decay"]
-            options += ["--learning-rate", RATES.get(cell.method, 2e-3), "--offset", 4 if cell.ratio > ABOVE else 5]
+            offset = OFFSETS.get(cell.method, 4 if cell.ratio > ABOVE else 5)
+            options += ["--learning-rate", RATES.get(cell.method, 2e-3), "--offset", offset]
             options += ["--resume" if file.with_suffix(".learn").exists() else "--force"]
         run(dispc(*map(str, ["learn", model, "-o", file, *options])))
 

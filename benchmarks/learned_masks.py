@@ -28,6 +28,8 @@ from dispc.masks import Masks
 from dispc.model.published import open_checkpoint
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "learned"
+RANKED = "DISP-LLM from a ranking"
+"""Its gates are near the budget with the paper's offset."""
 METHODS: dict[str, tuple[str, ...]] = {
     "random": ("--method", "random"),
     "magnitude": ("--method", "magnitude"),
@@ -36,18 +38,17 @@ METHODS: dict[str, tuple[str, ...]] = {
     "gradient": ("--method", "gradient"),
     "constrained": ("--constrained",),
     "no hypernetwork": ("--no-hypernetwork",),
-    "DISP-LLM from a ranking": ("--start-from", "gradient"),
+    RANKED: ("--start-from", "gradient"),
     "DISP-LLM": (),
 }
 SLUGS = {method.lower().replace(" ", "-"): method for method in METHODS}
-LEARNED = ("constrained", "no hypernetwork", "DISP-LLM from a ranking", "DISP-LLM")
+LEARNED = ("constrained", "no hypernetwork", RANKED, "DISP-LLM")
 READING, SEEDED = (*LEARNED, "activation", "middle", "gradient"), (*LEARNED, "random")
 RATES = {"no hypernetwork": 0.05}
 """Learning rates other than 2e-3: without a hypernetwork, a latent moves by about the rate in each step."""
 RUNTIMES = {False: "torch", True: "onnxruntime"}
-OFFSETS = {"DISP-LLM from a ranking": 2}
 ABOVE = 35
-"""Per cent pruned above which the offset is 4 instead of 5 for all others: more gates must close (decision 0010)."""
+"""Per cent pruned above which the offset is 4 instead of 5: more gates must close (decision 0010)."""
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 ModelArgument = Annotated[Path, typer.Argument(help="Hugging Face model directory.")]
 MasksOption = Annotated[Path, typer.Option(help="Directory of mask files METHOD-RATIO-SEED.safetensors.")]
@@ -102,7 +103,7 @@ def learn(
         options: list[Any] = ["-r", cell.ratio / 100, *inputs(cell, data)]
         if cell.method in LEARNED:
             options += ["--steps", steps, "--sequence-length", sequence_length, "--precision", "bfloat16", "--decay"]
-            offset = OFFSETS.get(cell.method, 4 if cell.ratio > ABOVE else 5)
+            offset = OFFSET if cell.method == RANKED else 4 if cell.ratio > ABOVE else 5
             options += ["--learning-rate", RATES.get(cell.method, 2e-3), "--offset", offset]
             options += ["--resume" if file.with_suffix(".learn").exists() else "--force"]
         run(dispc(*map(str, ["learn", model, "-o", file, *options])))

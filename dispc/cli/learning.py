@@ -90,7 +90,8 @@ class LearnArguments:
         float, typer.Option(help="What a latent starts above: at 3, the paper's, 5 % of all gates are off at first.")
     ] = 3.0
     start_from: Annotated[
-        str | None, typer.Option(help="Begin in the order of one of those methods, such as gradient; with --offset 2.")
+        str | None,
+        typer.Option(help="Begin with the ranking of a method of a minute, such as gradient; for short runs."),
     ] = None
     no_hypernetwork: Annotated[bool, typer.Option("--no-hypernetwork", help="Ablation: free latents.")] = False
     no_gru: Annotated[bool, typer.Option("--no-gru", help="Ablation: a linear layer for the GRU.")] = False

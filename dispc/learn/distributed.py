@@ -7,6 +7,7 @@ gates, the same noise and the same optimiser, so that the copies stay equal with
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from dispc.model.text import TextTokens
 from dispc.runtime.devices import torch_device
 from dispc.support.extras import need
 
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for the main one, which may rank positions or read a file of 100 GB."""
 Read = Callable[[str, tuple[int, ...]], Tensor]
 """The values of a parameter by its name and shape; a file that is mapped is not read before they are looked at."""
 
@@ -50,14 +53,14 @@ class Processes:
         need("accelerate", "learn")
         from accelerate import PartialState
 
-        state = PartialState(cpu=own.type == "cpu")
+        state = PartialState(cpu=own.type == "cpu", timeout=PATIENCE)
         return Processes(state.process_index, state.num_processes, state.device)
 
     def place(self, model: Any, config: DecoderConfig, read: Read) -> None:
         """Give `model`, whose parameters are on the meta device, the values of `read` in their dtypes, on our device.
 
-        Several processes share them by FSDP2, block by block: each reads the rows that it holds, and only one block at
-        a time is whole on a device, so the model may be larger than its memory.
+        Several processes share them by FSDP2, block by block: each keeps its rows, and of safetensors files reads no
+        others. Only one block at a time is whole on a device, so the model may be larger than its memory.
         """
         if self.count == 1:
             dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -96,7 +99,7 @@ class Processes:
             values /= self.count
         return values
 
-    def same(self, values: Tensor) -> Tensor:
+    def from_main(self, values: Tensor) -> Tensor:
         """The values of the main process, in all, in place."""
         if self.count > 1:
             dist.broadcast(values, 0)
@@ -105,7 +108,7 @@ class Processes:
     def digest(self, compute: Callable[[], str]) -> str:
         """The SHA-256 that `compute` gives in the main process, in all: one of them reads what it is of."""
         code = bytes.fromhex(compute()) if self.main else bytes(32)
-        return bytes(self.same(torch.tensor(list(code), dtype=torch.uint8, device=self.device)).tolist()).hex()
+        return bytes(self.from_main(torch.tensor(list(code), dtype=torch.uint8, device=self.device)).tolist()).hex()
 
     def share(self, rows: TextTokens) -> Tensor:
         """This process's part of the sequences rows [B,S], int64 on its device; all parts are equally long."""
@@ -118,7 +121,7 @@ class Processes:
         squares = self.mean(torch.tensor([number, number**2], dtype=torch.float64, device=self.device))
         return bool(squares[1] == squares[0] ** 2)
 
-    def any(self, here: bool) -> bool:
+    def anywhere(self, here: bool) -> bool:
         """Whether it is so in one process at least; all of them get the same answer."""
         return bool(self.mean(torch.tensor([float(here)], device=self.device))[0] > 0)
 

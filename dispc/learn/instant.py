@@ -39,8 +39,16 @@ class Subject:
     checkpoint: Checkpoint
     ids: Tensor | None
     device: torch.device
-    seed: int
-    progress: Progress
+    seed: int = 0
+    norm_scope: NormScope = "full"
+    checkpointing: bool = False
+    progress: Progress = lambda done, total: None
+
+    @staticmethod
+    def of(checkpoint: Checkpoint, rows: TextTokens | None, device: torch.device, **options: Any) -> "Subject":
+        """With the text as the windows rows [n,S]; None where nothing is read."""
+        ids = None if rows is None else torch.from_numpy(rows.astype(np.int64))
+        return Subject(checkpoint=checkpoint, ids=ids, device=device, **options)
 
     @property
     def config(self) -> DecoderConfig:
@@ -99,7 +107,8 @@ def gradient(subject: Subject) -> list[Scores]:
     order (LeCun et al., "Optimal Brain Damage", 1990).
     """
     config = subject.config
-    gated = GatedModel(subject.load().to(subject.device), config, "full")
+    model = subject.load().to(subject.device)
+    gated = GatedModel(model, config, subject.norm_scope, checkpointing=subject.checkpointing)
     widths = set_widths(config)
     squares = torch.zeros(sum(widths), dtype=torch.float64, device=subject.device)
     for number, row in enumerate(subject.text):
@@ -160,23 +169,14 @@ def instant_masks(
         place = torch_device(device)
         rows = windows(load_tokens(data, model), min(sequence_length, config.max_positions), data)[:WINDOWS]
         metadata |= {"data": source_name(data), "windows": str(len(rows)), "sequence_length": str(rows.shape[1])}
-    scores = score_positions(method, checkpoint, rows, place, seed=seed, progress=progress)
+    subject = Subject.of(checkpoint, rows, place, seed=seed, norm_scope=norm_scope, progress=progress)
+    scores = score_positions(method, subject)
     masks = final_sets(scores, config, budget, align=align, norm_scope=norm_scope)
     return replace(masks, metadata=metadata | budget_facts(masks, checkpoint, ratio_of))
 
 
-def score_positions(
-    method: str,
-    checkpoint: Checkpoint,
-    rows: TextTokens | None,
-    device: torch.device,
-    *,
-    seed: int = 0,
-    progress: Progress = lambda done, total: None,
-) -> Scores:
-    """The scores of all sets, block after block, [sum of set widths]; rows [n,S] are what methods that read get."""
-    ids = None if rows is None else torch.from_numpy(rows.astype(np.int64))
-    subject = Subject(checkpoint=checkpoint, ids=ids, device=device, seed=seed, progress=progress)
+def score_positions(method: str, subject: Subject) -> Scores:
+    """The scores of all sets, block after block, [sum of set widths]."""
     scores: Scores = np.concatenate(METHODS[method].score(subject))
     return scores
 

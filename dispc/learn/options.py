@@ -214,7 +214,7 @@ class LearnOptions(RunOptions):
         parts += [] if self.hypernetwork else ["no-hypernetwork"]
         parts += [] if self.gru else ["no-gru"]
         parts += ["constrained"] if self.constrained else []
-        parts += [f"from {self.start_from}"] if self.start_from else []
+        parts += [] if self.start_from is None else [f"from {self.start_from}"]
         return " ".join(parts)
 
     def rate(self, step: int, seconds: float = 0.0) -> float:

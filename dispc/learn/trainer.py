@@ -66,7 +66,7 @@ def learn(
         "the tokens of the texts": hashlib.sha256(tokens.tobytes()).hexdigest(),
     }
     first = None
-    if options.start_from is not None and not (resume and processes.any(RunFolder(options).checkpoint.exists())):
+    if options.start_from is not None and not (resume and processes.anywhere(RunFolder(options).checkpoint.exists())):
         pruned = 1.0 - budget / checkpoint.config.all_block_parameters
         first = first_latents(options, checkpoint, rows, pruned, processes, scoring)
     trainer = Trainer(options, checkpoint, budget, processes, inputs, first)
@@ -85,8 +85,8 @@ def learn(
 class Trainer(Run[LearnOptions]):
     """One learning run: the gated model, the source of latents, and its optimiser.
 
-    `first` are the latents of all sets [sum of set widths] with which a ranked run begins; None: those of its
-    checkpoint.
+    `first` are the latents of all sets [sum of set widths] with which a ranked run begins; None where its checkpoint
+    has them, and in any other run.
     """
 
     def __init__(
@@ -189,13 +189,14 @@ class Trainer(Run[LearnOptions]):
             "learning_rate": str(options.learning_rate),
             "decay": str(options.decay).lower(),
             "offset": str(options.offset),
-            "start_from": options.start_from or "equal",
             "precision": str(options.precision),
             "weight_decay": str(options.weight_decay),
             "regulariser_weight": str(options.regulariser_weight),
             "align": str(options.align),
             "pruning_ratio": str(options.pruning_ratio),
-        } | budget_facts(masks, self.checkpoint, options.ratio_of)
+        }
+        metadata |= {} if options.start_from is None else {"start_from": options.start_from}
+        metadata |= budget_facts(masks, self.checkpoint, options.ratio_of)
         return dataclasses.replace(masks, metadata=metadata)
 
     def state(self) -> dict[str, Any]:

@@ -56,9 +56,13 @@ class Precision:
 
     On the CPU a half-precision dtype is imitated: weights and every module's inputs and outputs are rounded to it and
     products are summed in float32, as GPU kernels do. torch's own float16 is ten times as slow there. From draw 1 on,
-    what goes into a module is off by up to ULPS units in the last place as well, at random: as the
-    arithmetic of other kernels is. So are the weights of blocks that stand for `integers`, in units of the largest one
-    of a row: kernels read (integer - zero point) * scale as the difference of two products.
+    numbers are off at random by up to ULPS units in the last place, as the arithmetic of other kernels is:
+
+    - what goes into a module;
+    - what an activation gives, in units of what went in: GELU is x (1 + tanh(..)) / 2, which is next to nothing left of
+      zero, while kernels stay off by units of x;
+    - weights of blocks that stand for `integers`, in units of the largest one of a row: kernels read
+      (integer - zero point) * scale as the difference of two products.
     """
 
     dtype: torch.dtype
@@ -270,12 +274,17 @@ def _rounded(part: nn.Module, precision: Precision, seed: int = 0) -> Iterator[N
     def before(module: nn.Module, inputs: Any) -> Any:
         return tuple(_round(_shake(value, dtype, generator) if draw else value, dtype) for value in inputs)
 
+    def after(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if draw and _is_activation(module, inputs, output):
+            output = output + _noise(output.shape, torch.float32, generator) * inputs[0].abs()
+        return _round(output, dtype)
+
     handles: list[Any] = []
     if draw or (draw == 0 and dtype != torch.float32):
         for module in part.modules():
             if not any(True for _ in module.children()):
                 handles.append(module.register_forward_pre_hook(before))
-                handles.append(module.register_forward_hook(lambda m, x, y: _round(y, dtype)))
+                handles.append(module.register_forward_hook(after))
     try:
         yield
     finally:
@@ -286,7 +295,22 @@ def _rounded(part: nn.Module, precision: Precision, seed: int = 0) -> Iterator[N
 def _shake(value: Any, dtype: torch.dtype, generator: torch.Generator) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
-    return value * (1 + (2 * torch.rand(value.shape, generator=generator) - 1) * _reach(dtype))
+    return value * (1 + _noise(value.shape, dtype, generator))
+
+
+def _noise(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Uniform, up to ULPS units in the last place of 1."""
+    return (2 * torch.rand(shape, generator=generator) - 1) * _reach(dtype)
+
+
+def _is_activation(module: nn.Module, inputs: Any, output: Any) -> bool:
+    """Whether a module without parts is a function of each number by itself."""
+    return (
+        next(module.parameters(), None) is None
+        and isinstance(output, Tensor)
+        and output.is_floating_point()
+        and output.shape == inputs[0].shape
+    )
 
 
 def _reach(dtype: torch.dtype) -> float:

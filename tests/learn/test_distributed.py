@@ -1,6 +1,7 @@
 """Several processes: they learn what one learns, share the model before it is placed, and stop together."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -96,11 +97,11 @@ def run_dispc(start: Sequence[str], *words: str) -> str:
 
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    words = command_line("learn", steps=20, learning_rate=1e-2, start_from="gradient", offset=2.0)
+    words = command_line("learn", steps=20, learning_rate=1e-2, start_from="gradient")
     for name, start in STARTS.items():
         shown = run_dispc(start, *words, "-o", str(tmp_path / name / "masks.safetensors"))
         assert shown.count("step 1 of 20:") == 1  # one process shows its progress, and ranks
-        assert shown.count("ranking positions: window 105 of") == 1
+        assert len(re.findall("ranking positions: window 1.. of", shown)) == 1
     one, two = (
         [json.loads(line)["loss"] for line in (tmp_path / name / "masks.learn" / METRICS).read_text().splitlines()]
         for name in ("one", "two")

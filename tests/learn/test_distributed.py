@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import placing
 import pytest
 import torch
 from hypothesis import given
@@ -93,6 +94,20 @@ def run_dispc(start: Sequence[str], *words: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
+
+
+def test_two_processes_share_models_of_every_kind_and_compute_what_one_does() -> None:
+    """Tied, packed, with learned positions, with norms after sub-layers, with buffers per kind of block."""
+    pytest.importorskip("accelerate")
+    variants = ("llama-tied-biased", "phi3", "gpt-neox", "opt", "gemma3")
+    command = [sys.executable, "-m", *STARTS["two"][:-1], placing.__file__, *variants]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = sorted(line.split() for line in done.stdout.splitlines())
+    assert [line[:2] for line in lines] == sorted([rank, variant] for rank in "01" for variant in variants)
+    for _, variant, off, share, tied in lines:
+        assert float(off) < 1e-5 and 0.4 < float(share) < 0.6
+        assert (tied == "True") == harness.checkpoint(variant).config.tied
 
 
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:

@@ -33,7 +33,6 @@ Array = npt.NDArray[Any]
 TOLERANCE = 1e-5
 """What float32 graphs of the tiny models may differ from torch by, as a share of the range of the logits."""
 TOKENS = np.random.default_rng(7).integers(0, 131, 13)
-LONG_TEXTS = np.random.default_rng(8).integers(0, 131, (8, 150))
 
 
 @cache
@@ -107,29 +106,19 @@ def times_own(
     """The largest error of `found` logits [S,V], in units of what float32 costs the reference at that position.
 
     `at` are their token indices, all where it is None. What is right stays below `DEFAULTS.error`: a norm over few
-    positions amplifies any rounding, the reference's too, so no fixed tolerance is right for every width. After an MLP
-    of one middle position it does so a thousandfold, at the few tokens for which that is nearly zero: the reference's
-    own error at the same token is a matter of luck then. For such masks the reference reads long texts too, and the
-    largest of its errors counts everywhere.
+    positions amplifies any rounding, the reference's too, so no fixed tolerance is right for every width.
     """
     model = copy.deepcopy(_dense_reference(variant))
     mask_forward(model, checkpoint(variant).family, masks)
     if quantisation is not None:
         quantise_reference(model, checkpoint(variant).family, masks, quantisation, torch.float32)
-    texts, long = ([Text(tuple(tokens.tolist())) for tokens in some] for some in (rows, LONG_TEXTS))
-    answers = ask(Blocks(model, checkpoint(variant).config), [*texts, *long], torch.float64, "float32")
+    texts = [Text(tuple(tokens.tolist())) for tokens in rows]
+    answers = ask(Blocks(model, checkpoint(variant).config), texts, torch.float64, "float32")
     compared = [
         Row(text, np.arange(len(text.tokens)) if at is None else np.array(at), {"logits": logits})
         for text, logits in zip(texts, found, strict=True)
     ]
-    for text in long:  # only for what they cost the reference: their logits are the truth
-        every = np.arange(len(text.tokens))
-        truth = np.concatenate([piece.truth for piece in answers.pieces(text, "logits", every)])
-        compared.append(Row(text, every, {"logits": truth}))
-    distances = measure(compared, answers)
-    error, own = (np.concatenate([getattr(distance, name) for distance in distances]) for name in ("error", "own"))
-    thin = any(len(block.mlp.mid) == 1 for block in masks.blocks)
-    return float((error / (own.max() if thin else own)).max())
+    return max(float(distance.ratio.max()) for distance in measure(compared, answers))
 
 
 def rows_of(model: Any, rows: Sequence[Array]) -> list[Array]:

@@ -58,7 +58,7 @@ def test_each_threshold_below_what_was_measured_is_exit_code_1(tmp_path: Path) -
 
 
 def test_choices_have_thresholds_of_their_own() -> None:
-    """Of the broken artifact: with every other limit out of the way, only its weights fail, and other tokens may."""
+    """A broken artifact with all limits open fails for its weights alone, and with one closed for that too."""
     _, broken, model = originals()
     found = {check.name: check.figure for check in reports()[1].checks}
     top1, greedy = found["top-1 tokens"], found["greedy tokens"]

@@ -18,7 +18,7 @@ from dispc.validate.comparison import Comparison
 
 NAME = "graph"
 EXACT = {ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL}
-"""Tensors whose values are compared: index sets and shapes. Weights and tables are judged by what they compute."""
+"""Tensors whose values are compared: index sets and shapes. The check of the weights compares the others."""
 
 
 def judge_graph(comparison: Comparison) -> Iterator[Check]:

@@ -27,7 +27,7 @@ class CheckRow:
     not asked for).
 
     `quick` ones run at the end of every compilation too. Every stored validation has those that are `always` given. The
-    embeddings take a session of their own, so they come before the scenarios, whose logits are kept.
+    embeddings load the artifact a second time, so they come before the scenarios, whose logits are kept.
     """
 
     name: str

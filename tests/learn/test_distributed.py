@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import harness
 import numpy as np
 import placing
 import pytest

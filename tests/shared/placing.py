@@ -1,6 +1,7 @@
 """Under torchrun: models whose parameters the processes share compute what whole ones do.
 
-Prints a line per variant with the largest difference of the logits, and the share of the parameters kept here.
+Prints a line per variant: the process, the largest difference of the logits, the share of the parameters that it keeps,
+and whether the head is the embedding again.
 """
 
 import sys
@@ -25,7 +26,8 @@ def main() -> None:
             off = (shared(input_ids=ids).logits - whole(input_ids=ids).logits).abs().max()
             tied = shared.get_input_embeddings().weight is shared.get_output_embeddings().weight
         share = kept / sum(parameter.numel() for parameter in whole.parameters())
-        print(processes.rank, variant, f"{float(off):.1e}", f"{share:.2f}", tied, flush=True)
+        sys.stdout.write(f"{processes.rank} {variant} {float(off):.1e} {share:.2f} {tied}\n")  # at once, not by words
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ def roll(model: ir.Model) -> None:
 ROW, BLOCK, ALL = slice(3, 4), slice(1, 2), slice(None)
 FAULTS = {
     "all 1.5 times": stretch(ALL, ALL, 1.5),
+    "all 1.03 times": stretch(ALL, ALL, 1.03),
     "a row 1.5 times": stretch(ROW, ALL, 1.5),
     "a row of zeros": stretch(ROW, ALL, 0.0),
     "a row negated": stretch(ROW, ALL, -1.0),

@@ -27,9 +27,9 @@ EPSILONS = {
     ir.DataType.BFLOAT16: 2.0**-7,
 }
 """The unit in the last place of numbers from 1 to 2."""
-REPEATED, SEARCHED = 0.001, 0.01
-"""Share of the integers and scales of a weight that may be others on another machine: rounded to the nearest, where
-only what lies in the middle may go either way, and searched for."""
+REPEATED, SEARCHED, HALVES = 0.001, 0.01, 0.01
+"""Share of the numbers of a tensor that may be others at all on another machine: integers and scales that are rounded
+to the nearest or searched for, and numbers of 16 bits, whose units in the last place are most of a per cent."""
 PIECE = 2**22
 """Numbers compared at a time."""
 
@@ -84,16 +84,22 @@ def difference(found: ir.Value | None, expected: ir.Value, algorithm: Algorithm 
         return f"{ours.dtype}{ours.shape}, not {theirs.dtype}{theirs.shape}"
     values, wanted = ours.numpy(), theirs.numpy()
     if algorithm is not None:
-        share = float((values != wanted).mean()) if values.size else 0.0
-        allowed = REPEATED if algorithm.repeatable else SEARCHED
-        return (
-            "" if share <= allowed else f"{100 * share:.3g} % of its numbers are others (allowed {100 * allowed:g} %)"
-        )
+        return _others(values, wanted, REPEATED if algorithm.repeatable else SEARCHED)
     epsilon = EPSILONS.get(theirs.dtype)
     if epsilon is None:
         return "" if np.array_equal(values, wanted) else "other numbers"
     units = _units(values, wanted, epsilon)
-    return "" if units <= UNITS else f"off by {units:.3g} units in the last place (allowed {UNITS:g})"
+    if not units <= UNITS:
+        return f"off by {units:.3g} units in the last place (allowed {UNITS:g})"
+    return "" if theirs.dtype == ir.DataType.FLOAT else _others(values, wanted, HALVES)
+
+
+def _others(values: Array, wanted: Array, allowed: float) -> str:
+    """In words, where more than the `allowed` share of the numbers, and more than one, are others."""
+    count = int((values != wanted).sum())
+    if count <= max(1, allowed * values.size):
+        return ""
+    return f"{100 * count / values.size:.3g} % of its numbers are others (allowed {100 * allowed:g} %)"
 
 
 def _units(values: Array, wanted: Array, epsilon: float) -> float:

@@ -28,8 +28,6 @@ from dispc.masks import Masks
 from dispc.model.published import open_checkpoint
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "learned"
-RANKED = "DISP-LLM from a ranking"
-"""Its gates are near the budget with the paper's offset."""
 METHODS: dict[str, tuple[str, ...]] = {
     "random": ("--method", "random"),
     "magnitude": ("--method", "magnitude"),
@@ -38,11 +36,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     "gradient": ("--method", "gradient"),
     "constrained": ("--constrained",),
     "no hypernetwork": ("--no-hypernetwork",),
-    RANKED: ("--start-from", "gradient"),
     "DISP-LLM": (),
 }
 SLUGS = {method.lower().replace(" ", "-"): method for method in METHODS}
-LEARNED = ("constrained", "no hypernetwork", RANKED, "DISP-LLM")
+LEARNED = ("constrained", "no hypernetwork", "DISP-LLM")
 READING, SEEDED = (*LEARNED, "activation", "middle", "gradient"), (*LEARNED, "random")
 RATES = {"no hypernetwork": 0.05}
 """Learning rates other than 2e-3: without a hypernetwork, a latent moves by about the rate in each step."""
@@ -103,8 +100,7 @@ def learn(
         options: list[Any] = ["-r", cell.ratio / 100, *inputs(cell, data)]
         if cell.method in LEARNED:
             options += ["--steps", steps, "--sequence-length", sequence_length, "--precision", "bfloat16", "--decay"]
-            offset = OFFSET if cell.method == RANKED else 4 if cell.ratio > ABOVE else 5
-            options += ["--learning-rate", RATES.get(cell.method, 2e-3), "--offset", offset]
+            options += ["--learning-rate", RATES.get(cell.method, 2e-3), "--offset", 4 if cell.ratio > ABOVE else 5]
             options += ["--resume" if file.with_suffix(".learn").exists() else "--force"]
         run(dispc(*map(str, ["learn", model, "-o", file, *options])))
 

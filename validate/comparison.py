@@ -9,12 +9,10 @@ from typing import Any
 import onnx_ir as ir
 
 from dispc.evaluate.perplexity import ArtifactScorer, Perplexity, TorchScorer, measure_perplexity, text_windows
-from dispc.export.trace import trace
 from dispc.manifest import Manifest, read_manifest
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
-from dispc.passes.pipeline import build_pipeline, run_pipeline
 from dispc.plan import Plan, choices_of, make_plan
 from dispc.reference.blocks import Blocks, read_lazily
 from dispc.reference.masked import load_reference
@@ -197,18 +195,6 @@ class Comparison:
     def graph(self) -> ir.Model:
         """The graph of the artifact, its weights still in their file."""
         return load_graph(self.directory / "model.onnx")
-
-    @cached_property
-    def rewritten(self) -> ir.Model:
-        """The graph that dispc writes for this model, these masks and the artifact's choices; its weights are lazy.
-
-        Raises:
-            DispcError: when these choices cannot be compiled.
-        """
-        plan = self.plan
-        model = trace(self.checkpoint, DTYPES[plan.dtype].torch)
-        run_pipeline(model, build_pipeline(plan, self.checkpoint, self.masks))
-        return model
 
     def blocks(self) -> Blocks:
         """The same as `load`, each block read when it is needed."""

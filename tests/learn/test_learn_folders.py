@@ -144,7 +144,7 @@ def test_force_keeps_the_older_run_until_the_new_one_starts(
     elif reason == "short data":
         changes = dict(data=text("short.txt", 2, 2))
     else:
-        monkeypatch.setattr(trainer, "load_reference", Mock(side_effect=MemoryError))
+        monkeypatch.setattr(trainer, "mask_model", Mock(side_effect=MemoryError))
     with pytest.raises((DispcError, MemoryError)):
         learn(options(tmp_path, steps=2, **changes), force=True)
     assert fingerprint(tmp_path / "masks.learn") == before and (tmp_path / "masks.safetensors").exists()

@@ -11,9 +11,10 @@ import onnx
 import onnx_ir as ir
 
 from dispc.support.errors import DispcError
-from dispc.support.version import COMPILING, __version__, versions
+from dispc.support.version import __version__
 from dispc.validate.checks.check import Check
 from dispc.validate.checks.files import SHOWN
+from dispc.validate.checks.rewriting import other_releases, rewritten
 from dispc.validate.comparison import Comparison
 
 NAME = "graph"
@@ -27,7 +28,7 @@ def judge_graph(comparison: Comparison) -> Iterator[Check]:
     Another release of what traces may spell the same differently: a difference is noted then, and not judged.
     """
     try:
-        found, expected = comparison.graph(), comparison.rewritten
+        found, expected = comparison.graph(), rewritten(comparison)
         faults = [*differences(found, expected)]
     except DispcError as error:
         faults = [str(error)]
@@ -42,15 +43,6 @@ def judge_graph(comparison: Comparison) -> Iterator[Check]:
         yield Check(name=NAME, group="static", status="noted", detail=f"not judged (compiled with {others}): {shown}")
     else:
         yield Check.failed(NAME, "static", shown)
-
-
-def other_releases(comparison: Comparison) -> str:
-    """The releases that the artifact was made with and that are others here, in words; empty where there are none."""
-    made = {"dispc": comparison.manifest.dispc} | dict(comparison.manifest.versions)
-    here = {"dispc": __version__} | versions(*COMPILING)
-    return ", ".join(
-        f"{name} {made[name]}, here {version}" for name, version in here.items() if made.get(name, version) != version
-    )
 
 
 def differences(found: ir.Model, expected: ir.Model) -> Iterator[str]:

@@ -15,7 +15,7 @@ from dispc.support.arrays import Array
 from dispc.support.errors import DispcError
 from dispc.validate.checks.check import Check
 from dispc.validate.checks.files import SHOWN
-from dispc.validate.checks.graph import other_releases
+from dispc.validate.checks.rewriting import other_releases, rewritten
 from dispc.validate.comparison import Comparison
 
 NAME = "weights"
@@ -40,7 +40,7 @@ def judge_weights(comparison: Comparison) -> Iterator[Check]:
     Other releases may compute them otherwise: a difference is noted then, and not judged.
     """
     try:
-        found, expected = comparison.graph().graph.initializers, comparison.rewritten.graph.initializers
+        found, expected = comparison.graph().graph.initializers, rewritten(comparison).graph.initializers
         algorithms = {name: algorithm_of(name, comparison) for name in expected}
         names = [name for name, algorithm in algorithms.items() if algorithm is None or not algorithm.reads_text]
         faults = [

@@ -1,0 +1,40 @@
+"""The graph that dispc writes for what an artifact was made of, written again: it alone has the passes run.
+
+Everything else in validation judges what is computed without them.
+"""
+
+from weakref import WeakKeyDictionary
+
+import onnx_ir as ir
+
+from dispc.export.trace import trace
+from dispc.passes.pipeline import build_pipeline, run_pipeline
+from dispc.support.dtypes import DTYPES
+from dispc.support.version import COMPILING, __version__, versions
+from dispc.validate.comparison import Comparison
+
+WRITTEN: WeakKeyDictionary[Comparison, ir.Model] = WeakKeyDictionary()
+"""What several checks need is written once."""
+
+
+def rewritten(comparison: Comparison) -> ir.Model:
+    """The graph for the model, the masks and the choices that the artifact was compiled with; its weights are lazy.
+
+    Raises:
+        DispcError: when these choices cannot be compiled.
+    """
+    if comparison not in WRITTEN:
+        plan = comparison.plan
+        model = trace(comparison.checkpoint, DTYPES[plan.dtype].torch)
+        run_pipeline(model, build_pipeline(plan, comparison.checkpoint, comparison.masks))
+        WRITTEN[comparison] = model
+    return WRITTEN[comparison]
+
+
+def other_releases(comparison: Comparison) -> str:
+    """The releases that the artifact was made with and that are others here, in words; empty where there are none."""
+    made = {"dispc": comparison.manifest.dispc} | dict(comparison.manifest.versions)
+    here = {"dispc": __version__} | versions(*COMPILING)
+    return ", ".join(
+        f"{name} {made[name]}, here {version}" for name, version in here.items() if made.get(name, version) != version
+    )

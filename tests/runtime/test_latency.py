@@ -9,6 +9,7 @@ import harness
 import numpy as np
 import onnx_ir as ir
 import pytest
+from artifacts import compiled
 
 from dispc.cli.judging import dense_artifact
 from dispc.compiler import CompileOptions, compile_model
@@ -115,16 +116,7 @@ def test_the_dense_artifact_built_for_comparison_differs_in_its_masks_alone(
     choices: dict[str, Any], tmp_path: Path
 ) -> None:
     checkpoint = harness.checkpoint("llama")
-    Masks.random(checkpoint.config, 0.5, 1).save(tmp_path / "masks.safetensors", checkpoint.config)
-    options = CompileOptions(
-        model=checkpoint.directory,
-        masks=tmp_path / "masks.safetensors",
-        output=tmp_path / "out",
-        target="onnx-cpu",
-        validate=False,
-        **choices,
-    )
-    ours = compile_model(options)
+    ours = compiled(checkpoint, Masks.random(checkpoint.config, 0.5, 1), tmp_path, **choices)
     with dense_artifact(tmp_path / "out", checkpoint.directory, None, True) as path:
         assert path is not None
         theirs = read_manifest(path)

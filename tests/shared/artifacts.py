@@ -8,7 +8,9 @@ import faults
 import harness
 
 from dispc.compiler import CompileOptions, compile_model
+from dispc.manifest import Manifest
 from dispc.masks import Masks
+from dispc.model.checkpoint import Checkpoint
 from dispc.validate import CheckOptions, Report, check
 from dispc.validate.comparison import Comparison
 
@@ -45,21 +47,27 @@ def failed(report: Report) -> set[str]:
     return {check.name for check in report.checks if not check.passed}
 
 
+def compiled(checkpoint: Checkpoint, masks: Masks, folder: Path, **choices: Any) -> Manifest:
+    """Compile under `masks`, which are written into `folder`, for the CPU and into `folder / "out"`."""
+    masks.save(folder / "masks.safetensors", checkpoint.config)
+    options = CompileOptions(
+        model=checkpoint.directory,
+        masks=folder / "masks.safetensors",
+        output=folder / "out",
+        target="onnx-cpu",
+        validate=False,
+        **choices,
+    )
+    return compile_model(options)
+
+
 @functools.cache
 def originals() -> tuple[Path, Path, Path]:
     """A Phi artifact, one with a fault, and their model."""
     place = harness.scratch() / "reports"
     place.mkdir()
     checkpoint = harness.checkpoint("phi")
-    Masks.random(checkpoint.config, 0.5, 4).save(place / "masks.safetensors", checkpoint.config)
-    options = CompileOptions(
-        model=checkpoint.directory,
-        masks=place / "masks.safetensors",
-        output=place / "out",
-        target="onnx-cpu",
-        validate=False,
-    )
-    compile_model(options)
+    compiled(checkpoint, Masks.random(checkpoint.config, 0.5, 4), place)
     faults.plant(faults.drop_bias, place / "out", place / "broken")
     return place / "out", place / "broken", checkpoint.directory
 

@@ -11,12 +11,11 @@ import onnx_ir as ir
 import pytest
 import tiny
 import torch
-from artifacts import artifact, failed, judged
+from artifacts import artifact, compiled, failed, judged
 from hypothesis import given
 from hypothesis import strategies as st
 from sets import half
 
-from dispc.compiler import CompileOptions, compile_model
 from dispc.masks import Masks
 from dispc.reference.blocks import Blocks
 from dispc.reference.masked import load_reference
@@ -293,15 +292,7 @@ def test_what_activations_cost_is_part_of_the_own_error(
     checkpoint = harness.checkpoint("gemma3")
     drawn = Masks.random(checkpoint.config, 0.5, 7).blocks
     blocks = [dict(block.sets()) | {"mlp.mid": np.array([7])} for block in drawn]
-    Masks.from_indices(blocks, checkpoint.config).save(tmp_path / "masks.safetensors", checkpoint.config)
-    options = CompileOptions(
-        model=checkpoint.directory,
-        masks=tmp_path / "masks.safetensors",
-        output=tmp_path / "out",
-        target="onnx-cpu",
-        validate=False,
-    )
-    compile_model(options)
+    compiled(checkpoint, Masks.from_indices(blocks, checkpoint.config), tmp_path)
     assert check(tmp_path / "out", checkpoint.directory, CheckOptions(device="cpu", quick=True)).passed == known
 
 

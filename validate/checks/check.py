@@ -1,10 +1,14 @@
 """What one check says: a figure against its limit."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 Status = Literal["passed", "failed", "skipped", "noted"]
+
+
+SHOWN = 6
+"""Faults that are named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,3 +48,9 @@ class Check:
     @staticmethod
     def failed(name: str, group: str, reason: str) -> "Check":
         return Check(name=name, group=group, status="failed", detail=reason)
+
+
+def listed(faults: Sequence[str]) -> str:
+    """The first faults in one line, and how many more there are."""
+    more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+    return "; ".join(faults[:SHOWN]) + more

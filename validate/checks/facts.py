@@ -13,8 +13,8 @@ from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError
 from dispc.support.graph import LAST
 from dispc.support.version import __version__
-from dispc.validate.checks.check import Check
-from dispc.validate.checks.files import SHOWN, differences
+from dispc.validate.checks.check import Check, listed
+from dispc.validate.checks.files import differences
 from dispc.validate.comparison import Comparison
 
 NAME = "dispc.json"
@@ -50,8 +50,7 @@ def judge_facts(comparison: Comparison, quick: Collection[str]) -> Iterator[Chec
     if comparison.manifest.validation is not None:
         faults += _validation(comparison.manifest.validation, comparison, quick)
     if faults:
-        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        yield Check.failed(NAME, "static", "; ".join(faults[:SHOWN]) + more)
+        yield Check.failed(NAME, "static", listed(faults))
     else:
         yield Check(name=NAME, group="static", status="passed", detail=f"{len(expected)} facts worked out again")
 

@@ -17,7 +17,7 @@ from dispc.masks import Masks
 from dispc.runtime.providers import PROVIDERS
 from dispc.support.errors import ArtifactError, DispcError, first_line
 from dispc.support.inputs import contents, read_object
-from dispc.validate.checks.check import Check
+from dispc.validate.checks.check import Check, listed
 from dispc.validate.comparison import Comparison
 
 COMPANIONS = "files beside the model"
@@ -25,8 +25,6 @@ REPORTS = (".xml", ".html", ".md")
 """Endings of what `dispc validate` writes, which may lie beside an artifact: no runtime reads such a file."""
 REPORT = re.compile(r"report[\w-]*\.json")
 """Names under which a report may lie there as JSON; runtimes look for some others."""
-SHOWN = 6
-"""Differences that are named."""
 ABSENT = "nothing"
 
 
@@ -71,8 +69,7 @@ def judge_companions(comparison: Comparison) -> Iterator[Check]:
     """Config and tokenizer files are the reference's, no others are there, and genai_config.json is what we write."""
     faults = [*_copied(comparison), *_foreign(comparison), *_genai(comparison)]
     if faults:
-        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        yield Check.failed(COMPANIONS, "static", "; ".join(faults[:SHOWN]) + more)
+        yield Check.failed(COMPANIONS, "static", listed(faults))
     else:
         detail = "config, tokenizer and genai_config.json"
         yield Check(name=COMPANIONS, group="static", status="passed", detail=detail)

@@ -12,9 +12,8 @@ import onnx_ir as ir
 
 from dispc.support.errors import DispcError
 from dispc.support.version import __version__
-from dispc.validate.checks.check import Check
-from dispc.validate.checks.files import SHOWN
-from dispc.validate.checks.rewriting import other_releases, rewritten
+from dispc.validate.checks.check import Check, listed
+from dispc.validate.checks.rewriting import failed_or_noted, rewritten
 from dispc.validate.comparison import Comparison
 
 NAME = "graph"
@@ -32,17 +31,12 @@ def judge_graph(comparison: Comparison) -> Iterator[Check]:
         faults = [*differences(found, expected)]
     except DispcError as error:
         faults = [str(error)]
-    others = other_releases(comparison)
-    if not faults:
+    if faults:
+        what = f"not what dispc {__version__} writes for this model: {listed(faults)}"
+        yield failed_or_noted(NAME, what, comparison)
+    else:
         detail = f"{len(expected.graph)} nodes are those that dispc {__version__} writes"
         yield Check(name=NAME, group="static", status="passed", detail=detail)
-        return
-    more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-    shown = f"not what dispc {__version__} writes for this model: {'; '.join(faults[:SHOWN])}{more}"
-    if others:
-        yield Check(name=NAME, group="static", status="noted", detail=f"not judged (compiled with {others}): {shown}")
-    else:
-        yield Check.failed(NAME, "static", shown)
 
 
 def differences(found: ir.Model, expected: ir.Model) -> Iterator[str]:

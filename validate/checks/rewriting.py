@@ -11,6 +11,7 @@ from dispc.export.trace import trace
 from dispc.passes.pipeline import build_pipeline, run_pipeline
 from dispc.support.dtypes import DTYPES
 from dispc.support.version import COMPILING, __version__, versions
+from dispc.validate.checks.check import Check
 from dispc.validate.comparison import Comparison
 
 WRITTEN: WeakKeyDictionary[Comparison, ir.Model] = WeakKeyDictionary()
@@ -38,3 +39,10 @@ def other_releases(comparison: Comparison) -> str:
     return ", ".join(
         f"{name} {made[name]}, here {version}" for name, version in here.items() if made.get(name, version) != version
     )
+
+
+def failed_or_noted(name: str, what: str, comparison: Comparison) -> Check:
+    """The check of an artifact that is otherwise than what is written here: noted where other releases made it."""
+    if others := other_releases(comparison):
+        return Check(name=name, group="static", status="noted", detail=f"not judged (compiled with {others}): {what}")
+    return Check.failed(name, "static", what)

@@ -13,9 +13,8 @@ from dispc.quantisation import product_of
 from dispc.reference.integers import KINDS
 from dispc.support.arrays import Array
 from dispc.support.errors import DispcError
-from dispc.validate.checks.check import Check
-from dispc.validate.checks.files import SHOWN
-from dispc.validate.checks.rewriting import other_releases, rewritten
+from dispc.validate.checks.check import Check, listed
+from dispc.validate.checks.rewriting import failed_or_noted, rewritten
 from dispc.validate.comparison import Comparison
 
 NAME = "weights"
@@ -51,15 +50,11 @@ def judge_weights(comparison: Comparison) -> Iterator[Check]:
     except DispcError as error:
         yield Check.failed(NAME, "static", str(error))
         return
-    more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-    shown = f"not what dispc computes: {'; '.join(faults[:SHOWN])}{more}"
-    if not faults:
+    if faults:
+        yield failed_or_noted(NAME, f"not what dispc computes: {listed(faults)}", comparison)
+    else:
         detail = f"{len(names)} of {len(expected)} tensors computed again"
         yield Check(name=NAME, group="static", status="passed", detail=detail)
-    elif others := other_releases(comparison):
-        yield Check(name=NAME, group="static", status="noted", detail=f"not judged (compiled with {others}): {shown}")
-    else:
-        yield Check.failed(NAME, "static", shown)
 
 
 def algorithm_of(name: str, comparison: Comparison) -> Algorithm | None:

@@ -4,6 +4,7 @@ The hypernetwork is replicated: it is small, and every process updates its copy 
 gates, the same noise and the same optimiser, so that the copies stay equal without exchanging weights.
 """
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +54,10 @@ class Processes:
         need("accelerate", "learn")
         from accelerate import PartialState
 
+        ours = not dist.is_initialized()
         state = PartialState(cpu=own.type == "cpu", timeout=PATIENCE)
+        if ours and state.device.type == "cpu":
+            atexit.register(_leave)
         return Processes(state.process_index, state.num_processes, state.device)
 
     def place(self, model: Any, config: DecoderConfig, read: Read) -> None:
@@ -129,6 +133,16 @@ class Processes:
         """Wait until all processes are here."""
         if self.count > 1:
             dist.barrier()
+
+
+def _leave() -> None:
+    """End gloo's threads before the interpreter ends.
+
+    They may still give tensors back to Python then, and the process is ended by a signal (pytorch issue 190489).
+    NCCL's communicators are left to the end of the process: ending them waits for the others, which may have failed.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def gathered(tree: Any) -> Any:

@@ -90,7 +90,7 @@ STARTS = {"one": (), "two": ("torch.distributed.run", "--standalone", "--nproc-p
 
 
 CRASHES = ("SIGSEGV", "SIGABRT")
-"""torch's collectives on a CPU ended a process so twice in a hundred runs on a busy machine: tried once more."""
+"""gloo's threads, it seems, ended a process so twice in some 350 runs, once within `full_tensor`: tried once more."""
 
 
 def started(start: Sequence[str], *words: str) -> subprocess.CompletedProcess[str]:
@@ -114,7 +114,9 @@ def test_two_processes_share_models_of_every_kind_and_compute_what_one_does() ->
     pytest.importorskip("accelerate")
     variants = ("llama-tied-biased", "phi3", "gpt-neox", "opt", "gemma3")
     done = started(["-m", *STARTS["two"][:-1]], placing.__file__, *variants)
-    lines = sorted(line.split() for line in done.stdout.splitlines())
+    said = sorted(line.split() for line in done.stdout.splitlines())
+    assert [line for line in said if line[1] == "left"] == [[rank, "left", "True"] for rank in "01"]
+    lines = [line for line in said if line[1] != "left"]
     assert [line[:2] for line in lines] == sorted([rank, variant] for rank in "01" for variant in variants)
     for _, variant, off, share, tied in lines:
         assert float(off) < 1e-5 and 0.4 < float(share) < 0.6

@@ -33,7 +33,7 @@ from dispc.selection import sets_to_fill
 from dispc.support.directories import check_output, staged_directory
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError, CompileError
-from dispc.support.files import refuse_inputs, write_json
+from dispc.support.files import real, refuse_inputs, write_json
 from dispc.support.version import COMPILING, __version__, versions
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _check_paths(options: CompileOptions) -> None:
     """Raise DispcError unless the output may be written, and replaces nothing that is read or written elsewhere."""
     check_output(options.output, options.force, foreign=foreign_to_artifact)
     for path in (options.model, options.masks, options.dump_ir):
-        if path and path.resolve().is_relative_to(options.output.resolve()):
+        if path and real(path).is_relative_to(real(options.output)):
             raise ArtifactError(f"{path}: lies in {options.output}, which would be replaced; choose another -o")
     refuse_inputs([options.dump_ir] if options.dump_ir else [], [options.model])
     Dump(options.dump_ir).check(options.force)
@@ -158,7 +158,7 @@ def _validated(manifest: Manifest, stage: Path, options: CompileOptions, progres
         CheckOptions(quick=True, device="available", masks=stage / "masks.safetensors"),
         say=lambda what: progress(f"validating: {what}", 0, 1),
     )
-    named = replace(report, artifact=options.output.name, reference=options.model.resolve().name)
+    named = replace(report, artifact=options.output.name, reference=real(options.model).name)
     manifest = replace(manifest, validation_seconds=round(time.perf_counter() - begun, 3), validation=named.as_dict())
     write_json(stage / MANIFEST, manifest.to_json())
     if not report.passed:

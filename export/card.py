@@ -15,7 +15,7 @@ from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.config import DecoderConfig
 from dispc.support.errors import CheckpointError
-from dispc.support.files import write_text
+from dispc.support.files import real, write_text
 from dispc.support.inputs import contents
 from dispc.support.printable import printable
 from dispc.targets import TARGETS
@@ -117,7 +117,7 @@ def write_card(checkpoint: Checkpoint, masks: Masks, manifest: Manifest, genai_b
     config, model = checkpoint.config, checkpoint.directory
     for file in licence_files(model):
         (directory / file).write_bytes(contents(model / file, CheckpointError))
-    name = hub_name(model) or model.resolve().name
+    name = hub_name(model) or real(model).name
     provider = TARGETS[manifest.target].provider_of(manifest.dtype)
     blocks = manifest.block_parameters
     pruned = (
@@ -213,7 +213,7 @@ def licence_files(model: Path) -> list[str]:
 
 def hub_name(model: Path) -> str | None:
     """ORGANISATION/MODEL, where the directory lies in the cache of the Hugging Face hub; nothing else names it."""
-    snapshots = model.resolve().parent  # models--ORGANISATION--MODEL/snapshots/COMMIT
+    snapshots = real(model).parent  # models--ORGANISATION--MODEL/snapshots/COMMIT
     kind, *name = snapshots.parent.name.split("--")
     return "/".join(name) if (snapshots.name, kind) == ("snapshots", "models") and name else None
 

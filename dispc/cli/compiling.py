@@ -12,6 +12,7 @@ from dispc.cli.arguments import options_from
 from dispc.cli.process import SETTINGS, import_transformers
 from dispc.cli.tables import JsonFlag, err, out, print_error, print_json
 from dispc.lowerings import LOWERINGS
+from dispc.support.files import real
 
 if TYPE_CHECKING:
     from dispc.compiler import CompileOptions
@@ -120,7 +121,7 @@ class CompileArguments:
     @property
     def directory(self) -> Path:
         """Where the artifact goes."""
-        return self.output or self.model.resolve().parent / f"{self.model.resolve().name}-{self.target}"
+        return self.output or real(self.model).with_name(f"{real(self.model).name}-{self.target}")
 
     def options(self) -> "CompileOptions":
         from dispc.compiler import CompileOptions

@@ -249,10 +249,10 @@ def clear_reports(reports: list[Path], inputs: list[Path], baseline: Path | None
     Raises:
         DispcError: when a report's path is no place for one: a directory, an input or in one, or another report's.
     """
-    from dispc.support.files import refuse_inputs
+    from dispc.support.files import real, refuse_inputs
 
     refuse_inputs(reports, inputs)
-    places = [path.resolve() for path in reports]
+    places = [real(path) for path in reports]
     for path, place in zip(reports, places, strict=True):
         if place.is_dir():
             raise DispcError(f"{path}: is a directory; name a file in it for the report")

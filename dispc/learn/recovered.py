@@ -21,7 +21,7 @@ from dispc.model.packed import rows
 from dispc.reference.masked import load_reference, zero_outside
 from dispc.support.directories import staged_directory
 from dispc.support.errors import CheckpointError, first_line
-from dispc.support.files import write_json, write_text
+from dispc.support.files import real, write_json, write_text
 from dispc.support.inputs import contents
 from dispc.support.version import __version__
 
@@ -113,7 +113,7 @@ def readme(options: RecoverOptions, checkpoint: Checkpoint, masks: Masks, outcom
         if masks.norm_scope == "full"
         else "Its norms see the read sets only (norm_scope selected): load it with dispc, or `dispc.apply_masks`."
     )
-    return f"""# {checkpoint.directory.resolve().name}, pruned and recovered
+    return f"""# {real(checkpoint.directory).name}, pruned and recovered
 
 Pruned to {masks.kept_parameters(config):,} of {dense:,} block parameters by `masks.safetensors` (DISP-LLM), and trained
 by dispc {__version__} under these masks: {kind}; loss `{options.loss}`, {outcome.steps} steps of

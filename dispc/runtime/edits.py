@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from dispc.support.dtypes import DTYPES, ROWS
 from dispc.support.errors import ArtifactError, first_line
+from dispc.support.files import real
 from dispc.support.graph import LAST, locations, read_model, require_beside, weight_files
 from dispc.support.inputs import named_in_text
 
@@ -41,7 +42,7 @@ def serialise(model: ir.Model) -> tuple[bytes, set[Path]]:
     """
     proto, folders = ir.to_proto(model), set()
     for entry in locations(proto):
-        file = Path(entry.value).resolve()
+        file = real(Path(entry.value))
         entry.value = file.name
         folders.add(file.parent)
     return proto.SerializeToString(), folders

@@ -15,6 +15,11 @@ from dispc.support.errors import DispcError, first_line
 from dispc.support.printable import is_text, printable
 
 
+def real(path: Path) -> Path:
+    """Where a path leads, links followed; a loop of links leads to itself, and is an error to `Path.resolve` only."""
+    return Path(os.path.realpath(path))
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A file name to write to instead of `path`, whose place it takes at the end of the block.
@@ -25,7 +30,7 @@ def whole(path: Path) -> Iterator[Path]:
     Raises:
         OSError: with the name of `path`, which the system leaves out where it is a write that fails (a full disk).
     """
-    target = path.resolve()
+    target = real(path)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         if path.exists() and not path.is_file():
@@ -66,9 +71,9 @@ def _runs(process: int) -> bool:
 
 def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
     """Raise DispcError for an output that would be written over one of the inputs, or into one that is a directory."""
-    sources = [source.resolve() for source in inputs]
+    sources = [real(source) for source in inputs]
     for path in outputs:
-        if any(path.resolve().is_relative_to(source) for source in sources):
+        if any(real(path).is_relative_to(source) for source in sources):
             raise DispcError(f"{path}: is an input, or in one; write somewhere else")
 
 

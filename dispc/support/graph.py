@@ -56,16 +56,14 @@ def read_model(path: Path) -> onnx.ModelProto:
     """The model in a file, without the weights beside it.
 
     Raises:
-        ArtifactError: when it is no ONNX model, or the names of its nodes are no text.
+        ArtifactError: when it is no ONNX model, or a text in it is not UTF-8.
         FileNotFoundError, PermissionError: when it cannot be opened.
     """
     regular(path, ArtifactError, PROTOBUF_BYTES)
     try:
         with naming(path):
             model = onnx.load(path, load_external_data=False)
-        for node in model.graph.node:  # protobuf decodes names now, and not before; what is no text stays bytes
-            if not all(isinstance(name, str) for name in (node.name, node.op_type, node.domain)):
-                raise ValueError("the name of a node is no text")
+        _require_text(model)
     except OSError:
         raise
     except Exception as error:  # what protobuf raises depends on its implementation
@@ -73,6 +71,18 @@ def read_model(path: Path) -> onnx.ModelProto:
     if not model.graph.node:
         raise ArtifactError(f"{path}: not an ONNX model (it has no nodes)")
     return model
+
+
+def _require_text(message: Message) -> None:
+    """Raise ValueError for a text that is not UTF-8: protobuf decodes it when it is looked at, or leaves it bytes."""
+    for field, value in message.ListFields():
+        if field.type not in (field.TYPE_STRING, field.TYPE_MESSAGE):
+            continue
+        for one in [value] if isinstance(value, str | bytes | Message) else value:
+            if isinstance(one, Message):
+                _require_text(one)
+            elif not isinstance(one, str):
+                raise ValueError(f"{field.name} of {message.DESCRIPTOR.name} is not UTF-8")
 
 
 def weight_files(model: onnx.ModelProto) -> set[str]:

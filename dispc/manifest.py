@@ -39,6 +39,11 @@ COMPARABLE = ("config_sha256", "target", "dtype", "padding", "quantisation", "lo
 """What an artifact and the dense one that it is compared with must have in common."""
 
 
+def licence_files(directory: Path) -> list[str]:
+    """The names of the files of a model directory that say what may be done with it."""
+    return sorted(file.name for file in directory.iterdir() if LICENCE_FILES.fullmatch(file.name) and file.is_file())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
     """What `--tune` measured: the blocks that were timed, and where.

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from dispc.manifest import LICENCE_FILES, Manifest
+from dispc.manifest import Manifest, licence_files
 from dispc.masks import SETS, Masks, set_width
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.config import DecoderConfig
@@ -205,10 +205,6 @@ def base_card(model: Path) -> dict[str, str | list[str]]:
         return isinstance(value, str) or (isinstance(value, list) and all(isinstance(word, str) for word in value))
 
     return {key: value for key, value in content.items() if value and words(value)}
-
-
-def licence_files(model: Path) -> list[str]:
-    return sorted(file.name for file in model.iterdir() if LICENCE_FILES.fullmatch(file.name) and file.is_file())
 
 
 def hub_name(model: Path) -> str | None:

@@ -213,7 +213,7 @@ class QuantisedWeight:
         step = max(1, PIECE // inputs)
         kernel_dtype = np.float16 if stored.dtype == np.float16 else np.float32
         reads = self.quantisation.rounding.reads_text
-        factor = inverse_factor(self.hessian) if reads and self.hessian is not None else None
+        factor = inverse_factor(_widened(self.hessian, inputs)) if reads and self.hessian is not None else None
         pieces = [
             round_weight(
                 np.ascontiguousarray(weight[:, start : start + step], dtype=kernel_dtype), self.quantisation, factor
@@ -227,6 +227,11 @@ class QuantisedWeight:
             integers = np.ascontiguousarray(integers.reshape(outputs, -1)[:, : inputs * self.quantisation.bits // 8])
         parts = {"quantised": integers, "scales": scales.astype(stored.dtype, copy=False)}
         return parts if self.quantisation.symmetric else parts | {"zero_points": zero_points}
+
+
+def _widened(hessian: Array, inputs: int) -> Array:
+    """[K,K] with zeros for the inputs that aligned widths add: they meet weights that are zero."""
+    return np.pad(hessian, (0, inputs - len(hessian)))
 
 
 def _attributes(quantisation: Quantisation) -> dict[str, int]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dispc.algorithms import NEAREST, SMALL, STRAYED, TINY
+from dispc.algorithms import LEAN, NEAREST, ROW_CHANCE, SMALL, STRAYED, TINY
 from dispc.quantisation import Quantisation
 from dispc.support.arrays import Array
 from dispc.support.errors import CompileError
@@ -56,12 +56,25 @@ def _near(rounded: Integers, weight: Array, quantisation: Quantisation) -> Integ
     read = _read(rounded, quantisation, len(weight))
     apart, norms = (np.linalg.norm(_blocks(each, size), axis=2) for each in (read.T - weight, weight))
     norms = np.maximum(norms, SMALL * np.sqrt(np.square(norms).mean(axis=1, keepdims=True)))
-    strayed = ~(apart <= STRAYED * np.maximum(norms, TINY * norms.max())).all(axis=1)
+    strayed = ~(apart <= STRAYED * np.maximum(norms, TINY * norms.max())).all(axis=1) | _leans(read.T, weight)
     if strayed.any():
         nearest = _nearest(np.ascontiguousarray(weight[:, strayed]), quantisation, None)
         rounded.values[strayed], rounded.scales[strayed] = nearest.values, nearest.scales
         rounded.zero_points[strayed] = nearest.zero_points
     return rounded
+
+
+def _leans(read: Array, weight: Array) -> Array:
+    """Which rows (columns of [K,N]) are further from 1 times their weights than LEAN and ROW_CHANCE say; bool [N]."""
+    weight = weight.astype(np.float32, copy=False)
+    norms = np.linalg.norm(weight, axis=0)
+    counted = norms > SMALL * np.sqrt(np.square(norms).mean())
+    safe = norms.clip(min=1e-15)
+    times = (read * weight).sum(axis=0) / np.square(safe)
+    beside = np.linalg.norm(read - times * weight, axis=0) / safe
+    over = np.where(times > 1, times - 1, 1 - times - np.square(beside)) - ROW_CHANCE * beside / len(weight) ** 0.5
+    leans: Array = counted & ~(over <= LEAN)
+    return leans
 
 
 def _read(rounded: Integers, quantisation: Quantisation, inputs: int) -> Array:

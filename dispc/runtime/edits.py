@@ -14,6 +14,7 @@ from dispc.support.graph import LAST, locations, read_model, require_beside, wei
 from dispc.support.inputs import named_in_text
 
 Edit = Callable[[ir.Model], None]
+GATHERS = ("Gather", "GatherND")
 
 
 def load_graph(path: Path) -> ir.Model:
@@ -153,7 +154,7 @@ def _with_all_logits(model: ir.Model) -> None:
     for node in model.graph:
         for position, value in enumerate(node.inputs):
             producer = value.producer() if value is not None else None
-            if producer is not None and (producer.name or "").startswith(f"{LAST}Gather"):
+            if producer is not None and producer.op_type in GATHERS and (producer.name or "").startswith(LAST):
                 node.replace_input_with(position, producer.inputs[0])
     logits = next(value for value in model.graph.outputs if value.name == "logits")
     if logits.shape is not None:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from language import make_tokenizer
 
 from dispc.compiler import CompileOptions, compile_model
-from dispc.export.card import LICENCE_FILES, front_matter, write_card
-from dispc.manifest import BlockParameters, Needs, read_manifest
+from dispc.export.card import front_matter, write_card
+from dispc.manifest import LICENCE_FILES, BlockParameters, Needs, read_manifest
 from dispc.masks import SETS, Masks
 from dispc.model.checkpoint import Checkpoint
 

@@ -15,6 +15,7 @@ from sets import half
 
 from dispc.algorithms import ALGORITHMS
 from dispc.compiler import CompileOptions, compile_model
+from dispc.masks import Masks
 from dispc.quantisation import Quantisation
 from dispc.support.errors import ArtifactError
 from dispc.validate import CheckOptions, check
@@ -47,6 +48,33 @@ def test_artifacts_of_every_algorithm_pass(algorithm: str, mixed: str | None) ->
     assert report.passed, failed(report)
 
 
+@pytest.mark.parametrize("algorithm", READ)
+@pytest.mark.parametrize(
+    "options",
+    [{"target": "onnx-cuda"}, {"target": "onnx-cuda", "dtype": "bfloat16"}, {"target": "onnx-cpu", "align": 8}],
+    ids=str,
+)
+def test_parts_of_a_product_are_found_between_aligned_widths(
+    algorithm: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each of two projections that lie side by side ends with rows of zeros, and every read with columns of zeros."""
+    config, some = harness.checkpoint("llama").config, {"mlp.mid": [*range(5, 26)], "mlp.read": [*range(20)]}
+    Masks.from_indices([some] * config.num_hidden_layers, config, norm_scope="full").save(tmp_path / "masks", config)
+    quantisation = replace(INT4, algorithm=algorithm)
+    data = student.text("calibration.txt", 2000, 5) if quantisation.wants_text else None
+    compiled = CompileOptions(
+        model=student.student(),
+        masks=tmp_path / "masks",
+        output=tmp_path / "out",
+        quantisation=quantisation,
+        data=data,
+        **options,
+    )
+    assert compile_model(compiled).passed
+    report = check(tmp_path / "out", student.student(), CheckOptions(masks=tmp_path / "masks", device="cpu"))
+    assert report.passed, failed(report)
+
+
 def stretch(rows: slice, blocks: slice, factor: float) -> faults.Fault:
     def fault(model: ir.Model) -> None:
         scales = faults.initializer(model, SCALES)
@@ -54,6 +82,14 @@ def stretch(rows: slice, blocks: slice, factor: float) -> faults.Fault:
         faults.replace(model, SCALES, scales)
 
     return fault
+
+
+def sway(model: ir.Model) -> None:
+    """Rows in turns too large and too small: all in all nothing is."""
+    scales = faults.initializer(model, SCALES)
+    scales[::2] *= 1.3
+    scales[1::2] *= 0.7
+    faults.replace(model, SCALES, scales)
 
 
 def roll(model: ir.Model) -> None:
@@ -68,6 +104,7 @@ FAULTS = {
     "a row 1.5 times": stretch(ROW, ALL, 1.5),
     "a row of zeros": stretch(ROW, ALL, 0.0),
     "a row negated": stretch(ROW, ALL, -1.0),
+    "rows 1.3 and 0.7 times in turns": sway,
     "of the rows beside": roll,
 }
 IN_A_BLOCK = {"a block 1.5 times": stretch(ROW, BLOCK, 1.5), "a block of zeros": stretch(ROW, BLOCK, 0.0)}

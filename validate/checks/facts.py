@@ -59,13 +59,15 @@ def recomputed(comparison: Comparison, graph: ir.Model) -> dict[str, Any]:
     """The facts of dispc.json, by name, from everything but dispc.json."""
     checkpoint, masks, config = comparison.checkpoint, comparison.masks, comparison.checkpoint.config
     operators = Counter(node.op_type for node in graph.graph)
+    attends = any(block.attention.alive for block in masks.blocks)
+    grouped = bool(operators["GroupQueryAttention"]) if attends else comparison.plan.group_query  # shown by operators
     dense = config.all_block_parameters
     logits = next(value for value in graph.graph.outputs if value.name == "logits")
     facts: dict[str, Any] = {
         "model_type": config.family.model_type,
         "dtype": next((name for name, row in DTYPES.items() if row.onnx == logits.dtype), "unknown"),
         "logits": "last" if any((node.name or "").startswith(LAST) for node in graph.graph) else "all",
-        "attention": "GroupQueryAttention" if operators["GroupQueryAttention"] else "Attention",
+        "attention": "GroupQueryAttention" if grouped else "Attention",
         "positions": config.max_positions,
         "stop_tokens": checkpoint.stop_tokens,
         "norm_scope": masks.norm_scope,
@@ -84,6 +86,8 @@ def _metadata(manifest: Manifest, graph: ir.Model, masks: Masks) -> Iterator[str
         ours, in_graph = getattr(manifest, name), graph.metadata_props.get(f"dispc.{IN_GRAPH[name]}")
         if in_graph != ours:
             yield f"{name} is {ours}, model.onnx says {in_graph or 'nothing'}"
+    for key in sorted(set(graph.metadata_props) - {f"dispc.{key}" for key in IN_GRAPH.values()}):
+        yield f"model.onnx has metadata of its own: {key}"  # ONNX Runtime reads options of sessions from some
     if manifest.needs.opset != graph.opset_imports[""]:
         yield f"needs.opset is {manifest.needs.opset}, model.onnx has {graph.opset_imports['']}"
     operators, lowering = Counter(node.op_type for node in graph.graph), manifest.lowering.name

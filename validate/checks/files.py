@@ -4,6 +4,7 @@ With wrong ones, a correct graph prunes the wrong positions, stops at the wrong 
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from dispc.export.companions import genai_config
-from dispc.manifest import COPIED, LICENCE_FILES, WRITTEN
+from dispc.manifest import COPIED, LICENCE_FILES, MANIFEST, WRITTEN, licence_files
 from dispc.masks import Masks
 from dispc.runtime.providers import PROVIDERS
 from dispc.support.errors import ArtifactError, DispcError, first_line
+from dispc.support.graph import read_model, weight_files
 from dispc.support.inputs import contents, read_object
 from dispc.validate.checks.check import Check, listed
 from dispc.validate.comparison import Comparison
@@ -26,6 +28,11 @@ REPORTS = (".xml", ".html", ".md")
 REPORT = re.compile(r"report[\w-]*\.json")
 """Names under which a report may lie there as JSON; runtimes look for some others."""
 ABSENT = "nothing"
+WEIGHTS = "model.onnx.data"
+MODELS = (".onnx", ".ort", ".safetensors", ".bin", ".gguf", ".jinja", ".py")
+"""Endings of what other programs look for in hidden folders too: optimum runs the first *.onnx of all."""
+MARK = b"\xef\xbb\xbf"
+"""A byte order mark, which onnxruntime-genai takes for nonsense."""
 
 
 def judge_masks(comparison: Comparison) -> Iterator[Check]:
@@ -67,7 +74,8 @@ def first_difference(ours: Masks, meant: Masks) -> str | None:
 
 def judge_companions(comparison: Comparison) -> Iterator[Check]:
     """Config and tokenizer files are the reference's, no others are there, and genai_config.json is what we write."""
-    faults = [*_copied(comparison), *_foreign(comparison), *_genai(comparison)]
+    faults = [*_copied(comparison), *_foreign(comparison), *_hidden(comparison.directory), *_genai(comparison)]
+    faults += [*_weights(comparison.directory)]
     if faults:
         yield Check.failed(COMPANIONS, "static", listed(faults))
     else:
@@ -79,7 +87,7 @@ def _copied(comparison: Comparison) -> Iterator[str]:
     for name in COPIED:
         theirs, ours = comparison.checkpoint.directory / name, comparison.directory / name
         if not theirs.is_file():
-            if ours.exists():
+            if os.path.lexists(ours):  # a link without its file may lead to one elsewhere
                 yield f"{name}: the reference has none"
         elif not ours.is_file():
             yield f"{name} is missing"
@@ -96,6 +104,23 @@ def _foreign(comparison: Comparison) -> Iterator[str]:
                 yield f"{path.name}: not the reference's"
         elif path.name not in WRITTEN and not path.name.startswith(".") and not _is_report(path):
             yield f"{path.name}: no file of an artifact, and others may read it"
+    for name in licence_files(comparison.checkpoint.directory):
+        if not (comparison.directory / name).exists():
+            yield f"{name} is missing"
+
+
+def _hidden(directory: Path) -> Iterator[str]:
+    """Models and code in hidden files and folders (.git and .cache may be there)."""
+    for hidden in sorted(directory.glob(".*")):
+        for path in sorted([hidden, *hidden.rglob("*")] if hidden.is_dir() else [hidden]):
+            if path.suffix in MODELS:
+                yield f"{path.relative_to(directory)}: no file of an artifact, and others may read it"
+
+
+def _weights(directory: Path) -> Iterator[str]:
+    """Files of weights with other names than dispc's: copies of model.onnx* would be without them."""
+    for name in sorted(weight_files(read_model(directory / "model.onnx")) - {WEIGHTS}):
+        yield f"model.onnx has weights in {name}, not in {WEIGHTS}"
 
 
 def _is_report(path: Path) -> bool:
@@ -114,9 +139,15 @@ def _genai(comparison: Comparison) -> Iterator[str]:
     wanted = genai_config(comparison.checkpoint, plan, comparison.masks.cache_layers, inputs, options)
     try:
         found = read_object(comparison.directory / "genai_config.json", ArtifactError)
+        marked = [
+            name
+            for name in ("genai_config.json", MANIFEST)
+            if contents(comparison.directory / name, ArtifactError).startswith(MARK)
+        ]
     except (ArtifactError, OSError) as error:
         yield f"genai_config.json cannot be read ({first_line(error)})"
         return
+    yield from (f"{name} begins with a byte order mark" for name in marked)
     for place, ours, theirs in differences(found, wanted):
         yield f"genai_config.json: {place} is {ours}, expected {theirs}"
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from dispc.support.errors import DispcError
 from dispc.support.version import __version__
 from dispc.validate.checks.check import Check, listed
-from dispc.validate.checks.rewriting import failed_or_noted, rewritten
+from dispc.validate.checks.rewriting import failed_or_noted, needed, rewritten
 from dispc.validate.comparison import Comparison
 
 NAME = "graph"
@@ -29,6 +29,12 @@ def judge_graph(comparison: Comparison) -> Iterator[Check]:
     try:
         found, expected = comparison.graph(), rewritten(comparison)
         faults = [*differences(found, expected)]
+        stored, needs = comparison.manifest.to_json()["needs"], needed(expected)
+        faults += [
+            f"needs.{name} is {stored[name]}, it needs {least}"
+            for name, least in needs.items()
+            if stored[name] != least
+        ]
     except DispcError as error:
         faults = [str(error)]
     if faults:
@@ -43,6 +49,8 @@ def differences(found: ir.Model, expected: ir.Model) -> Iterator[str]:
     """What `found` has otherwise than `expected`, nodes and values by name."""
     if found.functions:
         yield "it has functions of its own"
+    if found.ir_version != expected.ir_version:
+        yield f"IR version {found.ir_version} instead of {expected.ir_version}"
     if found.opset_imports != expected.opset_imports:
         yield f"opsets {dict(found.opset_imports)} instead of {dict(expected.opset_imports)}"
     for what, ours, theirs in (

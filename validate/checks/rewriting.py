@@ -3,11 +3,13 @@
 Everything else in validation judges what is computed without them.
 """
 
+from dataclasses import asdict
 from weakref import WeakKeyDictionary
 
 import onnx_ir as ir
 
 from dispc.export.trace import trace
+from dispc.passes.common.versions import needs
 from dispc.passes.pipeline import build_pipeline, run_pipeline
 from dispc.support.dtypes import DTYPES
 from dispc.support.version import COMPILING, __version__, versions
@@ -32,9 +34,14 @@ def rewritten(comparison: Comparison) -> ir.Model:
     return WRITTEN[comparison]
 
 
+def needed(graph: ir.Model) -> dict[str, object]:
+    """What runs a graph, as dispc.json has it: by the passes' own table of kernels."""
+    return asdict(needs(graph))
+
+
 def other_releases(comparison: Comparison) -> str:
     """The releases that the artifact was made with and that are others here, in words; empty where there are none."""
-    made = {"dispc": comparison.manifest.dispc} | dict(comparison.manifest.versions)
+    made = dict(comparison.manifest.versions) | {"dispc": comparison.manifest.dispc}
     here = {"dispc": __version__} | versions(*COMPILING)
     return ", ".join(
         f"{name} {made[name]}, here {version}" for name, version in here.items() if made.get(name, version) != version

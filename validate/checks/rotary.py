@@ -38,11 +38,12 @@ def judge_rotary(comparison: Comparison) -> Iterator[Check]:
     except ArtifactError as error:
         yield Check.failed(NAME, "parity", str(error))
         return
-    if not comparison.checkpoint.family.rotary or not masks.cache_layers:
+    config = comparison.checkpoint.config
+    if not any(block.attention.alive and config.rotates(index) for index, block in enumerate(masks.blocks)):
         if tables:
-            yield Check.failed(NAME, "parity", "the graph has them, the reference has no rotary positions")
+            yield Check.failed(NAME, "parity", "the graph has them, no attention of the reference that is left rotates")
         else:
-            yield Check.skipped(NAME, "parity", "the model has no rotary positions")
+            yield Check.skipped(NAME, "parity", "no attention that is left rotates")
         return
     if not tables:
         yield Check.failed(NAME, "parity", "the graph has none, the reference has rotary positions")

@@ -14,33 +14,40 @@ from dispc.validate.comparison import Comparison
 
 INT8_ACTIVATIONS_LIMIT = 0.1
 """Share of the logits' range that rounding activations to int8 may cost the last token (docs/quantisation.md)."""
-SHIPPED_LENGTHS, SHIPPED_STEPS = (17, 5, 9), 4
+SHIPPED_BATCHES, SHIPPED_STEPS = ((17, 5, 9, 1, 3, 12, 16, 2, 8), (300,)), 4
+"""Lengths of the prompts of each batch, where the model is as long; and steps after them."""
 
 
 def judge_shipped(comparison: Comparison) -> Iterator[Check]:
     """The artifact as it is against the graph that the other checks ran (`Artifact`, exact): each row's last token.
 
-    A prefill, and SHIPPED_STEPS steps after it.
+    A prefill of each of SHIPPED_BATCHES, and SHIPPED_STEPS steps after it.
     """
     exact, client = comparison.artifact, comparison.client
     if not (exact.last_logits or exact.int8_activations):
         return
     shipped = Artifact(comparison.directory, provider=exact.provider)
-    tokens = [client.tokens(100 + length, min(length, client.length)).tolist() for length in SHIPPED_LENGTHS]
+    longest = exact.positions - SHIPPED_STEPS
+    batches = [
+        [client.tokens(100 + length, min(length, longest)).tolist() for length in lengths]
+        for lengths in SHIPPED_BATCHES
+    ]
     named = (("int8 activations", exact.int8_activations), ("last logits", exact.last_logits))
     what = [name for name, has in named if has]
+    error = 0.0
     try:
-        (found, ours), (expected, theirs) = shipped.prefill(tokens), exact.prefill(tokens)
-        error = logit_error(found, expected)
-        for _ in range(SHIPPED_STEPS):
-            chosen = expected.argmax(axis=-1)
-            (found, ours), (expected, theirs) = shipped.step(chosen, ours), exact.step(chosen, theirs)
+        for tokens in batches:
+            (found, ours), (expected, theirs) = shipped.prefill(tokens), exact.prefill(tokens)
             error = max(error, logit_error(found, expected))
+            for _ in range(SHIPPED_STEPS):
+                chosen = expected.argmax(axis=-1)
+                (found, ours), (expected, theirs) = shipped.step(chosen, ours), exact.step(chosen, theirs)
+                error = max(error, logit_error(found, expected))
     except ArtifactError as reason:
         yield Check.failed(", ".join(what), "parity", str(reason))
         return
     limit = INT8_ACTIVATIONS_LIMIT if exact.int8_activations else LIMITS[exact.dtype]
-    detail = f"{len(tokens)} prompts and {SHIPPED_STEPS} steps, last tokens; the other checks are of the graph without"
+    detail = f"{sum(map(len, batches))} prompts and {SHIPPED_STEPS} steps, last tokens; the other checks are of the graph without"
     yield Check.against(", ".join(what), "parity", error, limit, "of the range", f"{detail} {' and '.join(what)}")
 
 

@@ -100,8 +100,8 @@ def _block_operators(graph: onnx.GraphProto, blocks: int) -> list[dict[str, int]
     """Operators of each block, by the names of its nodes (none where all of it is pruned); in a last row all others."""
     rows: list[Counter[str]] = [Counter() for _ in range(blocks + 1)]
     for node in graph.node:
-        block = re.search(r"/layers\.(\d+)/", node.name)
-        rows[int(block[1]) if block else blocks][node.op_type] += 1
+        block = re.search(r"/layers\.([0-9]{1,6})/", node.name)
+        rows[min(int(block[1]), blocks) if block else blocks][node.op_type] += 1
     return [dict(row.most_common()) for row in rows]
 
 

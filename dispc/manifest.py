@@ -1,14 +1,14 @@
 """dispc.json: the facts of an artifact. Its presence is what makes a directory an artifact."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dispc.algorithms import ALGORITHMS
 from dispc.masks import Masks
-from dispc.quantisation import Quantisation
+from dispc.quantisation import BLOCK_SIZES, Quantisation
 from dispc.selection import SelectionCosts
 from dispc.support.dtypes import ARTIFACT_DTYPES
 from dispc.support.errors import ArtifactError, MasksError
@@ -35,6 +35,8 @@ WRITTEN = (MANIFEST, "model.onnx", "model.onnx.data", "genai_config.json", "mask
 """What an artifact may hold, beside licence files."""
 LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)[\w.-]*", re.IGNORECASE)
 MIB = 2**20
+LEAST_POSITIONS, LARGEST = 8, 2**24
+"""Positions and widths of any model."""
 COMPARABLE = ("config_sha256", "target", "dtype", "padding", "quantisation", "logits", "align", "fusions")
 """What an artifact and the dense one that it is compared with must have in common."""
 
@@ -215,7 +217,22 @@ def read_manifest(artifact: Path) -> Manifest:
         raise ArtifactError(f"{path}: unknown dtype {manifest.dtype!r}")
     if manifest.quantisation and manifest.quantisation.algorithm not in ALGORITHMS:
         raise ArtifactError(f"{path}: unknown algorithm {manifest.quantisation.algorithm!r}")
+    for name, value, fits in _values_in_range(manifest):
+        if not fits:
+            raise ArtifactError(f"{path}: {name} is {value!r}, which no artifact has")
     return manifest
+
+
+def _values_in_range(manifest: Manifest) -> Iterator[tuple[str, object, bool]]:
+    """Fields that sizes are made from: name, value, and whether it can be."""
+    yield "positions", manifest.positions, LEAST_POSITIONS <= manifest.positions <= LARGEST
+    yield "align", manifest.align, 1 <= manifest.align <= LARGEST
+    yield "padding", manifest.padding, manifest.padding in ("left", "right")
+    for name, size in (("bytes", manifest.bytes), ("kept", manifest.block_parameters.kept)):
+        yield name, size, 0 <= size < 2**63
+    if quantisation := manifest.quantisation:
+        yield "bits", quantisation.bits, quantisation.bits in (4, 8)
+        yield "block_size", quantisation.block_size, quantisation.block_size in BLOCK_SIZES
 
 
 def summary(manifest: Manifest) -> dict[str, str]:

@@ -6,6 +6,7 @@ The file holds, for block i, the uint8 0/1 tensors `blocks.{i}.attention.read`, 
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from dispc.support.version import __version__
 
 NormScope = Literal["full", "selected"]
 Indices = npt.NDArray[np.int64]
+LARGEST_SET = 2**24
+"""Positions that a set may have to choose from, at most."""
 FORMAT, VERSION = "dispc-masks", "1"
 SETS = ("attention.read", "attention.write", "mlp.read", "mlp.mid", "mlp.write")
 
@@ -229,6 +232,10 @@ class Masks:
                 metadata: dict[str, str] = file.metadata() or {}
                 if metadata.get("format") != FORMAT:  # before a tensor is read: it may be a model of many gigabytes
                     raise MasksError(f"{path}: not a mask file (its metadata lacks format={FORMAT})")
+                for name in file.keys():  # noqa: SIM118
+                    entry = file.get_slice(name)
+                    if entry.get_dtype() != "U8" or math.prod(entry.get_shape()) > LARGEST_SET:
+                        raise MasksError(f"{path}: {name} must be uint8 values 0 or 1, no more than {LARGEST_SET:,}")
                 tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise MasksError(f"{path}: not a readable safetensors file ({error})") from error

@@ -3,6 +3,7 @@
 Every figure is one of dispc.json or of the masks' own metadata; a fact that is missing there is left out.
 """
 
+import codecs
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from dispc.targets import TARGETS
 CARRIED = ("license", "license_name", "license_link", "language")
 """What the front matter of the base model's card says that is true of the artifact as well."""
 TAGS = ["onnx", "onnxruntime", "onnxruntime-genai", "dispc", "disp-llm"]
+FRONT_MATTER = 2**16
+"""Bytes of a card that are looked at for it."""
 ENTITIES = str.maketrans({character: f"&#{ord(character)};" for character in "&<|\\"})
 MASK_FACTS = ("method", "data", "pruning_ratio", "ratio_of", "steps", "seed")
 PAPER = "DISP-LLM ([arXiv 2410.11988](https://arxiv.org/abs/2410.11988))"
@@ -189,22 +192,28 @@ def front_matter(model: Path) -> ModelCardData:
 def base_card(model: Path) -> dict[str, str | list[str]]:
     """Words and lists of words in the front matter of a model directory's README.md; empty when it cannot be read."""
     try:
-        text = contents(model / "README.md", CheckpointError).decode("utf-8-sig")
-        content = ModelCard(text, ignore_metadata_errors=True).data.to_dict() if text.startswith("---") else {}
-    except (
-        CheckpointError,
-        OSError,
-        ValueError,
-        TypeError,
-        RecursionError,
-        yaml.YAMLError,
-    ):  # not UTF-8, no mapping ...
+        raw = contents(model / "README.md", CheckpointError)[:FRONT_MATTER].removeprefix(codecs.BOM_UTF8)
+        first, *lines = [line.rstrip() for line in raw.splitlines()] or [b""]
+        end = lines.index(b"---") if first == b"---" else 0
+        content = yaml.load(b"\n".join(lines[:end]).decode(), _PlainLoader)
+    except (CheckpointError, OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):  # no front matter, ...
+        return {}
+    if not isinstance(content, Mapping):
         return {}
 
     def words(value: object) -> bool:
         return isinstance(value, str) or (isinstance(value, list) and all(isinstance(word, str) for word in value))
 
-    return {key: value for key, value in content.items() if value and words(value)}
+    return {str(key): value for key, value in content.items() if value and words(value)}
+
+
+class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML without aliases, of which a kilobyte may stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
 
 
 def hub_name(model: Path) -> str | None:

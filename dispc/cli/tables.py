@@ -55,8 +55,13 @@ def print_json(content: Mapping[str, Any]) -> None:
     sys.stdout.write(json_text(content))
 
 
+LONGEST = 4000
+"""Characters of an error's line: a value in it may have any number."""
+
+
 def print_error(message: str) -> None:
     line = " ".join(part.strip() for part in message.splitlines())
+    line = line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
     err.print(f"[red]error:[/red] {escape(line)}", highlight=False, soft_wrap=True)
 
 
@@ -186,7 +191,7 @@ def inspect_tables(inspection: "Inspection", *, ops: bool = False) -> list[Table
         operators.add_column("operator")
         operators.add_column("nodes", justify="right")
         for name, count in inspection.operators.items():
-            operators.add_row(name, str(count))
+            operators.add_row(escape(name), str(count))
         tables.append(operators)
     if ops and inspection.block_operators:
         blocks = Table(title="Operators per block", title_justify="left")
@@ -194,7 +199,7 @@ def inspect_tables(inspection: "Inspection", *, ops: bool = False) -> list[Table
         blocks.add_column("operators")
         *rows, outside = inspection.block_operators
         for title, counts in [*((str(index), row) for index, row in enumerate(rows)), ("outside", outside)]:
-            blocks.add_row(title, ", ".join(f"{count} {name}" for name, count in counts.items()))
+            blocks.add_row(title, ", ".join(f"{count} {escape(name)}" for name, count in counts.items()))
         tables.append(blocks)
     return tables
 

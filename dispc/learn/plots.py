@@ -88,6 +88,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
     need("matplotlib", "learn")
     import matplotlib
 
+    matplotlib.rcParams["text.parse_math"] = False  # a name with a dollar sign is no formula
     matplotlib.use("Agg")  # files only: no window, whatever the desktop
     from matplotlib import pyplot
 

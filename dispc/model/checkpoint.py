@@ -31,6 +31,8 @@ SPARE_TENSORS = re.compile(
     r"|(.*\.)?position_ids"
 )
 """Tensors that old releases of transformers stored, and that no model reads."""
+READ_SUFFIXES = (".json", ".safetensors", ".bin", ".jinja", ".txt", ".model")
+"""Endings of the files of a model directory that are read or copied where they are there."""
 
 
 class Checkpoint:
@@ -45,6 +47,7 @@ class Checkpoint:
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such model directory")
         self.directory = directory
+        _require_links(directory)
         self.raw_config = _read_json(directory / "config.json")
         try:
             self.family: Family = find_family(self.raw_config)
@@ -54,8 +57,9 @@ class Checkpoint:
     @cached_property
     def pretrained_config(self) -> Any:
         """The transformers config object, which fills in the family's defaults; see `make_config`."""
+        ropes = self.ropes  # whose errors name the file already
         with self._naming_config():
-            return make_config(self.raw_config, self.family, self.ropes, str(self.directory))
+            return make_config(self.raw_config, self.family, ropes, str(self.directory))
 
     @cached_property
     def ropes(self) -> dict[str, Rope]:
@@ -76,9 +80,10 @@ class Checkpoint:
         Raises:
             CheckpointError: when they are not.
         """
+        ropes, config = self.ropes, self.config
         with self._naming_config():
-            unused = set(self.ropes) - set(self.config.layer_kinds) if len(self.ropes) > 1 else ()
-            check_ropes(module, self.ropes, self.config.head_dim, unused)
+            unused = set(ropes) - set(config.layer_kinds) if len(ropes) > 1 else ()
+            check_ropes(module, ropes, config.head_dim, unused)
 
     def load_model(self, dtype: torch.dtype) -> Any:
         """The dense torch model in evaluation mode: transformers' code, every parameter read by `find`, in `dtype`.
@@ -235,7 +240,7 @@ class Checkpoint:
         Raises:
             CheckpointError: for a tensor without a place in the model, or a tied head that is not the embedding.
         """
-        blocks = re.compile(rf"{re.escape(self.family.layers)}\.(\d+)(\..*)")
+        blocks = re.compile(rf"{re.escape(self.family.layers)}\.(0|[1-9][0-9]{{0,5}})(\..*)")
 
         def place(name: str) -> str:
             """The name without its block's number, which must be that of a block."""
@@ -257,14 +262,28 @@ class Checkpoint:
         self._require_tied_head()
 
     def _require_tied_head(self) -> None:
-        head, embedding = self.stored.get(f"{self.family.head}.weight"), self.find(f"{self.family.embedding}.weight")
-        if head is None or head is embedding or not self.config.tied:
+        if not self.config.tied:
             return
-        if head.shape != embedding.shape or not torch.equal(head.read(), embedding.read()):
-            raise CheckpointError(
-                f"{self.directory}: {HEAD} is not the embedding, which config.json makes the head "
-                "(tie_word_embeddings); set that to false, or remove the tensor"
-            )
+        embedding = self.find(f"{self.family.embedding}.weight")
+        for name in (f"{self.family.head}.weight", HEAD):
+            head = self.stored.get(name)
+            other = head is not None and head is not embedding and not _equal(head, embedding)
+            if other or name in self._listed.others:
+                raise CheckpointError(
+                    f"{self.directory}: {name} is not the embedding, which config.json makes the head "
+                    "(tie_word_embeddings); set that to false, or remove the tensor"
+                )
+
+
+def _require_links(directory: Path) -> None:
+    """Raise CheckpointError for a link to nowhere, which would count as a file that is not there."""
+    for path in sorted(directory.iterdir()):
+        if path.suffix in READ_SUFFIXES and path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path}: is a link that leads nowhere; fetch the file, or remove the link")
+
+
+def _equal(one: CheckpointTensor, other: CheckpointTensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.read(), other.read())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -110,6 +110,9 @@ class Generation:
         do_sample = generation.get("do_sample")
         if do_sample is not None and not isinstance(do_sample, bool):
             raise CheckpointError(f"do_sample is {do_sample!r}; true or false is expected")
+        for key in ("temperature", "top_p") if do_sample else ():
+            if generation.get(key) == 0:
+                raise CheckpointError(f"{key} is 0 and do_sample is true; no token is drawn so: set do_sample to false")
         return Generation(
             stops=ids("eos_token_id"),
             bos=one("bos_token_id"),

@@ -88,14 +88,20 @@ def _check_kinds(said: Any, config: Any, read: bool) -> None:
 
     A family whose implementation does not `read` them has a window in every block, or in none.
     """
-    if said is None:
-        return
     window = getattr(config, "sliding_window", None)
+    if said is None:
+        if window is None and SLIDING in (getattr(config, "layer_types", None) or ()):
+            raise CheckpointError(
+                f"sliding_window is null, and {config.model_type} models have blocks with one; name it"
+            )
+        return
     if not read and said != (expected := [FULL if window is None else SLIDING] * config.num_hidden_layers):
         raise CheckpointError(
             f"layer_types is {said!r}, and {config.model_type} models have {len(expected)} blocks, all of them "
             f"{expected[0] if expected else FULL}; correct or remove it"
         )
+    if SLIDING in said and getattr(config, "use_sliding_window", True) is False:
+        raise CheckpointError(f"layer_types names {SLIDING}, and use_sliding_window is false; correct one of them")
     if SLIDING in said and window is None:
         raise CheckpointError(f"layer_types names {SLIDING}, and there is no sliding_window")
 

@@ -1,5 +1,6 @@
 """Text to tokens: read through `datasets`, tokenised once into a cache, cut into windows."""
 
+import codecs
 import glob
 import hashlib
 import io
@@ -80,12 +81,19 @@ def _file_rows(path: Path) -> list[str]:
     need("datasets", "learn")
     import datasets
 
+    if loader == "json" and not _begins_with_rows(path):  # pyarrow is ended by a signal where it says `null`
+        raise DataError(f"{path}: not readable as json (a list of objects, or an object in each line, is expected)")
     try:
         with quiet_datasets():
             rows = datasets.load_dataset(loader, data_files=glob.escape(str(path)), split="train", streaming=True)
             return _column(rows, str(path))
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise DataError(f"{path}: not readable as {loader} ({first_line(error)})") from error
+
+
+def _begins_with_rows(path: Path) -> bool:
+    with naming(path), path.open("rb") as file:
+        return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"[", b"{")
 
 
 @contextmanager
@@ -180,7 +188,10 @@ def _read_cache(path: Path) -> TextTokens | None:
 
 def tokenise(text: str, model: Path) -> TextTokens:
     """The whole text as one run of tokens, with what the tokenizer puts before a text, if anything."""
-    return np.array(Tokenizer(model).encode(text), dtype=np.int32)
+    tokens = Tokenizer(model).encode(text)
+    if max(tokens, default=0) > np.iinfo(np.int32).max:
+        raise DataError(f"{model}: its tokenizer makes token {max(tokens)}, which no vocabulary has")
+    return np.array(tokens, dtype=np.int32)
 
 
 def windows(tokens: TextTokens, length: int, source: str) -> TextTokens:

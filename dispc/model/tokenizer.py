@@ -41,6 +41,8 @@ NAMES_A_FILE = re.compile(r"(?!special_tokens_map_)\w+_files?")
 """Keys of tokenizer_config.json by which a tokenizer would read another file than those in its directory."""
 LOADING = (60.0, 4 * 2**30)
 """Seconds and bytes that a tokenizer may take to load: what is in its files is as good as a program."""
+WRAPPING = 2**16
+"""Characters that a chat template may put around a prompt."""
 TEMPLATE = (10.0, 512 * 2**20)
 """The same for a chat template."""
 SECONDS_PER_BYTE, BYTES_PER_BYTE = 1 / 50_000, 1000
@@ -95,6 +97,10 @@ class Tokenizer:
             text: str | None = self.helper.ask(["chat", prompt], *TEMPLATE)
         except DispcError as error:
             raise DataError(f"{self.directory}: the chat template fails ({error}); --raw does without it") from error
+        if text is not None and len(text) > len(prompt) + WRAPPING:  # else it would set its own limits when it is read
+            raise DataError(
+                f"{self.directory}: the chat template makes {len(text):,} characters; --raw does without it"
+            )
         return text
 
     def special(self, name: str) -> int | None:
@@ -186,9 +192,10 @@ def check_files(directory: Path) -> None:
     config = _object(directory / "config.json")
     path = directory / ("tokenizer_config.json" if settings.get("tokenizer_class") is not None else "config.json")
     kind = settings.get("tokenizer_class") or config.get("tokenizer_class")
-    if kind is not None and kind not in CLASSES:
+    if kind is not None and not (isinstance(kind, str) and kind in CLASSES):
         raise DataError(f"{path}: tokenizer_class is {kind!r}; dispc loads those of decoder models only")
-    if kind is None and (model_type := config.get("model_type")) not in FAMILIES:
+    model_type = config.get("model_type")
+    if kind is None and not (isinstance(model_type, str) and model_type in FAMILIES):
         raise DataError(
             f"{directory / 'config.json'}: model_type is {model_type!r}, whose tokenizer dispc does not load"
         )

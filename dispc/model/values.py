@@ -13,6 +13,8 @@ from dispc.support.errors import CheckpointError
 
 LARGEST = 2**24
 """Larger than any size of a model: a number above it is an error, found before something so large is made."""
+LEAST_POSITIONS = 8
+"""Fewer positions than any model has: validation needs some to try."""
 MOST_BLOCKS = 2**12
 Kind = tuple[Callable[[Any], bool], str]
 """Whether a value is of the kind, and what is expected, in words."""
@@ -46,7 +48,8 @@ NAME: Kind = (lambda value: value is None or isinstance(value, str), "a name")
 KINDS: tuple[tuple[str, Kind], ...] = (
     ("num_hidden_layers", whole(1, MOST_BLOCKS)),
     ("hidden_size|intermediate_size|ffn_dim|vocab_size|num_attention_heads", whole(1)),
-    (r"(original_)?max_position_embeddings|word_embed_proj_dim|no_rope_layer_interval", whole(1)),
+    ("max_position_embeddings", whole(LEAST_POSITIONS)),
+    ("original_max_position_embeddings|word_embed_proj_dim|no_rope_layer_interval", whole(1)),
     ("num_key_value_heads|head_dim|sliding_window", or_null(whole(1))),
     ("max_window_layers", whole(0)),
     ("rms_norm_eps|layer_norm_eps|norm_eps|norm_epsilon", EPSILON),

@@ -138,6 +138,11 @@ class Runner:
         self.inputs = {value.name: value for value in session.get_inputs()}
         self.outputs = [value.name for value in session.get_outputs()]
         self.caches = [name for name in self.inputs if name.startswith("past_key_values.")]
+        for name in self.caches:
+            if self.inputs[name].type not in BY_ORT or len(self.inputs[name].shape) != 4:
+                raise ArtifactError(f"model.onnx: its input {name} is no cache of keys or values")
+        if "logits" not in self.outputs:
+            raise ArtifactError("model.onnx: it has no output logits")
 
     def empty_caches(self, batch: int) -> dict[str, Any]:
         """Caches without a position: arrays, or OrtValues where numpy does not know the dtype (bfloat16)."""

@@ -18,6 +18,9 @@ from dispc.support.printable import is_text
 
 JSON_BYTES = 64 * 2**20
 """A tokenizer.json of a large vocabulary takes 30 MB; nothing else comes near."""
+DIGITS, DEPTH, KEY = 300, 100, 4096
+"""Most digits of a whole number, most objects and lists in each other, and most characters of a key, that are expected:
+more overflow floats, end in a RecursionError somewhere, and keep patterns busy for hours."""
 HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 """How JSON escapes half of a surrogate pair, which is no character unless the other half follows."""
 
@@ -78,12 +81,13 @@ def read_object(path: Path, error: type[DispcError], limit: int = JSON_BYTES) ->
 
     Raises:
         error: when it is no regular file, too large, not JSON, nested too deeply, something else than an object, says
-            something twice, or has a string that is no text.
+            something twice, or has a string that is no text, or a number or key of any length.
         FileNotFoundError, NotADirectoryError, PermissionError: when it cannot be opened.
     """
     try:
         raw = contents(path, error, limit)
-        content = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_without_doubles)
+        content = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_without_doubles, parse_int=_whole_number)
+        _require_shallow(content)
         if HALF_PAIR.search(raw) and not is_text(json.dumps(content, ensure_ascii=False)):
             raise ValueError("a string in it holds half of a surrogate pair, which is no character")
     except RecursionError as reason:
@@ -98,7 +102,31 @@ def read_object(path: Path, error: type[DispcError], limit: int = JSON_BYTES) ->
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON; with a key twice in it, which parsers read differently, it is no valid one."""
     content = dict(pairs)
+    if (longest := max(map(len, content), default=0)) > KEY:
+        raise ValueError(f"a key has {longest:,} characters")
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)} stands there twice")
     return content
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ValueError(f"a whole number has {len(digits):,} digits")
+    return int(digits)
+
+
+def _require_shallow(content: Any) -> None:
+    """Raise RecursionError where objects and lists lie deeper in each other than DEPTH."""
+    level = [content]
+    for _ in range(DEPTH):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise RecursionError

@@ -9,17 +9,23 @@ from typing import Any
 
 import command
 import harness
+import onnx
 import pytest
 from artifacts import artifact, failed, loaded
 from sets import half
 
 from dispc.compiler import CompileOptions, compile_model
+from dispc.masks import Masks
+from dispc.support.errors import CheckpointError
+from dispc.support.graph import locations
 from dispc.validate import CheckOptions, check
 from dispc.validate.checks import facts
 from dispc.validate.checks.facts import NAME as FACTS
 from dispc.validate.checks.files import COMPANIONS, first_difference, judge_companions
 from dispc.validate.checks.graph import NAME as GRAPH
+from dispc.validate.checks.rewriting import other_releases
 from dispc.validate.checks.weights import NAME as WEIGHTS
+from dispc.validate.comparison import Comparison
 
 
 def edit_json(name: str, *keys: str, value: Any) -> Callable[[Path], None]:
@@ -32,6 +38,32 @@ def edit_json(name: str, *keys: str, value: Any) -> Callable[[Path], None]:
         (out / name).write_text(json.dumps(content))
 
     return edit
+
+
+def mark(out: Path) -> None:
+    file = out / "genai_config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+
+
+def hide(out: Path) -> None:
+    """optimum takes the first *.onnx of a repository, and a dot sorts before letters."""
+    (out / ".cache").mkdir()
+    (out / ".cache" / "model.onnx").write_bytes(b"")
+
+
+def move_weights(out: Path) -> None:
+    """Where copies of model.onnx* are without them."""
+    model = onnx.load(out / "model.onnx", load_external_data=False)
+    for entry in locations(model):
+        entry.value = ".w"
+    onnx.save(model, out / "model.onnx")
+    (out / "model.onnx.data").rename(out / ".w")
+
+
+def add_metadata(out: Path) -> None:
+    model = onnx.load(out / "model.onnx", load_external_data=False)
+    model.metadata_props.add(key="ort_config", value="{}")
+    onnx.save(model, out / "model.onnx")
 
 
 DECODER, SEARCH = ("genai_config.json", "model", "decoder"), ("genai_config.json", "search")
@@ -60,6 +92,16 @@ DECODER, SEARCH = ("genai_config.json", "model", "decoder"), ("genai_config.json
         (lambda out: (out / "model.ort").write_text("x"), COMPANIONS, "model.ort: no file of an artifact"),
         (lambda out: (out / "tekken.json").write_text("{}"), COMPANIONS, "tekken.json: no file of an artifact"),
         (lambda out: (out / "onnx").mkdir(), COMPANIONS, "onnx: no file of an artifact"),
+        (
+            lambda out: (out / "chat_template.jinja").symlink_to("/gone"),
+            COMPANIONS,
+            "chat_template.jinja: the reference",
+        ),
+        (hide, COMPANIONS, r"\.cache/model.onnx: no file of an artifact"),
+        (mark, COMPANIONS, "genai_config.json begins with a byte order mark"),
+        (move_weights, COMPANIONS, r"model.onnx has weights in \.w, not in model.onnx.data"),
+        (add_metadata, FACTS, "model.onnx has metadata of its own: ort_config"),
+        (edit_json("dispc.json", "needs", "onnxruntime", value="0.1"), GRAPH, "needs.onnxruntime is 0.1, it needs"),
         (lambda out: (out / "LICENSE").write_text("free"), COMPANIONS, "LICENSE: not the reference's"),
         (edit_json("dispc.json", "stop_tokens", value=[77]), FACTS, r"stop_tokens is \[77\], it should be \[2\]"),
         (edit_json("dispc.json", "widths", value=[]), FACTS, r"widths is \[\], it should be "),
@@ -82,6 +124,48 @@ def test_files_beside_the_model_are_those_of_the_reference_and_tell_the_truth(
     report = check(out, harness.checkpoint("llama").directory)
     assert check_name in failed(report) <= {COMPANIONS, FACTS, GRAPH, WEIGHTS}
     assert re.search(says, next(each.detail for each in report.checks if each.name == check_name))
+
+
+def test_a_licence_of_the_reference_that_is_gone_is_missed(tmp_path: Path) -> None:
+    model = shutil.copytree(harness.checkpoint("llama").directory, tmp_path / "model")
+    (model / "LICENSE").write_text("free")
+    judged = judge_companions(Comparison(artifact("llama"), model, CheckOptions(device="cpu")))
+    assert ["LICENSE is missing" in each.detail for each in judged] == [True]
+
+
+def test_masks_beside_the_reference_that_lead_nowhere_are_not_passed_over(tmp_path: Path) -> None:
+    model = shutil.copytree(harness.checkpoint("llama").directory, tmp_path / "model")
+    (model / "masks.safetensors").symlink_to("gone")
+    with pytest.raises(CheckpointError, match="masks.safetensors: is a link that leads nowhere"):
+        check(artifact("llama"), model, CheckOptions(device="cpu"))
+
+
+def test_versions_cannot_shadow_the_release_of_dispc(tmp_path: Path) -> None:
+    out = shutil.copytree(artifact("llama"), tmp_path / "out")
+    edit_json("dispc.json", "versions", "dispc", value="0.0")(out)
+    assert other_releases(loaded(out, "llama")) == ""
+
+
+@pytest.mark.parametrize(
+    ("variant", "alive"), [("llama", ()), ("phi", ()), ("smollm3", ()), ("smollm3", (1,))], ids=str
+)
+def test_without_attentions_or_without_those_that_rotate_a_right_artifact_passes(
+    variant: str, alive: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Of SmolLM3's blocks the second rotates nothing."""
+    config = harness.checkpoint(variant).config
+    dead: dict[str, Any] = {"attention.read": []}
+    blocks = [{} if index in alive else dead for index in range(config.num_hidden_layers)]
+    Masks.from_indices(blocks, config, norm_scope="full").save(tmp_path / "masks", config)
+    options = CompileOptions(
+        model=harness.checkpoint(variant).directory,
+        masks=tmp_path / "masks",
+        output=tmp_path / "out",
+        target="onnx-cpu",
+    )
+    assert compile_model(options).passed
+    report = check(tmp_path / "out", options.model, CheckOptions(masks=tmp_path / "masks", device="cpu"))
+    assert report.passed, failed(report)
 
 
 def test_reports_and_hidden_files_may_lie_beside_the_model(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def judge_rotary(comparison: Comparison) -> Iterator[Check]:
         yield Check.failed(NAME, "parity", "the graph has none, the reference has rotary positions")
         return
     dtype, worst, where = DTYPES[artifact.dtype].torch, 0.0, ""
-    expected = rotary_tables(comparison.checkpoint.empty_model(torch.float32), artifact.positions)
+    expected = rotary_tables(comparison.checkpoint.empty_model(torch.float32), config.max_positions)
     for value, (kind, node) in tables.items():
         assert value.const_value is not None
         table = torch.from_numpy(value.const_value.numpy().astype(np.float32))
@@ -61,7 +61,7 @@ def judge_rotary(comparison: Comparison) -> Iterator[Check]:
         off = min(errors, key=lambda error: float(error.max()))
         if float(off.max()) > worst:
             worst, where = float(off.max()), f"; worst at position {int(off.argmax())} of {value.name}, for {node}"
-    detail = f"{len(tables)} tables of {artifact.positions:,} positions{where}"
+    detail = f"{len(tables)} tables of {config.max_positions:,} positions{where}"
     yield Check.against(NAME, "parity", worst / torch.finfo(dtype).eps, UNITS, "units in the last place", detail)
 
 

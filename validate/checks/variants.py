@@ -47,7 +47,8 @@ def judge_shipped(comparison: Comparison) -> Iterator[Check]:
         yield Check.failed(", ".join(what), "parity", str(reason))
         return
     limit = INT8_ACTIVATIONS_LIMIT if exact.int8_activations else LIMITS[exact.dtype]
-    detail = f"{sum(map(len, batches))} prompts and {SHIPPED_STEPS} steps, last tokens; the other checks are of the graph without"
+    prompts = sum(map(len, batches))
+    detail = f"{prompts} prompts and {SHIPPED_STEPS} steps, last tokens; the other checks are of the graph without"
     yield Check.against(", ".join(what), "parity", error, limit, "of the range", f"{detail} {' and '.join(what)}")
 
 

@@ -55,7 +55,10 @@ def read_report(path: Path) -> Report:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
     if not isinstance(content.get("checks"), list) or "bytes" not in content:
         raise ArtifactError(f"{path}: is no report of dispc validate")
-    return report_of(content, path)
+    report = report_of(content, path)
+    if report.perplexity and "artifact" not in report.perplexity:
+        raise ArtifactError(f"{path}: its perplexity names no artifact")
+    return report
 
 
 def _require_same(older: Report, newer: Report) -> None:

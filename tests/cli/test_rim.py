@@ -1,0 +1,170 @@
+"""Inputs from beyond every use: each is one line within seconds, or a harmless answer."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import command
+import language
+import onnx
+import pytest
+import torch
+from desk import Desk
+from safetensors.torch import load_file, save_file
+
+COMPILE = ("compile", "model", "-t", "onnx-cpu", "-o", "new", "--no-validate")
+INSPECT, GENERATE, VALIDATE = ("inspect", "older"), ("generate", "older", "x"), ("validate", "older", "-r", "model")
+Damage = Callable[[Path], object]
+
+
+def edit(name: str, **values: Any) -> Damage:
+    def damage(place: Path) -> None:
+        file = place / name
+        file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | values))
+
+    return damage
+
+
+def raw(name: str, text: str | bytes) -> Damage:
+    return lambda place: (place / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def link(name: str) -> Damage:
+    def damage(place: Path) -> None:
+        (place / name).unlink(missing_ok=True)
+        (place / name).symlink_to("nowhere")
+
+    return damage
+
+
+def tensor(name: str, value: torch.Tensor) -> Damage:
+    def damage(place: Path) -> None:
+        file = place / "model" / "model.safetensors"
+        save_file(load_file(file) | {name: value}, file, {"format": "pt"})
+
+    return damage
+
+
+def graph(change: Callable[[onnx.ModelProto], object]) -> Damage:
+    def damage(place: Path) -> None:
+        model = onnx.load(place / "older" / "model.onnx", load_external_data=False)
+        change(model)
+        onnx.save(model, place / "older" / "model.onnx")
+
+    return damage
+
+
+def no_logits(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        for index, name in enumerate(node.output):
+            if name == "logits":
+                node.output[index] = "logit"
+    model.graph.output[0].name = "logit"
+
+
+def masks_of(dtype: torch.dtype) -> Damage:
+    file = "masks.safetensors"
+    return lambda place: save_file({"x": torch.zeros(4).to(dtype)}, place / file, {"format": "dispc-masks"})
+
+
+HUGE = 10**400
+DEEP: Any = {}
+for _ in range(300):
+    DEEP = {"a": DEEP}
+
+REFUSED: list[tuple[str, Damage, tuple[str, ...], str]] = [
+    ("a number of 401 digits", edit("model/config.json", rms_norm_eps=HUGE), COMPILE, "a whole number has 401 digits"),
+    ("one in dispc.json", edit("older/dispc.json", trace_seconds=HUGE), INSPECT, "a whole number has 401 digits"),
+    ("a long key", edit("model/config.json", **{"dropout" * 9000: 0}), COMPILE, "a key has 63,000 characters"),
+    ("depth that json takes", edit("older/dispc.json", more=DEEP), INSPECT, "nested too deeply"),
+    ("no positions", edit("older/dispc.json", positions=0), VALIDATE, "positions is 0"),
+    ("many positions", edit("older/dispc.json", positions=10**9), VALIDATE, "positions is 1000000000"),
+    ("another alignment", edit("older/dispc.json", align=10**30), VALIDATE, "align is 1000"),
+    ("a side that is none", edit("older/dispc.json", padding="rigth"), GENERATE, "padding is 'rigth'"),
+    ("one position", edit("model/config.json", max_position_embeddings=1), COMPILE, "a whole number from 8"),
+    (
+        "a leading zero",
+        tensor("model.layers.00.mlp.up_proj.weight", torch.ones(3)),
+        COMPILE,
+        "00.mlp.up_proj.weight has",
+    ),
+    ("another alphabet", tensor("model.layers.\u0660.mlp.up_proj.weight", torch.ones(3)), COMPILE, "has no place"),
+    ("a long number", tensor(f"model.layers.{'9' * 5000}.mlp.x", torch.ones(3)), COMPILE, "has no place"),
+    ("settings that lead nowhere", link("model/generation_config.json"), COMPILE, "is a link that leads nowhere"),
+    ("a template that leads nowhere", link("model/chat_template.jinja"), COMPILE, "is a link that leads nowhere"),
+    ("an adapter that leads nowhere", link("model/adapter_config.json"), COMPILE, "is a link that leads nowhere"),
+    ("a text that is null", raw("n.jsonl", "null"), ("eval", "model", "--data", "n.jsonl"), "a list of objects"),
+    ("an output of another name", graph(no_logits), GENERATE, "it has no output logits"),
+    ("masks of 8 bits", masks_of(torch.float8_e4m3fn), ("inspect", "masks.safetensors"), "must be uint8"),
+    (
+        "temperature 0 of what is drawn",
+        edit("model/generation_config.json", do_sample=True, temperature=0.0),
+        COMPILE,
+        "temperature is 0 and do_sample is true",
+    ),
+    (
+        "a scaling without a range",
+        edit(
+            "model/config.json",
+            rope_scaling={
+                "rope_type": "llama3",
+                "factor": 2.0,
+                "low_freq_factor": 2.0,
+                "high_freq_factor": 2.0,
+                "original_max_position_embeddings": 16,
+            },
+        ),
+        COMPILE,
+        "is not larger than its low_freq_factor",
+    ),
+    ("a value of any length", edit("model/config.json", hidden_act="x" * 10**6), COMPILE, " ... "),
+]
+
+
+@pytest.mark.parametrize(("damage", "words", "says"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_it_is_refused_in_one_line(
+    damage: Damage, words: tuple[str, ...], says: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(desk.place)
+    monkeypatch.chdir(desk.place)
+    command.assert_refused(desk.place, *words, says=(says,))
+
+
+def test_a_chat_template_sets_no_limits_of_its_own(desk: Desk) -> None:
+    """The longer a text, the more time and memory its tokens may take: a template of a line must not buy hours."""
+    language.make_tokenizer(desk.older, "{{ 'a ' * 10000000 }}")
+    started = time.monotonic()
+    command.assert_refused(desk.place, "generate", desk.older, "x", says=("the chat template makes 20,000,000 char",))
+    assert time.monotonic() - started < 60  # hours before
+
+
+CARDS = {
+    "line ends": "---\n" + "\n" * 150_000 + "x",
+    "aliases": "---\na0: &a0 {k: 1}\n"
+    + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+    + "---\n",
+    "words": "---\nlanguage:\n" + "- en\n" * 500_000 + "---\n",
+    "an index of results": "---\nmodel-index: [{name: x, results: [{source: abc, metrics: []}]}]\n---\n",
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_card_that_is_none_is_left_out(card: str, desk: Desk) -> None:
+    raw("model/README.md", CARDS[card])(desk.place)
+    text = (desk.compiles() / "README.md").read_text()
+    assert "license: unknown" in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.graph.node[0], "name", "/layers.99/x"),
+        lambda model: setattr(model.graph.node[0], "name", f"/layers.{'9' * 5000}/x"),
+        lambda model: setattr(model.graph.node[0], "op_type", "[/x]"),
+    ],
+)
+def test_names_in_a_graph_are_shown_as_they_are(change: Callable[[onnx.ModelProto], object], desk: Desk) -> None:
+    graph(change)(desk.place)
+    assert command.run("inspect", desk.older, "--ops").code == 0

@@ -27,7 +27,7 @@ MODELLING_FILES = "modeling_*pruned*.py"
 ASSIGNMENT = re.compile(r"^[ \t]*(?:\w+\.)?cfgs[ \t]*=[ \t]*\[\s*((?:\[[^\[\]]*\]\s*(?:,\s*)?)+)\]", re.MULTILINE)
 VECTOR = re.compile(r"\[([^\[\]]*)\]")
 Vectors = tuple[npt.NDArray[np.float64], ...]
-LARGEST = 2**30
+LARGEST = 2**26
 """Of a modelling file, in bytes; the selection vectors of a 7B model take 7 million."""
 Kept = tuple[Indices | None, int]
 """What is kept of an axis (None: all of it), and its full width."""

@@ -141,8 +141,6 @@ class Runner:
         for name in self.caches:
             if self.inputs[name].type not in BY_ORT or len(self.inputs[name].shape) != 4:
                 raise ArtifactError(f"model.onnx: its input {name} is no cache of keys or values")
-        if "logits" not in self.outputs:
-            raise ArtifactError("model.onnx: it has no output logits")
 
     def empty_caches(self, batch: int) -> dict[str, Any]:
         """Caches without a position: arrays, or OrtValues where numpy does not know the dtype (bfloat16)."""
@@ -162,6 +160,8 @@ class Runner:
         Raises:
             ArtifactError: when ONNX Runtime fails, or the mask is padded on the side that the artifact does not take.
         """
+        if "logits" not in self.outputs:
+            raise ArtifactError("model.onnx: it has no output logits")
         outputs, caches = self.run_all(ids, mask, positions, caches)
         return outputs["logits"], caches
 

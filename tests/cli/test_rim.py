@@ -97,6 +97,12 @@ REFUSED: list[tuple[str, Damage, tuple[str, ...], str]] = [
     ("an adapter that leads nowhere", link("model/adapter_config.json"), COMPILE, "is a link that leads nowhere"),
     ("a text that is null", raw("n.jsonl", "null"), ("eval", "model", "--data", "n.jsonl"), "a list of objects"),
     ("an output of another name", graph(no_logits), GENERATE, "it has no output logits"),
+    (
+        "one number for many",
+        lambda place: torch.save({"inputs": torch.zeros(1).expand(10**6, 10**7)}, place / "x.pt"),
+        ("import-masks", "x.pt", "--model", "model", "-o", "new.safetensors"),
+        "plain floating-point is expected",
+    ),
     ("masks of 8 bits", masks_of(torch.float8_e4m3fn), ("inspect", "masks.safetensors"), "must be uint8"),
     (
         "temperature 0 of what is drawn",

@@ -12,6 +12,7 @@ Random = np.random.Generator
 DAMAGED_PICKLES = (b"\x80\x02.", b"\x80\x02(.", b"\x80\x02q", b"ustar", b"\x80\x02K\x01K\x02\x86R.")
 """Files that `torch.load` fails on in ways of its own: no stack, no mark, no argument, a tar, a call of a number."""
 NAMES = ("extra", "auto_map", "rope_scaling", "\x1b[2J", "\ud800", "quantization_config", "head_dim")
+DEEP: Any = json.loads("[" * 700 + "]" * 700)
 NASTY: tuple[Any, ...] = (
     None,
     True,
@@ -21,6 +22,7 @@ NASTY: tuple[Any, ...] = (
     2**31,
     10**9,
     10**30,
+    10**400,
     1e308,
     -0.5,
     float("nan"),
@@ -42,6 +44,9 @@ NASTY: tuple[Any, ...] = (
     "x\udcff",
     ["\udfff"],
     {"\ud800": 1},
+    DEEP,
+    "dropout" * 50_000,
+    {"dropout" * 50_000: 0},
 )
 
 
@@ -101,7 +106,11 @@ def damage_bytes(file: Path, rng: Random) -> str:
 
 def damage_kind(file: Path, rng: Random) -> str:
     """Put something else in the place of the file."""
-    kind = str(rng.choice(["pipe", "/dev/zero", "folder", "loop", "gone", "empty", "huge", "deep", "unreadable text"]))
+    kind = str(
+        rng.choice(
+            ["pipe", "/dev/zero", "folder", "loop", "nowhere", "gone", "empty", "huge", "deep", "unreadable text"]
+        )
+    )
     file.unlink()
     if kind == "pipe":
         os.mkfifo(file)
@@ -111,6 +120,8 @@ def damage_kind(file: Path, rng: Random) -> str:
         file.mkdir()
     elif kind == "loop":
         file.symlink_to(file.name)
+    elif kind == "nowhere":
+        file.symlink_to("nowhere")
     elif kind == "empty":
         file.touch()
     elif kind == "huge":

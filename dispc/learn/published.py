@@ -25,6 +25,8 @@ RENAMED = (
     (r"^(module\.)?inputs$", "inputs"),
 )
 """Names of the published hypernetwork to those of `HyperNetwork`."""
+LARGEST = 2**28
+"""Numbers in a tensor of a hypernetwork, at most."""
 
 
 def import_published(source: Path, config: DecoderConfig) -> Masks:
@@ -57,6 +59,8 @@ def masks_of_hypernetwork(file: Path, config: DecoderConfig) -> Masks:
                 break
         if not (is_plain(value) and value.is_floating_point()):
             raise MasksError(f"{file}: {name} is of {value.dtype}, {value.layout}; plain floating-point is expected")
+        if value.numel() > LARGEST:  # a file may hold one number for all of them
+            raise MasksError(f"{file}: {name} has {value.numel():,} numbers; no more than {LARGEST:,} are expected")
         renamed[name] = value.float()
     if "inputs" not in renamed or renamed["inputs"].ndim < 2:
         raise MasksError(f"{file}: not the state of a published hypernetwork (it has no matrix 'inputs')")

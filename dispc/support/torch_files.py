@@ -29,11 +29,6 @@ def load_torch(path: Path, error: type[DispcError], otherwise: str, *, mmap: boo
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the values of a tensor are there, one beside the other: not sparse, nested, quantised, or without any.
-
-    One whose file holds a number for many of them is none: it would take any memory when it is read.
-    """
+    """Whether the values of a tensor are there, one beside the other: not sparse, nested, quantised, or without any."""
     stored = tensor.layout is torch.strided and tensor.device.type == "cpu"
-    if not stored or tensor.is_nested or tensor.is_quantized:
-        return False
-    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    return stored and not tensor.is_nested and not tensor.is_quantized

@@ -128,7 +128,7 @@ def test_an_artifact_for_the_cpu_asks_for_no_cuda(monkeypatch: pytest.MonkeyPatc
         padding="right",
         lowering=LoweringChoice(name=""),
         attention="",
-        positions=1,
+        positions=64,
         stop_tokens=(),
         norm_scope="",
         masks_sha256="",

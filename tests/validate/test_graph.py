@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from artifacts import artifact, failed, judged
 
+from dispc.quantisation import Quantisation
 from dispc.runtime.edits import load_graph
 from dispc.validate import CheckOptions
 from dispc.validate.checks.check import Check
@@ -140,6 +141,18 @@ def test_choices_that_no_compilation_takes_are_a_failed_check(tmp_path: Path) ->
     manifest["fusions"] = ["luck"]
     (out / "dispc.json").write_text(json.dumps(manifest))
     assert verdict(out, "llama").status == "failed"
+
+
+def test_another_algorithm_in_dispc_json_is_found(tmp_path: Path) -> None:
+    """It decides how near the integers must be to the weights: the graph was made by another."""
+    int4 = Quantisation(bits=4, block_size=16, symmetric=False, head=False, embedding=False)
+    out = faults.plant(lambda model: None, artifact("llama", quantisation=int4), tmp_path / "out")
+    assert verdict(out, "llama").status == "passed"
+    manifest = json.loads((out / "dispc.json").read_text())
+    manifest["quantisation"]["algorithm"] = "gptq"
+    (out / "dispc.json").write_text(json.dumps(manifest))
+    found = verdict(out, "llama")
+    assert found.status == "failed" and "its passes are" in found.detail
 
 
 KINDS: list[tuple[str, dict[str, Any]]] = [

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from dispc.support.errors import DispcError
 from dispc.support.version import __version__
 from dispc.validate.checks.check import Check, listed
-from dispc.validate.checks.rewriting import failed_or_noted, needed, rewritten
+from dispc.validate.checks.rewriting import PASSES, failed_or_noted, needed, rewritten
 from dispc.validate.comparison import Comparison
 
 NAME = "graph"
@@ -29,6 +29,8 @@ def judge_graph(comparison: Comparison) -> Iterator[Check]:
     try:
         found, expected = comparison.graph(), rewritten(comparison)
         faults = [*differences(found, expected)]
+        if found.metadata_props.get(PASSES) != expected.metadata_props[PASSES]:
+            faults.append(f"its passes are {found.metadata_props.get(PASSES)}, not {expected.metadata_props[PASSES]}")
         stored, needs = comparison.manifest.to_json()["needs"], needed(expected)
         faults += [
             f"needs.{name} is {stored[name]}, it needs {least}"

@@ -10,12 +10,14 @@ import onnx_ir as ir
 
 from dispc.export.trace import trace
 from dispc.passes.common.versions import needs
-from dispc.passes.pipeline import build_pipeline, run_pipeline
+from dispc.passes.pipeline import build_pipeline, pipeline_line, run_pipeline
 from dispc.support.dtypes import DTYPES
 from dispc.support.version import COMPILING, __version__, versions
 from dispc.validate.checks.check import Check
 from dispc.validate.comparison import Comparison
 
+PASSES = "dispc.passes"
+"""Metadata key of the passes that made a graph, with their options."""
 WRITTEN: WeakKeyDictionary[Comparison, ir.Model] = WeakKeyDictionary()
 """What several checks need is written once."""
 
@@ -29,7 +31,9 @@ def rewritten(comparison: Comparison) -> ir.Model:
     if comparison not in WRITTEN:
         plan = comparison.plan
         model = trace(comparison.checkpoint, DTYPES[plan.dtype].torch)
-        run_pipeline(model, build_pipeline(plan, comparison.checkpoint, comparison.masks))
+        passes = build_pipeline(plan, comparison.checkpoint, comparison.masks)
+        run_pipeline(model, passes)
+        model.metadata_props[PASSES] = pipeline_line(passes)
         WRITTEN[comparison] = model
     return WRITTEN[comparison]
 

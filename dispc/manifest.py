@@ -12,7 +12,7 @@ from dispc.quantisation import BLOCK_SIZES, Quantisation
 from dispc.selection import SelectionCosts
 from dispc.support.dtypes import ARTIFACT_DTYPES
 from dispc.support.errors import ArtifactError, MasksError
-from dispc.support.inputs import read_object
+from dispc.support.inputs import LARGEST, LEAST_POSITIONS, read_object
 from dispc.support.typed_json import OPTIONAL, UNSTORED, from_json, to_json
 
 MANIFEST = "dispc.json"
@@ -35,8 +35,6 @@ WRITTEN = (MANIFEST, "model.onnx", "model.onnx.data", "genai_config.json", "mask
 """What an artifact may hold, beside licence files."""
 LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)[\w.-]*", re.IGNORECASE)
 MIB = 2**20
-LEAST_POSITIONS, LARGEST = 8, 2**24
-"""Positions and widths of any model."""
 COMPARABLE = ("config_sha256", "target", "dtype", "padding", "quantisation", "logits", "align", "fusions")
 """What an artifact and the dense one that it is compared with must have in common."""
 

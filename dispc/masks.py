@@ -20,13 +20,11 @@ from safetensors.numpy import save
 from dispc.model.config import DecoderConfig
 from dispc.support.errors import MasksError
 from dispc.support.files import whole
-from dispc.support.inputs import named_in_text, naming
+from dispc.support.inputs import LARGEST, named_in_text, naming
 from dispc.support.version import __version__
 
 NormScope = Literal["full", "selected"]
 Indices = npt.NDArray[np.int64]
-LARGEST_SET = 2**24
-"""Positions that a set may have to choose from, at most."""
 FORMAT, VERSION = "dispc-masks", "1"
 SETS = ("attention.read", "attention.write", "mlp.read", "mlp.mid", "mlp.write")
 
@@ -234,8 +232,8 @@ class Masks:
                     raise MasksError(f"{path}: not a mask file (its metadata lacks format={FORMAT})")
                 for name in file.keys():  # noqa: SIM118
                     entry = file.get_slice(name)
-                    if entry.get_dtype() != "U8" or math.prod(entry.get_shape()) > LARGEST_SET:
-                        raise MasksError(f"{path}: {name} must be uint8 values 0 or 1, no more than {LARGEST_SET:,}")
+                    if entry.get_dtype() != "U8" or math.prod(entry.get_shape()) > LARGEST:
+                        raise MasksError(f"{path}: {name} must be uint8 values 0 or 1, no more than {LARGEST:,}")
                 tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise MasksError(f"{path}: not a readable safetensors file ({error})") from error

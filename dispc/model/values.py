@@ -10,11 +10,8 @@ from typing import Any
 
 from dispc.model.rope import FULL, SLIDING
 from dispc.support.errors import CheckpointError
+from dispc.support.inputs import LARGEST, LEAST_POSITIONS
 
-LARGEST = 2**24
-"""Larger than any size of a model: a number above it is an error, found before something so large is made."""
-LEAST_POSITIONS = 8
-"""Fewer positions than any model has: validation needs some to try."""
 MOST_BLOCKS = 2**12
 Kind = tuple[Callable[[Any], bool], str]
 """Whether a value is of the kind, and what is expected, in words."""

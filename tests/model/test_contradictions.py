@@ -19,6 +19,8 @@ SLIDING = {"layer_types": ["sliding_attention"] * 3, "sliding_window": 7, "use_s
 def changed(variant: str, place: Path, *, without: tuple[str, ...] = (), **values: Any) -> Path:
     model = Path(shutil.copytree(harness.checkpoint(variant).directory, place / variant))
     content = json.loads((model / "config.json").read_text()) | values
+    rotary = content.get("rope_parameters", {})  # where transformers 5 writes the share of a head that rotates
+    rotary.update({key: value for key, value in values.items() if key in rotary})
     (model / "config.json").write_text(json.dumps({k: v for k, v in content.items() if k not in without}))
     return model
 

@@ -42,8 +42,9 @@ demo: setup ## compile, validate and time a real pruned SmolLM2-135M
 test: setup ## run all tests (PYTEST_ARGS="-n 0 -x tests/test_masks.py" for some)
 	$(VENV)/bin/pytest $(PYTEST_ARGS)
 
-TRANSFORMERS5_TESTS ?= tests/model tests/export/test_operators.py tests/reference tests/learn/test_every_family.py \
-	tests/test_compile.py
+TRANSFORMERS5_TESTS ?= tests/model tests/export/test_operators.py tests/reference/test_reference.py \
+	tests/reference/test_apply_masks.py tests/learn/test_every_family.py \
+	tests/test_compile.py::test_an_artifact_computes_what_the_masked_reference_computes
 test-transformers5: setup-transformers5 ## run the tests that meet transformers with transformers 5 (TRANSFORMERS5_TESTS=tests: all)
 	$(VENV5)/bin/pytest $(PYTEST_ARGS) -m "not extras" $(TRANSFORMERS5_TESTS)
 

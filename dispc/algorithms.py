@@ -28,9 +28,9 @@ STRAYED = 0.4
 """Largest error of weights over their norm, in a block, or in a row where rounding reads a text. Rounding to 4 bits
 makes 0.1, GPTQ about 0.15; other weights 1.4."""
 LEAN, ROW_CHANCE = 0.01, 12.0
-"""How far a row may be from 1 times its weights: LEAN, and ROW_CHANCE times what is left of it beside that factor, over
-the root of the number of its weights; where it is smaller, the square of what is left too. GPTQ made 11 times of a
-real model."""
+"""What is stored of a row of K weights w is t w + e, where t is the factor that leaves the least e. Rounding leaves
+|t - 1| <= LEAN + ROW_CHANCE r / sqrt(K) with r = |e| / |w|, and r squared more below 1. Of a real model GPTQ needed a
+ROW_CHANCE of 11."""
 SMALL, TINY = 0.1, 1e-3
 """Norms of blocks count as at least so much of the root mean square of their row's, and so much of the largest of all:
 what is smaller adds nothing, and may be rounded to nothing."""

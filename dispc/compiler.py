@@ -19,7 +19,6 @@ from dispc.export.write import check_file, save_model
 from dispc.manifest import MANIFEST, BlockParameters, LoweringChoice, Manifest, PassRecord, Tuning, foreign_to_artifact
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
-from dispc.model.config import DecoderConfig
 from dispc.model.published import open_checkpoint
 from dispc.model.rope import unreached_positions
 from dispc.passes.common.versions import needs
@@ -29,7 +28,6 @@ from dispc.runtime.calibrate import calibrate
 from dispc.runtime.memory import require_memory_for_reference
 from dispc.runtime.providers import PROVIDERS
 from dispc.runtime.tune import tune
-from dispc.selection import sets_to_fill
 from dispc.support.directories import check_output, staged_directory
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError, CompileError
@@ -113,7 +111,7 @@ def _check_paths(options: CompileOptions) -> None:
     for path in (options.model, options.masks, options.dump_ir):
         if path and real(path).is_relative_to(real(options.output)):
             raise ArtifactError(f"{path}: lies in {options.output}, which would be replaced; choose another -o")
-    refuse_inputs([options.dump_ir] if options.dump_ir else [], [options.model])
+    refuse_inputs([options.output, *([options.dump_ir] if options.dump_ir else [])], [options.model])
     Dump(options.dump_ir).check(options.force)
 
 
@@ -244,7 +242,12 @@ def describe(checkpoint: Checkpoint, masks: Masks, plan: Plan, model: ir.Model, 
         target=plan.target.name,
         dtype=plan.dtype,
         padding=plan.padding,
-        lowering=_lowering(plan, masks, config),
+        lowering=LoweringChoice(
+            name=plan.lowering.name,
+            reason=plan.reason,
+            filled=plan.filled(masks, config),
+            costs=plan.costs if plan.fills else None,
+        ),
         align=plan.align,
         fusions=plan.fusions,
         logits="last" if plan.last_logits else "all",
@@ -265,11 +268,3 @@ def describe(checkpoint: Checkpoint, masks: Masks, plan: Plan, model: ir.Model, 
         passes=tuple(records),
         bytes=0,
     )
-
-
-def _lowering(plan: Plan, masks: Masks, config: DecoderConfig) -> LoweringChoice:
-    choice = LoweringChoice(name=plan.lowering.name, reason=plan.reason)
-    if not plan.fills:
-        return choice
-    filled = sorted(sets_to_fill(masks, config, plan.costs))
-    return replace(choice, filled=tuple(f"{block}.{name}" for block, name in filled), costs=plan.costs)

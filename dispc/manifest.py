@@ -15,7 +15,7 @@ from dispc.support.errors import ArtifactError, MasksError
 from dispc.support.inputs import LARGEST, LEAST_POSITIONS, read_object
 from dispc.support.typed_json import OPTIONAL, UNSTORED, from_json, to_json
 
-MANIFEST = "dispc.json"
+MANIFEST, WEIGHTS = "dispc.json", "model.onnx.data"
 COPIED = (
     "config.json",
     "generation_config.json",
@@ -31,9 +31,9 @@ COPIED = (
     "chat_template.json",
 )
 """Files of a model directory that an artifact has copies of, where they are there."""
-WRITTEN = (MANIFEST, "model.onnx", "model.onnx.data", "genai_config.json", "masks.safetensors", "README.md", *COPIED)
+WRITTEN = (MANIFEST, "model.onnx", WEIGHTS, "genai_config.json", "masks.safetensors", "README.md", *COPIED)
 """What an artifact may hold, beside licence files."""
-LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)[\w.-]*", re.IGNORECASE)
+LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)([\w-]*|[\w.-]*\.(txt|md|rst|html|pdf))", re.IGNORECASE)
 MIB = 2**20
 COMPARABLE = ("config_sha256", "target", "dtype", "padding", "quantisation", "logits", "align", "fusions")
 """What an artifact and the dense one that it is compared with must have in common."""
@@ -222,11 +222,11 @@ def read_manifest(artifact: Path) -> Manifest:
 
 
 def _values_in_range(manifest: Manifest) -> Iterator[tuple[str, object, bool]]:
-    """Fields that sizes are made from: name, value, and whether it can be."""
+    """Fields that something is made or taken from: name, value, and whether an artifact may have it."""
     yield "positions", manifest.positions, LEAST_POSITIONS <= manifest.positions <= LARGEST
     yield "align", manifest.align, 1 <= manifest.align <= LARGEST
     yield "padding", manifest.padding, manifest.padding in ("left", "right")
-    for name, size in (("bytes", manifest.bytes), ("kept", manifest.block_parameters.kept)):
+    for name, size in (("bytes", manifest.bytes), ("block_parameters.kept", manifest.block_parameters.kept)):
         yield name, size, 0 <= size < 2**63
     if quantisation := manifest.quantisation:
         yield "bits", quantisation.bits, quantisation.bits in (4, 8)

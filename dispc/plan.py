@@ -8,9 +8,12 @@ from typing import Literal
 
 from dispc.lowerings import LOWERINGS, Lowering
 from dispc.manifest import Manifest
+from dispc.masks import Masks
+from dispc.model.config import DecoderConfig
 from dispc.quantisation import Quantisation
-from dispc.selection import DEFAULT_COSTS, SelectionCosts
+from dispc.selection import DEFAULT_COSTS, SelectionCosts, sets_to_fill
 from dispc.support.errors import CompileError
+from dispc.support.inputs import LARGEST
 from dispc.support.rows import find_row
 from dispc.targets import FUSIONS, TARGETS, Target, names_of
 
@@ -81,6 +84,12 @@ class Plan:
         """Sets not worth an index list become zeros; never if quantised: blocks hold kept weights only."""
         return self.lowering.fills and "fill-zeros" in self.fusions and self.quantisation is None
 
+    def filled(self, masks: Masks, config: DecoderConfig) -> tuple[str, ...] | None:
+        """Those sets, such as `0.mlp.read`, in order of their blocks; None where the plan fills none."""
+        if not self.fills:
+            return None
+        return tuple(f"{block}.{name}" for block, name in sorted(sets_to_fill(masks, config, self.costs)))
+
     @property
     def rounds_by_inputs(self) -> bool:
         """The weights are rounded by what they are multiplied with."""
@@ -102,7 +111,7 @@ def make_plan(target: str, choices: Choices = Choices()) -> Plan:
     dtype = choices.dtype or row.dtypes[0]
     if dtype not in row.dtypes:
         raise CompileError(f"target {target} has no dtype {dtype!r}; it has {', '.join(row.dtypes)}")
-    if choices.align is not None and choices.align < 1:
+    if choices.align is not None and not 1 <= choices.align <= LARGEST:
         raise CompileError(f"widths cannot be aligned to {choices.align}; choose 8, 16 or 64")
     if unknown := set(choices.without) - set(FUSIONS):
         raise CompileError(f"unknown pass {min(unknown)!r}; those that can be left out are {', '.join(FUSIONS)}")

@@ -4,6 +4,7 @@ Every figure is one of dispc.json or of the masks' own metadata; a fact that is 
 """
 
 import codecs
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,17 @@ from dispc.model.config import DecoderConfig
 from dispc.support.errors import CheckpointError
 from dispc.support.files import real, write_text
 from dispc.support.inputs import contents
-from dispc.support.printable import printable
+from dispc.support.printable import markdown_cell
 from dispc.targets import TARGETS
 
 CARRIED = ("license", "license_name", "license_link", "language")
 """What the front matter of the base model's card says that is true of the artifact as well."""
 TAGS = ["onnx", "onnxruntime", "onnxruntime-genai", "dispc", "disp-llm"]
-FRONT_MATTER = 2**16
-"""Bytes of a card that are looked at for it."""
-ENTITIES = str.maketrans({character: f"&#{ord(character)};" for character in "&<|\\"})
+FRONT_MATTER = 2**20
+"""Bytes of a card that are looked at for it: results of benchmarks in it take some hundred thousand."""
+OF_THEM = re.compile(rb"[\"']?(?:%s)[\"']? *:" % b"|".join(map(str.encode, CARRIED)))
+ITEMS = re.compile(rb"\s|- |#|$")
+"""How a line begins that belongs to the key above."""
 MASK_FACTS = ("method", "data", "pruning_ratio", "ratio_of", "steps", "seed")
 PAPER = "DISP-LLM ([arXiv 2410.11988](https://arxiv.org/abs/2410.11988))"
 
@@ -152,8 +155,8 @@ def write_card(checkpoint: Checkpoint, masks: Masks, manifest: Manifest, genai_b
     )
     text = CARD.format(
         front_matter=front_matter(model).to_yaml(),
-        title=f"{_cell(name)}, {manifest.target}, {manifest.dtype}",
-        name=_cell(name),
+        title=f"{markdown_cell(name)}, {manifest.target}, {manifest.dtype}",
+        name=markdown_cell(name),
         dispc=manifest.dispc,
         pruned=pruned if blocks.kept < blocks.dense else "Nothing is pruned.",
         facts=_table(("", ""), facts.items()),
@@ -180,7 +183,7 @@ def optimum_fix(config: DecoderConfig) -> str:
 
 def front_matter(model: Path) -> ModelCardData:
     """What the Hugging Face hub reads; `unknown` is its own word for a licence that is not known."""
-    facts: dict[str, Any] = {key: value for key, value in base_card(model).items() if key in CARRIED}
+    facts: dict[str, Any] = dict(base_card(model))
     if "license" not in facts:
         files = licence_files(model)
         facts |= {"license": "other", "license_link": files[0]} if files else {"license": "unknown"}
@@ -190,13 +193,11 @@ def front_matter(model: Path) -> ModelCardData:
 
 
 def base_card(model: Path) -> dict[str, str | list[str]]:
-    """Words and lists of words in the front matter of a model directory's README.md; empty when it cannot be read."""
+    """What the front matter of a model directory's README.md has of CARRIED; empty when it cannot be read."""
     try:
         raw = contents(model / "README.md", CheckpointError)[:FRONT_MATTER].removeprefix(codecs.BOM_UTF8)
-        first, *lines = [line.rstrip() for line in raw.splitlines()] or [b""]
-        end = lines.index(b"---") if first == b"---" else 0
-        content = yaml.load(b"\n".join(lines[:end]).decode(), _PlainLoader)
-    except (CheckpointError, OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):  # no front matter, ...
+        content = yaml.load(_carried(raw).decode(), _PlainLoader)
+    except Exception:  # no front matter, no text, no YAML: what PyYAML raises for values of a type shares no base class
         return {}
     if not isinstance(content, Mapping):
         return {}
@@ -207,13 +208,25 @@ def base_card(model: Path) -> dict[str, str | list[str]]:
     return {str(key): value for key, value in content.items() if value and words(value)}
 
 
-class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML without aliases, of which a kilobyte may stand for gigabytes."""
+def _carried(card: bytes) -> bytes:
+    """The lines of the front matter with the keys in CARRIED and what belongs to them.
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
-        return super().compose_node(parent, index)
+    Raises:
+        ValueError: when the card has no front matter.
+    """
+    first, *lines = [line.rstrip() for line in card.splitlines()] or [b""]
+    carried, kept = False, []
+    for line in lines[: lines.index(b"---") if first == b"---" else 0]:
+        carried = bool(OF_THEM.match(line)) or (carried and ITEMS.match(line) is not None)
+        kept += [line] if carried else []
+    return b"\n".join(kept)
+
+
+class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML without merges (`<<`), of which a kilobyte may stand for gigabytes: to it that is no key."""
+
+    def flatten_mapping(self, node: Any) -> None:
+        pass
 
 
 def hub_name(model: Path) -> str | None:
@@ -227,7 +240,7 @@ def _licence(model: Path) -> str:
     named, files = base_card(model).get("license"), licence_files(model)
     copied = f" Copied from it: {', '.join(f'[{name}]({name})' for name in files)}." if files else ""
     if named:
-        return f"That of the base model, whose card says: {_cell(named)}.{copied}"
+        return f"That of the base model, whose card says: {markdown_cell(named)}.{copied}"
     if files:
         return f"That of the base model.{copied}"
     return (
@@ -249,9 +262,9 @@ def _parity(validation: Mapping[str, Any] | None) -> str:
     rows = ((c["name"], c["status"], _number(c["figure"]), _limit(c), c["detail"]) for c in validation["checks"])
     verdict = "Passed" if validation["passed"] else "FAILED"
     return (
-        f"{verdict}, judged on {_cell(validation['judged_on'])}. The truth is the masked PyTorch model: "
-        f"{_cell(validation['truth'])}. Errors are in units of the error of the dtype itself in the same model, "
-        "at the worst position.\n\n" + _table(("check", "", "figure", "limit", "over"), rows)
+        f"{verdict}, judged on {markdown_cell(validation['judged_on'])}. The truth is the masked PyTorch "
+        f"model: {markdown_cell(validation['truth'])}. Errors are in units of the error of the dtype itself in the "
+        "same model, at the worst position.\n\n" + _table(("check", "", "figure", "limit", "over"), rows)
     )
 
 
@@ -266,9 +279,4 @@ def _limit(check: Mapping[str, Any]) -> str:
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
-
-
-def _cell(content: object) -> str:
-    """Text that stays inside its cell and shows as it is."""
-    return " ".join(printable(str(content)).split()).translate(ENTITIES)
+    return "\n".join(f"| {' | '.join(markdown_cell(cell) for cell in line)} |" for line in lines)

@@ -1,6 +1,5 @@
 """What is judged: an artifact, loaded, and the masked reference that it must agree with."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -102,7 +101,7 @@ class Comparison:
         beside = self.checkpoint.directory / "masks.safetensors"
         if self.options.masks is None and self.checkpoint.own_masks is not None:
             return self.checkpoint.own_masks, str(self.checkpoint.directory)
-        path = self.options.masks or (beside if os.path.lexists(beside) else None)
+        path = self.options.masks or (beside if beside.is_file() else None)
         if path is None:
             return None, f"{self.checkpoint.directory} has none"
         masks = Masks.load(path)

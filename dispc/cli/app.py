@@ -1,5 +1,7 @@
 """The command line: parse, call, print. Exit codes: 0 done, 1 a check failed, 2 could not run, 128 + N by signal N."""
 
+import os
+import signal
 import sys
 from typing import Annotated
 
@@ -57,6 +59,8 @@ def main() -> None:
         _refuse_bytes(arguments)
         app(arguments)
     except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError) or not _flushed():
+            sys.exit(128 + signal.SIGPIPE)
         for note in NOTES.taken() if stop.code in (0, 1, None) else ():
             err.print(f"[yellow]note:[/yellow] {escape(note)}", highlight=False)
         if stop.code == 130:
@@ -73,6 +77,16 @@ def main() -> None:
         sys.exit(2)
 
 
+def _flushed() -> bool:
+    """Whether all of the output could be written; where its reader has gone, the rest is dropped."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
 def _refuse_bytes(arguments: list[str]) -> None:
     """Raise DispcError for an argument that is not UTF-8: JSON, ONNX and most libraries cannot hold it."""
     for argument in arguments:
@@ -85,6 +99,6 @@ def _in_one_line(error: Exception) -> str:
         return f"{error.filename or 'input or output'}: {error.strerror or error}"
     if isinstance(error, DispcError):
         return str(error)
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # torch raises RuntimeErrors
         return f"there is not enough memory ({first_line(error)})"
     return f"unexpected {type(error).__name__}: {first_line(error)}; --debug shows where, please report it"

@@ -121,7 +121,7 @@ class CompileArguments:
     @property
     def directory(self) -> Path:
         """Where the artifact goes."""
-        return self.output or real(self.model).with_name(f"{real(self.model).name}-{self.target}")
+        return self.output or real(self.model).parent / f"{real(self.model).name}-{self.target}"
 
     def options(self) -> "CompileOptions":
         from dispc.compiler import CompileOptions

@@ -71,7 +71,8 @@ class LatencyArguments:
     past: Annotated[list[int] | None, typer.Option(help="Past length to time one token at.", show_default="128")] = None
     rounds: Annotated[int | None, typer.Option(min=1, help="Timed runs of each case.", show_default="20")] = None
     threads: Annotated[
-        int | None, typer.Option(min=0, help="Threads for timing; 0 leaves it to ONNX Runtime.", show_default="0")
+        int | None,
+        typer.Option(min=0, max=1024, help="Threads for timing; 0 leaves it to ONNX Runtime.", show_default="0"),
     ] = None
 
     def options(self) -> "LatencyOptions | None":

@@ -42,6 +42,9 @@ SETTINGS = Settings()
 def own_the_process(*, debug: bool) -> None:
     """Environment, signals and the garbage collector of the `dispc` command."""
     SETTINGS.debug = debug
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # started with it closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open to the end)
     # transformers warns of configs and weights that dispc refuses anyway; its warnings about tokenizers are passed on.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("dispc").addHandler(NOTES)

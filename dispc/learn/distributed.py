@@ -138,7 +138,7 @@ class Processes:
 def _leave() -> None:
     """End gloo's threads before the interpreter ends.
 
-    They may still give tensors back to Python then, and the process is ended by a signal (pytorch issue 190489).
+    They may still give tensors back to Python then, and the process is ended by a signal (pytorch pull request 179291).
     NCCL's communicators are left to the end of the process: ending them waits for the others, which may have failed.
     """
     if dist.is_initialized():

@@ -198,7 +198,7 @@ class LearnOptions(RunOptions):
     @property
     def folder(self) -> Path:
         """`masks.learn` beside `masks.safetensors`."""
-        return self.output.with_name(f"{self.output.name.removesuffix('.safetensors')}.learn")
+        return self.output.parent / f"{self.output.name.removesuffix('.safetensors')}.learn"
 
     @property
     def falling(self) -> bool:

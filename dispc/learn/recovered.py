@@ -13,7 +13,7 @@ from torch import Tensor
 from dispc.learn.adapter import ADAPTER, merge_adapter, save_adapter, without_adapter
 from dispc.learn.recovery_options import MARKER, RecoverOptions, foreign_to_recovered
 from dispc.learn.recovery_run import Recovered
-from dispc.manifest import COPIED
+from dispc.manifest import COPIED, licence_files
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.config import DecoderConfig
@@ -85,9 +85,11 @@ def _write_model(model: Any, checkpoint: Checkpoint, masks: Masks, folder: Path)
         stored.save_pretrained(str(folder))
     except SafetensorError as error:  # where the system says that the disk is full
         raise OSError(errno.EIO, first_line(error), str(folder)) from error
-    for name in COPIED:
+    for name in (*COPIED, *licence_files(checkpoint.directory)):
         if (checkpoint.directory / name).is_file():
             (folder / name).write_bytes(contents(checkpoint.directory / name, CheckpointError))
+        else:  # a generation_config.json of transformers' own defaults would overrule config.json
+            (folder / name).unlink(missing_ok=True)
     masks.save(folder / "masks.safetensors", checkpoint.config)
 
 

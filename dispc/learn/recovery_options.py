@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 from dispc.learn.options import RunOptions, check_least, check_one_of
-from dispc.manifest import COPIED
+from dispc.manifest import COPIED, LICENCE_FILES
 from dispc.support.directories import check_output
 from dispc.support.errors import LearnError
+from dispc.support.files import refuse_inputs
 
 LossName = Literal["distil", "text", "both"]
 LOSSES: dict[LossName, tuple[float, float]] = {"distil": (1.0, 0.0), "text": (0.0, 1.0), "both": (0.5, 0.5)}
@@ -76,6 +77,7 @@ class RecoverOptions(RunOptions):
         return True
 
     def check_output(self, *, force: bool) -> None:
+        refuse_inputs([self.output], [self.model])
         check_output(self.output, force, MARKER, foreign_to_recovered)
 
     def rate(self, step: int, seconds: float) -> float:
@@ -89,7 +91,7 @@ class RecoverOptions(RunOptions):
 def foreign_to_recovered(directory: Path) -> str | None:
     """What in a directory is not of a recovered model that dispc wrote; None where there is nothing like that."""
     for path in sorted(directory.iterdir()):
-        known = path.name in (MARKER, *COPIED) or WRITTEN.fullmatch(path.name)
+        known = path.name in (MARKER, *COPIED) or WRITTEN.fullmatch(path.name) or LICENCE_FILES.fullmatch(path.name)
         folder = path.is_dir() and not path.is_symlink()
         inside = {file.name for file in path.iterdir()} if folder else set()
         if not known or folder != (path.name == "adapter") or not inside <= set(ADAPTER_FILES):

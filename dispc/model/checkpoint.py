@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dispc.manifest import COPIED, LICENCE_FILES
 from dispc.masks import Masks
 from dispc.model.config import DecoderConfig
 from dispc.model.families import find_family
@@ -21,7 +22,7 @@ from dispc.model.generation import Generation
 from dispc.model.packed import packed_in, take
 from dispc.model.pretrained import build_model, empty_parameters, make_config, model_class, set_parameters
 from dispc.model.rope import Rope, check_ropes, read_ropes
-from dispc.model.storage import CheckpointTensor, Stored, list_stored
+from dispc.model.storage import ADAPTERS, INDICES, CheckpointTensor, Stored, list_stored
 from dispc.support.errors import CheckpointError, UnsupportedModelError
 from dispc.support.inputs import contents, naming, read_object
 
@@ -31,8 +32,8 @@ SPARE_TENSORS = re.compile(
     r"|(.*\.)?position_ids"
 )
 """Tensors that old releases of transformers stored, and that no model reads."""
-READ_SUFFIXES = (".json", ".safetensors", ".bin", ".jinja", ".txt", ".model")
-"""Endings of the files of a model directory that are read or copied where they are there."""
+MISSED = (*COPIED, *ADAPTERS, *INDICES, "model.safetensors", "masks.safetensors", "README.md")
+"""Files of a model directory without which, or without licence files, something else is made of it."""
 
 
 class Checkpoint:
@@ -265,7 +266,7 @@ class Checkpoint:
         if not self.config.tied:
             return
         embedding = self.find(f"{self.family.embedding}.weight")
-        for name in (f"{self.family.head}.weight", HEAD):
+        for name in dict.fromkeys((f"{self.family.head}.weight", HEAD)):
             head = self.stored.get(name)
             other = head is not None and head is not embedding and not _equal(head, embedding)
             if other or name in self._listed.others:
@@ -278,7 +279,8 @@ class Checkpoint:
 def _require_links(directory: Path) -> None:
     """Raise CheckpointError for a link to nowhere, which would count as a file that is not there."""
     for path in sorted(directory.iterdir()):
-        if path.suffix in READ_SUFFIXES and path.is_symlink() and not path.exists():
+        missed = path.name in MISSED or LICENCE_FILES.fullmatch(path.name)
+        if missed and path.is_symlink() and not path.exists():
             raise CheckpointError(f"{path}: is a link that leads nowhere; fetch the file, or remove the link")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dispc.model.family import Family, Packed, Refusal
 from dispc.model.norms import LAYER, LAYER_COHERE, LAYER_ONE_PLUS, RMS_ONE_PLUS
-from dispc.support.errors import UnsupportedModelError
+from dispc.support.errors import CheckpointError, UnsupportedModelError
 
 
 def _head_size(config: Mapping[str, Any]) -> Any:
@@ -57,14 +57,17 @@ GEMMA_REFUSALS: tuple[Refusal, ...] = (
 
 
 def _one_activation(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Gemma's activation as `hidden_act`, which every release reads: `hidden_activation`, where it is given.
+    """Gemma's activation as `hidden_act`, which every release reads, whichever of the two keys names it.
 
     Google's first files say "gelu" and mean the tanh approximation: transformers 5 says so in GemmaConfig, and
     transformers 4 computes the exact one.
     """
     settled = {key: value for key, value in raw.items() if key != "hidden_activation"}
-    named = raw.get("hidden_activation") or raw.get("hidden_act") or "gelu_pytorch_tanh"
-    return settled | {"hidden_act": "gelu_pytorch_tanh" if named == "gelu" else named}
+    said = [raw[key] for key in ("hidden_activation", "hidden_act") if raw.get(key)]
+    meant = ["gelu_pytorch_tanh" if name == "gelu" else name for name in said] or ["gelu_pytorch_tanh"]
+    if meant[0] != meant[-1]:
+        raise CheckpointError(f"hidden_activation is {said[0]!r}, and hidden_act {said[1]!r}; remove the wrong one")
+    return settled | {"hidden_act": meant[0]}
 
 
 WINDOW_PATTERN = ("sliding_window_pattern", "_sliding_window_pattern")
@@ -162,6 +165,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="phi3",
             title="Phi-3, Phi-3.5, Phi-4",
+            rotates_parts=True,
             optimum_reads_heads=False,
             packed=(
                 Packed("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),

@@ -47,7 +47,8 @@ class Family:
     of their width. What `packed` holds goes by the names of its parts everywhere else (`dispc.model.packed`).
 
     `rotary` says that queries and keys are rotated by their positions: by the frequencies of base `rope_theta` over the
-    first `rotary_share` of each head, where config.json does not say it; `local_rope_theta` is the base of sliding
+    first `rotary_share` of each head, where config.json does not say it, as it may where that is no whole head, or the
+    family `rotates_parts`; `local_rope_theta` is the base of sliding
     blocks in families that have two. `attention` names the implementation of transformers that the reference uses.
     `head_norms` says that queries and keys pass norms of their own before attention.
     `optimum_reads_heads` says whether optimum reads the number of key/value heads off config.json.
@@ -78,6 +79,7 @@ class Family:
     rotary: bool = True
     rope_theta: float = 10_000.0
     rotary_share: float = 1.0
+    rotates_parts: bool = False
     local_rope_theta: float | None = None
     attention: str = "sdpa"
     head_norms: bool = False
@@ -85,6 +87,11 @@ class Family:
     ignored: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     settle: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+
+    @property
+    def has_rotary_share(self) -> bool:
+        """Whether config.json may say which share of each head rotates."""
+        return self.rotates_parts or self.rotary_share != 1.0
 
     def block(self, index: int) -> str:
         """Module name of block `index`, such as `model.layers.3`."""

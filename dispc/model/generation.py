@@ -16,7 +16,7 @@ PENALTIES: dict[str, tuple[type, float, float]] = {
 SAMPLING: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
 """What is carried over, by the same names, and transformers' defaults."""
 CARRIED = re.compile(
-    r"(eos|bos|pad|decoder_start)_token_id|do_sample|temperature|top_k|top_p|max_length|max_new_tokens"
+    r"(eos|bos|pad|decoder_start)_token_id|do_sample|temperature|top_k|top_p"
     r"|transformers_version|_\w+|output_\w+|return_\w+|use_cache|cache_\w+|\w*compile\w*|trust_remote_code"
     r"|\w*assistant\w*|\w+_lookbehind"
 )
@@ -33,6 +33,11 @@ KEYS = re.compile(
 """Keys of generation that config.json may hold. transformers reads them there where no generation_config.json is."""
 NOTHING: dict[str, Any] = SAMPLING | {
     "encoder_no_repeat_ngram_size": 0,
+    "max_length": 20,
+    "min_new_tokens": 0,
+    "min_p": 0.0,
+    "guidance_scale": 1.0,
+    "penalty_alpha": 0.0,
     "num_beams": 1,
     "num_return_sequences": 1,
     "num_beam_groups": 1,
@@ -49,6 +54,8 @@ NOTHING: dict[str, Any] = SAMPLING | {
     "token_healing": False,
 }
 """Values of other keys that switch nothing on."""
+ENDS = ("max_length", "max_new_tokens")
+"""Tokens after which generation ends: genai_config.json has the model's limit, and applications their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +90,8 @@ class Generation:
 
         legacy = {key: value for key, value in raw.items() if KEYS.fullmatch(key)}
         generation = legacy if file is None else file
+        positions = raw.get("max_position_embeddings")
+        limit = positions if isinstance(positions, int) else 0
 
         def ids(key: str) -> list[int]:
             value = generation.get(key, raw.get(key))
@@ -110,9 +119,10 @@ class Generation:
         do_sample = generation.get("do_sample")
         if do_sample is not None and not isinstance(do_sample, bool):
             raise CheckpointError(f"do_sample is {do_sample!r}; true or false is expected")
-        for key in ("temperature", "top_p") if do_sample else ():
-            if generation.get(key) == 0:
-                raise CheckpointError(f"{key} is 0 and do_sample is true; no token is drawn so: set do_sample to false")
+        if do_sample and generation.get("temperature") == 0:
+            raise CheckpointError(
+                "temperature is 0 and do_sample is true; no token is drawn so: set do_sample to false"
+            )
         return Generation(
             stops=ids("eos_token_id"),
             bos=one("bos_token_id"),
@@ -130,6 +140,7 @@ class Generation:
                 key
                 for key, value in generation.items()
                 if not CARRIED.fullmatch(key) and key not in PENALTIES and _changes(key, value)
+                if not (key in ENDS and isinstance(value, int) and value >= limit)
             ),
             overruled=tuple(
                 key

@@ -29,7 +29,7 @@ HARMLESS = re.compile(
     # what is returned and kept, not what is computed
     r"|use_cache|cache_implementation|output_hidden_states|output_attentions|return_dict|torchscript|is_decoder"
     # tokenizer and generation
-    r"|\w+_token_ids?|tokenizer_class|tokenizer_model_max_length|model_max_length|prefix|suffix"
+    r"|\w+_token_ids?|tokenizer_class|tokenizer_model_max_length|model_max_length|max_sequence_length|prefix|suffix"
     rf"|{KEYS.pattern}"
     # training, and heads that a causal language model has not
     r"|initializer_range|init_std|\w*dropout\w*|\w+_pdrop|layerdrop|gradient_checkpointing|pretraining_tp"

@@ -20,6 +20,7 @@ from dispc.support.torch_files import is_plain, load_torch
 
 LFS_POINTER = b"version https://git-lfs."  # how every pointer file begins, by its specification
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHT_FILES = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|npz|gguf)", re.IGNORECASE)
 """Names that files with weights have."""
 NO_PART_OF_THE_MODEL = re.compile(
@@ -88,8 +89,8 @@ def list_stored(directory: Path) -> Stored:
                 "save_pretrained), or remove its files if the model is meant without it"
             )
     for index, single, list_tensors in (
-        ("model.safetensors.index.json", "model.safetensors", _list_safetensors),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin", _list_torch_file),
+        (INDICES[0], "model.safetensors", _list_safetensors),
+        (INDICES[1], "pytorch_model.bin", _list_torch_file),
     ):
         if (directory / single).exists():  # before an index, as in transformers: it may be an older save's
             older = set(_weight_map(directory / index).values()) if (directory / index).exists() else set()

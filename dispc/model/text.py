@@ -87,7 +87,7 @@ def _file_rows(path: Path) -> list[str]:
         with quiet_datasets():
             rows = datasets.load_dataset(loader, data_files=glob.escape(str(path)), split="train", streaming=True)
             return _column(rows, str(path))
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+    except (datasets.exceptions.DatasetGenerationError, ValueError, TypeError, OSError) as error:  # a row that is null
         raise DataError(f"{path}: not readable as {loader} ({first_line(error)})") from error
 
 

@@ -144,7 +144,7 @@ def _require(what: str, name: str, times: Tensor, allowed: Tensor | float, shrin
     if len(over) and not float(over[worst]) <= 0:
         raise ArtifactError(
             f"model.onnx: the integers of {name} do not stand for the checkpoint's weights: {what} "
-            f"{float(times[worst]):.3f} times as large ({float(over[worst]):.3f} more or less than allowed)"
+            f"{float(times[worst]):.3f} times as large ({float(over[worst]):.3f} beyond what is allowed)"
         )
 
 

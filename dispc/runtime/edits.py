@@ -156,9 +156,9 @@ def _with_all_logits(model: ir.Model) -> None:
             producer = value.producer() if value is not None else None
             if producer is not None and producer.op_type in GATHERS and (producer.name or "").startswith(LAST):
                 node.replace_input_with(position, producer.inputs[0])
-    logits = next(value for value in model.graph.outputs if value.name == "logits")
-    if logits.shape is not None:
-        logits.shape = ir.Shape([logits.shape[0], "sequence_length", logits.shape[2]])
+    for logits in (value for value in model.graph.outputs if value.name == "logits"):
+        if logits.shape is not None:
+            logits.shape = ir.Shape([logits.shape[0], "sequence_length", logits.shape[2]])
 
 
 def _as_float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

@@ -24,8 +24,8 @@ class Sampler:
         """A token for logits [V]. The same seed, step and logits give the same token."""
         if self.temperature == 0.0:
             return int(logits.argmax())
-        scaled = logits.astype(np.float64) / self.temperature
-        probabilities = np.exp(scaled - scaled.max())
+        with np.errstate(over="ignore"):  # of a temperature near 0: only the likeliest is left
+            probabilities = np.exp((logits.astype(np.float64) - logits.max()) / self.temperature)
         probabilities /= probabilities.sum()
         # Tokens below this hold less than 1 - top_p together, and lie outside: sorting the whole vocabulary takes long.
         likely = np.flatnonzero(probabilities >= 0.999 * (1.0 - self.top_p) / len(probabilities))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dispc.lowerings import LOWERINGS
-from dispc.manifest import Manifest, read_manifest
+from dispc.manifest import WEIGHTS, Manifest, read_manifest
 from dispc.runtime.edits import Edit, exactly_comparable, load_graph, serialise, widen, with_float32_outputs
 from dispc.runtime.ort import ort
 from dispc.runtime.providers import CPU, Provider
@@ -75,7 +75,7 @@ class Artifact:
                 wide, model = Path(scratch) / "model.onnx", widen(load_graph(path))
                 if edit:
                     edit(model)
-                ir.save(model, wide, external_data="model.onnx.data")
+                ir.save(model, wide, external_data=WEIGHTS)
                 self.session = open_session(wide, **options)
         else:
             self.session = open_session(path, edit=edit, **options)

@@ -76,7 +76,7 @@ def check_output(out: Path, force: bool, marker: str = ARTIFACT, foreign: Foreig
         ArtifactError: saying why.
     """
     named_in_text(out, ArtifactError)
-    parent = next(path for path in out.absolute().parents if path.exists())
+    parent = next((path for path in out.absolute().parents if path.exists()), out)
     if not parent.is_dir():
         raise ArtifactError(f"{out}: cannot be written ({parent} is not a directory)")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -91,7 +91,9 @@ def check_output(out: Path, force: bool, marker: str = ARTIFACT, foreign: Foreig
 
 def _strange(directory: Path, marker: str, foreign: Foreign) -> str | None:
     """What at this path is not dispc's; None for an empty directory, and for what dispc alone wrote."""
-    if not directory.is_dir() or directory.is_symlink():
+    if directory.is_symlink():
+        return "is a link"
+    if not directory.is_dir():
         return f"holds no {marker} of dispc"
     if not any(directory.iterdir()):
         return None
@@ -156,7 +158,8 @@ def _swap(stage: Path, out: Path) -> None:
         out.rename(old)
         stage.rename(out)
     finally:
-        old.rename(stage if out.exists() else out)
+        if old.exists():
+            old.rename(stage if out.exists() else out)
 
 
 def exchange(first: Path, second: Path) -> bool:

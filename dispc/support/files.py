@@ -31,7 +31,7 @@ def whole(path: Path) -> Iterator[Path]:
         OSError: with the name of `path`, which the system leaves out where it is a write that fails (a full disk).
     """
     target = real(path)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial = target.parent / f"{target.name}.{os.getpid()}.partial"
     try:
         if path.exists() and not path.is_file():
             yield path

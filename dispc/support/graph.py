@@ -22,10 +22,12 @@ MACHINE_LEARNING = "ai.onnx.ml"
 EXTRACTOR = "ArrayFeatureExtractor"
 SIMPLIFIED_NORM = "SimplifiedLayerNormalization"
 """ONNX Runtime's RMS norm, which it keeps in the standard's own domain."""
-PROTOBUF_BYTES = 2**31
-"""A protobuf message is no larger."""
+GRAPH_BYTES = 64 * 2**20
+"""The weights lie beside a graph: of 80 blocks it takes 4 MB."""
 WINDOW = "dispc.window"
 """Metadata key of Attention nodes: the sliding window in tokens, 0 for none."""
+PLACE = ("location", "offset", "length")
+"""Keys of external data that say where in which file values are."""
 TENSOR_FIELDS: dict[str, tuple[str, ...]] = {
     "ModelProto": ("graph", "functions", "training_info"),
     "GraphProto": ("initializer", "sparse_initializer", "node"),
@@ -59,11 +61,12 @@ def read_model(path: Path) -> onnx.ModelProto:
         ArtifactError: when it is no ONNX model, or a text in it is not UTF-8.
         FileNotFoundError, PermissionError: when it cannot be opened.
     """
-    regular(path, ArtifactError, PROTOBUF_BYTES)
+    regular(path, ArtifactError, GRAPH_BYTES)
     try:
         with naming(path):
             model = onnx.load(path, load_external_data=False)
         _require_text(model)
+        _require_plain_places(model)
     except OSError:
         raise
     except Exception as error:  # what protobuf raises depends on its implementation
@@ -85,24 +88,43 @@ def _require_text(message: Message) -> None:
                 raise ValueError(f"{field.name} of {message.DESCRIPTOR.name} is not UTF-8")
 
 
+def _require_plain_places(model: onnx.ModelProto) -> None:
+    """Raise ValueError for external data with more than its place: ONNX Runtime takes packed weights from such keys,
+    instead of the values that everything else sees."""
+    for tensor in _tensors(model):
+        keys = [entry.key for entry in tensor.external_data]
+        if strange := [key for key in keys if key not in PLACE or keys.count(key) > 1]:
+            raise ValueError(f"the external data of {tensor.name} has {strange[0]}, which dispc never writes so")
+
+
 def weight_files(model: onnx.ModelProto) -> set[str]:
     """The files that hold weights of a model, as it names them."""
     return {entry.value for entry in locations(model)}
 
 
+def end_of_weights(model: onnx.ModelProto) -> int:
+    """The bytes of a file with the weights of a model: where the last of them end."""
+    places = ({entry.key: entry.value for entry in tensor.external_data} for tensor in _tensors(model))
+    return max((int(place.get("offset", 0)) + int(place["length"]) for place in places if "length" in place), default=0)
+
+
 def locations(message: Message) -> Iterator[onnx.StringStringEntryProto]:
-    """What names a file of weights in a model or a part of it: of initializers (sparse ones too), of attributes, in
-    graphs of attributes, functions and training."""
+    """What names a file of weights in a model or a part of it."""
+    return (entry for tensor in _tensors(message) for entry in tensor.external_data if entry.key == "location")
+
+
+def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+    """Initializers (sparse ones too), those of attributes, in graphs of attributes, functions and training."""
     if isinstance(message, onnx.TensorProto):
-        yield from (entry for entry in message.external_data if entry.key == "location")
+        yield message
         return
     for name in TENSOR_FIELDS[message.DESCRIPTOR.name]:
         found = getattr(message, name)
         if not isinstance(found, Message):
             for inner in found:
-                yield from locations(inner)
+                yield from _tensors(inner)
         elif message.HasField(name):
-            yield from locations(found)
+            yield from _tensors(found)
 
 
 def require_beside(path: Path, files: Iterable[str]) -> None:

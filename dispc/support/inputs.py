@@ -21,7 +21,7 @@ JSON_BYTES = 64 * 2**20
 LARGEST, LEAST_POSITIONS = 2**24, 8
 """Larger than any size of a model, found before something so large is made; and fewer positions than any model has, of
 which validation needs some to try."""
-DIGITS, DEPTH, KEY = 300, 100, 4096
+DIGITS, DEPTH, KEY = 300, 100, 512
 """Most digits of a whole number, most objects and lists in each other, and most characters of a key, that are expected:
 more overflow floats, end in a RecursionError somewhere, and keep patterns busy for hours."""
 HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")

@@ -6,6 +6,8 @@ HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066
 """Control characters that move the cursor, change colours, ring or reverse text, all but newline and tab; and halves
 of surrogate pairs, which no encoding has: JSON can escape one alone, and bytes that are not UTF-8 become such in names.
 """
+ENTITIES = str.maketrans({character: f"&#{ord(character)};" for character in "&<|\\"})
+"""What would be markup in a cell of Markdown."""
 
 
 def printable(text: str) -> str:
@@ -20,3 +22,8 @@ def is_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def markdown_cell(content: object) -> str:
+    """Text that stays inside its cell of a Markdown table and shows as it is."""
+    return " ".join(printable(str(content)).split()).translate(ENTITIES)

@@ -125,3 +125,14 @@ def test_an_interrupt_while_directories_are_exchanged_leaves_one_whole_artifact(
         fill(stage)
     monkeypatch.undo()
     assert sorted(fingerprint(tmp_path)) == ["out", "out/dispc.json", "out/sub", "out/sub/file"]
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [("| true", 141), ("> /dev/null", 0), (">&-", 0)],
+)
+def test_a_reader_that_goes_is_no_failed_check(end: str, code: int) -> None:
+    """Exit code 1 means one: a script with pipefail would take a right artifact for a wrong one."""
+    long = f"{sys.executable} -m dispc compile --help {end}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", long], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "")

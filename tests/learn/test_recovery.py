@@ -1,6 +1,7 @@
 """Recovery on a tiny model: it gains, it never ends worse, nothing outside of the sets moves, and no work is lost."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dispc.learn.folder import METRICS
 from dispc.learn.instant import instant_masks
 from dispc.learn.recovered import write_pruned
 from dispc.learn.recovery import Recovered, recover
-from dispc.learn.recovery_options import MARKER, RecoverOptions
+from dispc.learn.recovery_options import MARKER, RecoverOptions, foreign_to_recovered
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.reference.masked import load_reference
@@ -214,6 +215,20 @@ def test_other_families_are_written_as_they_are_stored(tmp_path: Path, variant: 
         masked = load_reference(checkpoint, masks)(input_ids=ids).logits
         plain = load_plain(tmp_path / "out")(input_ids=ids).logits
     assert torch.allclose(masked, plain, atol=1e-5)
+
+
+def test_what_the_model_does_not_say_of_generation_is_not_said_for_it(tmp_path: Path) -> None:
+    """transformers writes a generation_config.json of its own defaults, which overrules config.json."""
+    model = shutil.copytree(harness.checkpoint("llama").directory, tmp_path / "model")
+    (model / "generation_config.json").unlink(missing_ok=True)
+    (model / "LICENSE").write_text("as you like")
+    config = json.loads((model / "config.json").read_text()) | {"eos_token_id": [5, 6], "repetition_penalty": 1.3}
+    (model / "config.json").write_text(json.dumps(config))
+    checkpoint = Checkpoint(model)
+    write_pruned(checkpoint, Masks.random(checkpoint.config, 0.5, seed=0), None, tmp_path / "out")
+    assert Checkpoint(tmp_path / "out").generation == checkpoint.generation
+    assert (tmp_path / "out" / "LICENSE").read_text() == "as you like"
+    assert foreign_to_recovered(tmp_path / "out") is None
 
 
 def test_a_full_disk_at_the_end_costs_nothing_but_another_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,15 @@ from dispc.support.errors import CheckpointError
 
 SLIDING = {"layer_types": ["sliding_attention"] * 3, "sliding_window": 7, "use_sliding_window": False}
 
+ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq")
+
 
 def changed(variant: str, place: Path, *, without: tuple[str, ...] = (), **values: Any) -> Path:
     model = Path(shutil.copytree(harness.checkpoint(variant).directory, place / variant))
-    content = json.loads((model / "config.json").read_text()) | values
+    content = {k: v for k, v in json.loads((model / "config.json").read_text()).items() if k not in without}
     rotary = content.get("rope_parameters", {})  # where transformers 5 writes the share of a head that rotates
     rotary.update({key: value for key, value in values.items() if key in rotary})
-    (model / "config.json").write_text(json.dumps({k: v for k, v in content.items() if k not in without}))
+    (model / "config.json").write_text(json.dumps(content | values))
     return model
 
 
@@ -31,9 +33,7 @@ def add(model: Path, **tensors: torch.Tensor) -> None:
 
 
 def build(model: Path) -> None:
-    checkpoint = Checkpoint(model)
-    checkpoint.empty_model(torch.float32)
-    checkpoint.tensors  # noqa: B018
+    Checkpoint(model).empty_model(torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,19 @@ def build(model: Path) -> None:
         ("gemma2", ("layer_types",), {"sliding_window": None}, "sliding_window is null"),
         ("smollm3", (), SLIDING, "use_sliding_window is false"),
         ("phi", (), {"partial_rotary_factor": 0.1875}, "3 dimensions of each head of 16 rotate"),
+        (
+            "llama",
+            (*ROPE,),
+            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_scaling": {"rope_type": "default"}},
+            "rope_theta stands in one of rope_parameters and rope_scaling",
+        ),
+        (
+            "gemma3",
+            (*ROPE,),
+            {"rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}},
+            "has no full_attention",
+        ),
+        ("gemma", (), {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "relu"}, "hidden_activation is 'relu'"),
         ("gpt-neox", (), {"rotary_pct": 0.01, "partial_rotary_factor": 0.01}, "0 dimensions of each head"),
     ],
 )

@@ -93,7 +93,7 @@ GEMMA: list[tuple[dict[str, Any], str]] = [
     ({"hidden_act": "gelu"}, TANH),
     ({"hidden_act": None, "hidden_activation": None}, TANH),
     ({"hidden_act": "gelu", "hidden_activation": TANH}, TANH),
-    ({"hidden_act": TANH, "hidden_activation": "relu"}, "relu"),
+    ({"hidden_act": "relu", "hidden_activation": "relu"}, "relu"),
     ({"hidden_act": "gelu", "hidden_activation": None}, TANH),
     ({"hidden_act": "silu"}, "silu"),
 ]

@@ -89,7 +89,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", STARCODER2),
     "stablelm": ("stablelm", STABLELM),
     "nemotron": ("nemotron", LLAMA | dict(partial_rotary_factor=0.5)),
-    "phi3": ("phi3", LLAMA | dict(hidden_size=64, sliding_window=7)),
+    "phi3": ("phi3", LLAMA | dict(hidden_size=64, sliding_window=7, partial_rotary_factor=0.5)),
     "gpt-neox": ("gpt_neox", NEOX),
     "gpt-neox-sequential": ("gpt_neox", NEOX | dict(use_parallel_residual=False, rotary_pct=1.0)),
     "cohere": ("cohere", LLAMA | dict(hidden_size=64, logit_scale=0.3, rope_theta=50_000.0)),

@@ -41,3 +41,15 @@ def test_a_text_that_is_not_utf8_is_named(place: str, tmp_path: Path) -> None:
     path.write_bytes(model.SerializeToString().replace(SPOILT.encode(), b"sp\xffilt"))
     with pytest.raises(ArtifactError, match=f"model.onnx: not an ONNX model .*{place} is not UTF-8"):
         read_model(path)
+
+
+@pytest.mark.parametrize("keys", [("location", "prepacked_0"), ("location", "offset", "offset"), ("checksum",)])
+def test_weights_from_elsewhere_than_their_place_are_refused(keys: tuple[str, ...], tmp_path: Path) -> None:
+    """ONNX Runtime takes weights that are packed already from keys of external data, whatever the values are."""
+    model, path = whole(), tmp_path / "model.onnx"
+    tensor = model.graph.initializer.add(name="w", data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
+    for key in keys:
+        tensor.external_data.add(key=key, value="0")
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match=f"the external data of w has {keys[-1]}"):
+        read_model(path)

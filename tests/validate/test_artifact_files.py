@@ -60,10 +60,23 @@ def move_weights(out: Path) -> None:
     (out / "model.onnx.data").rename(out / ".w")
 
 
-def add_metadata(out: Path) -> None:
-    model = onnx.load(out / "model.onnx", load_external_data=False)
-    model.metadata_props.add(key="ort_config", value="{}")
-    onnx.save(model, out / "model.onnx")
+def append(out: Path) -> None:
+    with (out / "model.onnx.data").open("ab") as file:
+        file.write(b"x" * 99)
+    manifest = json.loads((out / "dispc.json").read_text())
+    (out / "dispc.json").write_text(json.dumps(manifest | {"bytes": manifest["bytes"] + 99}))
+
+
+def onnx_edit(change: Callable[[onnx.ModelProto], object]) -> Callable[[Path], None]:
+    def edit(out: Path) -> None:
+        model = onnx.load(out / "model.onnx", load_external_data=False)
+        change(model)
+        onnx.save(model, out / "model.onnx")
+
+    return edit
+
+
+add_metadata = onnx_edit(lambda model: model.metadata_props.add(key="ort_config", value="{}"))
 
 
 DECODER, SEARCH = ("genai_config.json", "model", "decoder"), ("genai_config.json", "search")
@@ -100,9 +113,19 @@ DECODER, SEARCH = ("genai_config.json", "model", "decoder"), ("genai_config.json
         (hide, COMPANIONS, r"\.cache/model.onnx: no file of an artifact"),
         (mark, COMPANIONS, "genai_config.json begins with a byte order mark"),
         (move_weights, COMPANIONS, r"model.onnx has weights in \.w, not in model.onnx.data"),
+        (append, COMPANIONS, r"model.onnx.data has 99 bytes at its end that are no weights"),
+        (onnx_edit(lambda model: model.training_info.add()), GRAPH, "it has training of its own"),
+        (onnx_edit(lambda model: setattr(model, "doc_string", "x")), GRAPH, "it has a text of its own"),
+        (onnx_edit(lambda model: model.opset_import.add(domain="", version=21)), GRAPH, "2 opsets of ai.onnx"),
+        (
+            onnx_edit(lambda model: model.graph.node[3].metadata_props.add(key="a", value="b")),
+            GRAPH,
+            "has other metadata",
+        ),
         (add_metadata, FACTS, "model.onnx has metadata of its own: ort_config"),
         (edit_json("dispc.json", "needs", "onnxruntime", value="0.1"), GRAPH, "needs.onnxruntime is 0.1, it needs"),
         (lambda out: (out / "LICENSE").write_text("free"), COMPANIONS, "LICENSE: not the reference's"),
+        (lambda out: (out / "LICENSE").symlink_to("gone"), COMPANIONS, "LICENSE: not the reference's"),
         (edit_json("dispc.json", "stop_tokens", value=[77]), FACTS, r"stop_tokens is \[77\], it should be \[2\]"),
         (edit_json("dispc.json", "widths", value=[]), FACTS, r"widths is \[\], it should be "),
         (edit_json("dispc.json", "bytes", value=1), FACTS, "bytes is 1, it should be"),
@@ -113,6 +136,10 @@ DECODER, SEARCH = ("genai_config.json", "model", "decoder"), ("genai_config.json
         (edit_json("dispc.json", "dispc", value="9.9"), FACTS, "dispc is 9.9, model.onnx says"),
         (edit_json("dispc.json", "needs", "opset", value=7), FACTS, "needs.opset is 7"),
         (edit_json("dispc.json", "lowering", "name", value="canonical"), FACTS, "lowering is canonical"),
+        (edit_json("dispc.json", "lowering", "name", value="nonsense"), FACTS, "nonsense"),
+        (edit_json("dispc.json", "lowering", "filled", value=["0.mlp.read"]), FACTS, r"lowering.filled is \["),
+        (edit_json("dispc.json", "cuda_graph", value=True), FACTS, "cuda_graph is true"),
+        (edit_json("dispc.json", "fusions", value=["fuse-nothing"]), FACTS, r"fusions is \["),
         (edit_json("dispc.json", "validation", value={"passed": True}), FACTS, "validation is no report"),
     ],
 )
@@ -124,6 +151,12 @@ def test_files_beside_the_model_are_those_of_the_reference_and_tell_the_truth(
     report = check(out, harness.checkpoint("llama").directory)
     assert check_name in failed(report) <= {COMPANIONS, FACTS, GRAPH, WEIGHTS}
     assert re.search(says, next(each.detail for each in report.checks if each.name == check_name))
+
+
+def test_hidden_links_are_not_followed(tmp_path: Path) -> None:
+    out = shutil.copytree(artifact("llama"), tmp_path / "out")
+    (out / ".all").symlink_to("/")
+    assert check(out, harness.checkpoint("llama").directory).passed
 
 
 def test_a_licence_of_the_reference_that_is_gone_is_missed(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The graph is that of the compiler: what differs is found wherever no run would meet it."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,10 @@ def test_whatever_differs_is_named(fault: faults.Fault, says: str) -> None:
     assert any(says in each for each in differences(broken, whole))
 
 
-def clip_the_last_index(model: ir.Model) -> None:
-    """Right for prompts of up to 26 tokens."""
+def clip_the_last_index(model: ir.Model, last: int = 25) -> None:
+    """Right for prompts of up to 26 tokens, where that is the `last` index."""
     value = next(node for node in model.graph if (node.name or "") == "/last/Sub").outputs[0]
-    most = ir.Value(name="fault.most", const_value=ir.tensor([25], name="fault.most"))
+    most = ir.Value(name="fault.most", const_value=ir.tensor([last], name="fault.most"))
     model.graph.register_initializer(most)
     readers = list(value.uses())
     node = ir.node("Min", [value, most], name="fault/Min")
@@ -118,6 +119,13 @@ def test_a_last_token_that_is_wrong_for_longer_prompts_is_found(tmp_path: Path) 
     assert verdict(whole, "llama").status == "passed"
     found = verdict(faults.plant(clip_the_last_index, whole, tmp_path / "broken"), "llama")
     assert found.status == "failed" and "fault/Min" in found.detail
+
+
+def test_the_graph_as_it_is_shipped_runs_long_prompts_too(tmp_path: Path) -> None:
+    """The other runs are of a graph without the choice of the last token."""
+    clip = partial(clip_the_last_index, last=100)
+    broken = faults.plant(clip, artifact("llama", last_logits=True), tmp_path / "broken")
+    assert "last logits" in failed(judged(broken, "llama"))
 
 
 def of_another_release(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -10,8 +11,9 @@ from dispc.lowerings import LOWERINGS
 from dispc.manifest import Manifest
 from dispc.masks import Masks
 from dispc.support.dtypes import DTYPES
-from dispc.support.errors import ArtifactError
+from dispc.support.errors import DispcError
 from dispc.support.graph import LAST
+from dispc.support.typed_json import to_json
 from dispc.support.version import __version__
 from dispc.validate.checks.check import Check, listed
 from dispc.validate.checks.files import differences
@@ -39,10 +41,10 @@ def judge_facts(comparison: Comparison, quick: Collection[str]) -> Iterator[Chec
     the `quick` checks."""
     try:
         graph = comparison.graph()
-    except ArtifactError as error:
+        expected = recomputed(comparison, graph)
+    except DispcError as error:
         yield Check.failed(NAME, "static", str(error))
         return
-    expected = recomputed(comparison, graph)
     content = comparison.manifest.to_json()
     stored = {name: content[name] for name in expected}
     faults = [f"{place} is {ours}, it should be {theirs}" for place, ours, theirs in differences(stored, expected)]
@@ -56,11 +58,16 @@ def judge_facts(comparison: Comparison, quick: Collection[str]) -> Iterator[Chec
 
 
 def recomputed(comparison: Comparison, graph: ir.Model) -> dict[str, Any]:
-    """The facts of dispc.json, by name, from everything but dispc.json."""
+    """The facts of dispc.json, by name, from everything else, and those that follow from choices there.
+
+    Raises:
+        DispcError: when the choices are none that a compilation takes.
+    """
+    plan, lowering = comparison.plan, comparison.manifest.lowering
     checkpoint, masks, config = comparison.checkpoint, comparison.masks, comparison.checkpoint.config
     operators = Counter(node.op_type for node in graph.graph)
-    attends = any(block.attention.alive for block in masks.blocks)
-    grouped = bool(operators["GroupQueryAttention"]) if attends else comparison.plan.group_query  # shown by operators
+    attends = any(block.attention.alive for block in masks.blocks)  # else no operator shows what it would be
+    grouped = bool(operators["GroupQueryAttention"]) if attends else plan.group_query
     dense = config.all_block_parameters
     logits = next(value for value in graph.graph.outputs if value.name == "logits")
     facts: dict[str, Any] = {
@@ -74,6 +81,9 @@ def recomputed(comparison: Comparison, graph: ir.Model) -> dict[str, Any]:
         "block_parameters": {"dense": dense, "kept": masks.kept_parameters(config)},
         "cache_layers": masks.cache_layers,
         "widths": [{name: len(indices) for name, indices in block.sets().items()} for block in masks.blocks],
+        "lowering": to_json(replace(lowering, filled=plan.filled(masks, config))),
+        "cuda_graph": plan.cuda_graph,
+        "fusions": list(plan.fusions),
         "nodes": len(graph.graph),
         "bytes": sum(file.stat().st_size for file in comparison.directory.glob("model.onnx*")),
     }

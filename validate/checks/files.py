@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from dispc.export.companions import genai_config
-from dispc.manifest import COPIED, LICENCE_FILES, MANIFEST, WRITTEN, licence_files
+from dispc.manifest import COPIED, LICENCE_FILES, MANIFEST, WEIGHTS, WRITTEN, licence_files
 from dispc.masks import Masks
 from dispc.runtime.providers import PROVIDERS
 from dispc.support.errors import ArtifactError, DispcError, first_line
-from dispc.support.graph import read_model, weight_files
+from dispc.support.graph import end_of_weights, read_model, weight_files
 from dispc.support.inputs import contents, read_object
 from dispc.validate.checks.check import Check, listed
 from dispc.validate.comparison import Comparison
@@ -28,7 +28,6 @@ REPORTS = (".xml", ".html", ".md")
 REPORT = re.compile(r"report[\w-]*\.json")
 """Names under which a report may lie there as JSON; runtimes look for some others."""
 ABSENT = "nothing"
-WEIGHTS = "model.onnx.data"
 MODELS = (".onnx", ".ort", ".safetensors", ".bin", ".gguf", ".jinja", ".py")
 """Endings of what other programs look for in hidden folders too: optimum runs the first *.onnx of all."""
 MARK = b"\xef\xbb\xbf"
@@ -75,7 +74,7 @@ def first_difference(ours: Masks, meant: Masks) -> str | None:
 def judge_companions(comparison: Comparison) -> Iterator[Check]:
     """Config and tokenizer files are the reference's, no others are there, and genai_config.json is what we write."""
     faults = [*_copied(comparison), *_foreign(comparison), *_hidden(comparison.directory), *_genai(comparison)]
-    faults += [*_weights(comparison.directory)]
+    faults += [*_marked(comparison.directory), *_weights(comparison.directory)]
     if faults:
         yield Check.failed(COMPANIONS, "static", listed(faults))
     else:
@@ -100,7 +99,9 @@ def _foreign(comparison: Comparison) -> Iterator[str]:
     for path in sorted(comparison.directory.iterdir()):
         if LICENCE_FILES.fullmatch(path.name):
             theirs = comparison.checkpoint.directory / path.name
-            if not theirs.is_file() or contents(path, ArtifactError) != contents(theirs, ArtifactError):
+            if not (theirs.is_file() and path.is_file()) or contents(path, ArtifactError) != contents(
+                theirs, ArtifactError
+            ):
                 yield f"{path.name}: not the reference's"
         elif path.name not in WRITTEN and not path.name.startswith(".") and not _is_report(path):
             yield f"{path.name}: no file of an artifact, and others may read it"
@@ -112,15 +113,20 @@ def _foreign(comparison: Comparison) -> Iterator[str]:
 def _hidden(directory: Path) -> Iterator[str]:
     """Models and code in hidden files and folders (.git and .cache may be there)."""
     for hidden in sorted(directory.glob(".*")):
-        for path in sorted([hidden, *hidden.rglob("*")] if hidden.is_dir() else [hidden]):
+        inside = hidden.rglob("*") if hidden.is_dir() and not hidden.is_symlink() else ()
+        for path in (hidden, *inside):
             if path.suffix in MODELS:
                 yield f"{path.relative_to(directory)}: no file of an artifact, and others may read it"
 
 
 def _weights(directory: Path) -> Iterator[str]:
-    """Files of weights with other names than dispc's: copies of model.onnx* would be without them."""
-    for name in sorted(weight_files(read_model(directory / "model.onnx")) - {WEIGHTS}):
+    """Weights in files with other names than dispc's, which copies of model.onnx* would lack; and what is none."""
+    model = read_model(directory / "model.onnx")
+    for name in sorted(weight_files(model) - {WEIGHTS}):
         yield f"model.onnx has weights in {name}, not in {WEIGHTS}"
+    file = directory / WEIGHTS
+    if file.is_file() and (spare := file.stat().st_size - end_of_weights(model)) > 0:
+        yield f"{WEIGHTS} has {spare:,} bytes at its end that are no weights"
 
 
 def _is_report(path: Path) -> bool:
@@ -139,17 +145,18 @@ def _genai(comparison: Comparison) -> Iterator[str]:
     wanted = genai_config(comparison.checkpoint, plan, comparison.masks.cache_layers, inputs, options)
     try:
         found = read_object(comparison.directory / "genai_config.json", ArtifactError)
-        marked = [
-            name
-            for name in ("genai_config.json", MANIFEST)
-            if contents(comparison.directory / name, ArtifactError).startswith(MARK)
-        ]
     except (ArtifactError, OSError) as error:
         yield f"genai_config.json cannot be read ({first_line(error)})"
         return
-    yield from (f"{name} begins with a byte order mark" for name in marked)
     for place, ours, theirs in differences(found, wanted):
         yield f"genai_config.json: {place} is {ours}, expected {theirs}"
+
+
+def _marked(directory: Path) -> Iterator[str]:
+    """What begins with a byte order mark."""
+    for path in (directory / "genai_config.json", directory / MANIFEST):
+        if path.is_file() and contents(path, ArtifactError).startswith(MARK):
+            yield f"{path.name} begins with a byte order mark"
 
 
 def differences(found: Any, wanted: Any, place: str = "") -> Iterator[tuple[str, str, str]]:

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from dispc.support.errors import DispcError
+from dispc.support.graph import read_model
 from dispc.support.version import __version__
 from dispc.validate.checks.check import Check, listed
 from dispc.validate.checks.rewriting import PASSES, failed_or_noted, needed, rewritten
@@ -28,7 +29,7 @@ def judge_graph(comparison: Comparison) -> Iterator[Check]:
     """
     try:
         found, expected = comparison.graph(), rewritten(comparison)
-        faults = [*differences(found, expected)]
+        faults = [*_never_written(read_model(comparison.directory / "model.onnx")), *differences(found, expected)]
         if found.metadata_props.get(PASSES) != expected.metadata_props[PASSES]:
             faults.append(f"its passes are {found.metadata_props.get(PASSES)}, not {expected.metadata_props[PASSES]}")
         stored, needs = comparison.manifest.to_json()["needs"], needed(expected)
@@ -49,8 +50,8 @@ def judge_graph(comparison: Comparison) -> Iterator[Check]:
 
 def differences(found: ir.Model, expected: ir.Model) -> Iterator[str]:
     """What `found` has otherwise than `expected`, nodes and values by name."""
-    if found.functions:
-        yield "it has functions of its own"
+    if dict(found.graph.metadata_props) != dict(expected.graph.metadata_props):
+        yield "other metadata of the graph"
     if found.ir_version != expected.ir_version:
         yield f"IR version {found.ir_version} instead of {expected.ir_version}"
     if found.opset_imports != expected.opset_imports:
@@ -84,9 +85,32 @@ def _differs(ours: onnx.NodeProto, theirs: onnx.NodeProto) -> str:
         return "inputs"
     if list(ours.output) != list(theirs.output):
         return "outputs"
+    if _said(ours) != _said(theirs):
+        return "metadata"
     mine, other = ({attribute.name: attribute for attribute in node.attribute} for node in (ours, theirs))
     differing = sorted(name for name in mine.keys() | other.keys() if mine.get(name) != other.get(name))
     return f"attributes: {', '.join(differing)}" if differing else ""
+
+
+def _said(node: onnx.NodeProto) -> tuple[str, dict[str, str]]:
+    return node.doc_string, {entry.key: entry.value for entry in node.metadata_props}
+
+
+def _never_written(model: onnx.ModelProto) -> Iterator[str]:
+    """What is in no model of dispc's; which of two opsets is meant, readers disagree."""
+    graph = model.graph
+    for what, has in (
+        ("functions", model.functions),
+        ("training", model.training_info),
+        ("sparse weights", graph.sparse_initializer),
+        ("annotations of quantised tensors", graph.quantization_annotation),
+        ("a text", model.doc_string or graph.doc_string),
+    ):
+        if has:
+            yield f"it has {what} of its own"
+    for domain, times in Counter(entry.domain for entry in model.opset_import).items():
+        if times > 1:
+            yield f"{times} opsets of {domain or 'ai.onnx'}"
 
 
 def _initializers(found: Mapping[str, ir.Value], expected: Mapping[str, ir.Value]) -> Iterator[str]:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from dispc.manifest import WEIGHTS
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.weights import surface_weight_errors
@@ -73,7 +74,7 @@ def _run(graph: ir.Model, tokens: Array) -> tuple[Array, list[int]]:
     with tempfile.TemporaryDirectory(prefix="dispc-verify-") as scratch:
         path = Path(scratch) / "model.onnx"
         with hold_signals(), surface_weight_errors():
-            ir.save(graph, path, external_data="model.onnx.data", max_workers=2)
+            ir.save(graph, path, external_data=WEIGHTS, max_workers=2)
         runner = Runner(open_session(path, optimise=False))
     caches, pieces, seen = runner.empty_caches(1), [], list[int]()
     for start, end in ((0, SPLIT), (SPLIT, len(tokens))):

@@ -10,6 +10,7 @@ from dispc.evaluate.perplexity import Perplexity
 from dispc.runtime.latency import Latency, LatencyRow
 from dispc.support.errors import ArtifactError
 from dispc.support.files import plain
+from dispc.support.printable import markdown_cell
 from dispc.support.typed_json import OPTIONAL, from_json, to_json
 from dispc.validate.checks.check import Check
 
@@ -105,7 +106,7 @@ class Report:
         lines += ["| | check | figure | limit | over |", "|---|---|---:|---:|---|"]
         for check in self.checks:
             cells = (mark[check.status], check.name, *figure_and_limit(check), check.detail)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            lines.append("| " + " | ".join(map(markdown_cell, cells)) + " |")
         if self.drill and self.drill.verdict:
             lines += ["", f"**{self.drill.verdict}**"]
         if self.latency:
@@ -192,5 +193,5 @@ def report_of(content: object, where: object) -> Report:
 
 
 def _xml(text: str) -> str:
-    """Without the control characters that XML cannot hold."""
-    return "".join(c for c in text if c >= " " or c in "\t\n")
+    """Without the characters that XML cannot hold."""
+    return "".join(c for c in text if c in "\t\n" or (c >= " " and c not in "\ufffe\uffff"))

@@ -159,6 +159,10 @@ class Checkpoint:
     def notes(self) -> list[str]:
         """Settings and adapters in the directory that other programs apply and an artifact does not contain."""
         notes = self._notes_of_code
+        if not self.stop_tokens:
+            notes.append(
+                "neither config names a token that ends a text (eos_token_id): an application must say when to stop"
+            )
         named = "generation_config.json" if (self.directory / "generation_config.json").exists() else "config.json"
         if left_out := self.generation.left_out:
             notes.append(

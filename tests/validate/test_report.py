@@ -161,7 +161,7 @@ def test_junit_has_one_case_per_check_and_the_failures_of_the_report() -> None:
 
 def test_text_that_xml_and_tables_cannot_hold_does_no_harm() -> None:
     good = reports()[0]
-    nasty = Check.failed("a|b <&> \x00\x1b", "parity", "[bold]x[/] | \x07 </td>")
+    nasty = Check.failed("a|b <&> \x00\x1b\ufffe\uffff", "parity", "[bold]x[/] | \x07 </td>")
     report = Report(**{**good.__dict__, "checks": (nasty,), "artifact": "/a<b>&"})
     assert ElementTree.fromstring(report.junit()).find(".//failure") is not None
     assert "a&#124;b &#60;" in report.markdown()

@@ -59,8 +59,7 @@ def main() -> None:
         _refuse_bytes(arguments)
         app(arguments)
     except SystemExit as stop:
-        if isinstance(stop.__context__, BrokenPipeError) or not _flushed():
-            sys.exit(128 + signal.SIGPIPE)
+        _flush(gone=isinstance(stop.__context__, BrokenPipeError))
         for note in NOTES.taken() if stop.code in (0, 1, None) else ():
             err.print(f"[yellow]note:[/yellow] {escape(note)}", highlight=False)
         if stop.code == 130:
@@ -77,14 +76,18 @@ def main() -> None:
         sys.exit(2)
 
 
-def _flushed() -> bool:
-    """Whether all of the output could be written; where its reader has gone, the rest is dropped."""
+def _flush(*, gone: bool) -> None:
+    """Write what is left of the output; exit where that cannot be, as by SIGPIPE where its reader has `gone`."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        gone = isinstance(error, BrokenPipeError)
+        if not gone:
+            print_error(_in_one_line(error))
+            sys.exit(2)
+    if gone:
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def _refuse_bytes(arguments: list[str]) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -41,6 +41,7 @@ def staged_directory(out: Path, force: bool, marker: str = ARTIFACT, foreign: Fo
     """
     out = out.absolute()
     check_output(out, force, marker, foreign)
+    made = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         recover(out, marker, foreign)
@@ -67,6 +68,9 @@ def staged_directory(out: Path, force: bool, marker: str = ARTIFACT, foreign: Fo
         with hold_signals():
             shutil.rmtree(stage, ignore_errors=True)
             os.close(lock)
+            for parent in made:
+                with suppress(OSError):  # what holds something stays
+                    parent.rmdir()
 
 
 def check_output(out: Path, force: bool, marker: str = ARTIFACT, foreign: Foreign = _nothing) -> None:

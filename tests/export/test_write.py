@@ -74,6 +74,16 @@ def test_an_error_in_the_body_passes_through_and_leaves_everything_as_it_was(
     assert fingerprint(tmp_path) == before
 
 
+def test_folders_that_were_made_for_nothing_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError), staged_directory(tmp_path / "deep" / "deeper" / "out", force=False):
+        raise ValueError
+    assert not any(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    with staged_directory(Path("new/../out"), force=False) as stage:
+        fill(stage)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_system_error_in_the_body_names_the_file_and_leaves_everything_as_it_was(tmp_path: Path) -> None:
     older_artifact(tmp_path / "out")
     before = fingerprint(tmp_path)

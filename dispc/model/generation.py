@@ -82,7 +82,7 @@ class Generation:
         """Read generation_config.json (`file`, None where there is none) and config.json (`raw`), as transformers does.
 
         Ids that the first lacks are those of the second. `vocabulary` is the number of token ids. A top_k of 0 means
-        all tokens, here too.
+        all tokens, here too; null means 50, as in transformers 5 (in 4 it means all).
 
         Raises:
             CheckpointError: for an id that is no token, or a figure that is no number.

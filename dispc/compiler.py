@@ -111,7 +111,7 @@ def _check_paths(options: CompileOptions) -> None:
     for path in (options.model, options.masks, options.dump_ir):
         if path and real(path).is_relative_to(real(options.output)):
             raise ArtifactError(f"{path}: lies in {options.output}, which would be replaced; choose another -o")
-    refuse_inputs([options.output, *([options.dump_ir] if options.dump_ir else [])], [options.model])
+    refuse_inputs([options.dump_ir] if options.dump_ir else [], [options.model])
     Dump(options.dump_ir).check(options.force)
 
 

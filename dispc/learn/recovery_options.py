@@ -10,7 +10,6 @@ from dispc.learn.options import RunOptions, check_least, check_one_of
 from dispc.manifest import COPIED, LICENCE_FILES
 from dispc.support.directories import check_output
 from dispc.support.errors import LearnError
-from dispc.support.files import refuse_inputs
 
 LossName = Literal["distil", "text", "both"]
 LOSSES: dict[LossName, tuple[float, float]] = {"distil": (1.0, 0.0), "text": (0.0, 1.0), "both": (0.5, 0.5)}
@@ -77,7 +76,6 @@ class RecoverOptions(RunOptions):
         return True
 
     def check_output(self, *, force: bool) -> None:
-        refuse_inputs([self.output], [self.model])
         check_output(self.output, force, MARKER, foreign_to_recovered)
 
     def rate(self, step: int, seconds: float) -> float:

@@ -65,7 +65,7 @@ BLOCKS: dict[str, Block] = {
     "starcoder2": USUAL,
     "stablelm": APART,
     "nemotron": APART,
-    "phi3": USUAL,
+    "phi3": APART,
     "gpt-neox": replace(APART, norms=1, transposes=3),  # two norms of one sum
     "gpt-neox-sequential": USUAL,
     "cohere": replace(USUAL, norms=1, transposes=3),

@@ -47,9 +47,9 @@ class Family:
     of their width. What `packed` holds goes by the names of its parts everywhere else (`dispc.model.packed`).
 
     `rotary` says that queries and keys are rotated by their positions: by the frequencies of base `rope_theta` over the
-    first `rotary_share` of each head, where config.json does not say it, as it may where that is no whole head, or the
-    family `rotates_parts`; `local_rope_theta` is the base of sliding
-    blocks in families that have two. `attention` names the implementation of transformers that the reference uses.
+    first `rotary_share` of each head, where config.json does not say it (`has_rotary_share`); `rotates_parts` says that
+    it may though the default is a whole head; `local_rope_theta` is the base of sliding blocks in families that have
+    two. `attention` names the implementation of transformers that the reference uses.
     `head_norms` says that queries and keys pass norms of their own before attention.
     `optimum_reads_heads` says whether optimum reads the number of key/value heads off config.json.
     `ignored` are keys of config.json that change nothing in this family. `settle` gives the raw config.json back with

@@ -90,7 +90,7 @@ def _copied(comparison: Comparison) -> Iterator[str]:
                 yield f"{name}: the reference has none"
         elif not ours.is_file():
             yield f"{name} is missing"
-        elif contents(ours, ArtifactError) != contents(theirs, ArtifactError):
+        elif not _same(ours, theirs):
             yield f"{name} differs from the reference"
 
 
@@ -98,16 +98,18 @@ def _foreign(comparison: Comparison) -> Iterator[str]:
     """What no compilation writes. Allowed are reports and hidden files (.git, .gitattributes, .cache)."""
     for path in sorted(comparison.directory.iterdir()):
         if LICENCE_FILES.fullmatch(path.name):
-            theirs = comparison.checkpoint.directory / path.name
-            if not (theirs.is_file() and path.is_file()) or contents(path, ArtifactError) != contents(
-                theirs, ArtifactError
-            ):
+            if not _same(path, comparison.checkpoint.directory / path.name):
                 yield f"{path.name}: not the reference's"
         elif path.name not in WRITTEN and not path.name.startswith(".") and not _is_report(path):
             yield f"{path.name}: no file of an artifact, and others may read it"
     for name in licence_files(comparison.checkpoint.directory):
         if not (comparison.directory / name).exists():
             yield f"{name} is missing"
+
+
+def _same(ours: Path, theirs: Path) -> bool:
+    both = ours.is_file() and theirs.is_file()
+    return both and contents(ours, ArtifactError) == contents(theirs, ArtifactError)
 
 
 def _hidden(directory: Path) -> Iterator[str]:

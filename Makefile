@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: fuzz help setup setup-transformers5 setup-web demo gpu test test-transformers5 faults test-runtimes test-wheel lint types check clean
+.PHONY: fuzz help setup setup-transformers5 setup-runtimes setup-web demo gpu test test-transformers5 faults test-runtimes test-wheel lint types check clean
 
 VENV := .venv
 VENV5 := .venv-transformers5
@@ -63,7 +63,9 @@ RUNTIMES ?= 1.18.0 1.24.1 1.32.0
 GENAI ?= 0.6.0 0.11.4 0.18.0
 RUNTIME_MARKS = $(RUNTIMES:%=build/runtimes/onnxruntime-%/.installed) $(GENAI:%=build/runtimes/genai-%/.installed)
 
-test-runtimes: setup $(RUNTIME_MARKS) ## artifacts in other ONNX Runtimes (RUNTIMES="1.18.0") and onnxruntime-genais (GENAI="0.6.0")
+setup-runtimes: $(RUNTIME_MARKS)
+
+test-runtimes: setup setup-runtimes ## artifacts in other ONNX Runtimes (RUNTIMES="1.18.0") and onnxruntime-genais (GENAI="0.6.0")
 	$(VENV)/bin/pytest -n 0 tests/runtimes
 
 # ONNX Runtime 1.18 was built for NumPy 1.
@@ -103,8 +105,8 @@ $(VENV5)/.installed: requirements-transformers5.txt
 
 %/.installed: pyproject.toml | %/bin/pip
 	@echo "filling $* from $(filter requirements%,$^) (2 GB, a minute or more)"
-	$*/bin/python -m pip install --quiet --no-deps -r $(filter requirements%,$^)
-	$*/bin/python -m pip install --quiet "$$(grep '^torch==' $(filter requirements%,$^))"
+	$*/bin/python -m pip install --quiet --no-compile --no-deps -r $(filter requirements%,$^)
+	$*/bin/python -m pip install --quiet --no-compile "$$(grep '^torch==' $(filter requirements%,$^))"
 	$*/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 

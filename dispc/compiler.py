@@ -16,7 +16,16 @@ from dispc.export.companions import write_companions
 from dispc.export.dump import Dump
 from dispc.export.trace import trace
 from dispc.export.write import check_file, save_model
-from dispc.manifest import MANIFEST, BlockParameters, LoweringChoice, Manifest, PassRecord, Tuning, foreign_to_artifact
+from dispc.manifest import (
+    IN_GRAPH,
+    MANIFEST,
+    BlockParameters,
+    LoweringChoice,
+    Manifest,
+    PassRecord,
+    Tuning,
+    foreign_to_artifact,
+)
 from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
@@ -31,7 +40,7 @@ from dispc.runtime.tune import tune
 from dispc.support.directories import check_output, staged_directory
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import ArtifactError, CompileError
-from dispc.support.files import real, refuse_inputs, write_json
+from dispc.support.files import check_outputs, real, write_json
 from dispc.support.version import COMPILING, __version__, versions
 
 if TYPE_CHECKING:
@@ -111,7 +120,7 @@ def _check_paths(options: CompileOptions) -> None:
     for path in (options.model, options.masks, options.dump_ir):
         if path and real(path).is_relative_to(real(options.output)):
             raise ArtifactError(f"{path}: lies in {options.output}, which would be replaced; choose another -o")
-    refuse_inputs([options.dump_ir] if options.dump_ir else [], [options.model])
+    check_outputs([options.dump_ir] if options.dump_ir else [], [options.model])
     Dump(options.dump_ir).check(options.force)
 
 
@@ -193,15 +202,7 @@ def build_artifact(
         trace_seconds=round(traced - started, 4),
     )
     dump.not_rewritten(manifest.not_rewritten)
-    model.metadata_props.update(
-        {
-            "dispc.version": __version__,
-            "dispc.target": plan.target.name,
-            "dispc.padding": plan.padding,
-            "dispc.passes": manifest.pipeline,
-            "dispc.masks_sha256": masks.sha256(),
-        }
-    )
+    model.metadata_props.update({key: getattr(manifest, fact) for fact, key in IN_GRAPH.items()})
     save_model(model, stage / "model.onnx", progress)
     check_file(stage / "model.onnx")
     inputs = [value.name or "" for value in model.graph.inputs]

@@ -34,6 +34,14 @@ COPIED = (
 WRITTEN = (MANIFEST, "model.onnx", WEIGHTS, "genai_config.json", "masks.safetensors", "README.md", *COPIED)
 """What an artifact may hold, beside licence files."""
 LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)([\w-]*|[\w.-]*\.(txt|md|rst|html|pdf))", re.IGNORECASE)
+IN_GRAPH = {
+    "dispc": "dispc.version",
+    "target": "dispc.target",
+    "padding": "dispc.padding",
+    "pipeline": "dispc.passes",
+    "masks_sha256": "dispc.masks_sha256",
+}
+"""Facts of a manifest that the metadata of model.onnx has too, and their keys there."""
 MIB = 2**20
 COMPARABLE = ("config_sha256", "target", "dtype", "padding", "quantisation", "logits", "align", "fusions")
 """What an artifact and the dense one that it is compared with must have in common."""

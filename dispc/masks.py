@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from dispc.model.config import DecoderConfig
 from dispc.support.errors import MasksError
-from dispc.support.files import whole
+from dispc.support.files import require_place, whole
 from dispc.support.inputs import LARGEST, named_in_text, naming
 from dispc.support.version import __version__
 
@@ -283,6 +283,7 @@ def check_mask_output(path: Path, *, force: bool) -> None:
         raise MasksError(f"{path}: exists; replace it with --force")
     if path.is_file() and not is_mask_file(path):
         raise MasksError(f"{path}: exists and is no mask file; name another with -o, or remove it")
+    require_place(path, MasksError)
 
 
 def is_mask_file(path: Path) -> bool:

@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Exit codes: 0 done, 1 a check failed, 2 could not run, 128 + N by signal N."""
 
 import os
+import re
 import signal
 import sys
 from typing import Annotated
@@ -15,6 +16,9 @@ from dispc.cli.tables import err, out, print_error
 from dispc.support.errors import DispcError, Interrupted, first_line
 from dispc.support.printable import is_text
 from dispc.support.version import __version__
+
+EMPTY = re.compile("--[a-z0-9-]+=")
+"""An option that is given nothing."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,7 +60,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     own_the_process(debug=debug)
     try:
-        _refuse_bytes(arguments)
+        _check_words(arguments)
         app(arguments)
     except SystemExit as stop:
         _flush(gone=isinstance(stop.__context__, BrokenPipeError))
@@ -90,11 +94,19 @@ def _flush(*, gone: bool) -> None:
         sys.exit(128 + signal.SIGPIPE)
 
 
-def _refuse_bytes(arguments: list[str]) -> None:
-    """Raise DispcError for an argument that is not UTF-8: JSON, ONNX and most libraries cannot hold it."""
-    for argument in arguments:
+def _check_words(arguments: list[str]) -> None:
+    """Refuse what no argument can be.
+
+    Raises:
+        DispcError: for one that is not UTF-8, which JSON, ONNX and most libraries cannot hold, and for an empty one,
+            which is most often a variable of a script that nobody set, and would count as an option not given.
+    """
+    for before, argument in zip(["", *arguments], arguments, strict=False):
         if not is_text(argument):
             raise DispcError(f"{argument}: is not UTF-8; rename the file or folder, or write the text in UTF-8")
+        if not argument or EMPTY.fullmatch(argument):
+            what = argument or (f"what follows {before}" if before else "the first argument")
+            raise DispcError(f"{what} is empty; give a value, or leave it out")
 
 
 def _in_one_line(error: Exception) -> str:

@@ -250,9 +250,9 @@ def clear_reports(reports: list[Path], inputs: list[Path], baseline: Path | None
     Raises:
         DispcError: when a report's path is no place for one: a directory, an input or in one, or another report's.
     """
-    from dispc.support.files import real, refuse_inputs
+    from dispc.support.files import check_outputs, real
 
-    refuse_inputs(reports, inputs)
+    check_outputs(reports, inputs)
     places = [real(path) for path in reports]
     for path, place in zip(reports, places, strict=True):
         if place.is_dir():

@@ -53,9 +53,9 @@ def inspect(
     """
     from dispc.cli.tables import inspect_tables
     from dispc.inspect import inspect_path, masks_of
-    from dispc.support.files import refuse_inputs
+    from dispc.support.files import check_outputs
 
-    refuse_inputs([plot] if plot else [], [path])
+    check_outputs([plot] if plot else [], [path])
     inspection = inspect_path(path)
     if plot:
         from dispc.learn.plots import plot_widths

@@ -19,7 +19,7 @@ from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.published import open_checkpoint
 from dispc.support.errors import DataError, Interrupted
-from dispc.support.files import refuse_inputs, write_json
+from dispc.support.files import check_outputs, require_place, write_json
 from dispc.support.typed_json import OPTIONAL, to_json
 from dispc.support.version import __version__, versions
 
@@ -52,9 +52,11 @@ class EvalOptions:
             raise DataError("nothing to measure: give --data FILE for perplexity, --tasks NAMES for accuracy, or both")
         if self.json_file:
             sources = (self.path, self.masks, self.include, *self.data)
-            refuse_inputs([self.json_file], [Path(source) for source in sources if source])
+            check_outputs([self.json_file], [Path(source) for source in sources if source])
         if self.record and not (self.masks and self.data):
             raise DataError("--record writes a perplexity into a mask file; give --masks FILE and --data FILE with it")
+        if self.record and self.masks:
+            require_place(self.masks)
 
 
 @dataclass(kw_only=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from dispc.support.errors import ArtifactError
+from dispc.support.files import require_place
 from dispc.support.inputs import named_in_text, read_object
 from dispc.support.signals import hold_signals
 
@@ -47,6 +48,7 @@ def staged_directory(out: Path, force: bool, marker: str = ARTIFACT, foreign: Fo
         recover(out, marker, foreign)
         stage = Path(mkdtemp(prefix=f".{out.name}.{PREFIX}", suffix=PARTIAL, dir=out.parent))
     except OSError as error:
+        _remove_empty(made)
         raise ArtifactError(f"{out}: cannot be written ({error.strerror})") from error
     lock = os.open(stage, os.O_RDONLY)  # held until this process ends, however it does
     try:
@@ -68,9 +70,13 @@ def staged_directory(out: Path, force: bool, marker: str = ARTIFACT, foreign: Fo
         with hold_signals():
             shutil.rmtree(stage, ignore_errors=True)
             os.close(lock)
-            for parent in made:
-                with suppress(OSError):  # what holds something stays
-                    parent.rmdir()
+            _remove_empty(made)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # what holds something stays
+            folder.rmdir()
 
 
 def check_output(out: Path, force: bool, marker: str = ARTIFACT, foreign: Foreign = _nothing) -> None:
@@ -80,11 +86,7 @@ def check_output(out: Path, force: bool, marker: str = ARTIFACT, foreign: Foreig
         ArtifactError: saying why.
     """
     named_in_text(out, ArtifactError)
-    parent = next((path for path in out.absolute().parents if path.exists()), out)
-    if not parent.is_dir():
-        raise ArtifactError(f"{out}: cannot be written ({parent} is not a directory)")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ArtifactError(f"{out}: cannot be written (no permission to write in {parent})")
+    require_place(out, ArtifactError)
     if not (out.exists() or out.is_symlink()):
         return
     if not force:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from errno import EIO
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from dispc.support.errors import DispcError, first_line
@@ -69,12 +70,34 @@ def _runs(process: int) -> bool:
     return True
 
 
-def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Raise DispcError for an output that would be written over one of the inputs, or into one that is a directory."""
+def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Find before the work what would be found after it.
+
+    Raises:
+        DispcError: for an output that would be written over one of the inputs, or into one that is a directory, and
+            for one where nothing can be written.
+    """
     sources = [real(source) for source in inputs]
     for path in outputs:
         if any(real(path).is_relative_to(source) for source in sources):
             raise DispcError(f"{path}: is an input, or in one; write somewhere else")
+        require_place(path)
+
+
+def require_place(path: Path, error: type[DispcError] = DispcError) -> None:
+    """Raise `error` where no file or folder can be made at `path`: tried in the nearest folder there is, with a file
+    that has no name. What is neither (/dev/stdout, a pipe) is no place to make anything, and stays as it is."""
+    target = real(path)
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        return
+    folder = next(parent for parent in (*target.parents, target) if parent.exists())
+    if not folder.is_dir():
+        raise error(f"{path}: cannot be written ({folder} is not a directory)")
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as reason:
+        raise error(f"{path}: cannot be written ({folder}: {reason.strerror or reason})") from reason
 
 
 def write_text(path: Path, text: str) -> None:

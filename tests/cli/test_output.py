@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import command
 import pytest
@@ -157,3 +158,31 @@ def test_nothing_is_written_over_what_is_read_or_written_elsewhere(
     shutil.copy(desk.model / "masks.safetensors", "m.st")
     (desk.place / "link").symlink_to("same")
     assert_refused(desk.place, *words, says=(named,))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("compile", "model", "-t", "onnx", "-o"),
+        ("compile", "model", "-t", "onnx", "-o", "new", "--dump-ir"),
+        ("learn", "model", "--data", "text.txt", "-o"),
+        ("learn", "model", "--method", "random", "-o"),
+        ("recover", "model", "--data", "text.txt", "-o"),
+        ("eval", "model", "--data", "text.txt", "--json-file"),
+        ("inspect", "model/masks.safetensors", "--plot"),
+        *(("validate", "older", "-r", "model", f"--{report}") for report in ("json-file", "junit", "markdown", "html")),
+    ],
+    ids=lambda words: " ".join((words[0], words[-1])),
+)
+@pytest.mark.parametrize("full", [False, True], ids=["in a file", "nothing can be made there"])
+def test_a_place_where_nothing_can_be_written_is_found_before_the_work(
+    full: bool, words: tuple[str, ...], desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(desk.place)
+    (desk.place / "text.txt").write_text("the sea " * 1000)
+    for work in ("model.checkpoint.Checkpoint.load_model", "model.text.tokenise", "runtime.session.Artifact.__init__"):
+        monkeypatch.setattr(f"dispc.{work}", Mock(side_effect=AssertionError("the work begins")))
+    if full:  # as root no directory is read-only
+        monkeypatch.setattr("dispc.support.files.TemporaryFile", Mock(side_effect=OSError(errno.EROFS, "Read-only")))
+    place, why = ("far/new", "Read-only") if full else ("text.txt/new", "text.txt is not a directory")
+    assert_refused(desk.place, *words, place, says=(place, "cannot be written", why))

@@ -16,6 +16,8 @@ from dispc.runtime import memory
 from dispc.runtime.latency import measure_latency
 from dispc.runtime.providers import CPU
 from dispc.validate import LatencyOptions
+from dispc.validate.checks.scenarios import Scenario, ScenarioRun, run_scenario
+from dispc.validate.client import Client
 
 
 @pytest.mark.parametrize("place", ["directory", "twice", "data", "artifact", "reference"])
@@ -63,11 +65,18 @@ def test_whatever_goes_wrong_is_in_the_reports_and_exit_code_2(tmp_path: Path, m
     assert "could not run" in (tmp_path / "m").read_text()
 
 
-def test_a_report_that_cannot_be_written_takes_no_other_with_it(tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_takes_no_other_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good, _, model = originals()
-    (tmp_path / "file").write_text("no folder")
+
+    def meanwhile(scenario: Scenario, client: Client) -> ScenarioRun:
+        (tmp_path / "r.json").mkdir(exist_ok=True)
+        return run_scenario(scenario, client)
+
+    monkeypatch.setattr("dispc.validate.comparison.run_scenario", meanwhile)
     outcome = command.run(
-        "validate", good, "-r", model, "--json-file", tmp_path / "file" / "r.json", "--junit", tmp_path / "r.xml"
+        "validate", good, "-r", model, "--json-file", tmp_path / "r.json", "--junit", tmp_path / "r.xml"
     )
     assert outcome.code == 2 and "r.json" in outcome.err.replace("\n", "")
     assert "PASSED" in outcome.out.upper() and ElementTree.parse(tmp_path / "r.xml") is not None

@@ -193,7 +193,7 @@ def test_a_parent_that_is_a_file_or_cannot_be_written_is_named(tmp_path: Path, m
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
 
     monkeypatch.setattr("dispc.support.directories.mkdtemp", denied)
-    with pytest.raises(ArtifactError, match="Permission denied"), staged_directory(tmp_path / "out", False):
+    with pytest.raises(ArtifactError, match="Permission denied"), staged_directory(tmp_path / "far" / "out", False):
         pytest.fail("the body must not run")
     assert sorted(fingerprint(tmp_path)) == ["file"]
 

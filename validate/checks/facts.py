@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from dispc.lowerings import LOWERINGS
-from dispc.manifest import Manifest
+from dispc.manifest import IN_GRAPH, Manifest
 from dispc.masks import Masks
 from dispc.support.dtypes import DTYPES
 from dispc.support.errors import DispcError
@@ -24,14 +24,6 @@ SCATTERS = {row.name: row.writes_by for row in LOWERINGS.values() if not row.add
 """Lowering -> the operator that it writes by; the others have none of these."""
 SURELY_SCATTERED = 0.8
 """A write set that keeps less than this share is never filled up with zeros instead."""
-IN_GRAPH = {
-    "target": "target",
-    "padding": "padding",
-    "masks_sha256": "masks_sha256",
-    "pipeline": "passes",
-    "dispc": "version",
-}
-"""Fact -> its key in the metadata of model.onnx."""
 OF_REPORT = ("target", "dtype", "padding", "lowering", "bytes", "widths", "full_widths")
 """Facts of the artifact that a stored validation repeats."""
 
@@ -92,11 +84,11 @@ def recomputed(comparison: Comparison, graph: ir.Model) -> dict[str, Any]:
 
 def _metadata(manifest: Manifest, graph: ir.Model, masks: Masks) -> Iterator[str]:
     """The metadata of model.onnx, and the lowering that its operators show."""
-    for name in IN_GRAPH:
-        ours, in_graph = getattr(manifest, name), graph.metadata_props.get(f"dispc.{IN_GRAPH[name]}")
+    for name, key in IN_GRAPH.items():
+        ours, in_graph = getattr(manifest, name), graph.metadata_props.get(key)
         if in_graph != ours:
             yield f"{name} is {ours}, model.onnx says {in_graph or 'nothing'}"
-    for key in sorted(set(graph.metadata_props) - {f"dispc.{key}" for key in IN_GRAPH.values()}):
+    for key in sorted(set(graph.metadata_props) - set(IN_GRAPH.values())):
         yield f"model.onnx has metadata of its own: {key}"  # ONNX Runtime reads options of sessions from some
     if manifest.needs.opset != graph.opset_imports[""]:
         yield f"needs.opset is {manifest.needs.opset}, model.onnx has {graph.opset_imports['']}"

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import onnx_ir as ir
 
 from dispc.export.trace import trace
+from dispc.manifest import IN_GRAPH
 from dispc.passes.common.versions import needs
 from dispc.passes.pipeline import build_pipeline, pipeline_line, run_pipeline
 from dispc.support.dtypes import DTYPES
@@ -16,7 +17,7 @@ from dispc.support.version import COMPILING, __version__, versions
 from dispc.validate.checks.check import Check
 from dispc.validate.comparison import Comparison
 
-PASSES = "dispc.passes"
+PASSES = IN_GRAPH["pipeline"]
 """Metadata key of the passes that made a graph, with their options."""
 WRITTEN: WeakKeyDictionary[Comparison, ir.Model] = WeakKeyDictionary()
 """What several checks need is written once."""

@@ -12,6 +12,7 @@ JAVASCRIPT := examples/javascript
 MYPY := $(CURDIR)/$(VENV)/bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONDONTWRITEBYTECODE # with it, each process that a test starts compiles all of dispc again
 
 # The first of these that runs and is new enough: onnxruntime-gpu 1.31 has no wheels for Python 3.10.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -105,8 +106,8 @@ $(VENV5)/.installed: requirements-transformers5.txt
 
 %/.installed: pyproject.toml | %/bin/pip
 	@echo "filling $* from $(filter requirements%,$^) (2 GB, a minute or more)"
-	$*/bin/python -m pip install --quiet --no-compile --no-deps -r $(filter requirements%,$^)
-	$*/bin/python -m pip install --quiet --no-compile "$$(grep '^torch==' $(filter requirements%,$^))"
+	$*/bin/python -m pip install --quiet --no-deps -r $(filter requirements%,$^)
+	$*/bin/python -m pip install --quiet "$$(grep '^torch==' $(filter requirements%,$^))"
 	$*/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 

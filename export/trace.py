@@ -9,9 +9,11 @@ to the checkpoint.
     input_ids, attention_mask, position_ids, past_key_values.{i}.key/value -> logits, present.{i}.key/value
 """
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -25,6 +27,9 @@ from dispc.model.checkpoint import Checkpoint
 from dispc.model.config import DecoderConfig, keep_blocks
 from dispc.model.packed import separate
 from dispc.model.pretrained import build_model, model_class
+
+KEPT = 8
+"""How many exported programs are kept: an artifact is validated after it is compiled, and the demo makes several."""
 
 
 class Wrapper(nn.Module):
@@ -67,23 +72,49 @@ def semantic_model(config: Any, decoder: DecoderConfig, dtype: torch.dtype) -> I
         yield model, recorder
 
 
+EXPORTED: dict[tuple[str, torch.dtype], "Exported"] = {}
+"""By config.json and dtype, on which nothing else of a checkpoint has a bearing."""
+
+
 def trace(checkpoint: Checkpoint, dtype: torch.dtype) -> ir.Model:
     """The dense model of `checkpoint` in `dtype` as ONNX, with one block for each kind: `unroll` makes the rest.
 
     Raises:
         CompileError: when the model's code uses an operator that has no row in the translation table.
     """
-    program, rotations = export_program(checkpoint, dtype)
-    return translate(program, checkpoint, dtype, [rotation.tables(dtype) for rotation in rotations])
+    exported = export_program(checkpoint, dtype)
+    tables = [rotation.tables(dtype) for rotation in exported.rotations]
+    return translate(exported.program, checkpoint, dtype, tables)
 
 
-def export_program(
-    checkpoint: Checkpoint, dtype: torch.dtype
-) -> tuple[torch.export.ExportedProgram, Sequence[Rotation]]:
+@dataclass(frozen=True)
+class Exported:
+    """The program of a shallow model, its rotations by the numbers that the program has for them, and what it was made
+    of: the names of its parameters, and the class and config of each of its rotary modules."""
+
+    program: torch.export.ExportedProgram
+    rotations: Sequence[Rotation]
+    parameters: Sequence[str]
+    rotaries: Sequence[tuple[type[nn.Module], Any]]
+
+
+def export_program(checkpoint: Checkpoint, dtype: torch.dtype) -> Exported:
     """torch.export of the shallow model: one block for each distinct kind, in order of first appearance.
 
-    Returns the rotations too, by the numbers that the program has for them.
+    Raises:
+        CheckpointError: when a tensor has no place in it, or transformers reads the rotary positions in another way.
     """
+    key = json.dumps(checkpoint.raw_config, sort_keys=True), dtype
+    exported = EXPORTED.pop(key, None) or _export(checkpoint, dtype)
+    EXPORTED[key] = exported  # the latest is the last
+    if len(EXPORTED) > KEPT:
+        del EXPORTED[next(iter(EXPORTED))]
+    checkpoint.require_places(exported.parameters)
+    checkpoint.check_rotary(nn.ModuleList(kind(config) for kind, config in exported.rotaries))
+    return exported
+
+
+def _export(checkpoint: Checkpoint, dtype: torch.dtype) -> Exported:
     decoder = checkpoint.config
     first = decoder.templates
     config = keep_blocks(checkpoint.pretrained_config, first)
@@ -92,7 +123,7 @@ def export_program(
         semantic_model(config, decoder, dtype) as (model, recorder),
     ):
         parameters = [name for name, _ in model.named_parameters()]
-        rotaries = [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+        rotaries = [(type(m), m.config) for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
         ids = torch.zeros(2, 3, dtype=torch.int64)
         cache = torch.zeros(2, decoder.num_key_value_heads, 5, decoder.head_dim, dtype=dtype)
         past = tuple(cache.clone() for _ in range(2 * len(first)))
@@ -104,6 +135,4 @@ def export_program(
             strict=False,
             dynamic_shapes=(tokens, tokens, (caches,) * len(past)),
         )
-    checkpoint.require_places(parameters)
-    checkpoint.check_rotary(nn.ModuleList(type(fake)(fake.config) for fake in rotaries))
-    return program, recorder.rotations
+    return Exported(program, recorder.rotations, parameters, rotaries)

@@ -24,6 +24,8 @@ from dispc.reference.masked import mask_model
 
 Cast = Callable[[Tensor], Tensor]
 """What a precision makes of a weight in float32."""
+NO_MASK = "dispc-no-mask"
+"""The name under which transformers knows an attention that has no masks."""
 HEAD_ROWS = 8192
 """Rows of the LM head that are cast at a time."""
 
@@ -113,7 +115,8 @@ class Blocks:
         def last(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             return (hidden,) if self.returns_tuple else hidden
 
-        result: Tensor = self._through(tokens, offset, cast, [last] * len(self)).last_hidden_state
+        with _without_masks(self.decoder.config):  # no block looks at one, and they take longer than all else here
+            result: Tensor = self._through(tokens, offset, cast, [last] * len(self)).last_hidden_state
         return result
 
     def logits(self, hidden: Tensor, cast: Cast) -> Tensor:
@@ -184,6 +187,20 @@ def _cast(parameters: list[nn.Parameter], cast: Cast) -> Iterator[None]:
     finally:
         for parameter, data in zip(parameters, kept, strict=True):
             parameter.data = data
+
+
+@contextmanager
+def _without_masks(config: Any) -> Iterator[None]:
+    """transformers makes no attention masks for models of `config`."""
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionMaskInterface.register(NO_MASK, lambda *args, **kwargs: None)
+    kept = config._attn_implementation
+    config._attn_implementation = NO_MASK
+    try:
+        yield
+    finally:
+        config._attn_implementation = kept
 
 
 @contextmanager

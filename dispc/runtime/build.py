@@ -7,6 +7,7 @@ other's files, and uninstalling one takes files of the other along, while pip st
 import importlib
 import platform
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
@@ -55,8 +56,13 @@ def has_gpu_build() -> bool:
 
 def builds() -> tuple[Build, ...]:
     """Every installed package that brings ONNX Runtime's module, the one for GPUs first."""
-    names = sorted(set(packages_distributions().get(MODULE, ())), key=lambda name: (name != GPU, name))
-    return tuple(_build(name) for name in names)
+    return tuple(_build(name) for name in sorted(_packages(), key=lambda name: (name != GPU, name)))
+
+
+@cache
+def _packages() -> frozenset[str]:
+    """The names of these packages: found by reading the file lists of all that are installed."""
+    return frozenset(packages_distributions().get(MODULE, ()))
 
 
 def _build(name: str) -> Build:

@@ -32,7 +32,7 @@ def tables_of(variant: str, raw: dict[str, Any], directory: Path) -> list[tuple[
     (directory / "model.safetensors").symlink_to(harness.checkpoint(variant).directory / "model.safetensors")
     return [
         (t.cos, t.sin)
-        for t in (rotation.tables(torch.float32) for rotation in export_program(checkpoint, torch.float32)[1])
+        for t in (rotation.tables(torch.float32) for rotation in export_program(checkpoint, torch.float32).rotations)
     ]
 
 

@@ -1,21 +1,26 @@
 """Real weights: SmolLM2-135M-Instruct, pruned with the shipped masks, in every runtime that loads the artifact."""
 
 import importlib.util
+import json
+import re
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from runtimes import EXAMPLES, say
+from safetensors.torch import save_file
 
 from dispc.compiler import CompileOptions, compile_model
 from dispc.demo import run_demo
 from dispc.demo.model import GGUF, shipped_masks, unpack_gguf
 from dispc.manifest import read_manifest
+from dispc.masks import Masks
 from dispc.model.checkpoint import Checkpoint
 from dispc.model.tokenizer import load_tokenizer
 from dispc.quantisation import Quantisation
@@ -36,6 +41,7 @@ QUESTIONS = (
     "How do I boil an egg?",
     "Write a short poem about the moon.",
 )
+BLOCKS = 8
 PROMPTS = ("What is the capital of France?", "Name three colours.", "Hi")
 
 
@@ -67,8 +73,9 @@ def compiled(model: Path, masks: Path, tmp_path_factory: pytest.TempPathFactory)
     def make(kind: str) -> Path:
         out = tmp_path_factory.mktemp("smollm2-pruned") / kind
         choice: dict[str, Any] = {"quantisation": INT4} if kind == "int4" else {"padding": kind}
-        manifest = compile_model(CompileOptions(model=model, masks=masks, output=out, target="onnx-cpu", **choice))
-        assert manifest.passed
+        judged = kind != "right"  # that one is judged by the command line, below
+        options = CompileOptions(model=model, masks=masks, output=out, target="onnx-cpu", validate=judged, **choice)
+        assert compile_model(options).passed or not judged
         return out
 
     return make
@@ -101,20 +108,26 @@ def chat_tokens(tokenizer: Any, prompt: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def test_float16_and_bfloat16_artifacts_of_real_weights_pass(model: Path, masks: Path, tmp_path: Path) -> None:
-    for dtype in ("float16", "bfloat16"):
-        out = tmp_path / dtype
-        options = CompileOptions(
-            model=model,
-            masks=masks,
-            output=out,
-            target="onnx-cuda",
-            dtype=dtype,
-            padding="right",
-            align=1,
-        )
-        assert compile_model(options).passed
-        assert abs(size_over_kept(out, model, 2) - 1) < 0.01
+@pytest.fixture(scope="session")
+def beginning(model: Path, masks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first blocks of the model, with their masks: the large activations of real weights are there already."""
+    checkpoint, directory = Checkpoint(model), tmp_path_factory.mktemp("beginning")
+    raw = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": BLOCKS}
+    (directory / "config.json").write_text(json.dumps(raw))
+    places = {name: re.fullmatch(r"model\.layers\.(\d+)\..*", name) for name in checkpoint.tensors}
+    kept = [name for name, place in places.items() if place is None or int(place[1]) < BLOCKS]
+    save_file({name: checkpoint.find(name).read() for name in kept}, directory / "model.safetensors")
+    whole = Masks.load(masks)
+    config = Checkpoint(directory).config
+    replace(whole, blocks=whole.blocks[:BLOCKS]).save(directory / "masks.safetensors", config)
+    return directory
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bit_artifacts_of_real_weights_pass(dtype: str, beginning: Path, tmp_path: Path) -> None:
+    options = CompileOptions(model=beginning, output=tmp_path / "out", target="onnx-cuda", dtype=dtype, align=1)
+    assert compile_model(options).passed
+    assert abs(size_over_kept(tmp_path / "out", beginning, 2) - 1) < 0.02  # rotary tables are 1 % of so few blocks
 
 
 @pytest.mark.parametrize(
@@ -170,7 +183,11 @@ def test_generated_text_is_the_decoded_tokens_and_streams(artifact: Path) -> Non
     assert "".join(pieces) == tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
-def test_the_demo_compares_the_dense_model_with_what_a_user_would_take(demo_folder: Path) -> None:
+def test_the_demo_compares_the_dense_model_with_what_a_user_would_take(
+    demo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dispc.demo.ROUNDS", 1)  # no time is asserted
+    monkeypatch.setattr("dispc.demo.SCORED", 6)
     result = run_demo(demo_folder, QUESTIONS[0], say=lambda line: None)
     dense, dense_int8, pruned = result.models.values()
     assert "Paris" in dense.text

@@ -28,9 +28,6 @@ from dispc.model.config import DecoderConfig, keep_blocks
 from dispc.model.packed import separate
 from dispc.model.pretrained import build_model, model_class
 
-KEPT = 8
-"""How many exported programs are kept: an artifact is validated after it is compiled, and the demo makes several."""
-
 
 class Wrapper(nn.Module):
     """The traced signature: tensors in, tensors out."""
@@ -72,10 +69,6 @@ def semantic_model(config: Any, decoder: DecoderConfig, dtype: torch.dtype) -> I
         yield model, recorder
 
 
-EXPORTED: dict[tuple[str, torch.dtype], "Exported"] = {}
-"""By config.json and dtype, on which nothing else of a checkpoint has a bearing."""
-
-
 def trace(checkpoint: Checkpoint, dtype: torch.dtype) -> ir.Model:
     """The dense model of `checkpoint` in `dtype` as ONNX, with one block for each kind: `unroll` makes the rest.
 
@@ -96,6 +89,12 @@ class Exported:
     rotations: Sequence[Rotation]
     parameters: Sequence[str]
     rotaries: Sequence[tuple[type[nn.Module], Any]]
+
+
+EXPORTED: dict[tuple[str, torch.dtype], Exported] = {}
+"""The latest, by config.json and dtype: nothing else of a checkpoint has a bearing on them. Validation needs the one
+that compiling made, and the demo compiles several artifacts of one config."""
+KEPT = 8
 
 
 def export_program(checkpoint: Checkpoint, dtype: torch.dtype) -> Exported:

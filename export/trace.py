@@ -92,7 +92,7 @@ class Exported:
 
 
 EXPORTED: dict[tuple[str, torch.dtype], Exported] = {}
-"""The latest, by config.json and dtype: nothing else of a checkpoint has a bearing on them. Validation needs the one
+"""The latest, by their config and dtype: nothing else of a checkpoint has a bearing on them. Validation needs the one
 that compiling made, and the demo compiles several artifacts of one config."""
 KEPT = 8
 
@@ -103,8 +103,9 @@ def export_program(checkpoint: Checkpoint, dtype: torch.dtype) -> Exported:
     Raises:
         CheckpointError: when a tensor has no place in it, or transformers reads the rotary positions in another way.
     """
-    key = json.dumps(checkpoint.raw_config, sort_keys=True), dtype
-    exported = EXPORTED.pop(key, None) or _export(checkpoint, dtype)
+    config = keep_blocks(checkpoint.pretrained_config, checkpoint.config.templates)
+    key = json.dumps(config.to_dict(), sort_keys=True, default=str), dtype
+    exported = EXPORTED.pop(key, None) or _export(config, checkpoint.config, dtype)
     EXPORTED[key] = exported  # the latest is the last
     if len(EXPORTED) > KEPT:
         del EXPORTED[next(iter(EXPORTED))]
@@ -113,10 +114,8 @@ def export_program(checkpoint: Checkpoint, dtype: torch.dtype) -> Exported:
     return exported
 
 
-def _export(checkpoint: Checkpoint, dtype: torch.dtype) -> Exported:
-    decoder = checkpoint.config
-    first = decoder.templates
-    config = keep_blocks(checkpoint.pretrained_config, first)
+def _export(config: Any, decoder: DecoderConfig, dtype: torch.dtype) -> Exported:
+    """The same of the shallow `config`, for which `decoder` has the sizes."""
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         semantic_model(config, decoder, dtype) as (model, recorder),
@@ -125,7 +124,7 @@ def _export(checkpoint: Checkpoint, dtype: torch.dtype) -> Exported:
         rotaries = [(type(m), m.config) for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
         ids = torch.zeros(2, 3, dtype=torch.int64)
         cache = torch.zeros(2, decoder.num_key_value_heads, 5, decoder.head_dim, dtype=dtype)
-        past = tuple(cache.clone() for _ in range(2 * len(first)))
+        past = tuple(cache.clone() for _ in range(2 * config.num_hidden_layers))
         dynamic = torch.export.Dim.DYNAMIC
         tokens, caches = {0: dynamic, 1: dynamic}, {0: dynamic, 2: dynamic}
         program = torch.export.export(

@@ -165,9 +165,9 @@ def test_nothing_is_written_over_what_is_read_or_written_elsewhere(
     [
         ("compile", "model", "-t", "onnx", "-o"),
         ("compile", "model", "-t", "onnx", "-o", "new", "--dump-ir"),
-        ("learn", "model", "--data", "text.txt", "-o"),
+        ("learn", "model", "--data", "text.txt", "--sequence-length", "8", "-o"),
         ("learn", "model", "--method", "random", "-o"),
-        ("recover", "model", "--data", "text.txt", "-o"),
+        ("recover", "model", "--data", "text.txt", "--sequence-length", "8", "-o"),
         ("eval", "model", "--data", "text.txt", "--json-file"),
         ("inspect", "model/masks.safetensors", "--plot"),
         *(("validate", "older", "-r", "model", f"--{report}") for report in ("json-file", "junit", "markdown", "html")),
@@ -184,5 +184,6 @@ def test_a_place_where_nothing_can_be_written_is_found_before_the_work(
         monkeypatch.setattr(f"dispc.{work}", Mock(side_effect=AssertionError("the work begins")))
     if full:  # as root no directory is read-only
         monkeypatch.setattr("dispc.support.files.TemporaryFile", Mock(side_effect=OSError(errno.EROFS, "Read-only")))
-    place, why = ("far/new", "Read-only") if full else ("text.txt/new", "text.txt is not a directory")
-    assert_refused(desk.place, *words, place, says=(place, "cannot be written", why))
+    (desk.place / "file").touch()
+    place, why = ("far/new", "Read-only") if full else ("file/new", "file is not a directory")
+    assert_refused(desk.place, *words, place, says=("cannot be written", why))

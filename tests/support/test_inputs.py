@@ -12,7 +12,9 @@ from dispc.support.inputs import read_object
 from dispc.support.printable import is_text
 
 ANY = st.text(st.characters())  # halves of surrogate pairs are among them
-VALUES = st.recursive(ANY | st.integers() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(ANY, inner))
+VALUES = st.recursive(
+    ANY | st.integers() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(ANY, inner), max_leaves=20
+)
 
 
 @given(content=st.dictionaries(ANY, VALUES))

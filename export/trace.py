@@ -104,7 +104,8 @@ def export_program(checkpoint: Checkpoint, dtype: torch.dtype) -> Exported:
         CheckpointError: when a tensor has no place in it, or transformers reads the rotary positions in another way.
     """
     config = keep_blocks(checkpoint.pretrained_config, checkpoint.config.templates)
-    key = json.dumps(config.to_dict(), sort_keys=True, default=str), dtype
+    said = config.to_dict() | {"_name_or_path": ""}  # where the model lies changes nothing
+    key = json.dumps(said, sort_keys=True, default=str), dtype
     exported = EXPORTED.pop(key, None) or _export(config, checkpoint.config, dtype)
     EXPORTED[key] = exported  # the latest is the last
     if len(EXPORTED) > KEPT:

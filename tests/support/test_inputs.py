@@ -12,9 +12,7 @@ from dispc.support.inputs import read_object
 from dispc.support.printable import is_text
 
 ANY = st.text(st.characters())  # halves of surrogate pairs are among them
-VALUES = st.recursive(
-    ANY | st.integers() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(ANY, inner), max_leaves=20
-)
+VALUES = st.recursive(ANY | st.integers() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(ANY, inner))
 
 
 @given(content=st.dictionaries(ANY, VALUES))

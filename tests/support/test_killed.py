@@ -21,7 +21,7 @@ from dispc.support import directories
 from dispc.support.directories import exchange, recover, staged_directory
 from dispc.support.errors import ArtifactError
 
-RANDOM_KILLS = 25
+RANDOM_KILLS = 50
 MUTATING = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree", "dispc.exchange")
 """What Python reports (audit events) when a process changes files, beside opening them to write."""
 
